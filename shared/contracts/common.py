@@ -1,0 +1,83 @@
+"""What every request and response shares."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+
+class Contract(BaseModel):
+    """A request or response body: unknown fields are refused, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _no_control_characters(text: str) -> str:
+    if any((ord(character) < 32 and character not in "\n\t") or ord(character) == 127 for character in text):
+        raise ValueError("must not contain control characters")
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+        raise ValueError("must be valid Unicode")
+    return text
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_no_control_characters)]
+Prompt = Annotated[Text, Field(min_length=1, max_length=2000)]
+Tag = Annotated[Text, Field(min_length=1, max_length=64)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Metadata = Annotated[
+    dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]],
+    Field(max_length=16),
+]
+
+
+class ImageFormat(StrEnum):
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+    @property
+    def media_type(self) -> str:
+        return f"image/{self.value}"
+
+
+class FieldProblem(Contract):
+    """One mistake in a request."""
+
+    field: str = Field(description="where: `body.width`, `query.k`", examples=["body.width"])
+    code: str = Field(description="stable kind of mistake", examples=["greater_than_equal"])
+    message: str
+
+
+class Problem(Contract):
+    """Every error, as `application/problem+json` (RFC 9457)."""
+
+    type: str = Field(description="URI of the error's documentation", examples=["about:blank"])
+    title: str
+    status: int = Field(ge=400, le=599)
+    code: str = Field(description="stable code to match on", examples=["validation_failed"])
+    detail: str
+    request_id: str
+    errors: list[FieldProblem] = Field(default_factory=list)
+    context: dict[str, Any] = Field(default_factory=dict)
+
+
+Item = TypeVar("Item")
+
+
+class Page(Contract, Generic[Item]):
+    """One page of a list, newest first."""
+
+    items: list[Item]
+    next_cursor: str | None = Field(description="pass it as `cursor` for the next page; none on the last one")
+
+
+class PageQuery(Contract):
+    limit: int = Field(20, ge=1, le=100)
+    cursor: str | None = Field(None, max_length=200)
+
+
+class TimeRange(Contract):
+    after: datetime | None = None
+    before: datetime | None = None

@@ -1,0 +1,80 @@
+"""The corpus."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated
+from uuid import UUID
+
+from pydantic import Field
+
+from shared.contracts.common import Contract, Name, PageQuery, Tag, Text
+
+
+class ImageState(StrEnum):
+    PENDING = "pending"  # stored, waiting for its vector
+    READY = "ready"  # searchable
+    FAILED = "failed"  # stored, but no vector can be computed: see `error_code`
+
+
+Caption = Annotated[Text, Field(max_length=2000)]
+Attributes = Annotated[
+    dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=200)]],
+    Field(max_length=32),
+]
+
+
+class UploadFields(Contract):
+    """What an upload says of its images; each value holds for every file of the request."""
+
+    caption: Caption | None = None
+    tags: list[Tag] = Field(default_factory=list, max_length=32)
+    licence: Annotated[Text, Field(max_length=100)] | None = None
+    source: Annotated[Text, Field(max_length=200)] | None = None
+    attributes: Attributes = Field(default_factory=dict)
+    collection: Name = "shared"
+
+
+class ImagePatch(Contract):
+    """New values for the fields given; the others stay."""
+
+    caption: Caption | None = None
+    tags: Annotated[list[Tag], Field(max_length=32)] | None = None
+    licence: Annotated[Text, Field(max_length=100)] | None = None
+    source: Annotated[Text, Field(max_length=200)] | None = None
+    attributes: Attributes | None = None
+
+
+class ImageView(Contract):
+    id: UUID
+    collection: str
+    state: ImageState
+    error_code: str | None = None
+    caption: str | None
+    tags: list[str]
+    licence: str | None
+    source: str | None
+    attributes: dict[str, str]
+    filename: str | None
+    format: str
+    width: int
+    height: int
+    size_bytes: int
+    sha256: str = Field(description="of the file as it was uploaded")
+    created_at: datetime
+    url: str
+    content_url: str
+    thumbnail_url: str
+
+
+class UploadResponse(Contract):
+    images: list[ImageView]
+    created: int
+    existing: int = Field(description="files that the collection already had; answered with the image it has")
+
+
+class ImageQuery(PageQuery):
+    collection: Name = "shared"
+    state: ImageState | None = None
+    tag: Tag | None = None
+    source: Annotated[Text, Field(max_length=200)] | None = None
+    licence: Annotated[Text, Field(max_length=100)] | None = None

@@ -1,0 +1,135 @@
+"""Jobs: what a user submitted, and how far it is."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from pydantic import AwareDatetime, Field
+
+from shared.contracts.common import Contract, Metadata, PageQuery
+
+
+class JobKind(StrEnum):
+    GENERATE = "generate"
+    RAG_GENERATE = "rag_generate"
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+    EXPIRED = "expired"
+    DEAD = "dead"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (JobState.QUEUED, JobState.PROCESSING)
+
+
+class Lane(StrEnum):
+    """Which jobs go first when there are more than the workers can hold."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+    BULK = "bulk"
+
+    @property
+    def rank(self) -> int:
+        """0 is served first."""
+        return list(Lane).index(self)
+
+
+class Progress(Contract):
+    step: int = Field(ge=0)
+    total_steps: int = Field(ge=0)
+
+
+class JobError(Contract):
+    code: str
+    detail: str
+    context: dict[str, Any] = Field(default_factory=dict)
+
+
+class UsedReference(Contract):
+    """One memory that shaped an output."""
+
+    image_id: UUID
+    sha256: str
+    similarity: float | None = Field(description="cosine to the prompt's vector; none for a pinned one without vector")
+    weight: float
+    pinned: bool
+    caption: str | None = None
+
+
+class OutputView(Contract):
+    """One generated image."""
+
+    id: UUID
+    job_id: UUID
+    index: int
+    seed: int
+    width: int
+    height: int
+    format: str
+    size_bytes: int
+    sha256: str
+    created_at: datetime
+    content_url: str
+    thumbnail_url: str
+    references: list[UsedReference]
+    provenance: dict[str, Any] = Field(description="everything that decided the pixels")
+
+
+class JobView(Contract):
+    """A job as its owner sees it."""
+
+    id: UUID
+    kind: JobKind
+    state: JobState
+    lane: Lane
+    model: str
+    prompt: str
+    attempt: int = Field(description="tries so far")
+    progress: Progress | None = None
+    queue_position: int | None = Field(None, description="jobs of the same model ahead of it, while queued")
+    parameters: dict[str, Any] = Field(description="the request with every default resolved")
+    resolution: dict[str, Any] | None = Field(None, description="mode and references chosen, and why")
+    error: JobError | None = None
+    outputs: list[OutputView] = Field(default_factory=list)
+    metadata: Metadata = Field(default_factory=dict)
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    timings: dict[str, float] = Field(default_factory=dict, description="seconds per stage of the last attempt")
+    url: str
+    events_url: str
+
+
+class JobQuery(PageQuery):
+    state: JobState | None = None
+    kind: JobKind | None = None
+    created_after: AwareDatetime | None = None
+    created_before: AwareDatetime | None = None
+
+
+class EventType(StrEnum):
+    QUEUED = "queued"
+    STARTED = "started"
+    RESOLVED = "resolved"
+    REQUEUED = "requeued"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+    EXPIRED = "expired"
+    DEAD = "dead"
+
+
+class EventView(Contract):
+    seq: int = Field(ge=1)
+    type: EventType
+    at: datetime
+    data: dict[str, Any]

@@ -1,0 +1,101 @@
+"""Asking the corpus what it remembers."""
+
+from datetime import datetime
+from typing import Annotated, Self
+from uuid import UUID
+
+from pydantic import AwareDatetime, Field, model_validator
+
+from shared.contracts.common import Contract, Name, Prompt, Tag, Text
+
+
+class ImageFilter(Contract):
+    """Which images count; every condition must hold."""
+
+    collection: Name = Field("shared", description="name of a collection of the caller, or `shared`")
+    tags: Annotated[list[Tag], Field(max_length=16)] = Field(default_factory=list, description="all of them")
+    source: Annotated[Text, Field(max_length=200)] | None = None
+    licence: Annotated[Text, Field(max_length=100)] | None = None
+    attributes: Annotated[
+        dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=200)]], Field(max_length=16)
+    ] = Field(default_factory=dict, description="all of these name and value pairs")
+    created_after: AwareDatetime | None = None
+    created_before: AwareDatetime | None = None
+
+
+class SearchRequest(Contract):
+    """Find images by text, by an image, or by both (the normalised sum of the two vectors)."""
+
+    query: Prompt | None = Field(None, description="what to look for, in words", examples=["a cat playing"])
+    image_id: UUID | None = Field(None, description="an image of the corpus to look like")
+    image: str | None = Field(None, description="a PNG, JPEG or WebP file in base64 to look like", repr=False)
+    k: int = Field(10, ge=1, le=100, description="how many images at most")
+    threshold: float | None = Field(None, ge=-1, le=1, description="cosine similarity that a result must reach")
+    filter: ImageFilter = ImageFilter()
+    diversity: float = Field(
+        0,
+        ge=0,
+        le=1,
+        description="0 ranks by similarity alone; above, maximal marginal relevance",
+    )
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> Self:
+        if self.query is None and self.image_id is None and self.image is None:
+            raise ValueError("one of query, image_id and image is needed")
+        if self.image_id is not None and self.image is not None:
+            raise ValueError("image_id and image exclude each other")
+        return self
+
+
+class Neighbour(Contract):
+    """One image found."""
+
+    image_id: UUID
+    similarity: float = Field(description="cosine similarity to the query, in [-1, 1]")
+    caption: str | None
+    tags: list[str]
+    source: str | None
+    licence: str | None
+    width: int
+    height: int
+    sha256: str
+    created_at: datetime
+    content_url: str
+    thumbnail_url: str
+
+
+class SearchResponse(Contract):
+    results: list[Neighbour] = Field(description="most similar first")
+    requested: int = Field(description="`k` as asked")
+    shortfall: int = Field(description="how many fewer than asked were found above the threshold")
+    embedding_space: str
+    exact: bool = Field(description="every matching image was compared, no index approximated")
+
+
+class RagSearchQuery(Contract):
+    """What would `POST /rag/generate` use for this prompt?"""
+
+    prompt: Prompt
+    k: int | None = Field(None, ge=1, le=16)
+    min_similarity: float | None = Field(None, ge=-1, le=1)
+    collection: Name = "shared"
+    tags: list[Tag] = Field(default_factory=list, max_length=16)
+    model: Name | None = None
+
+
+class PlannedReference(Neighbour):
+    used: bool = Field(description="passed the relevance gate")
+    reason: str = Field(description="why it would or would not be used")
+    weight: float = Field(ge=0, le=1, description="its share of the image conditioning; the used ones sum to 1")
+
+
+class RagSearchResponse(Contract):
+    """The plan: pass the used ids as `reference_ids` to pin exactly these."""
+
+    prompt: str
+    references: list[PlannedReference]
+    min_similarity: float
+    mode: str = Field(description="what `auto` resolves to")
+    mode_reason: str
+    embedding_space: str

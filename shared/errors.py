@@ -1,0 +1,291 @@
+"""Every failure that the product names: one tree, each leaf with a stable `code` and the HTTP status it maps to.
+
+Clients match on `code`; the class docstring is the default sentence; `context` holds only what a caller may see.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class BaseAppException(Exception):  # noqa: N818 - the public name of the tree's root
+    """Something went wrong inside the service."""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, message: str | None = None, **context: Any) -> None:
+        self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]
+        self.context = context
+        super().__init__(self.message)
+
+    def body(self) -> dict[str, Any]:
+        """The structured form stored on a failed job and sent to clients."""
+        return {"code": self.code, "detail": self.message, **({"context": self.context} if self.context else {})}
+
+
+class ConfigurationError(BaseAppException):
+    """The configuration is wrong."""
+
+    code = "configuration_error"
+
+
+# --- database -----------------------------------------------------------------------------------------------------
+
+
+class DatabaseError(BaseAppException):
+    """The database failed."""
+
+    code = "database_error"
+
+
+class DatabaseConnectionError(DatabaseError):
+    """The database cannot be reached."""
+
+    code = "database_unavailable"
+    status = 503
+    retry_after_s = 5
+
+
+class DatabaseQueryError(DatabaseError):
+    """A database statement failed."""
+
+    code = "database_query_failed"
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+class ModelError(BaseAppException):
+    """A model failed."""
+
+    code = "model_error"
+
+
+class ModelNotFoundError(ModelError):
+    """No model of that name is configured."""
+
+    code = "model_not_found"
+    status = 422
+
+
+class ModelLoadError(ModelError):
+    """A model could not be loaded."""
+
+    code = "model_load_failed"
+
+
+class ModelOutOfMemoryError(ModelError):
+    """The accelerator's memory does not hold even this one image."""
+
+    code = "out_of_memory"
+
+
+class EmbeddingError(BaseAppException):
+    """No embedding could be computed."""
+
+    code = "embedding_failed"
+
+
+class EmbeddingUnavailableError(EmbeddingError):
+    """No worker embedded the query in time."""
+
+    code = "embedding_unavailable"
+    status = 503
+    retry_after_s = 2
+
+
+class ImageGenerationError(BaseAppException):
+    """The image could not be generated."""
+
+    code = "generation_failed"
+
+
+class UnsupportedModeError(ImageGenerationError):
+    """This model cannot condition on references in the mode asked for."""
+
+    code = "mode_not_supported"
+    status = 422
+
+
+class UnsupportedSizeError(ImageGenerationError):
+    """This model cannot draw that exact size."""
+
+    code = "size_not_supported"
+    status = 422
+
+
+class UnsupportedParameterError(ImageGenerationError):
+    """This model does not know that scheduler, LoRA or parameter."""
+
+    code = "parameter_not_supported"
+    status = 422
+
+
+class ReferenceUnavailableError(ImageGenerationError):
+    """A pinned reference is gone or not yet searchable."""
+
+    code = "reference_unavailable"
+    status = 422
+
+
+class ReferenceDeletedError(ReferenceUnavailableError):
+    """A pinned reference was deleted before the job ran."""
+
+    code = "reference_deleted"
+
+
+class InvalidOutputError(ImageGenerationError):
+    """The model returned something that is not an image."""
+
+    code = "invalid_output"
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+
+class JobError(BaseAppException):
+    """The job cannot do that."""
+
+    code = "job_error"
+    status = 409
+
+
+class JobStateError(JobError):
+    """The job's state does not allow this."""
+
+    code = "job_state_conflict"
+
+
+class JobTimeoutError(JobError):
+    """The job ran longer than its `timeout_s`."""
+
+    code = "job_timeout"
+    status = 500
+
+
+class JobCrashedError(JobError):
+    """The job's model work ended its process again and again."""
+
+    code = "job_crashed"
+    status = 500
+
+
+class QueueFullError(JobError):
+    """The service has more queued work than it accepts."""
+
+    code = "queue_full"
+    status = 503
+    retry_after_s = 30
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
+class ValidationError(BaseAppException):
+    """The request is not valid."""
+
+    code = "validation_failed"
+    status = 422
+
+    def __init__(
+        self, message: str | None = None, *, errors: list[Mapping[str, Any]] | None = None, **context: Any
+    ) -> None:
+        super().__init__(message, **context)
+        self.errors = errors or []
+
+
+class MalformedBodyError(ValidationError):
+    """The body is not valid JSON."""
+
+    code = "malformed_body"
+    status = 400
+
+
+class InvalidCursorError(ValidationError):
+    """The page cursor is not one that this service gave out."""
+
+    code = "invalid_cursor"
+    status = 400
+
+
+class InvalidImageError(ValidationError):
+    """The file is not an image that this service accepts."""
+
+    code = "invalid_image"
+
+
+class ImageTooLargeError(InvalidImageError):
+    """The image has more bytes or pixels than this service accepts."""
+
+    code = "image_too_large"
+    status = 413
+
+
+class AnimatedImageError(InvalidImageError):
+    """Animated images are not accepted."""
+
+    code = "animated_image"
+
+
+class UnsupportedImageTypeError(InvalidImageError):
+    """Only PNG, JPEG and WebP images are accepted."""
+
+    code = "unsupported_image_type"
+    status = 415
+
+
+class ResourceNotFoundError(BaseAppException):
+    """There is nothing under that id."""
+
+    code = "not_found"
+    status = 404
+
+
+class RateLimitError(BaseAppException):
+    """Too many requests."""
+
+    code = "rate_limited"
+    status = 429
+    retry_after_s = 1
+
+
+class AuthenticationError(BaseAppException):
+    """A valid API key is needed."""
+
+    code = "authentication_required"
+    status = 401
+
+
+class AuthorizationError(BaseAppException):
+    """This API key does not allow that."""
+
+    code = "forbidden"
+    status = 403
+
+
+# --- the world outside --------------------------------------------------------------------------------------------
+
+
+class ExternalServiceError(BaseAppException):
+    """A service that this one depends on failed."""
+
+    code = "external_service_failed"
+    status = 503
+    retry_after_s = 5
+
+
+class StorageError(ExternalServiceError):
+    """The blob store failed."""
+
+    code = "storage_unavailable"
+
+
+class BrokerUnavailableError(ExternalServiceError):
+    """The message broker cannot be reached."""
+
+    code = "broker_unavailable"
+
+
+TRANSIENT = (DatabaseConnectionError, StorageError, BrokerUnavailableError, EmbeddingUnavailableError)
+"""Faults that pass: a job that meets one goes back to the queue instead of failing."""

@@ -1,0 +1,336 @@
+"""Every setting of the product, typed, bounded and documented in one place.
+
+Values come, strongest first, from keyword arguments, the environment (`AFTERIMAGE_DATABASE__URL=...`),
+`.env.<environment>`, `.env`, the TOML file named by `AFTERIMAGE_CONFIG_FILE` (default `afterimage.toml`), and the
+defaults here, which run offline on a laptop.
+"""
+
+import os
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from shared.errors import ConfigurationError
+
+STARTER = Path(__file__).resolve().parent.parent / "starter"
+
+
+class Environment(StrEnum):
+    LOCAL = "local"
+    TEST = "test"
+    STAGING = "staging"
+    PRODUCTION = "production"
+
+
+class Section(BaseModel):
+    """A group of settings; an unknown name in it is a mistake, not a comment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _psycopg2_url(url: SecretStr) -> SecretStr:
+    if not url.get_secret_value().startswith("postgresql+psycopg2://"):
+        raise ValueError("must start with postgresql+psycopg2://")
+    return url
+
+
+def _redis_url(url: SecretStr) -> SecretStr:
+    if not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must start with redis://, rediss:// or unix://")
+    return url
+
+
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_psycopg2_url)]
+RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
+
+
+class DatabaseSettings(Section):
+    url: DatabaseUrl = SecretStr("postgresql+psycopg2://postgres@127.0.0.1:5432/afterimage")
+    pool_size: int = Field(8, ge=1, le=100, description="connections kept per process")
+    max_overflow: int = Field(8, ge=0, le=100, description="connections above `pool_size`, closed when idle")
+    pool_timeout_s: float = Field(2, gt=0, le=60, description="longest wait for a free connection")
+    pool_recycle_s: int = Field(1800, ge=1, description="a connection older than this is replaced at checkout")
+    connect_timeout_s: int = Field(2, ge=1, le=60)
+    statement_timeout_s: float = Field(10, gt=0, le=3600, description="longest single statement")
+
+
+class QueueSettings(Section):
+    url: RedisUrl = Field(SecretStr("redis://127.0.0.1:6379/0"), description="the Celery broker")
+    socket_timeout_s: float = Field(0.5, gt=0, le=5, description="longest wait of a publisher for the broker")
+    visibility_timeout_s: int = Field(
+        60, ge=5, description="an unacknowledged message is delivered again after this; fencing makes that harmless"
+    )
+    window: int = Field(64, ge=1, le=10_000, description="jobs published per queue at a time; the rest wait in SQL")
+    max_queued: int = Field(200_000, ge=1, description="queued jobs in all; beyond it a submit gets 503")
+
+
+class JobSettings(Section):
+    lease_s: float = Field(30, ge=2, le=600, description="a worker silent for this long loses its job")
+    heartbeat_s: float = Field(10, gt=0, le=200, description="how often a worker renews its leases")
+    reconcile_s: float = Field(5, gt=0, le=60, description="how often the reconciler compares jobs and broker")
+    max_crashes: int = Field(3, ge=1, le=10, description="crashes during model work before a job is `dead`")
+    max_transient_retries: int = Field(3, ge=0, le=20, description="returns to the queue after a passing fault")
+    transient_retry_delay_s: float = Field(5, gt=0, le=3600, description="first wait; it doubles each time")
+    timeout_s: float = Field(600, gt=0, le=86_400, description="longest run of one attempt, unless the job says less")
+    shutdown_grace_s: float = Field(20, ge=0, le=600, description="time to finish or hand back on SIGTERM")
+
+    @model_validator(mode="after")
+    def _a_lease_outlives_two_heartbeats(self) -> Self:
+        if self.heartbeat_s * 2 > self.lease_s:
+            raise ValueError("heartbeat_s must be at most half of lease_s")
+        return self
+
+
+class StorageSettings(Section):
+    url: str = Field("file://var/blobs", description="file://folder, s3://bucket/prefix, gs://... or az://...")
+    options: dict[str, SecretStr] = Field(
+        default_factory=dict, description="object store options such as access_key_id, endpoint, region"
+    )
+    timeout_s: float = Field(30, gt=0, le=600, description="longest single request to the store")
+
+
+class CacheSettings(Section):
+    url: RedisUrl = Field(SecretStr("redis://127.0.0.1:6379/1"), description="may lose its data at any time")
+    socket_timeout_s: float = Field(0.5, gt=0, le=5)
+    memory_max_items: int = Field(2048, ge=1, description="size of the in-process fall-back")
+    default_ttl_s: int = Field(3600, ge=1)
+    embedding_ttl_s: int = Field(86_400, ge=1, description="how long the vector of a text is remembered")
+
+
+class ClipSettings(Section):
+    model: str = Field(
+        f"local-dir:{STARTER / 'models' / 'clip'}",
+        description="what open_clip loads: `local-dir:<folder>`, `hf-hub:<id>`, or a name such as ViT-B-32",
+    )
+    pretrained: str | None = Field(None, description="open_clip weights tag or file, for a plain model name")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_batch_size: int = Field(32, ge=1, le=1024)
+
+
+class IPAdapterSettings(Section):
+    source: str = Field(description="folder or hub id")
+    revision: str | None = None
+    subfolder: str = "ip_adapter"
+    weight_name: str = "ip_adapter.safetensors"
+    image_encoder_folder: str | None = Field(
+        None, description="the adapter's own image encoder; none when the retrieval CLIP is that encoder"
+    )
+    conditions_on: Literal["embedding_space", "image"] = Field(
+        "image",
+        description="`embedding_space`: the retrieval CLIP is the adapter's encoder, so stored vectors condition "
+        "directly; `image`: the stored images are encoded again by the adapter's encoder",
+    )
+
+
+class LoraSettings(Section):
+    source: str
+    revision: str | None = None
+    weight_name: str | None = None
+
+
+class GeneratorDefaults(Section):
+    """What a request that says nothing gets."""
+
+    width: int = Field(512, ge=16, le=4096)
+    height: int = Field(512, ge=16, le=4096)
+    num_inference_steps: int = Field(30, ge=1, le=200)
+    guidance_scale: float = Field(7.5, ge=0, le=30)
+    scheduler: str | None = Field(None, description="a name of the scheduler allowlist; none keeps the model's own")
+    ip_adapter_scale: float = Field(0.5, ge=0, le=2)
+    strength: float = Field(0.6, gt=0, le=1)
+
+
+class GeneratorSettings(Section):
+    kind: Literal["diffusers", "cheap"] = Field(
+        "diffusers", description="`cheap` draws tiny images in milliseconds; only the test environment accepts it"
+    )
+    source: str = Field("", description="folder or hub id of a diffusers pipeline")
+    revision: str | None = Field(None, description="commit of the hub repository; required for a hub id")
+    variant: str | None = None
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: bf16 on CUDA")
+    ip_adapter: IPAdapterSettings | None = None
+    loras: dict[str, LoraSettings] = Field(default_factory=dict)
+    defaults: GeneratorDefaults = GeneratorDefaults()
+    max_batch_size: int = Field(4, ge=1, le=64, description="images per call of the model")
+    max_references: int = Field(4, ge=1, le=16, description="references per image; fewer are padded to this number")
+    cost_ms: float = Field(5, ge=0, le=10_000, description="cheap generator only: time of one batch")
+
+    @model_validator(mode="after")
+    def _a_pipeline_is_named_and_pinned(self) -> Self:
+        if self.kind == "cheap":
+            return self
+        if not self.source:
+            raise ValueError("source is required")
+        if not _is_folder(self.source) and self.revision is None:
+            raise ValueError(f"{self.source!r} is not a folder, so it is a hub id, and a hub id needs a revision")
+        return self
+
+
+def _is_folder(source: str) -> bool:
+    return Path(source).is_dir() or source.startswith((".", "/"))
+
+
+def _starter_generator() -> dict[str, GeneratorSettings]:
+    folder = str(STARTER / "models" / "generator")
+    return {
+        "starter": GeneratorSettings(
+            source=folder,
+            ip_adapter=IPAdapterSettings(source=folder, conditions_on="embedding_space"),
+            defaults=GeneratorDefaults(
+                width=64, height=64, num_inference_steps=20, guidance_scale=3.0, ip_adapter_scale=1.0
+            ),
+            max_batch_size=8,
+        )
+    }
+
+
+class ModelSettings(Section):
+    clip: ClipSettings = ClipSettings()
+    generators: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")], GeneratorSettings] = Field(
+        default_factory=_starter_generator, min_length=1
+    )
+    default_generator: str = Field("starter", description="what a request that names no model gets")
+    threads: int = Field(0, ge=0, le=256, description="CPU threads of a model process; 0 leaves it to torch")
+    offline: bool = Field(True, description="never ask a model hub; set to false to let it download")
+
+    @model_validator(mode="after")
+    def _the_default_exists(self) -> Self:
+        if self.default_generator not in self.generators:
+            raise ValueError(
+                f"default_generator {self.default_generator!r} is not one of generators: {sorted(self.generators)}"
+            )
+        return self
+
+
+class RetrievalSettings(Section):
+    default_k: int = Field(4, ge=1, le=16, description="references looked for when the request does not say")
+    min_similarity: float = Field(0.2, ge=-1, le=1, description="cosine below which a reference is not used")
+    duplicate_similarity: float = Field(0.97, ge=0, le=1, description="cosine above which two results are one")
+    weight_temperature: float = Field(0.1, gt=0, le=10, description="softmax temperature from similarity to weight")
+    ef_search: int = Field(100, ge=10, le=1000)
+    exact_below: int = Field(10_000, ge=0, description="scan exactly when the filter leaves fewer rows than this")
+    text_timeout_s: float = Field(5, gt=0, le=60, description="longest wait of a search for its query's vector")
+
+
+class APISettings(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65_535)
+    workers: int = Field(1, ge=1, le=64, description="API processes")
+    threads: int = Field(32, ge=1, le=512, description="requests one process serves at a time")
+    max_body_bytes: int = Field(32 * 2**20, ge=1024)
+    max_upload_bytes: int = Field(16 * 2**20, ge=1024, description="one image of an upload")
+    max_upload_pixels: int = Field(40_000_000, ge=4096)
+    max_upload_files: int = Field(32, ge=1, le=1000)
+    decoder_processes: int = Field(1, ge=1, le=32, description="processes that decode uploads")
+    decode_timeout_s: float = Field(20, gt=0, le=600)
+    max_wait_s: float = Field(30, ge=0, le=120, description="longest `Prefer: wait` or long-poll")
+    max_stream_s: float = Field(600, ge=1, le=86_400, description="longest life of one event stream")
+    max_waiters: int = Field(16, ge=0, le=1000, description="long-polls and streams one process holds at a time")
+
+
+class WorkerSettings(Section):
+    concurrency: int = Field(16, ge=1, le=512, description="jobs one worker process walks through at a time")
+    generator: str | None = Field(None, description="which generator this process serves; none: the default one")
+
+
+class LoggingSettings(Section):
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["auto", "json", "console"] = Field("auto", description="auto: console locally, JSON elsewhere")
+
+
+class SecuritySettings(Section):
+    default_owner: str = Field("local", description="who acts when keys are off")
+    require_api_keys: bool = Field(False, description="may be off only locally, bound to loopback")
+    docs_enabled: bool = Field(True, description="serve Swagger UI")
+
+
+class Settings(BaseSettings):
+    """The whole configuration of one process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="AFTERIMAGE_",
+        env_nested_delimiter="__",
+        extra="ignore",
+        frozen=True,
+        nested_model_default_partial_update=True,
+    )
+
+    environment: Environment = Environment.LOCAL
+    database: DatabaseSettings = DatabaseSettings()
+    queue: QueueSettings = QueueSettings()
+    jobs: JobSettings = JobSettings()
+    storage: StorageSettings = StorageSettings()
+    cache: CacheSettings = CacheSettings()
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    retrieval: RetrievalSettings = RetrievalSettings()
+    api: APISettings = APISettings()
+    worker: WorkerSettings = WorkerSettings()
+    logging: LoggingSettings = LoggingSettings()
+    security: SecuritySettings = SecuritySettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = TomlConfigSettingsSource(settings_cls, os.environ.get("AFTERIMAGE_CONFIG_FILE", "afterimage.toml"))
+        return init_settings, env_settings, dotenv_settings, file_secret_settings, toml
+
+    @model_validator(mode="after")
+    def _the_combination_is_safe(self) -> Self:
+        mistakes = []
+        if self.environment is not Environment.TEST:
+            cheap = sorted(name for name, model in self.model.generators.items() if model.kind == "cheap")
+            if cheap:
+                mistakes.append(f"model.generators {cheap}: the cheap generator is for the test environment only")
+        keyless_allowed = self.environment in (Environment.LOCAL, Environment.TEST)
+        if not self.security.require_api_keys and not (
+            keyless_allowed and self.api.host in ("127.0.0.1", "::1", "localhost")
+        ):
+            mistakes.append("security.require_api_keys: may be false only locally, with api.host on loopback")
+        if self.worker.generator is not None and self.worker.generator not in self.model.generators:
+            mistakes.append(f"worker.generator: {self.worker.generator!r} is not one of model.generators")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Read the settings afresh.
+
+    Raises:
+        ConfigurationError: one readable line per mistake, without the values of secrets.
+    """
+    environment = os.environ.get("AFTERIMAGE_ENVIRONMENT", Environment.LOCAL)
+    try:
+        return Settings(_env_file=(".env", f".env.{environment}"), **overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConfigurationError("\n".join(_mistakes(error))) from None
+
+
+def _mistakes(error: ValidationError) -> list[str]:
+    return [
+        f"{'.'.join(str(part) for part in mistake['loc']) or 'settings'}: {mistake['msg']}"
+        for mistake in error.errors(include_url=False, include_input=False)
+    ]
+
+
+@cache
+def get_settings() -> Settings:
+    """The settings of this process, read once."""
+    return load_settings()
