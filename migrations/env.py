@@ -1,0 +1,43 @@
+"""How alembic reaches the database: the product's own settings, one migration at a time, never two runs at once."""
+
+from typing import Any
+
+from alembic import context
+from sqlalchemy import NullPool, create_engine, text
+
+from shared.db.models import Base
+from shared.db.session import database_url
+from shared.settings import get_settings
+
+LOCK = 7_046_029_254_386_353_131
+"""Advisory lock that two concurrent upgrades fight for; an arbitrary constant."""
+
+
+def include_object(_object: Any, name: str | None, type_: str, _reflected: bool, _compare_to: Any) -> bool:
+    """Vector tables belong to embedding spaces and are made at run time: autogenerate must not drop them."""
+    return not (type_ == "table" and name is not None and name.startswith("vectors_"))
+
+
+def run() -> None:
+    url = context.get_x_argument(as_dictionary=True).get("url") or database_url(get_settings().database)
+    engine = create_engine(url, poolclass=NullPool, connect_args={"options": "-c lock_timeout=5000"})
+    with engine.connect() as connection:
+        connection.execute(text("select pg_advisory_lock(:lock)"), {"lock": LOCK})
+        connection.commit()
+        context.configure(
+            connection=connection,
+            target_metadata=Base.metadata,
+            include_object=include_object,
+            transaction_per_migration=True,
+            compare_server_default=True,
+        )
+        with context.begin_transaction():
+            context.run_migrations()
+        connection.execute(text("select pg_advisory_unlock(:lock)"), {"lock": LOCK})
+        connection.commit()
+    engine.dispose()
+
+
+if context.is_offline_mode():
+    raise SystemExit("offline migrations are not supported: connect to a database")
+run()
