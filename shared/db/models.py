@@ -154,9 +154,7 @@ class Job(Base):
             "state in ('queued', 'processing', 'succeeded', 'failed', 'canceled', 'expired', 'dead')", name="state"
         ),
         CheckConstraint("(state = 'processing') = (lease_until is not null)", name="lease"),
-        CheckConstraint(
-            "(state in ('queued', 'processing')) = (finished_at is null)", name="finished"
-        ),
+        CheckConstraint("(state in ('queued', 'processing')) = (finished_at is null)", name="finished"),
         Index(None, "owner_id", text("created_at desc"), text("id desc")),
         Index(
             "ix_jobs_waiting",
@@ -186,7 +184,6 @@ class Job(Base):
     worker: Mapped[str | None]
     model_started: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     lease_until: Mapped[datetime | None]
-    cancel_requested: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     run_after: Mapped[datetime | None]
     published_at: Mapped[datetime | None]
 

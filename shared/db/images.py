@@ -1,0 +1,268 @@
+"""Corpus queries: adding, listing, embedding and finding images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import ColumnElement, Select, delete, func, literal, or_, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.orm import Session
+
+from shared.contracts.images import ImageState
+from shared.contracts.search import ImageFilter
+from shared.db.models import Collection, Image
+from shared.db.spaces import Space
+from shared.errors import ResourceNotFoundError
+
+Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image near a query. `vector` is the stored one, shape (dim,), float32, L2-normalised."""
+
+    image: Image
+    similarity: float
+    vector: Vector
+    norm: float
+
+
+@dataclass(frozen=True)
+class Nearest:
+    found: list[Found]
+    exact: bool
+
+
+# --- the corpus ---------------------------------------------------------------------------------------------------
+
+
+def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, bool]:
+    """Add an image in state `pending`, or find the one of the same content; True when it is new."""
+    statement = (
+        upsert(Image)
+        .values(id=uuid4(), collection_id=collection_id, state=ImageState.PENDING, **columns)
+        .on_conflict_do_nothing(index_elements=["collection_id", "sha256"])
+        .returning(Image)
+    )
+    image = session.scalar(statement)
+    if image is not None:
+        return image, True
+    existing = select(Image).where(Image.collection_id == collection_id, Image.sha256 == columns["sha256"])
+    return session.scalars(existing).one(), False
+
+
+def get(session: Session, image_id: UUID, *, owner_id: UUID) -> tuple[Image, Collection]:
+    """The image and its collection, if `owner_id` may see it.
+
+    Raises:
+        ResourceNotFoundError: there is none, or it belongs to somebody else.
+    """
+    statement = (
+        select(Image, Collection)
+        .join(Collection, Collection.id == Image.collection_id)
+        .where(Image.id == image_id, visible_to(owner_id))
+    )
+    row = session.execute(statement).one_or_none()
+    if row is None:
+        raise ResourceNotFoundError("There is no such image.", image_id=str(image_id))
+    return row[0], row[1]
+
+
+def get_collection(session: Session, name: str, *, owner_id: UUID) -> Collection:
+    """A collection by its name: the owner's own first, else the shared one.
+
+    Raises:
+        ResourceNotFoundError
+    """
+    statement = (
+        select(Collection)
+        .where(Collection.name == name, visible_to(owner_id))
+        .order_by((Collection.owner_id == owner_id).desc())
+        .limit(1)
+    )
+    collection = session.scalar(statement)
+    if collection is None:
+        raise ResourceNotFoundError("There is no such collection.", collection=name)
+    return collection
+
+
+def visible_to(owner_id: UUID) -> ColumnElement[bool]:
+    return or_(Collection.owner_id == owner_id, Collection.shared)
+
+
+def remove(session: Session, image: Image) -> None:
+    """Take an image out of searches and future references at once; its bytes are the sweeper's."""
+    session.execute(delete(Image).where(Image.id == image.id))
+    touch(session, image.collection_id)
+
+
+def touch(session: Session, collection_id: UUID) -> None:
+    """Raise the collection's version: every cached search of it is stale from this commit on."""
+    session.execute(update(Collection).where(Collection.id == collection_id).values(version=Collection.version + 1))
+
+
+# --- embedding ----------------------------------------------------------------------------------------------------
+
+
+def claim_pending(session: Session, *, limit: int, lease_s: float) -> list[Image]:
+    """Take up to `limit` images that wait for a vector, oldest first, for `lease_s` seconds."""
+    waiting = (
+        select(Image.id)
+        .where(Image.state == ImageState.PENDING, or_(Image.lease_until.is_(None), Image.lease_until < func.now()))
+        .order_by(Image.created_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .subquery()
+    )
+    statement = (
+        update(Image)
+        .where(Image.id.in_(select(waiting.c.id)))
+        .values(lease_until=func.clock_timestamp() + timedelta(seconds=lease_s))
+        .returning(Image)
+    )
+    return list(session.scalars(statement))
+
+
+def any_pending(session: Session) -> bool:
+    """Is there an image that waits for a vector and that no worker holds?"""
+    statement = select(Image.id).where(
+        Image.state == ImageState.PENDING, or_(Image.lease_until.is_(None), Image.lease_until < func.now())
+    )
+    return session.scalar(statement.limit(1)) is not None
+
+
+def embedded(session: Session, space: Space, image_ids: Sequence[UUID], vectors: Vector, norms: Vector) -> None:
+    """Store vectors and make their images searchable; images deleted meanwhile are left out.
+
+    vectors: shape (n, space.dim), float32, L2-normalised. norms: shape (n,), lengths before normalisation.
+    """
+    # Locked, so that a concurrent delete comes wholly before (no row, no vector) or wholly after (both go).
+    alive = session.execute(
+        select(Image.id, Image.collection_id).where(Image.id.in_(image_ids)).order_by(Image.id).with_for_update()
+    ).all()
+    collections = {row.id: row.collection_id for row in alive}
+    rows = [
+        {"image_id": image_id, "embedding": vector.tolist(), "norm": float(norm)}
+        for image_id, vector, norm in zip(image_ids, vectors, norms, strict=True)
+        if image_id in collections
+    ]
+    if not rows:
+        return
+    insert = upsert(space.table)
+    session.execute(
+        insert.on_conflict_do_update(
+            index_elements=["image_id"],
+            set_={"embedding": insert.excluded.embedding, "norm": insert.excluded.norm},
+        ),
+        rows,
+    )
+    session.execute(
+        update(Image)
+        .where(Image.id.in_(collections))
+        .values(state=ImageState.READY, lease_until=None, error_code=None)
+        .execution_options(synchronize_session=False)
+    )
+    for collection_id in sorted(set(collections.values())):
+        touch(session, collection_id)
+
+
+def embedding_failed(session: Session, image_id: UUID, *, code: str) -> None:
+    session.execute(
+        update(Image).where(Image.id == image_id).values(state=ImageState.FAILED, error_code=code, lease_until=None)
+    )
+
+
+# --- finding ------------------------------------------------------------------------------------------------------
+
+
+def vector_of(session: Session, space: Space, image_id: UUID) -> tuple[Vector, float] | None:
+    """The stored vector (L2-normalised, shape (dim,)) and its norm; None when the image has none in this space."""
+    table = space.table
+    row = session.execute(select(table.c.embedding, table.c.norm).where(table.c.image_id == image_id)).one_or_none()
+    return (_as_vector(row.embedding), row.norm) if row is not None else None
+
+
+def pinned(session: Session, space: Space, image_ids: Sequence[UUID], query: Vector | None) -> dict[UUID, Found]:
+    """Searchable images by id, with their similarity to `query` (NaN without one); missing ids are left out."""
+    table = space.table
+    statement = (
+        select(Image, table.c.embedding, table.c.norm)
+        .join(table, table.c.image_id == Image.id)
+        .where(Image.id.in_(image_ids), Image.state == ImageState.READY)
+    )
+    found = {}
+    for image, embedding, norm in session.execute(statement):
+        vector = _as_vector(embedding)
+        similarity = float(vector @ query) if query is not None else float("nan")
+        found[image.id] = Found(image=image, similarity=similarity, vector=vector, norm=norm)
+    return found
+
+
+def nearest(
+    session: Session,
+    space: Space,
+    vector: Vector,
+    *,
+    k: int,
+    collection_id: UUID,
+    where: ImageFilter,
+    ef_search: int,
+    exact_below: int,
+) -> Nearest:
+    """The `k` searchable images nearest to `vector`, most similar first.
+
+    vector: shape (space.dim,), float32, L2-normalised. Similarity is cosine, in [-1, 1]. Rows are compared one by
+    one when the filter leaves fewer than `exact_below`; otherwise the HNSW index is scanned, iteratively, so that a
+    filter does not leave the result short. Fewer than `k` come back when the filter leaves fewer, or when the
+    iterative scan gives up (hnsw.max_scan_tuples).
+    """
+    table = space.table
+    conditions = _conditions(collection_id, where)
+    few = select(Image.id).where(*conditions).limit(exact_below).subquery()
+    exact = (session.scalar(select(func.count()).select_from(few)) or 0) < exact_below
+
+    distance = table.c.embedding.cosine_distance(vector.tolist())
+    # `+ 0` hides the order from the planner's index match, which forces the exact comparison.
+    order = distance + literal(0) if exact else distance
+    statement: Select[Any] = (
+        select(Image, distance.label("distance"), table.c.embedding, table.c.norm)
+        .join(table, table.c.image_id == Image.id)
+        .where(*conditions)
+        .order_by(order)
+        .limit(k)
+    )
+    if not exact:
+        # set_config(..., true) lasts for this transaction only, so no other user of the connection inherits it.
+        settings = {"hnsw.ef_search": str(max(ef_search, min(k, 1000))), "hnsw.iterative_scan": "strict_order"}
+        for name, value in settings.items():
+            session.execute(select(func.set_config(name, value, True)))
+    found = [
+        Found(image=image, similarity=1 - float(distance), vector=_as_vector(embedding), norm=norm)
+        for image, distance, embedding, norm in session.execute(statement)
+    ]
+    return Nearest(found=found, exact=exact)
+
+
+def _conditions(collection_id: UUID, where: ImageFilter) -> list[ColumnElement[bool]]:
+    conditions = [Image.collection_id == collection_id, Image.state == ImageState.READY]
+    if where.tags:
+        conditions.append(Image.tags.contains(where.tags))
+    if where.source is not None:
+        conditions.append(Image.source == where.source)
+    if where.licence is not None:
+        conditions.append(Image.licence == where.licence)
+    if where.attributes:
+        conditions.append(Image.attributes.contains(where.attributes))
+    if where.created_after is not None:
+        conditions.append(Image.created_at >= where.created_after)
+    if where.created_before is not None:
+        conditions.append(Image.created_at < where.created_before)
+    return conditions
+
+
+def _as_vector(embedding: Any) -> Vector:
+    return np.asarray(embedding, dtype=np.float32)

@@ -1,0 +1,382 @@
+"""Every change of a job's state, each one statement that says what it expects to find.
+
+A worker's writes name its attempt, so that of two attempts at one job only the one that owns it can publish a result:
+a write that returns False found the job canceled, finished or taken over, and its caller discards what it has.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from shared.contracts.generation import GenerationParameters
+from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
+from shared.db import paging
+from shared.db.models import Generation, GenerationReference, Job, JobEvent
+from shared.errors import BaseAppException, JobCrashedError, JobStateError, ResourceNotFoundError
+
+FINAL = [state for state in JobState if state.is_final]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to write to a job: holds as long as no other attempt takes it over."""
+
+    job_id: UUID
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """One stored image of a finished attempt, about to be published with its job."""
+
+    generation: Generation
+    references: Sequence[GenerationReference]
+
+
+# --- submit -------------------------------------------------------------------------------------------------------
+
+
+def insert(
+    session: Session,
+    *,
+    owner_id: UUID,
+    kind: JobKind,
+    lane: Lane,
+    parameters: GenerationParameters,
+    metadata: dict[str, str],
+) -> Job:
+    """A new `queued` job and the first event of its story."""
+    job = Job(
+        id=uuid4(),
+        owner_id=owner_id,
+        kind=kind,
+        state=JobState.QUEUED,
+        lane=lane.rank,
+        model=parameters.model,
+        parameters=parameters.model_dump(mode="json"),
+        job_metadata=metadata,
+        last_seq=1,
+    )
+    session.add(job)
+    session.flush()  # the event's foreign key needs the row
+    session.add(JobEvent(job_id=job.id, seq=1, type=EventType.QUEUED, data={}))
+    session.flush()
+    return job
+
+
+def feed(session: Session, model: str, *, window: int) -> list[UUID]:
+    """Mark as published the next jobs of `model`, best lane and oldest first, until `window` are out; their ids.
+
+    The caller commits, then publishes them. A crash in between is repaired by the reconciler, which finds them
+    absent from the broker.
+    """
+    # One feeder per model at a time: two would each see the same room and fill it twice.
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"feed:{model}", 0))))
+    out = session.scalar(
+        select(func.count()).where(Job.model == model, Job.state == JobState.QUEUED, Job.published_at.is_not(None))
+    )
+    room = window - (out or 0)
+    if room <= 0:
+        return []
+    chosen = (
+        select(Job.id)
+        .where(
+            Job.model == model,
+            Job.state == JobState.QUEUED,
+            Job.published_at.is_(None),
+            or_(Job.run_after.is_(None), Job.run_after <= func.now()),
+        )
+        .order_by(Job.lane, Job.created_at, Job.id)
+        .limit(room)
+        .with_for_update(skip_locked=True)
+        .subquery()
+    )
+    statement = (
+        update(Job)
+        .where(Job.id.in_(select(chosen.c.id)))
+        .values(published_at=func.now())
+        .returning(Job.id, Job.lane, Job.created_at)
+    )
+    rows = session.execute(statement).all()
+    return [row.id for row in sorted(rows, key=lambda row: (row.lane, row.created_at, row.id))]
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def get(session: Session, job_id: UUID, *, owner_id: UUID) -> Job:
+    """
+    Raises:
+        ResourceNotFoundError: there is none, or it belongs to somebody else.
+    """
+    job = session.scalar(select(Job).where(Job.id == job_id, Job.owner_id == owner_id))
+    if job is None:
+        raise ResourceNotFoundError("There is no such job.", job_id=str(job_id))
+    return job
+
+
+def page(session: Session, query: JobQuery, *, owner_id: UUID) -> tuple[list[Job], str | None]:
+    """An owner's jobs, newest first."""
+    statement = select(Job).where(Job.owner_id == owner_id)
+    if query.state is not None:
+        statement = statement.where(Job.state == query.state)
+    if query.kind is not None:
+        statement = statement.where(Job.kind == query.kind)
+    if query.created_after is not None:
+        statement = statement.where(Job.created_at >= query.created_after)
+    if query.created_before is not None:
+        statement = statement.where(Job.created_at < query.created_before)
+    return paging.page(session, statement, created_at=Job.created_at, id=Job.id, cursor=query.cursor, limit=query.limit)
+
+
+def events(session: Session, job_id: UUID, *, after: int, limit: int = 1000) -> list[JobEvent]:
+    """The job's events with `seq > after`, in order."""
+    statement = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > after)
+    return list(session.scalars(statement.order_by(JobEvent.seq).limit(limit)))
+
+
+# --- one attempt --------------------------------------------------------------------------------------------------
+
+
+def claim(session: Session, job_id: UUID, *, worker: str, lease_s: float) -> tuple[Claim, Job] | None:
+    """Take a queued job for `lease_s` seconds; None when it is owned, finished, unknown or not due yet."""
+    taken = _transition(
+        session,
+        Job.id == job_id,
+        Job.state == JobState.QUEUED,
+        or_(Job.run_after.is_(None), Job.run_after <= func.now()),
+        event=EventType.STARTED,
+        data={"worker": worker},
+        state=JobState.PROCESSING,
+        attempt=Job.attempt + 1,
+        worker=worker,
+        model_started=False,
+        lease_until=_from_now(lease_s),
+        started_at=func.coalesce(Job.started_at, func.now()),
+        error=None,
+        run_after=None,
+    )
+    if not taken:
+        return None
+    job = session.get_one(Job, job_id, populate_existing=True)
+    return Claim(job.id, job.attempt), job
+
+
+def renew(session: Session, claims: Iterable[Claim], *, lease_s: float) -> set[UUID]:
+    """Extend the leases of these attempts; the ids still owned."""
+    statement = update(Job).where(_owned(claims)).values(lease_until=_from_now(lease_s)).returning(Job.id)
+    return set(session.scalars(statement))
+
+
+def still_owned(session: Session, claims: Iterable[Claim]) -> set[UUID]:
+    """Which of these attempts may go on; the others were canceled or taken over."""
+    return set(session.scalars(select(Job.id).where(_owned(claims))))
+
+
+def resolved(session: Session, claim: Claim, resolution: dict[str, Any]) -> bool:
+    """Record what the attempt will do: the mode and the references, and why."""
+    return _transition(session, _owned([claim]), event=EventType.RESOLVED, data=resolution, resolution=resolution)
+
+
+def model_started(session: Session, claim: Claim) -> bool:
+    """From here on a lost lease counts as a crash: the model's work may be what ended the process."""
+    statement = update(Job).where(_owned([claim])).values(model_started=True).returning(Job.id)
+    return session.scalar(statement) is not None
+
+
+def finish(session: Session, claim: Claim, outputs: Sequence[Output], *, timings: dict[str, float]) -> bool:
+    """Publish the outputs and end the job `succeeded`, all or nothing."""
+    done = _end(
+        session,
+        _owned([claim]),
+        JobState.SUCCEEDED,
+        data={"outputs": [str(output.generation.id) for output in outputs]},
+        timings=timings,
+    )
+    if done:
+        session.add_all(output.generation for output in outputs)
+        session.flush()  # references need their generation's row
+        session.add_all(reference for output in outputs for reference in output.references)
+    return done
+
+
+def fail(session: Session, claim: Claim, error: BaseAppException) -> bool:
+    return _end(session, _owned([claim]), JobState.FAILED, data=error.body(), error=error.body())
+
+
+def retry_later(session: Session, claim: Claim, error: BaseAppException, *, delay_s: float, most: int) -> bool:
+    """After a passing fault: back to the queue with a doubled wait, or `failed` when that happened `most` times."""
+    job = session.scalar(select(Job).where(_owned([claim])).with_for_update())
+    if job is None:
+        return False
+    if job.transient_retries >= most:
+        return fail(session, claim, error)
+    wait_s = delay_s * 2**job.transient_retries
+    return _requeue(
+        session,
+        _owned([claim]),
+        data={"reason": error.code, "wait_s": wait_s},
+        transient_retries=Job.transient_retries + 1,
+        run_after=_from_now(wait_s),
+    )
+
+
+def hand_back(session: Session, claims: Iterable[Claim]) -> int:
+    """Return unfinished attempts to the queue at once, as on shutdown; how many were still owned."""
+    # Each one needs its own event number, so this is a statement per job; a worker holds few.
+    return sum(_requeue(session, _owned([claim]), data={"reason": "shutdown"}) for claim in claims)
+
+
+# --- what users and operators do ----------------------------------------------------------------------------------
+
+
+def cancel(session: Session, job_id: UUID, *, owner_id: UUID) -> bool:
+    """End a job that has not ended; False when it had. A running attempt finds out when it looks or writes next."""
+    return _end(
+        session,
+        and_(Job.id == job_id, Job.owner_id == owner_id, Job.state.not_in(FINAL)),
+        JobState.CANCELED,
+        data={},
+    )
+
+
+def delete(session: Session, job: Job) -> None:
+    """Remove an ended job with its outputs; the sweeper removes their bytes.
+
+    Raises:
+        JobStateError: the job has not ended.
+    """
+    if not JobState(job.state).is_final:
+        raise JobStateError("A job can be deleted once it has ended: cancel it first.", state=job.state)
+    session.delete(job)
+
+
+def queue_position(session: Session, job: Job) -> int:
+    """How many queued jobs of the same model go first; 0 for the next one."""
+    ahead = select(func.count()).where(
+        Job.model == job.model,
+        Job.state == JobState.QUEUED,
+        tuple_(Job.lane, Job.created_at, Job.id) < tuple_(job.lane, job.created_at, job.id),
+    )
+    return session.scalar(ahead) or 0
+
+
+def queued_count(session: Session, *, at_most: int) -> int:
+    """Queued jobs, counted no further than `at_most`."""
+    some = select(Job.id).where(Job.state == JobState.QUEUED).limit(at_most).subquery()
+    return session.scalar(select(func.count()).select_from(some)) or 0
+
+
+# --- what the reconciler does -------------------------------------------------------------------------------------
+
+
+def take_back_expired(session: Session, *, max_crashes: int, limit: int = 100) -> list[UUID]:
+    """Attempts whose worker went silent: back to the queue, or `dead` after `max_crashes` during model work."""
+    lost = session.execute(
+        select(Job.id, Job.attempt, Job.crashes, Job.model_started)
+        .where(Job.state == JobState.PROCESSING, Job.lease_until < func.clock_timestamp())
+        .order_by(Job.lease_until)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    for job in lost:
+        owned = _owned([Claim(job.id, job.attempt)])
+        crashes = job.crashes + int(job.model_started)
+        if crashes >= max_crashes:
+            error = JobCrashedError(crashes=crashes).body()
+            _end(session, owned, JobState.DEAD, data=error, error=error, crashes=crashes)
+        else:
+            _requeue(session, owned, data={"reason": "lease_expired", "crashes": crashes}, crashes=crashes)
+    return [job.id for job in lost]
+
+
+def published(session: Session, *, older_than_s: float) -> list[tuple[UUID, str]]:
+    """Jobs that should be in the broker or about to be claimed: (id, model)."""
+    statement = select(Job.id, Job.model).where(
+        Job.state == JobState.QUEUED, Job.published_at < func.now() - timedelta(seconds=older_than_s)
+    )
+    return [(row.id, row.model) for row in session.execute(statement)]
+
+
+def unpublish(session: Session, job_ids: Sequence[UUID]) -> None:
+    """Give jobs that the broker lost their place in the queue again."""
+    session.execute(update(Job).where(Job.id.in_(job_ids), Job.state == JobState.QUEUED).values(published_at=None))
+
+
+def waiting_models(session: Session) -> list[str]:
+    """Models with jobs that could be published now."""
+    statement = (
+        select(Job.model)
+        .where(
+            Job.state == JobState.QUEUED,
+            Job.published_at.is_(None),
+            or_(Job.run_after.is_(None), Job.run_after <= func.now()),
+        )
+        .distinct()
+    )
+    return list(session.scalars(statement))
+
+
+# --- the statements behind them -----------------------------------------------------------------------------------
+
+
+def _owned(claims: Iterable[Claim]) -> ColumnElement[bool]:
+    pairs = [(claim.job_id, claim.attempt) for claim in claims]
+    return and_(tuple_(Job.id, Job.attempt).in_(pairs), Job.state == JobState.PROCESSING)
+
+
+def _from_now(seconds: float) -> ColumnElement[Any]:
+    return func.clock_timestamp() + timedelta(seconds=seconds)
+
+
+def _end(
+    session: Session, condition: ColumnElement[bool], state: JobState, *, data: dict[str, Any], **values: Any
+) -> bool:
+    return _transition(
+        session,
+        condition,
+        event=EventType(state.value),
+        data=data,
+        state=state,
+        lease_until=None,
+        published_at=None,
+        finished_at=func.now(),
+        **values,
+    )
+
+
+def _requeue(session: Session, condition: ColumnElement[bool], *, data: dict[str, Any], **values: Any) -> bool:
+    return _transition(
+        session,
+        condition,
+        event=EventType.REQUEUED,
+        data=data,
+        state=JobState.QUEUED,
+        lease_until=None,
+        published_at=None,
+        worker=None,
+        **values,
+    )
+
+
+def _transition(
+    session: Session, *conditions: ColumnElement[bool], event: EventType, data: dict[str, Any], **values: Any
+) -> bool:
+    """Change one row if it is as expected and add the event, numbered by that same statement."""
+    statement = (
+        update(Job)
+        .where(*conditions)
+        .values(**values, last_seq=Job.last_seq + 1)
+        .returning(Job.id, Job.last_seq)
+        .execution_options(synchronize_session=False)
+    )
+    row = session.execute(statement).one_or_none()
+    if row is None:
+        return False
+    session.add(JobEvent(job_id=row.id, seq=row.last_seq, type=event, data=data))
+    return True

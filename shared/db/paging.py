@@ -1,0 +1,50 @@
+"""Cursor pages over (created_at, id), newest first: stable while rows come and go."""
+
+import base64
+import binascii
+from datetime import datetime
+from typing import Any, TypeVar
+from uuid import UUID
+
+from sqlalchemy import Select, tuple_
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from shared.errors import InvalidCursorError
+
+Row = TypeVar("Row")
+
+
+def page(
+    session: Session,
+    statement: Select[Row],
+    *,
+    created_at: InstrumentedAttribute[datetime],
+    id: InstrumentedAttribute[UUID],  # noqa: A002 - the column's name
+    cursor: str | None,
+    limit: int,
+) -> tuple[list[Row], str | None]:
+    """Up to `limit` rows and the cursor of the next page.
+
+    Raises:
+        InvalidCursorError: the cursor was not made here.
+    """
+    if cursor is not None:
+        statement = statement.where(tuple_(created_at, id) < tuple_(*_decode(cursor)))
+    rows = list(session.scalars(statement.order_by(created_at.desc(), id.desc()).limit(limit + 1)))
+    more = len(rows) > limit
+    return rows[:limit], _encode(rows[limit - 1]) if more else None
+
+
+def _encode(row: Any) -> str:
+    return base64.urlsafe_b64encode(f"{row.created_at.isoformat()} {row.id}".encode()).decode()
+
+
+def _decode(cursor: str) -> tuple[datetime, UUID]:
+    try:
+        at, row_id = base64.b64decode(cursor.encode(), altchars=b"-_", validate=True).decode().split(" ")
+        moment = datetime.fromisoformat(at)
+        if moment.tzinfo is None:
+            raise ValueError("no time zone")
+        return moment, UUID(row_id)
+    except (ValueError, binascii.Error) as error:
+        raise InvalidCursorError from error

@@ -1,0 +1,77 @@
+"""Embedding spaces: which vectors may be compared, and the table that holds those of one space."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from pgvector.sqlalchemy import HALFVEC
+from sqlalchemy import REAL, Column, ForeignKey, Index, MetaData, Table, func, select, text
+from sqlalchemy.orm import Session
+
+from shared.db.models import EmbeddingSpace, Image
+
+
+@dataclass(frozen=True)
+class Space:
+    """One embedding space. `digest` covers model, weights and preprocessing."""
+
+    id: int
+    digest: str
+    model: str
+    dim: int
+
+    @property
+    def table(self) -> Table:
+        return _vector_table(self.id, self.dim)
+
+
+@lru_cache(maxsize=16)
+def _vector_table(space_id: int, dim: int) -> Table:
+    metadata = MetaData()
+    Table("images", metadata, Column("id", Image.__table__.c.id.type, primary_key=True))
+    name = f"vectors_{space_id}"
+    return Table(
+        name,
+        metadata,
+        Column("image_id", ForeignKey("images.id", ondelete="CASCADE"), primary_key=True),
+        Column("embedding", HALFVEC(dim), nullable=False),  # L2-normalised
+        Column("norm", REAL, nullable=False),  # length before normalisation: the adapter conditions on the product
+        Index(
+            f"ix_{name}_embedding",
+            "embedding",
+            postgresql_using="hnsw",
+            postgresql_ops={"embedding": "halfvec_cosine_ops"},
+            postgresql_with={"m": 16, "ef_construction": 128},
+        ),
+    )
+
+
+def ensure(session: Session, *, digest: str, model: str, dim: int) -> Space:
+    """The space of that digest, made with its table on first sight; the first space of all becomes the active one."""
+    # Two workers that start together would both make it.
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("embedding_spaces", 0))))
+    row = session.scalar(select(EmbeddingSpace).where(EmbeddingSpace.digest == digest))
+    if row is None:
+        active_exists = session.scalar(select(EmbeddingSpace.id).where(EmbeddingSpace.active)) is not None
+        row = EmbeddingSpace(digest=digest, model=model, dim=dim, active=not active_exists)
+        session.add(row)
+        session.flush()
+        _vector_table(row.id, row.dim).create(session.connection(), checkfirst=True)
+    return _space(row)
+
+
+def find_active(session: Session) -> Space | None:
+    """The space that searches use; None before the first worker has registered one."""
+    row = session.scalar(select(EmbeddingSpace).where(EmbeddingSpace.active))
+    return _space(row) if row is not None else None
+
+
+def listed(session: Session) -> list[tuple[Space, bool, int]]:
+    """Every space with its activity and its number of vectors."""
+    rows = session.scalars(select(EmbeddingSpace).order_by(EmbeddingSpace.id)).all()
+    return [
+        (_space(row), row.active, session.scalar(text(f"select count(*) from vectors_{row.id:d}")) or 0) for row in rows
+    ]
+
+
+def _space(row: EmbeddingSpace) -> Space:
+    return Space(id=row.id, digest=row.digest, model=row.model, dim=row.dim)
