@@ -1,0 +1,113 @@
+"""The processes of a running stack by name, through supervisor's own interface."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from xmlrpc.client import Fault, ServerProxy
+
+from supervisor.xmlrpc import SupervisorTransport
+
+from ops.local.layout import Layout
+
+
+class ProcessState(NamedTuple):
+    full_name: str
+    state: str
+    """Supervisor's word: STOPPED, STARTING, RUNNING, BACKOFF, STOPPING, EXITED, FATAL or UNKNOWN."""
+    pid: int | None
+    log: str
+
+
+class Control:
+    """Starts, stops and signals the processes of one stack. Any process may use it, not only the one that started it.
+
+    Names are those of `states()`: `postgres`, `queue`, `cache`, `api`, `embed`, `generate-<model>`, `reconciler`, ...
+
+    Raises (all methods but `is_running`):
+        ConnectionError, FileNotFoundError: the stack does not run.
+        KeyError: no process has that name.
+        xmlrpc.client.Fault: supervisor refused, e.g. a signal to a process that does not run.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def is_running(self) -> bool:
+        try:
+            with self._supervisor() as supervisor:
+                supervisor.getState()
+        except (ConnectionError, FileNotFoundError):
+            return False
+        return True
+
+    def supervisor_pid(self) -> int:
+        with self._supervisor() as supervisor:
+            return int(supervisor.getPID())
+
+    def states(self) -> dict[str, ProcessState]:
+        with self._supervisor() as supervisor:
+            found = supervisor.getAllProcessInfo()
+        return {
+            process["name"]: ProcessState(
+                full_name=f"{process['group']}:{process['name']}",
+                state=process["statename"],
+                pid=process["pid"] or None,
+                log=process["stdout_logfile"],
+            )
+            for process in found
+        }
+
+    def pid(self, name: str) -> int | None:
+        return self.states()[name].pid
+
+    def start(self, name: str) -> None:
+        """Start a stopped process and wait until it has run for a second."""
+        with self._supervisor() as supervisor:
+            supervisor.startProcess(self.states()[name].full_name)
+
+    def begin_group(self, group: str) -> None:
+        """Start every process of `servers` or `app` and do not wait."""
+        with self._supervisor() as supervisor:
+            supervisor.startProcessGroup(group, False)
+
+    def stop(self, name: str) -> None:
+        """Ask a process to end, kill it when it does not, and leave it stopped."""
+        with self._supervisor() as supervisor:
+            supervisor.stopProcess(self.states()[name].full_name)
+
+    def restart(self, name: str) -> None:
+        self.stop(name)
+        self.start(name)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal behind supervisor's back: a process that ends by it is started again."""
+        with self._supervisor() as supervisor:
+            supervisor.signalProcess(self.states()[name].full_name, str(int(number)))
+
+    def kill(self, name: str) -> None:
+        self.signal(name, signal.SIGKILL)
+
+    def freeze(self, name: str) -> None:
+        self.signal(name, signal.SIGSTOP)
+
+    def thaw(self, name: str) -> None:
+        self.signal(name, signal.SIGCONT)
+
+    def shut_down(self) -> int:
+        """Ask supervisor to stop everything and then itself; returns its process id at once."""
+        with self._supervisor() as supervisor:
+            pid = int(supervisor.getPID())
+            try:
+                supervisor.signalAllProcesses(str(int(signal.SIGCONT)))  # a frozen process would ignore SIGTERM
+                supervisor.shutdown()
+            except Fault as fault:
+                if "SHUTDOWN_STATE" not in fault.faultString:  # somebody else asked already
+                    raise
+        return pid
+
+    @contextmanager
+    def _supervisor(self) -> Iterator[Any]:
+        transport = SupervisorTransport(serverurl=f"unix://{self.layout.control_socket()}")
+        with ServerProxy("http://localhost", transport=transport) as proxy:
+            yield proxy.supervisor

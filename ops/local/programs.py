@@ -1,0 +1,141 @@
+"""What runs in a stack, and how supervisor is told."""
+
+import configparser
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import Literal
+
+from ops.local import postgres, valkey
+from ops.local.layout import Layout, Memory
+from shared.settings import Settings
+
+
+@dataclass(frozen=True)
+class Program:
+    """One supervised process."""
+
+    name: str
+    command: list[str]
+    group: Literal["servers", "app"] = "app"
+    stop_signal: str = "TERM"
+    stop_wait_s: int = 10
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def full_name(self) -> str:
+        """As supervisor calls it."""
+        return f"{self.group}:{self.name}"
+
+
+def servers(layout: Layout) -> list[Program]:
+    return [
+        # SIGINT is Postgres's "fast" stop: it ends sessions instead of waiting for them.
+        Program("postgres", postgres.command(layout.postgres), group="servers", stop_signal="INT", stop_wait_s=30),
+        Program("queue", valkey.command(layout.queue), group="servers"),
+        Program("cache", valkey.command(layout.cache), group="servers"),
+    ]
+
+
+def app(settings: Settings, memory: Memory, instances: Mapping[str, int]) -> list[Program]:
+    """The product's own processes.
+
+    Args:
+        instances: how many of a kind (`api`, `embed`, `generate`), one each where it says nothing. The second of a
+            kind is called `api-2`, of the generator `starter` `generate-starter-2`.
+    """
+    grace_s = int(settings.jobs.shutdown_grace_s) + 10
+    programs = []
+    for name in _numbered("api", instances.get("api", 1)):
+        port = memory.port(name)
+        programs.append(Program(name, _python("-m", "api_service"), environment={"AFTERIMAGE_API__PORT": str(port)}))
+    for name in _numbered("embed", instances.get("embed", 1)):
+        programs.append(Program(name, _python("-m", "worker_service", "embed"), stop_wait_s=grace_s))
+    for generator in settings.model.generators:
+        for name in _numbered(f"generate-{generator}", instances.get("generate", 1)):
+            command = _python("-m", "worker_service", "generate", "--model", generator)
+            programs.append(Program(name, command, stop_wait_s=grace_s))
+    programs.append(Program("reconciler", _python("-m", "worker_service.reconciler")))
+    programs.append(_flower(memory))
+    return programs
+
+
+def _flower(memory: Memory) -> Program:
+    return Program(
+        "flower",
+        _python("-m", "celery", "-A", "worker_service.celery_app", "flower"),
+        environment={
+            "FLOWER_ADDRESS": "127.0.0.1",
+            "FLOWER_PORT": str(memory.port("flower")),
+            # By environment, because everyone on the machine may read a command line.
+            "FLOWER_BASIC_AUTH": f"afterimage:{memory.password('flower')}",
+            "FLOWER_READ_ONLY": "true",
+        },
+    )
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [name if number == 1 else f"{name}-{number}" for number in range(1, count + 1)]
+
+
+def _python(*arguments: str) -> list[str]:
+    # Unbuffered, so that the last line before a crash is in the log.
+    return [sys.executable, "-u", *arguments]
+
+
+def supervisor_config(layout: Layout, programs: Iterable[Program], *, folder: str) -> str:
+    """The text of supervisord.conf. Nothing starts by itself: the stack starts the groups in order."""
+    programs = list(programs)
+    socket = str(layout.control_socket())
+    config = configparser.RawConfigParser(interpolation=None)
+    config.optionxform = str  # type: ignore[assignment,method-assign]
+    config["unix_http_server"] = {"file": _literal(socket), "chmod": "0700"}
+    config["supervisord"] = {
+        "logfile": _literal(str(layout.log("supervisord"))),
+        "logfile_maxbytes": "1MB",
+        "logfile_backups": "1",
+        "pidfile": _literal(str(layout.supervisor_pid)),
+        "directory": _literal(folder),
+        "minfds": "1024",
+        "nocleanup": "true",
+    }
+    config["rpcinterface:supervisor"] = {
+        "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+    }
+    # Groups are stopped from the highest priority down: the product before its servers.
+    for priority, group in enumerate(("servers", "app"), start=1):
+        members = [program.name for program in programs if program.group == group]
+        if members:
+            config[f"group:{group}"] = {"programs": ",".join(members), "priority": str(priority)}
+    for program in programs:
+        config[f"program:{program.name}"] = _section(layout, program)
+    text = StringIO()
+    config.write(text)
+    return text.getvalue()
+
+
+def _section(layout: Layout, program: Program) -> dict[str, str]:
+    return {
+        "command": _literal(shlex.join(program.command)),
+        "environment": ",".join(f'{name}="{_literal(value)}"' for name, value in program.environment.items()),
+        "autostart": "false",
+        "autorestart": "true",
+        "startsecs": "1",
+        # Supervisor waits one second longer after each quick death, so this goes on for hours, not for ever.
+        "startretries": "100",
+        "stopsignal": program.stop_signal,
+        "stopwaitsecs": str(program.stop_wait_s),
+        # A server that forks (Granian) must not leave its children behind when it has to be killed.
+        "killasgroup": "true",
+        "redirect_stderr": "true",
+        "stdout_logfile": _literal(str(layout.log(program.name))),
+        "stdout_logfile_maxbytes": "5MB",
+        "stdout_logfile_backups": "2",
+    }
+
+
+def _literal(value: str) -> str:
+    """`%` starts an expansion in supervisor's file."""
+    return value.replace("%", "%%")

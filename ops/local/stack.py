@@ -1,0 +1,273 @@
+"""Starting and stopping a whole stack, in order, with every wait bounded."""
+
+import fcntl
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import httpx
+import psutil
+
+from ops.local import postgres, programs, valkey
+from ops.local.control import Control
+from ops.local.layout import Layout, Memory, write_private
+from ops.local.orphans import MARK, end_orphans
+from shared.settings import load_settings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DATABASE = "afterimage"
+SERVER_WAIT_S = 60
+MIGRATION_WAIT_S = 120
+APP_WAIT_S = 180
+"""Loading models from a cold disk on a busy laptop takes most of it."""
+STOP_WAIT_S = 120
+
+
+class StackError(Exception):
+    """The stack could not be started or stopped; the message says what to look at."""
+
+
+class LocalStack:
+    """One stack in one folder: Postgres, two Valkeys, the API, the workers, the reconciler and Flower.
+
+    Nothing is touched until `start`; a second object for the same folder sees the same stack.
+    """
+
+    def __init__(self, var: Path) -> None:
+        self.layout = Layout(var)
+        self.control = Control(self.layout)
+        self._supervisor: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the API answers, without a slash at the end."""
+        return self.api_url("api")
+
+    def api_url(self, name: str) -> str:
+        """The address of one API process: `api`, or `api-2` and so on where several run."""
+        return f"http://127.0.0.1:{self._memory.ports[name]}"
+
+    @property
+    def flower_url(self) -> str:
+        return f"http://127.0.0.1:{self._memory.ports['flower']}"
+
+    @property
+    def flower_login(self) -> tuple[str, str]:
+        return "afterimage", self._memory.passwords["flower"]
+
+    @property
+    def _memory(self) -> Memory:
+        return Memory.recall(self.layout)
+
+    def environment(self) -> dict[str, str]:
+        """The settings with which a process reaches this stack."""
+        memory = self._memory
+        port, password = memory.ports, memory.passwords
+        return {
+            "AFTERIMAGE_DATABASE__URL": f"postgresql+psycopg2://{postgres.SUPERUSER}:{password['postgres']}"
+            f"@127.0.0.1:{port['postgres']}/{DATABASE}",
+            "AFTERIMAGE_QUEUE__URL": valkey.url(port["queue"], password["queue"]),
+            "AFTERIMAGE_CACHE__URL": valkey.url(port["cache"], password["cache"]),
+            "AFTERIMAGE_STORAGE__URL": f"file://{self.layout.blobs}",
+            "AFTERIMAGE_API__HOST": "127.0.0.1",
+            "AFTERIMAGE_API__PORT": str(port["api"]),
+        }
+
+    def start(
+        self,
+        *,
+        durable: bool = True,
+        attached: bool = False,
+        servers_only: bool = False,
+        instances: Mapping[str, int] | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Start everything and return when it is ready to work; on failure nothing is left running.
+
+        Args:
+            durable: false is faster and forgets data in a power cut; for tests.
+            attached: the stack ends when the calling process does, even by SIGKILL (Linux with util-linux).
+            servers_only: Postgres and the two Valkeys alone, with an empty database.
+            instances: how many `api`, `embed` and `generate` processes; one each where it says nothing.
+
+        Raises:
+            StackError: it already runs, or something did not become ready in time.
+            ConfigurationError: the settings are wrong.
+        """
+        with self._alone():
+            if self.control.is_running():
+                raise StackError(f"a stack already runs in {self.layout.var}")
+            self._clear_leftovers(say)
+            try:
+                self._start_servers(durable=durable, attached=attached, app=not servers_only, instances=instances or {})
+                if not servers_only:
+                    self.migrate()
+                    self._start_app()
+            except BaseException:
+                self._stop()
+                raise
+            exports = self.environment() | {"AFTERIMAGE_URL": self.url}
+            write_private(
+                self.layout.shell_file, "".join(f"{key}={shlex.quote(value)}\n" for key, value in exports.items())
+            )
+
+    def stop(self) -> None:
+        """Stop everything that runs for this folder; nothing to stop is no error.
+
+        Raises:
+            StackError: something outlived SIGKILL.
+        """
+        with self._alone():
+            self._stop()
+
+    def wait_until_stopped(self) -> None:
+        """Return when the stack is stopped from elsewhere."""
+        with suppress(ConnectionError, FileNotFoundError, psutil.NoSuchProcess):
+            psutil.Process(self.control.supervisor_pid()).wait()
+
+    # --- the steps of `start` -----------------------------------------------------------------------------------
+
+    def _clear_leftovers(self, say: Callable[[str], None]) -> None:
+        self.layout.create()
+        orphans = end_orphans(self.layout.var)
+        if orphans:
+            say(f"ended what a killed supervisor had left behind: {', '.join(sorted(orphans))}")
+        self.layout.control_socket().unlink(missing_ok=True)
+        self.layout.supervisor_pid.unlink(missing_ok=True)
+
+    def _start_servers(self, *, durable: bool, attached: bool, app: bool, instances: Mapping[str, int]) -> None:
+        layout, memory = self.layout, self._memory
+        memory.forget_taken_ports()
+        ports = {name: memory.port(name) for name in ("postgres", "queue", "cache", "api", "flower")}
+        passwords = {name: memory.password(name) for name in ("postgres", "queue", "cache", "flower")}
+        running = programs.servers(layout)
+        if app:
+            running += programs.app(load_settings(), memory, instances)
+        memory.keep(layout)
+
+        postgres.prepare(layout.postgres, port=ports["postgres"], password=passwords["postgres"], durable=durable)
+        valkey.prepare(layout.queue, port=ports["queue"], password=passwords["queue"], keeps_data=True)
+        valkey.prepare(layout.cache, port=ports["cache"], password=passwords["cache"], keeps_data=False)
+        write_private(layout.supervisor_config, programs.supervisor_config(layout, running, folder=str(REPOSITORY)))
+        self._launch_supervisor(attached=attached)
+        self.control.begin_group("servers")
+        self._wait_for("postgres", partial(postgres.is_ready, ports["postgres"], passwords["postgres"]), SERVER_WAIT_S)
+        for name in ("queue", "cache"):
+            self._wait_for(name, partial(valkey.is_ready, ports[name], passwords[name]), SERVER_WAIT_S)
+        postgres.ensure_database(ports["postgres"], passwords["postgres"], DATABASE)
+
+    def _launch_supervisor(self, *, attached: bool) -> None:
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.layout.supervisor_config)]
+        if attached:
+            command.append("--nodaemon")
+            if shutil.which("setpriv"):
+                # The kernel tells supervisor when its parent is gone: `kill -9` of a test run leaves nothing behind.
+                command = ["setpriv", "--pdeathsig", "TERM", "--", *command]
+        log = self.layout.log("supervisord-start")
+        with log.open("w") as output:
+            supervisor = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=os.environ | self.environment() | {MARK: str(self.layout.var)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C in this terminal is for us alone: we stop the stack in order
+            )
+        deadline = time.monotonic() + SERVER_WAIT_S
+        while not self.control.is_running():
+            if supervisor.poll() not in (None, 0) or time.monotonic() > deadline:
+                raise StackError(f"supervisor did not start:\n{tail(log)}")
+            time.sleep(0.02)
+        if attached:
+            self._supervisor = supervisor
+        else:
+            supervisor.wait()  # it has forked into the background
+
+    def migrate(self) -> None:
+        """Bring the database to the newest revision, in a process of its own."""
+        log = self.layout.log("migrate")
+        with log.open("w") as output:
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-m", "alembic", "upgrade", "head"],
+                    cwd=REPOSITORY,
+                    env=os.environ | self.environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=MIGRATION_WAIT_S,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                raise StackError(f"the migrations took longer than {MIGRATION_WAIT_S} s:\n{tail(log)}") from None
+        if done.returncode:
+            raise StackError(f"the migrations failed:\n{tail(log)}")
+
+    def _start_app(self) -> None:
+        self.control.begin_group("app")
+        for name in self.control.states():
+            if name == "api" or name.startswith("api-"):
+                ready = f"{self.api_url(name)}/api/v1/health/ready"
+                self._wait_for(name, partial(_answers, ready), APP_WAIT_S)
+
+    def _wait_for(self, name: str, is_ready: Callable[[], bool], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not is_ready():
+            state = self.control.states()[name].state
+            if state in ("BACKOFF", "FATAL", "EXITED"):
+                raise StackError(f"{name} ended while starting:\n{tail(self.layout.log(name))}")
+            if time.monotonic() > deadline:
+                raise StackError(f"{name} was not ready within {timeout_s:.0f} s:\n{tail(self.layout.log(name))}")
+            time.sleep(0.05)
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        if self.control.is_running():
+            pid = self.control.shut_down()
+            if not _ended(pid, timeout_s=STOP_WAIT_S):
+                psutil.Process(pid).kill()
+            if self._supervisor is not None:
+                self._supervisor.wait()
+        end_orphans(self.layout.var)
+        for file in (self.layout.control_socket(), self.layout.supervisor_pid, self.layout.shell_file):
+            file.unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One start or stop at a time per folder; the lock goes with its process."""
+        self.layout.var.mkdir(parents=True, exist_ok=True)
+        with self.layout.lock.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def tail(log: Path, lines: int = 25) -> str:
+    """The end of a log for a message, with its path."""
+    text = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "\n".join([*(f"  | {line}" for line in text[-lines:]), f"  (whole log: {log})"])
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _ended(pid: int, *, timeout_s: float) -> bool:
+    try:
+        psutil.Process(pid).wait(timeout_s)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.TimeoutExpired:
+        return False
+    return True
