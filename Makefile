@@ -1,0 +1,55 @@
+# Everything a person or a machine runs here. Each target sets up what it needs first, so any of them works
+# in a fresh clone; `make help` lists them.
+
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+PROMPT ?= a red apple with a bite
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## install exactly what requirements.lock names, into .venv (done by every other target too)
+
+# The lock pins every file by its hash; the project itself is then linked in without asking the registry again.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name it with PYTHON=..."; exit 1; }
+	@test -x $(PY) || { echo "Creating .venv; the first install takes several minutes (about 6 GB, most of it torch)."; $(PYTHON) -m venv .venv; }
+	$(PY) -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
+	$(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation --quiet -e .
+	@touch $@
+
+demo: $(READY) ## start a stack, index the starter corpus, generate one image into out/  (PROMPT="...")
+	@$(PY) scripts/demo.py "$$PROMPT"
+demo: export PROMPT := $(PROMPT)
+
+up: $(READY) ## start the local stack in the background and print its addresses
+	@$(PY) -m ops.local up
+
+down: $(READY) ## stop the local stack; its data stays in var/
+	@$(PY) -m ops.local down
+
+test: $(READY) ## run the whole test suite on real servers  (T=tests/unit for a part)
+	$(PY) -m pytest $(T)
+
+lint: $(READY) ## style, types and import rules
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+
+lock: ## resolve pyproject.toml afresh into requirements.lock
+	@test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv==0.13.9; }
+	echo 'setuptools>=80' | build/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+		--all-extras --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock" \
+		--output-file requirements.lock pyproject.toml -
+
+clean: ## remove .venv and every cache; var/ and out/ stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup demo up down test lint lock clean
