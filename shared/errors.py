@@ -287,5 +287,12 @@ class BrokerUnavailableError(ExternalServiceError):
     code = "broker_unavailable"
 
 
+class DecoderBusyError(ExternalServiceError):
+    """Too many uploads are being decoded at once."""
+
+    code = "decoder_busy"
+    retry_after_s = 2
+
+
 TRANSIENT = (DatabaseConnectionError, StorageError, BrokerUnavailableError, EmbeddingUnavailableError)
 """Faults that pass: a job that meets one goes back to the queue instead of failing."""
