@@ -1,0 +1,151 @@
+"""One try at one job: the claim, what is written while it holds, and how it ends."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from shared.metrics import time_operation
+from shared.progress import publish_changed
+from structlog.contextvars import bound_contextvars
+
+from shared import queue
+from shared.contracts.generation import GenerationParameters
+from shared.contracts.jobs import Lane
+from shared.db import jobs
+from shared.db.jobs import Output
+from shared.db.models import Job
+from shared.db.session import session_scope
+from shared.errors import TRANSIENT, BaseAppException, ImageGenerationError, JobTimeoutError
+from shared.settings import JobSettings
+from worker_service.image_request import Interrupted
+from worker_service.leases import Held, Leases
+
+logger = logging.getLogger(__name__)
+
+
+class Outcome(StrEnum):
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    REQUEUED = "requeued"  # after a passing fault
+    NOT_OURS = "not_ours"  # finished, owned by another worker, not due, or gone
+    LOST = "lost"  # canceled or taken over while it ran; what it made was discarded
+
+
+class LostError(Exception):
+    """The attempt no longer owns its job."""
+
+
+class Attempt:
+    """What the story may read of its job and write to it."""
+
+    def __init__(self, job: Job, held: Held, settings: JobSettings) -> None:
+        self.id = job.id
+        self.owner_id = job.owner_id
+        self.lane = Lane(list(Lane)[job.lane])
+        self.crashes = job.crashes
+        self.parameters = GenerationParameters.model_validate(job.parameters)
+        self.number = held.claim.attempt
+        self.check_in = held.check_in
+        self.outcome = Outcome.LOST
+        self._held = held
+        self._settings = settings
+        self._timings: dict[str, float] = {}
+        self._timings["wait"] = (job.started_at - job.created_at).total_seconds() if job.started_at else 0.0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage of the story and log it."""
+        started = time.monotonic()
+        with time_operation("job_stage", stage=name):
+            yield
+        self._timings[name] = time.monotonic() - started
+        logger.info("job_stage", extra={"stage": name, "seconds": round(self._timings[name], 4)})
+
+    def resolved(self, resolution: dict[str, Any]) -> None:
+        """Tell what will be drawn from, and why."""
+        self._write(lambda session: jobs.resolved(session, self._held.claim, resolution))
+        publish_changed(self.id)
+
+    def model_starts(self) -> None:
+        """The clock of `timeout_s` runs from here, and a lost lease counts as a crash."""
+        self._write(lambda session: jobs.model_started(session, self._held.claim))
+        self._held.deadline = time.monotonic() + self._settings.timeout_s
+
+    def finish(self, outputs: Sequence[Output]) -> None:
+        """Publish the outputs with the end of the job, if the attempt still owns it."""
+        self._write(lambda session: jobs.finish(session, self._held.claim, outputs, timings=self._timings))
+        self.outcome = Outcome.SUCCEEDED
+
+    def fail(self, error: BaseAppException) -> None:
+        self._write(lambda session: jobs.fail(session, self._held.claim, error))
+        self.outcome = Outcome.FAILED
+
+    def retry_later(self, error: BaseAppException) -> None:
+        delay_s, most = self._settings.transient_retry_delay_s, self._settings.max_transient_retries
+        self._write(lambda session: jobs.retry_later(session, self._held.claim, error, delay_s=delay_s, most=most))
+        self.outcome = Outcome.REQUEUED
+
+    def _write(self, change: Any) -> None:
+        with session_scope() as session:
+            owned = change(session)
+        if not owned:
+            raise LostError
+
+    @property
+    def timed_out(self) -> bool:
+        return self._held.timed_out and not self._held.lost
+
+
+@contextmanager
+def claimed(job_id: UUID, *, leases: Leases, settings: JobSettings, worker: str) -> Iterator[Attempt | None]:
+    """Own a job for the length of the block; None when there is nothing to do.
+
+    Every end of the block is an end of the attempt: a failure is recorded on the job, a passing fault sends it back
+    to the queue, and an attempt that lost its job leaves no trace.
+    """
+    with session_scope() as session:
+        taken = jobs.claim(session, job_id, worker=worker, lease_s=settings.lease_s)
+    if taken is None:
+        yield None
+        return
+    claim, job = taken
+    attempt = Attempt(job, held := leases.hold(claim), settings)
+    publish_changed(job_id)
+    with bound_contextvars(job_id=str(job_id), attempt=claim.attempt):
+        try:
+            with _recorded(attempt):
+                yield attempt
+        except LostError:
+            logger.info("job_lost")
+        finally:
+            leases.release(held)
+            logger.info("job_ended", extra={"outcome": attempt.outcome.value})
+            publish_changed(job_id)
+            queue.feed(job.model)
+
+
+@contextmanager
+def _recorded(attempt: Attempt) -> Iterator[None]:
+    """Turn whatever ends the story early into the job's recorded end."""
+    try:
+        yield
+    except LostError:
+        raise
+    except Interrupted:
+        # Otherwise the job was canceled or taken over, and its row already says so.
+        if attempt.timed_out:
+            attempt.fail(JobTimeoutError())
+    except TRANSIENT as error:
+        logger.warning("job_fault", extra={"cause": error.code}, exc_info=True)
+        attempt.retry_later(error)
+    except BaseAppException as error:
+        logger.warning("job_failed", extra={"cause": error.code, "detail": error.message})
+        attempt.fail(error)
+    except Exception:
+        # The cause is for operators: it may hold paths and memory addresses.
+        logger.exception("job_failed")
+        attempt.fail(ImageGenerationError("The model failed unexpectedly; the operator's log has the cause."))

@@ -1,0 +1,175 @@
+"""Many threads, one model: a batcher gathers compatible items from all of them and runs each batch on its own thread.
+
+It never waits for company. While the model is idle, an item starts at once; while it is busy, the next batch forms.
+"""
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from shared.metrics import GENERATION_BATCH_SIZE
+
+from shared.errors import ModelError, ModelOutOfMemoryError
+from worker_service.image_request import Interrupted, OnStep
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+CheckIn = Callable[[int, int], bool]
+"""A job's word on a step (done, in all): False when its images are no longer wanted. It touches memory only."""
+
+
+@dataclass(eq=False)
+class Ticket(Generic[Item, Result]):
+    """One item in line."""
+
+    item: Item
+    key: Hashable
+    lane: int
+    owner: Hashable
+    check_in: CheckIn
+    alone: bool
+    submitted_at: float = field(default_factory=time.monotonic)
+    result: Future[Result] = field(default_factory=Future)
+
+    def wanted(self, step: int, total_steps: int) -> bool:
+        """Ask the job; the first no ends the wait for this item, while its batch goes on for the others."""
+        if not self.result.done() and not self.check_in(step, total_steps):
+            self.result.set_exception(Interrupted())
+        return not self.result.done()
+
+
+class Batcher(Generic[Item, Result]):
+    """Runs `run(items, on_step)` for batches of at most `max_batch_size` items with equal `key(item)`.
+
+    Which items go next is decided by lane, then by how much their owner was served lately, then by age. A batch
+    that fails is run again in halves, down to single items, so that one bad item harms only itself.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Item], OnStep], Sequence[Result]],
+        *,
+        key: Callable[[Item], Hashable],
+        max_batch_size: int,
+        name: str,
+    ) -> None:
+        self._run = run
+        self._key = key
+        self._max_batch_size = max_batch_size
+        self._name = name
+        self._line: list[Ticket[Item, Result]] = []
+        self._served: defaultdict[Hashable, int] = defaultdict(int)
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name=f"model-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        items: Sequence[Item],
+        *,
+        lane: int = 0,
+        owner: Hashable = None,
+        check_in: CheckIn = lambda _step, _total: True,
+        alone: bool = False,
+    ) -> list[Result]:
+        """Run these items, each in whatever batch it fits, and wait for all of them.
+
+        alone: never share a batch, for items that may bring their process down.
+
+        Raises:
+            Interrupted: `check_in` said no, or the batcher was closed.
+            Exception: whatever the model raised for the first item that failed.
+        """
+        tickets = [Ticket[Item, Result](item, self._key(item), lane, owner, check_in, alone) for item in items]
+        with self._changed:
+            if self._closed:
+                raise Interrupted
+            self._line.extend(tickets)
+            self._changed.notify()
+        try:
+            return [ticket.result.result() for ticket in tickets]
+        finally:
+            for ticket in tickets:
+                ticket.result.cancel()  # after a failure the rest of this job is not wanted any more
+
+    def close(self, timeout_s: float) -> None:
+        """Refuse what is in line, wait up to `timeout_s` for the running batch."""
+        with self._changed:
+            self._closed = True
+            for ticket in self._line:
+                ticket.result.set_exception(Interrupted())
+            self._line.clear()
+            self._changed.notify()
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            GENERATION_BATCH_SIZE.labels(self._name).observe(len(batch))
+            self._run_batch(batch)
+
+    def _next_batch(self) -> list[Ticket[Item, Result]] | None:
+        with self._changed:
+            while True:
+                self._line = [ticket for ticket in self._line if not ticket.result.done()]
+                if self._line:
+                    break
+                self._served.clear()
+                if self._closed:
+                    return None
+                self._changed.wait()
+            batch: list[Ticket[Item, Result]] = []
+            while len(batch) < self._max_batch_size:
+                fitting = [t for t in self._line if not batch or (t.key == batch[0].key and not t.alone)]
+                if not fitting:
+                    break
+                ticket = min(fitting, key=lambda t: (t.lane, self._served[t.owner], t.submitted_at))
+                self._line.remove(ticket)
+                # From here on only this thread settles the ticket: its job can no longer withdraw it.
+                if not ticket.result.set_running_or_notify_cancel():
+                    continue
+                self._served[ticket.owner] += 1
+                batch.append(ticket)
+                if ticket.alone:
+                    break
+            return batch
+
+    def _run_batch(self, batch: Sequence[Ticket[Item, Result]]) -> None:
+        def on_step(step: int, total_steps: int) -> bool:
+            wanted = [ticket.wanted(step, total_steps) for ticket in batch]  # every job hears of every step
+            return any(wanted)
+
+        batch = [ticket for ticket in batch if not ticket.result.done()]
+        if not batch:
+            return
+        failure: BaseException | None = None
+        try:
+            results = self._run([ticket.item for ticket in batch], on_step)
+            if len(results) != len(batch):
+                raise ModelError(f"The model returned {len(results)} results for {len(batch)} items.")
+        except Exception as error:
+            failure = error
+        # Outside of the handler: its traceback would keep the failed batch's tensors alive through the retry.
+        if failure is None:
+            for ticket, result in zip(batch, results, strict=True):
+                if not ticket.result.done():
+                    ticket.result.set_result(result)
+        elif isinstance(failure, Interrupted) or len(batch) == 1:
+            for ticket in batch:
+                if not ticket.result.done():
+                    ticket.result.set_exception(failure)
+        else:
+            cause = "out_of_memory" if isinstance(failure, ModelOutOfMemoryError) else type(failure).__name__
+            logger.warning("batch_split", extra={"model": self._name, "size": len(batch), "cause": cause})
+            failure = None
+            middle = len(batch) // 2
+            self._run_batch(batch[:middle])
+            self._run_batch(batch[middle:])

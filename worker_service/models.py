@@ -1,0 +1,139 @@
+"""What a worker process loads once and its threads share: CLIP, and in a generate worker one image model."""
+
+import logging
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+from shared.metrics import increment_counter
+
+from shared.contracts.generation import Mode
+from shared.contracts.service import Capabilities
+from shared.db import spaces, workers
+from shared.db.session import session_scope
+from shared.db.spaces import Space
+from shared.settings import GeneratorSettings, Settings
+from worker_service.batcher import Batcher, CheckIn
+from worker_service.cheap import CheapGenerator
+from worker_service.clip import Clip
+from worker_service.diffusion import Diffusion
+from worker_service.image_request import ImageModel, ImageRequest
+
+logger = logging.getLogger(__name__)
+
+Embeddable = TypeVar("Embeddable", str, Image.Image)
+
+
+class Embedder:
+    """CLIP behind a batcher. Vectors are projections, float32, not normalised."""
+
+    def __init__(self, clip: Clip, space: Space) -> None:
+        self.space = space
+        self.name = clip.name
+        self._batcher: Batcher[str | Image.Image, np.ndarray] = Batcher(
+            lambda items, _on_step: _encode(clip, items),
+            key=type,
+            max_batch_size=clip.max_batch_size,
+            name=clip.name,
+        )
+
+    @classmethod
+    def load(cls, settings: Settings) -> "Embedder":
+        """Load and warm CLIP, and register its embedding space.
+
+        Raises:
+            ModelLoadError
+        """
+        clip = Clip.load(settings.model)
+        clip.warm_up()
+        with session_scope() as session:
+            space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
+        logger.info("clip_loaded", extra={"model": clip.name, "space": space.digest[:12], "device": str(clip.device)})
+        return cls(clip, space)
+
+    def embed(self, items: Sequence[Embeddable], *, lane: int = 0) -> np.ndarray:
+        """Shape (n, space.dim). Texts and images may come from any number of threads."""
+        vectors = np.stack(self._batcher.submit(items, lane=lane))
+        increment_counter("embedding_generation_total", len(items), labels={"model": self.name})
+        return vectors
+
+    def close(self, timeout_s: float) -> None:
+        self._batcher.close(timeout_s)
+
+
+def _encode(clip: Clip, items: Sequence[str | Image.Image]) -> Sequence[np.ndarray]:
+    # The batcher's key keeps texts and images apart.
+    texts = [item for item in items if isinstance(item, str)]
+    pictures = [item for item in items if isinstance(item, Image.Image)]
+    return list(clip.encode_text(texts) if texts else clip.encode_image(pictures))
+
+
+@dataclass
+class Models:
+    """Everything a generate worker needs to run a job."""
+
+    embedder: Embedder
+    image_model: ImageModel
+    settings: GeneratorSettings
+    batcher: Batcher[ImageRequest, np.ndarray]
+
+    @classmethod
+    def load(cls, name: str, settings: Settings) -> "Models":
+        """Load and warm what serves the generator `name`, and publish what it can do.
+
+        Raises:
+            ModelNotFoundError, ModelLoadError
+        """
+        embedder = Embedder.load(settings)
+        generator = settings.model.generators[name]
+        image_model: ImageModel = (CheapGenerator if generator.kind == "cheap" else Diffusion).load(
+            name, settings.model
+        )
+        image_model.warm_up()
+        with session_scope() as session:
+            workers.publish_capabilities(session, name, image_model.capabilities)
+        logger.info("generator_loaded", extra={"model": name, "modes": image_model.capabilities.modes})
+        batcher: Batcher[ImageRequest, np.ndarray] = Batcher(
+            image_model.generate,
+            key=ImageRequest.batch_key,
+            max_batch_size=image_model.capabilities.max_batch_size,
+            name=name,
+        )
+        return cls(embedder, image_model, generator, batcher)
+
+    @property
+    def name(self) -> str:
+        return self.image_model.name
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.image_model.capabilities
+
+    @property
+    def space(self) -> Space:
+        return self.embedder.space
+
+    def embed_text(self, text: str) -> np.ndarray:
+        """Shape (space.dim,), float32, not normalised."""
+        vector: np.ndarray = self.embedder.embed([text])[0]
+        return vector
+
+    def needs_pixels(self, mode: Mode) -> bool:
+        """Must references come as images, or are their vectors enough?"""
+        adapter = self.settings.ip_adapter
+        by_vector = adapter is not None and adapter.conditions_on == "embedding_space"
+        return mode.uses_initial_image or mode is Mode.REFERENCE or (mode.uses_image_prompt and not by_vector)
+
+    def draw(
+        self, requests: Sequence[ImageRequest], *, lane: int, owner: Hashable, check_in: CheckIn, alone: bool
+    ) -> list[np.ndarray]:
+        """One uint8 (height, width, 3) array per request; see `Batcher.submit` for what it raises."""
+        images = self.batcher.submit(requests, lane=lane, owner=owner, check_in=check_in, alone=alone)
+        increment_counter("image_generation_total", len(images), labels={"model": self.name})
+        return images
+
+    def close(self, timeout_s: float) -> None:
+        self.batcher.close(timeout_s)
+        self.embedder.close(timeout_s)

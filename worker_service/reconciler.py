@@ -1,0 +1,128 @@
+"""What should be running and is not: a plain loop that compares jobs with leases and broker, and sets them right.
+
+It runs in a process of its own, without Celery, because it repairs Celery's broker. Any number may run; per tick one
+of them works, by a lock that ends with its transaction.
+"""
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from uuid import UUID
+
+import orjson
+import redis
+from shared.metrics import increment_counter
+from sqlalchemy import func, select
+
+from shared import logging as logs
+from shared import metrics, queue
+from shared.db import images, jobs
+from shared.db.session import session_scope
+from shared.errors import BaseAppException, BrokerUnavailableError, DatabaseError
+from shared.settings import JobSettings, get_settings
+
+logger = logging.getLogger(__name__)
+
+LOCK = "reconciler"
+UNCLAIMED_S = 5.0
+"""A published job that is in no list of the broker for this long is in no worker's hands either: workers claim what
+they receive within milliseconds."""
+
+
+class Reconciler:
+    def __init__(self, settings: JobSettings) -> None:
+        self._settings = settings
+        self._last_tick: float | None = None
+        self._leases_count_from = 0.0
+
+    def tick(self) -> None:
+        """Set right, once, whatever is wrong now.
+
+        Raises:
+            DatabaseError: nothing could be compared.
+        """
+        self._forgive_after_a_gap()
+        with session_scope() as session:
+            if not session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended(LOCK, 0)))):
+                return
+            if time.monotonic() >= self._leases_count_from:
+                lost = jobs.take_back_expired(session, max_crashes=self._settings.max_crashes)
+                if lost:
+                    increment_counter("leases_expired_total", len(lost))
+                    logger.warning("leases_expired", extra={"jobs": [str(job_id) for job_id in lost]})
+            published = jobs.published(session, older_than_s=UNCLAIMED_S)
+            missing = self._missing_from_broker(published)
+            if missing:
+                jobs.unpublish(session, missing)
+                logger.warning("jobs_missing_from_broker", extra={"jobs": len(missing)})
+        with session_scope() as session:
+            waiting = jobs.waiting_models(session)
+            images_wait = images.any_pending(session)
+        for model in waiting:
+            queue.feed(model)
+        if images_wait:
+            self._ring_for_images()
+        self._last_tick = time.monotonic()
+
+    def _forgive_after_a_gap(self) -> None:
+        """Who did not look for a while, or could not, gives every worker one full lease to renew before judging it:
+        the same fault may have kept them from renewing."""
+        now = time.monotonic()
+        if self._last_tick is None or now - self._last_tick > 3 * self._settings.reconcile_s:
+            self._leases_count_from = now + self._settings.lease_s
+
+    def _missing_from_broker(self, published: Iterable[tuple[UUID, str]]) -> list[UUID]:
+        """Published jobs whose message is in none of the broker's lists.
+
+        Messages that Celery holds as unacknowledged do not count: the job of a worker that lives is not `queued` any
+        more, and that of a killed one waits for nobody.
+        """
+        by_model: dict[str, list[UUID]] = {}
+        for job_id, model in published:
+            by_model.setdefault(model, []).append(job_id)
+        try:
+            listed = {model: _listed_jobs(model) for model in by_model}
+        except redis.RedisError as error:
+            logger.warning("broker_unavailable", extra={"cause": str(error)})
+            return []
+        return [job_id for model, ids in by_model.items() for job_id in ids if str(job_id) not in listed[model]]
+
+    def _ring_for_images(self) -> None:
+        try:
+            if queue.broker().llen(queue.EMBED_IMAGES_QUEUE) == 0:
+                queue.publish_embed_pending()
+        except (redis.RedisError, BrokerUnavailableError):
+            logger.warning("broker_unavailable")
+
+
+def _listed_jobs(model: str) -> set[str]:
+    """Ids of the jobs whose messages wait in the broker."""
+    messages = queue.broker().lrange(queue.generate_queue(model), 0, -1)
+    return {orjson.loads(message)["headers"]["id"] for message in messages}
+
+
+def main() -> None:
+    settings = get_settings()
+    logs.configure(settings, service="reconciler")
+    metrics.serve(settings.metrics)
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    reconciler = Reconciler(settings.jobs)
+    while not stopping.is_set():
+        try:
+            reconciler.tick()
+        except DatabaseError as error:
+            logger.warning("tick_failed", extra={"cause": error.code})
+        stopping.wait(settings.jobs.reconcile_s)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseAppException as error:
+        print(f"{error.code}: {error.message}", file=sys.stderr)
+        raise SystemExit(2) from error
