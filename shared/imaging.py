@@ -157,9 +157,13 @@ def read_record(data: bytes) -> dict[str, Any] | None:
     """The provenance record inside a PNG, JPEG or WebP file; None when there is none that can be read."""
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as file:
-            text = file.info.get("afterimage") if file.format == "PNG" else _record_in_xmp(_xmp_packet(file))
-        record = orjson.loads(text) if text else None
+            # str(): Pillow answers with a kind of str that orjson does not take.
+            text = str(file.info.get("afterimage", "")) if file.format == "PNG" else _record_in_xmp(_xmp_packet(file))
     except (*DECODER_FAULTS, *BOMBS):
+        return None
+    try:
+        record = orjson.loads(text)
+    except orjson.JSONDecodeError:
         return None
     return record if isinstance(record, dict) else None
 
@@ -328,10 +332,10 @@ def _xmp_packet(file: Image.Image) -> bytes:
     return b"".join(piece[8:] for piece in sorted(pieces, key=lambda piece: piece[4:8]))
 
 
-def _record_in_xmp(packet: bytes) -> str | None:
+def _record_in_xmp(packet: bytes) -> str:
     # By pattern: the packet may come from anyone, and an XML parser is one more thing to attack.
     found = re.search(rb"<afterimage:record[^>]*>([^<]*)</afterimage:record>", packet)
-    return None if found is None else unescape(found[1].decode())
+    return "" if found is None else unescape(found[1].decode())
 
 
 # --- uploads, in a process of their own ---------------------------------------------------------------------------
@@ -405,7 +409,7 @@ class UploadDecoder:
 
 def _prepare_child(settings: "APISettings") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode_upload looks at the size itself
+    warnings.filterwarnings("ignore", module="PIL")  # remarks on strangers' metadata, which is dropped anyway
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(ImportError, ValueError, OSError):  # no such limit on this system, or a lower one already
         import resource
