@@ -53,7 +53,7 @@ class FieldProblem(Contract):
 class Problem(Contract):
     """Every error, as `application/problem+json` (RFC 9457)."""
 
-    type: str = Field(description="URI of the error's documentation", examples=["about:blank"])
+    type: str = Field(description="the code as a URI", examples=["urn:afterimage:problem:validation_failed"])
     title: str
     status: int = Field(ge=400, le=599)
     code: str = Field(description="stable code to match on", examples=["validation_failed"])

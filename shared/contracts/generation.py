@@ -8,7 +8,7 @@ from uuid import UUID
 from pydantic import Field, model_validator
 
 from shared.contracts.common import Contract, ImageFormat, Metadata, Name, Prompt, Seed, Text
-from shared.contracts.jobs import Lane
+from shared.contracts.jobs import JobKind, Lane
 from shared.contracts.search import ImageFilter
 
 
@@ -111,6 +111,14 @@ class GenerationParameters(Contract):
     min_similarity: float
     filter: ImageFilter
     references: list[PinnedReference] = Field(description="pinned ones; empty: search")
+    exact_size: bool = Field(False, description="fail with `size_not_supported` instead of scaling")
+
+
+class DryRunView(Contract):
+    """What a request would run, had it not been a `dry_run`."""
+
+    kind: JobKind
+    parameters: GenerationParameters
 
 
 def seeds_from(first: int | None, count: int) -> list[int]:

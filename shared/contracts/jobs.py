@@ -94,6 +94,8 @@ class JobView(Contract):
     model: str
     prompt: str
     attempt: int = Field(description="tries so far")
+    seq: int = Field(description="number of its latest event; pass it as `after` to wait for the next one")
+    retry_of: UUID | None = Field(None, description="the job that this one tries again")
     progress: Progress | None = None
     queue_position: int | None = Field(None, description="jobs of the same model ahead of it, while queued")
     parameters: dict[str, Any] = Field(description="the request with every default resolved")
@@ -114,6 +116,19 @@ class JobQuery(PageQuery):
     kind: JobKind | None = None
     created_after: AwareDatetime | None = None
     created_before: AwareDatetime | None = None
+
+
+class JobWait(Contract):
+    """Wait for a job instead of asking again and again."""
+
+    wait: float | None = Field(None, ge=0, le=120, description="seconds; the service may answer earlier")
+    after: int | None = Field(
+        None, ge=0, description="answer when an event later than this happened; none: when the job has ended"
+    )
+
+
+class EventsQuery(Contract):
+    after: int | None = Field(None, ge=0, description="only events later than this; `Last-Event-ID` counts too")
 
 
 class EventType(StrEnum):

@@ -202,6 +202,17 @@ def pinned(session: Session, space: Space, image_ids: Sequence[UUID], query: Vec
     return found
 
 
+def searchable(session: Session, space: Space, image_ids: Sequence[UUID], *, owner_id: UUID) -> set[UUID]:
+    """Which of these images `owner_id` may see and a job could use now."""
+    statement = (
+        select(Image.id)
+        .join(Collection, Collection.id == Image.collection_id)
+        .join(space.table, space.table.c.image_id == Image.id)
+        .where(Image.id.in_(image_ids), Image.state == ImageState.READY, visible_to(owner_id))
+    )
+    return set(session.scalars(statement))
+
+
 def nearest(
     session: Session,
     space: Space,

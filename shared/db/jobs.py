@@ -49,6 +49,7 @@ def insert(
     lane: Lane,
     parameters: GenerationParameters,
     metadata: dict[str, str],
+    retry_of: UUID | None = None,
 ) -> Job:
     """A new `queued` job and the first event of its story."""
     job = Job(
@@ -60,6 +61,7 @@ def insert(
         model=parameters.model,
         parameters=parameters.model_dump(mode="json"),
         job_metadata=metadata,
+        retry_of=retry_of,
         last_seq=1,
     )
     session.add(job)

@@ -175,6 +175,7 @@ class Job(Base):
     model: Mapped[str]
     parameters: Mapped[dict[str, Any]]
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
+    retry_of: Mapped[UUID | None]  # no foreign key: the job that it tries again may be deleted
     resolution: Mapped[dict[str, Any] | None]
     timings: Mapped[dict[str, float]] = mapped_column(server_default="{}")
 
