@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from ops.local.stack import REPOSITORY, LocalStack, StackError
 from shared.errors import ConfigurationError
@@ -25,7 +26,7 @@ def up(stack: LocalStack, arguments: argparse.Namespace) -> int:
     if stack.control.is_running():
         print("Already running.")
     else:
-        stack.start(durable=not arguments.volatile, instances=_instances(arguments))
+        stack.start(**_options(arguments))
     print(addresses(stack))
     return 0
 
@@ -35,7 +36,7 @@ def run(stack: LocalStack, arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        stack.start(durable=not arguments.volatile, attached=True, instances=_instances(arguments))
+        stack.start(attached=True, **_options(arguments))
         print(addresses(stack), flush=True)
         stack.wait_until_stopped()
     except KeyboardInterrupt:
@@ -63,6 +64,12 @@ def status(stack: LocalStack, _arguments: argparse.Namespace) -> int:
 
 
 def addresses(stack: LocalStack) -> str:
+    lines = [
+        f"  Logs      {stack.layout.logs}",
+        f"  For curl and scripts:  set -a; . {stack.layout.shell_file}; set +a",
+    ]
+    if "api" not in stack.control.states():
+        return "\n".join(["The servers are running.", *lines])
     user, password = stack.flower_login
     return "\n".join(
         [
@@ -70,8 +77,7 @@ def addresses(stack: LocalStack) -> str:
             f"  Studio    {stack.url}/",
             f"  API       {stack.url}/api/v1   described at {stack.url}/docs",
             f"  Flower    {stack.flower_url}/   user {user}, password {password}",
-            f"  Logs      {stack.layout.logs}",
-            f"  For curl and scripts:  set -a; . {stack.layout.shell_file}; set +a",
+            *lines,
         ]
     )
 
@@ -80,14 +86,19 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _instances(arguments: argparse.Namespace) -> dict[str, int]:
-    return {"api": arguments.api, "embed": arguments.embed, "generate": arguments.generate}
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "durable": not arguments.volatile,
+        "servers_only": arguments.servers_only,
+        "instances": {"api": arguments.api, "embed": arguments.embed, "generate": arguments.generate},
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ops.local", description=__doc__)
     parser.add_argument("command", choices=_COMMANDS)
     parser.add_argument("--var", type=Path, default=REPOSITORY / "var", help="folder of the stack's data")
+    parser.add_argument("--servers-only", action="store_true", help="only Postgres and the two Valkeys")
     parser.add_argument("--volatile", action="store_true", help="faster, and forgets data in a power cut")
     for kind in ("api", "embed", "generate"):
         parser.add_argument(f"--{kind}", type=int, default=1, metavar="N", help=f"number of {kind} processes")

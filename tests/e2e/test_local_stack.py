@@ -1,0 +1,241 @@
+"""The local stack's promises about its servers and its folder; what the whole stack does is in the other e2e tests."""
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import psycopg2
+import pytest
+import redis
+
+from ops.local.layout import LONGEST_SOCKET_PATH, Layout, Memory
+from ops.local.orphans import processes_of
+from ops.local.stack import REPOSITORY, LocalStack, StackError
+from tests.stack import clean_environment, running_stack, wait_until
+
+
+@pytest.fixture
+def servers_stack(tmp_path: Path) -> Iterator[LocalStack]:
+    stack = LocalStack(tmp_path / "var")
+    stack.start(servers_only=True, durable=False, attached=True)
+    yield stack
+    stack.stop()
+
+
+def _write(stack: LocalStack, value: str) -> None:
+    with _postgres(stack) as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE kept AS SELECT %s AS value", (value,))
+    connection.close()
+    with redis.Redis.from_url(stack.environment()["AFTERIMAGE_QUEUE__URL"]) as client:
+        client.set("kept", value)
+
+
+def _read(stack: LocalStack) -> tuple[str, bytes]:
+    with _postgres(stack) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT value FROM kept")
+        (from_postgres,) = cursor.fetchone() or ("",)
+    connection.close()
+    with redis.Redis.from_url(stack.environment()["AFTERIMAGE_QUEUE__URL"]) as client:
+        return from_postgres, client.get("kept")
+
+
+def _postgres(stack: LocalStack) -> "psycopg2.extensions.connection":
+    return psycopg2.connect(stack.environment()["AFTERIMAGE_DATABASE__URL"].replace("+psycopg2", ""))
+
+
+def _nothing_is_left_of(stack: LocalStack) -> bool:
+    return not list(processes_of(stack.layout.var)) and not stack.layout.control_socket().exists()
+
+
+def test_data_survives_a_stop_and_a_start_on_the_same_ports(servers_stack: LocalStack) -> None:
+    before = servers_stack.environment()
+    _write(servers_stack, "still here")
+    servers_stack.stop()
+    assert _nothing_is_left_of(servers_stack)
+    servers_stack.start(servers_only=True, durable=False, attached=True)
+    assert servers_stack.environment() == before
+    assert _read(servers_stack) == ("still here", b"still here")
+
+
+@pytest.mark.parametrize("name", ["postgres", "queue", "cache"])
+def test_a_killed_server_comes_back(servers_stack: LocalStack, name: str) -> None:
+    killed = servers_stack.control.pid(name)
+    servers_stack.control.kill(name)
+    wait_until(lambda: servers_stack.control.pid(name) not in (None, killed), timeout_s=20, what=f"a new {name}")
+
+
+def test_a_folder_has_one_stack_at_a_time(servers_stack: LocalStack) -> None:
+    with pytest.raises(StackError, match="already runs"):
+        LocalStack(servers_stack.layout.var).start(servers_only=True)
+
+
+def test_two_folders_have_stacks_side_by_side(servers_stack: LocalStack, tmp_path: Path) -> None:
+    other = LocalStack(tmp_path / "other clone" / "var")
+    other.start(servers_only=True, durable=False, attached=True)
+    try:
+        _write(other, "theirs")
+        _write(servers_stack, "ours")
+        assert (_read(other)[0], _read(servers_stack)[0]) == ("theirs", "ours")
+    finally:
+        other.stop()
+    assert _read(servers_stack)[0] == "ours"
+
+
+def test_a_taken_port_is_replaced_at_the_next_start(servers_stack: LocalStack) -> None:
+    _write(servers_stack, "moved")
+    before = Memory.recall(servers_stack.layout).ports
+    servers_stack.stop()
+    with socket.create_server(("127.0.0.1", before["postgres"])):
+        servers_stack.start(servers_only=True, durable=False, attached=True)
+        after = Memory.recall(servers_stack.layout).ports
+    assert after["postgres"] != before["postgres"]
+    assert after["queue"] == before["queue"]
+    assert _read(servers_stack)[0] == "moved"
+
+
+def test_what_a_killed_supervisor_leaves_behind_is_ended_at_the_next_start(tmp_path: Path) -> None:
+    stack = LocalStack(tmp_path / "var")
+    stack.start(servers_only=True, durable=False)
+    _write(stack, "kept through it")
+    orphans = [process for process in stack.control.states().values() if process.pid]
+    supervisor = psutil.Process(stack.control.supervisor_pid())
+    supervisor.kill()
+    supervisor.wait(10)
+    assert all(psutil.pid_exists(process.pid) for process in orphans if process.pid)
+    said: list[str] = []
+    stack.start(servers_only=True, durable=False, attached=True, say=said.append)
+    try:
+        assert "postgres" in said[0]
+        assert "valkey-server" in said[0]
+        assert _read(stack) == ("kept through it", b"kept through it")
+    finally:
+        stack.stop()
+    assert _nothing_is_left_of(stack)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_the_foreground_command_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
+    with running_stack(tmp_path / "var", environment={}, options=("--servers-only",)) as stack:
+        stack.command.send_signal(number)
+        assert stack.command.wait(30) == 0
+        assert _nothing_is_left_of(stack)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="the kernel's parent-death signal is set by setpriv")
+def test_killing_the_foreground_command_ends_its_stack(tmp_path: Path) -> None:
+    with running_stack(tmp_path / "var", environment={}, options=("--servers-only",)) as stack:
+        stack.command.kill()
+        wait_until(lambda: _nothing_is_left_of(stack), timeout_s=30, what="the servers to end with their command")
+
+
+def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path: Path) -> None:
+    stack = LocalStack(tmp_path / "var")
+    stack.start(servers_only=True, durable=False, attached=True)
+    stack.stop()
+    (stack.layout.postgres / "global" / "pg_control").write_bytes(b"not a control file")
+    with pytest.raises(StackError, match=r"postgres ended while starting(.|\n)*FATAL(.|\n)*postgres\.log"):
+        stack.start(servers_only=True, durable=False, attached=True)
+    assert _nothing_is_left_of(stack)
+
+
+def test_a_deep_folder_still_has_a_control_socket_of_bearable_length(tmp_path: Path) -> None:
+    deep = tmp_path / ("a-rather-deep-folder-" * 5) / "var"
+    stack = LocalStack(deep)
+    assert len(os.fsencode(deep / "supervisor.sock")) > LONGEST_SOCKET_PATH
+    stack.start(servers_only=True, durable=False, attached=True)
+    try:
+        assert len(os.fsencode(stack.layout.control_socket())) <= LONGEST_SOCKET_PATH
+        assert {state.state for state in stack.control.states().values()} <= {"STARTING", "RUNNING"}
+    finally:
+        stack.stop()
+    assert _nothing_is_left_of(stack)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can close a folder to an ordinary user and become one")
+def test_root_runs_it_in_a_folder_that_only_root_may_enter() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        assert Path(folder).stat().st_mode & 0o777 == 0o700
+        stack = LocalStack(Path(folder) / "clone" / "var")
+        stack.start(servers_only=True, durable=False, attached=True)
+        try:
+            _write(stack, "as root")
+        finally:
+            stack.stop()
+        assert Path(folder).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="the fall-back of root")
+def test_root_runs_it_where_user_namespaces_are_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidden = tmp_path / "bin" / "unshare"
+    forbidden.parent.mkdir()
+    forbidden.write_text("#!/bin/sh\nexit 1\n")
+    forbidden.chmod(0o755)
+    tmp_path.chmod(0o700)
+    stack = LocalStack(tmp_path / "var")
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", str(forbidden.parent), prepend=os.pathsep)
+        stack.start(servers_only=True, durable=False, attached=True)
+        _write(stack, "by nobody")
+        server = psutil.Process(stack.control.pid("postgres"))
+        assert server.username() == "nobody"
+        stack.stop()
+    stack.start(servers_only=True, durable=False, attached=True)
+    try:
+        assert _read(stack)[0] == "by nobody"
+    finally:
+        stack.stop()
+
+
+def _nobody_may_run_this() -> bool:
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        return False
+    tried = subprocess.run(_as_nobody(sys.executable, "-c", "import ops.local.stack"), cwd="/", capture_output=True)
+    return tried.returncode == 0
+
+
+def _as_nobody(*command: str) -> list[str]:
+    nobody = pwd.getpwnam("nobody")
+    return ["setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups", "--", *command]
+
+
+@pytest.mark.skipif(not _nobody_may_run_this(), reason="needs root, and a checkout that everybody may read")
+def test_an_ordinary_user_runs_it() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, pwd.getpwnam("nobody").pw_uid, -1)
+        var = Path(folder) / "var"
+        command = [sys.executable, "-m", "ops.local", "--var", str(var), "--servers-only", "--volatile"]
+        environment = {**clean_environment(), "HOME": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        started = subprocess.run(
+            _as_nobody(*command, "up"), cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        )
+        assert started.returncode == 0, started.stderr
+        stack = LocalStack(var)
+        try:
+            supervisor = psutil.Process(stack.control.supervisor_pid())
+            assert {process.uids().real for process in supervisor.children(recursive=True)} == {65534}
+        finally:
+            stopped = subprocess.run(_as_nobody(*command, "down"), cwd=REPOSITORY, env=environment)
+        assert stopped.returncode == 0
+        assert _nothing_is_left_of(stack)
+
+
+def test_passwords_are_for_the_owner_only(servers_stack: LocalStack) -> None:
+    layout: Layout = servers_stack.layout
+    secrets = [layout.memory, layout.shell_file, layout.supervisor_config, layout.queue / "valkey.conf"]
+    assert {path.name: path.stat().st_mode & 0o077 for path in secrets} == {path.name: 0 for path in secrets}
+
+
+def test_a_server_refuses_a_stranger(servers_stack: LocalStack) -> None:
+    ports = Memory.recall(servers_stack.layout).ports
+    with pytest.raises(psycopg2.OperationalError, match="password"):
+        psycopg2.connect(host="127.0.0.1", port=ports["postgres"], user="postgres", dbname="postgres")
+    with redis.Redis(port=ports["queue"]) as client, pytest.raises(redis.AuthenticationError):
+        client.ping()
