@@ -162,6 +162,7 @@ class GeneratorSettings(Section):
     ip_adapter: IPAdapterSettings | None = None
     loras: dict[str, LoraSettings] = Field(default_factory=dict)
     defaults: GeneratorDefaults = GeneratorDefaults()
+    any_size: bool = Field(True, description="the model draws sizes near its native one well, not only that one")
     max_batch_size: int = Field(4, ge=1, le=64, description="images per call of the model")
     max_references: int = Field(4, ge=1, le=16, description="references per image; fewer are padded to this number")
     cost_ms: float = Field(5, ge=0, le=10_000, description="cheap generator only: time of one batch")
@@ -190,6 +191,7 @@ def _starter_generator() -> dict[str, GeneratorSettings]:
             defaults=GeneratorDefaults(
                 width=64, height=64, num_inference_steps=20, guidance_scale=3.0, ip_adapter_scale=1.0
             ),
+            any_size=False,
             max_batch_size=8,
         )
     }

@@ -1,0 +1,133 @@
+"""The retrieval model: open_clip."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar, cast
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+
+from shared.errors import EmbeddingError, ModelLoadError
+from shared.settings import ClipSettings, ModelSettings
+from worker_service import loading
+
+Item = TypeVar("Item", str, Image.Image)
+
+TOKENIZER_PROBE = "A photo of 2 red apples; naïve café, Tokyo's 東京!"
+
+
+@dataclass
+class Clip:
+    """A loaded model that puts texts and images in one space. It is not thread-safe: one thread owns it."""
+
+    name: str
+    weights_digest: str
+    """sha256 of the weights in float32, whatever `dtype` they run in."""
+    preprocess_digest: str
+    """sha256 of how images are resized and normalised, and texts tokenized."""
+    dim: int
+    device: torch.device
+    dtype: torch.dtype
+    max_batch_size: int
+    model: Any
+    preprocess: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, settings: ModelSettings) -> Self:
+        """Load what `settings.clip` names, with open_clip's own code.
+
+        Raises:
+            ModelLoadError: it cannot be loaded; the message says what and why.
+        """
+        clip = settings.clip
+        if ":" not in clip.model and clip.pretrained is None:
+            # open_clip would give random weights, and a line in its log.
+            raise ModelLoadError(f"CLIP {clip.model!r} needs `pretrained`: a weights tag or a file.")
+        loading.prepare_process(settings)
+        device = loading.resolve_device(clip.device)
+        dtype = loading.resolve_dtype(clip.dtype, device)
+        with loading.readable_load_errors(f"CLIP {_name(clip)!r}"):
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                clip.model, pretrained=clip.pretrained, precision="fp32", device="cpu", weights_only=True
+            )
+            tokenizer = open_clip.get_tokenizer(clip.model)
+            model.eval()
+            digest = loading.weights_digest([("clip", model)])
+            preprocess_digest = _preprocess_digest(model, tokenizer)
+            model.to(device, dtype)
+            with torch.no_grad():
+                dim = model.encode_text(tokenizer(["dimension"]).to(device)).shape[1]
+        return cls(
+            name=_name(clip),
+            weights_digest=digest,
+            preprocess_digest=preprocess_digest,
+            dim=dim,
+            device=device,
+            dtype=dtype,
+            max_batch_size=clip.max_batch_size,
+            model=model,
+            preprocess=preprocess,
+            tokenizer=tokenizer,
+        )
+
+    @property
+    def space_digest(self) -> str:
+        """Identity of the embedding space: vectors are comparable when, and only when, this is equal."""
+        return hashlib.sha256(f"{self.weights_digest} {self.preprocess_digest}".encode()).hexdigest()
+
+    def warm_up(self) -> None:
+        """Pay the first call's costs before a job does."""
+        self.encode_text(["warm up"])
+        self.encode_image([Image.new("RGB", (64, 64))])
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Projections of the texts, not normalised: shape (n, dim), float32. What exceeds the context is cut.
+
+        Raises:
+            EmbeddingError: the model returned something that is not a number.
+        """
+        return self._in_batches(texts, lambda batch: self.model.encode_text(self.tokenizer(batch).to(self.device)))
+
+    def encode_image(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Projections of the images, not normalised: shape (n, dim), float32.
+
+        Raises:
+            EmbeddingError: the model returned something that is not a number.
+        """
+
+        def encode(batch: list[Image.Image]) -> torch.Tensor:
+            pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in batch])
+            return cast(torch.Tensor, self.model.encode_image(pixels.to(self.device, self.dtype)))
+
+        return self._in_batches(images, encode)
+
+    @torch.no_grad()
+    def _in_batches(self, items: Sequence[Item], encode: Callable[[list[Item]], torch.Tensor]) -> np.ndarray:
+        vectors = np.zeros((len(items), self.dim), np.float32)
+        for start in range(0, len(items), self.max_batch_size):
+            batch = list(items[start : start + self.max_batch_size])
+            vectors[start : start + len(batch)] = encode(batch).float().cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise EmbeddingError("The embedding model returned values that are not numbers.")
+        return vectors
+
+
+def _name(settings: ClipSettings) -> str:
+    """How the space is called; not where a folder lies."""
+    schema, identifier = open_clip.factory.parse_model_name(settings.model)
+    if schema == "local-dir":
+        return Path(identifier).name
+    return f"{identifier}/{settings.pretrained}" if settings.pretrained else identifier
+
+
+def _preprocess_digest(model: Any, tokenizer: Any) -> str:
+    """The tokenizer counts by what it makes of a probe: its files are written differently by every library version."""
+    digest = hashlib.sha256(json.dumps(model.visual.preprocess_cfg, sort_keys=True).encode())
+    digest.update(tokenizer([TOKENIZER_PROBE]).numpy().tobytes())
+    return digest.hexdigest()

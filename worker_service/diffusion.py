@@ -1,0 +1,264 @@
+"""Text-to-image pipelines of diffusers: one loaded pipeline that draws batches of unrelated images."""
+
+import gc
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, SchedulerMixin
+from PIL import Image
+
+from shared.contracts.generation import Mode
+from shared.contracts.service import Capabilities
+from shared.errors import InvalidOutputError, ModelLoadError, ModelNotFoundError, ModelOutOfMemoryError
+from shared.settings import GeneratorDefaults, GeneratorSettings, ModelSettings
+from worker_service import conditioning, loading, pipelines, schedulers
+from worker_service.image_request import ImageRequest, Interrupted, OnStep, Reference
+
+
+@dataclass
+class Diffusion:
+    """A loaded pipeline, with its adapter and LoRAs: an `ImageModel`.
+
+    Batching changes no image: prompts, seeds, initial images and references belong to their row, and everything that
+    diffusers has only once per call is in `ImageRequest.batch_key`.
+    """
+
+    name: str
+    capabilities: Capabilities
+    defaults: GeneratorDefaults
+    text_to_image: DiffusionPipeline
+    image_to_image: DiffusionPipeline | None
+    """Shares all weights with `text_to_image`; none where diffusers has no such pipeline."""
+    own_scheduler: SchedulerMixin
+    """Only a pattern: no call runs it, because a run changes it."""
+    settings: GeneratorSettings
+
+    @classmethod
+    def load(cls, name: str, settings: ModelSettings) -> Self:
+        """Load the generator `name` of the settings.
+
+        Raises:
+            ModelNotFoundError: the settings have no such generator.
+            ModelLoadError: it cannot be loaded; the message says what and why.
+        """
+        generator = settings.generators.get(name)
+        if generator is None:
+            raise ModelNotFoundError(model=name)
+        loading.prepare_process(settings)
+        pipeline = pipelines.load_pipeline(generator, offline=settings.offline)
+        schedulers.refuse_noise_of_its_own(pipeline.scheduler)
+        image_to_image = _image_to_image(pipeline)
+        return cls(
+            name=name,
+            capabilities=_capabilities(pipeline, image_to_image, generator),
+            defaults=generator.defaults,
+            text_to_image=pipeline,
+            image_to_image=image_to_image,
+            own_scheduler=pipeline.scheduler,
+            settings=generator,
+        )
+
+    @property
+    def reference_dim(self) -> int | None:
+        """Length that the references' vectors must have; none when the pipeline conditions on no vectors."""
+        adapter = self.settings.ip_adapter
+        if adapter is None or adapter.conditions_on != "embedding_space":
+            return None
+        return pipelines.reference_dim(self.text_to_image)
+
+    def warm_up(self) -> None:
+        """Draw one image in two steps, through the adapter where there is one."""
+        blank = Reference(
+            vector=None if self.reference_dim is None else np.zeros(self.reference_dim, np.float32),
+            image=Image.new("RGB", (64, 64)),
+            weight=1,
+            caption=None,
+        )
+        adapted = self.settings.ip_adapter is not None
+        request = ImageRequest(
+            prompt="warm up",
+            negative_prompt=None,
+            seed=0,
+            width=self.capabilities.native_width,
+            height=self.capabilities.native_height,
+            num_inference_steps=2,
+            guidance_scale=self.defaults.guidance_scale,
+            scheduler=self.defaults.scheduler,
+            loras=(),
+            mode=Mode.IMAGE_PROMPT if adapted else Mode.NONE,
+            ip_adapter_scale=self.defaults.ip_adapter_scale,
+            strength=self.defaults.strength,
+            references=(blank,) if adapted else (),
+        )
+        self.generate([request], lambda step, steps: True)
+
+    def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
+        """Draw one image per request: see `ImageModel.generate`.
+
+        Raises:
+            ReferenceUnavailableError: a reference lacks the vector or the image that its mode needs.
+        """
+        if len({request.batch_key() for request in requests}) != 1:
+            raise ValueError("the images of one call must have one batch key")
+        try:
+            return self._call(requests, on_step)
+        except (torch.OutOfMemoryError, MemoryError):
+            pass
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # what torch raises on the CPU
+                raise
+        # Only here, outside the except blocks, is the traceback gone that kept the call's tensors alive.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise ModelOutOfMemoryError(f"{len(requests)} image(s) do not fit in memory.", images=len(requests))
+
+    def _call(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
+        first = requests[0]
+        pipeline = self.text_to_image
+        arguments: dict[str, Any] = {
+            "prompt": [conditioning.worded_prompt(r, getattr(pipeline, "tokenizer", None)) for r in requests],
+            "num_inference_steps": first.num_inference_steps,
+            # On the CPU whatever the device is, so that a seed means the same noise everywhere.
+            "generator": [torch.Generator("cpu").manual_seed(request.seed) for request in requests],
+            "output_type": "np",
+            "callback_on_step_end": _between_steps(on_step),
+        }
+        if first.mode.uses_initial_image:
+            if self.image_to_image is None:
+                raise ValueError(f"{self.name} has no image-to-image pipeline; the capabilities say so")
+            pipeline = self.image_to_image
+            arguments["image"] = [conditioning.initial_image(request) for request in requests]
+            arguments["strength"] = first.strength
+            # Of `num_inference_steps` only the share `strength` is run, rounded down, and at least one is needed.
+            arguments["num_inference_steps"] = max(first.num_inference_steps, math.ceil(1 / first.strength))
+        if first.negative_prompt:
+            arguments["negative_prompt"] = [request.negative_prompt for request in requests]
+        accepted = inspect.signature(type(pipeline).__call__).parameters
+        optional = {"guidance_scale": first.guidance_scale, "width": first.width, "height": first.height}
+        arguments |= {name: value for name, value in optional.items() if name in accepted}
+
+        pipeline.scheduler = schedulers.fresh(self.own_scheduler, first.scheduler)
+        self._use_loras(first.loras)
+        with self._image_prompt(pipeline, requests) as image_prompt:
+            return _checked(pipeline(**arguments, **image_prompt).images, requests)
+
+    @contextmanager
+    def _image_prompt(self, pipeline: DiffusionPipeline, requests: Sequence[ImageRequest]) -> Iterator[dict[str, Any]]:
+        """The arguments that condition the call on the rows' references; none without an adapter."""
+        adapter = self.settings.ip_adapter
+        if adapter is None:
+            yield {}
+            return
+        first = requests[0]
+        multiple = self.capabilities.size_multiple
+        image_prompt = conditioning.ImagePrompt.of(
+            pipeline,
+            requests,
+            conditions_on=adapter.conditions_on,
+            guided=_is_guided(pipeline, first.guidance_scale),
+            aspect=(max(1, first.height // multiple), max(1, first.width // multiple)),
+        )
+        # The scale is state of the pipeline; 0 spares the whole branch.
+        conditioned = any(conditioning.shares(request) for request in requests)
+        pipeline.set_ip_adapter_scale(first.ip_adapter_scale if conditioned else 0.0)
+        with image_prompt.each_row_its_own(pipeline):
+            yield image_prompt.arguments()
+
+    def _use_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+        if not self.settings.loras:
+            return
+        if not loras:
+            self.text_to_image.disable_lora()
+            return
+        self.text_to_image.enable_lora()
+        self.text_to_image.set_adapters([name for name, _ in loras], [scale for _, scale in loras])
+
+
+def _between_steps(on_step: OnStep) -> Callable[..., dict[str, Any]]:
+    def callback(pipeline: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        # Setting pipeline._interrupt instead would still decode the picture.
+        if not on_step(step + 1, pipeline.num_timesteps):
+            raise Interrupted
+        return tensors
+
+    return callback
+
+
+def _is_guided(pipeline: DiffusionPipeline, guidance_scale: float) -> bool:
+    """Will the pipeline run every row twice? The rule of `do_classifier_free_guidance`, which knows only mid-call."""
+    return guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None
+
+
+def _checked(images: Any, requests: Sequence[ImageRequest]) -> list[np.ndarray]:
+    """float32 in [0, 1] -> uint8, after a look at whether these are pictures at all."""
+    expected = (len(requests), requests[0].height, requests[0].width, 3)
+    if not isinstance(images, np.ndarray) or images.shape != expected:
+        raise InvalidOutputError(f"The model returned {getattr(images, 'shape', type(images))}, not {expected}.")
+    if not np.isfinite(images).all():
+        raise InvalidOutputError("The model returned pixels that are not numbers.")
+    return list((images * 255).round().astype(np.uint8))
+
+
+def _image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline | None:
+    try:
+        sibling = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError:  # diffusers has none for this class
+        return None
+    sibling.set_progress_bar_config(disable=True)
+    accepted = inspect.signature(type(sibling).__call__).parameters
+    return sibling if {"image", "strength"} <= accepted.keys() else None
+
+
+def _capabilities(
+    pipeline: DiffusionPipeline, image_to_image: DiffusionPipeline | None, settings: GeneratorSettings
+) -> Capabilities:
+    """What the loaded pipeline can do, asked of its parts and of its call's signature."""
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    missing = {"prompt", "num_inference_steps", "generator", "callback_on_step_end"} - accepted.keys()
+    if missing:
+        raise ModelLoadError(f"{type(pipeline).__name__} takes no {', '.join(sorted(missing))}.")
+    modes = [Mode.NONE, Mode.CAPTION]
+    if image_to_image is not None:
+        modes.append(Mode.IMG2IMG)
+    if settings.ip_adapter is not None:
+        modes.append(Mode.IMAGE_PROMPT)
+        if image_to_image is not None:
+            modes.append(Mode.IMAGE_PROMPT_IMG2IMG)
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    native_width, native_height = _native_size(pipeline, denoiser, settings.defaults)
+    return Capabilities(
+        modes=[mode.value for mode in modes],
+        native_width=native_width,
+        native_height=native_height,
+        size_multiple=pipeline.image_processor.config.vae_scale_factor * 2 ** getattr(denoiser, "num_upsamplers", 0),
+        any_size=settings.any_size,
+        max_batch_size=settings.max_batch_size,
+        max_references=settings.max_references,
+        schedulers=schedulers.choices(pipeline.scheduler),
+        loras=sorted(settings.loras),
+        # Where a negative prompt works only with `true_cfg_scale`, plain guidance ignores it.
+        supports_negative_prompt="negative_prompt" in accepted and "true_cfg_scale" not in accepted,
+        supports_guidance="guidance_scale" in accepted and denoiser.config.get("guidance_embeds", True),
+        pipeline=type(pipeline).__name__,
+        weights_digest=loading.weights_digest(
+            (name, part) for name, part in sorted(pipeline.components.items()) if isinstance(part, torch.nn.Module)
+        ),
+        device=str(pipeline.device),
+        dtype=str(pipeline.dtype).removeprefix("torch."),
+    )
+
+
+def _native_size(pipeline: DiffusionPipeline, denoiser: Any, defaults: GeneratorDefaults) -> tuple[int, int]:
+    """(width, height) in pixels of what the pipeline draws when nothing is asked for."""
+    sample_size = getattr(pipeline, "default_sample_size", None) or denoiser.config.get("sample_size")
+    if sample_size is None:
+        return defaults.width, defaults.height
+    height, width = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
+    return width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor

@@ -1,0 +1,60 @@
+"""What loading a model of any kind needs: devices, dtypes, digests, readable errors."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import huggingface_hub.constants
+import torch
+from torch import nn
+
+from shared.errors import BaseAppException, ModelLoadError
+from shared.settings import ModelSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def prepare_process(settings: ModelSettings) -> None:
+    """Apply the settings that belong to a whole model process: CPU threads, and no word to any hub when offline."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if settings.offline:
+        # huggingface_hub reads its environment variable once, at import, which has happened by now.
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU where there is none."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def weights_digest(modules: Iterable[tuple[str, nn.Module]]) -> str:
+    """sha256 over every named tensor of the modules, as loaded: the same in every process, other in another dtype."""
+    digest = hashlib.sha256()
+    for module_name, module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{module_name}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def readable_load_errors(what: str) -> Iterator[None]:
+    """Turn whatever the libraries raise while they load `what` into a ModelLoadError that names it and the cause.
+
+    Wrong folders, missing files, mismatched shapes and refused downloads come as a dozen exception types.
+    """
+    try:
+        yield
+    except BaseAppException:
+        raise
+    except Exception as error:
+        cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        raise ModelLoadError(f"{what} could not be loaded: {type(error).__name__}: {cause}", model=what) from error
