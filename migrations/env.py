@@ -19,7 +19,7 @@ def include_object(_object: Any, name: str | None, type_: str, _reflected: bool,
 
 
 def run() -> None:
-    url = context.get_x_argument(as_dictionary=True).get("url") or database_url(get_settings().database)
+    url = context.config.attributes.get("url") or database_url(get_settings().database)
     engine = create_engine(url, poolclass=NullPool, connect_args={"options": "-c lock_timeout=5000"})
     with engine.connect() as connection:
         connection.execute(text("select pg_advisory_lock(:lock)"), {"lock": LOCK})

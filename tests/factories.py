@@ -1,0 +1,123 @@
+"""Rows that tests start from, with everything they do not care about filled in."""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+from sqlalchemy.orm import Session
+
+from shared.contracts.generation import GenerationParameters, Mode
+from shared.contracts.jobs import JobKind, JobState, Lane
+from shared.contracts.search import ImageFilter
+from shared.db import images, jobs, owners, spaces
+from shared.db.models import Image, Job
+from shared.db.spaces import Space
+
+SHARED_COLLECTION = UUID("00000000-0000-4000-8000-000000000002")
+DIM = 16
+
+_numbers = count(1)
+
+
+def make_parameters(**changes: Any) -> GenerationParameters:
+    return GenerationParameters(
+        **{
+            "prompt": "a red apple",
+            "negative_prompt": None,
+            "model": "cheap",
+            "seeds": [1],
+            "width": 32,
+            "height": 32,
+            "num_inference_steps": 4,
+            "guidance_scale": 3.0,
+            "scheduler": None,
+            "loras": {},
+            "format": "png",
+            "quality": 90,
+            "mode": Mode.AUTO,
+            "ip_adapter_scale": 1.0,
+            "strength": 0.6,
+            "k": 4,
+            "min_similarity": -1.0,
+            "filter": ImageFilter(),
+            "references": [],
+            **changes,
+        }
+    )
+
+
+def make_job(
+    session: Session,
+    *,
+    state: JobState = JobState.QUEUED,
+    owner: str = "local",
+    lane: Lane = Lane.NORMAL,
+    **parameters: Any,
+) -> Job:
+    """A job in its first states as the product itself brings it there; the caller commits."""
+    job = jobs.insert(
+        session,
+        owner_id=owners.ensure(session, owner),
+        kind=JobKind.RAG_GENERATE,
+        lane=lane,
+        parameters=make_parameters(**parameters),
+        metadata={},
+    )
+    if state is JobState.QUEUED:
+        return job
+    taken = jobs.claim(session, job.id, worker="factory", lease_s=30)
+    assert taken is not None
+    if state is JobState.SUCCEEDED:
+        assert jobs.finish(session, taken[0], [], timings={})
+    elif state is JobState.CANCELED:
+        assert jobs.cancel(session, job.id, owner_id=job.owner_id)
+    elif state is not JobState.PROCESSING:
+        raise ValueError(f"no way to {state} is known here")
+    session.refresh(job)
+    return job
+
+
+def make_space(session: Session, *, dim: int = DIM) -> Space:
+    return spaces.ensure(session, digest=hashlib.sha256(b"space %d" % dim).hexdigest(), model="test", dim=dim)
+
+
+def make_image(
+    session: Session,
+    *,
+    vector: Sequence[float] | None = None,
+    space: Space | None = None,
+    collection_id: UUID = SHARED_COLLECTION,
+    **columns: Any,
+) -> Image:
+    """An image row without a blob; searchable when it gets a `vector` (any length) in `space`."""
+    number = next(_numbers)
+    digest = hashlib.sha256(b"image %d" % number).hexdigest()
+    image, _ = images.add(
+        session,
+        collection_id,
+        **{
+            "sha256": digest,
+            "blob_key": f"images/{digest}.png",
+            "thumbnail_key": f"thumbnails/{digest}.webp",
+            "format": "png",
+            "width": 64,
+            "height": 64,
+            "size_bytes": 1000,
+            "perceptual_hash": int.from_bytes(bytes.fromhex(digest[:16]), signed=True),
+            "caption": f"image {number}",
+            "tags": [],
+            "attributes": {},
+            **columns,
+        },
+    )
+    if vector is not None:
+        projection = np.asarray(vector, np.float32)
+        norm = np.linalg.norm(projection)
+        images.embedded(
+            session, space or make_space(session), [image.id], (projection / norm)[None], np.array([norm], np.float32)
+        )
+        session.refresh(image)
+    return image

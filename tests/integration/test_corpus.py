@@ -1,0 +1,250 @@
+"""Finding images: what comes back, in which order, and what never does."""
+
+from datetime import timedelta
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from sqlalchemy import func, select, text, update
+from sqlalchemy.orm import Session
+
+from shared import retrieval
+from shared.contracts.generation import PinnedReference
+from shared.contracts.search import ImageFilter
+from shared.db import images, owners, spaces
+from shared.db.images import Nearest, Vector
+from shared.db.models import Collection, Image
+from shared.db.spaces import Space
+from shared.errors import ReferenceUnavailableError, ResourceNotFoundError
+from shared.settings import RetrievalSettings
+from tests.factories import DIM, SHARED_COLLECTION, make_image, make_space
+
+
+def axis(number: int, towards: int | None = None, by: float = 0.0) -> Vector:
+    """The unit vector along one axis, leaning by an angle (radians) towards another."""
+    vector = np.zeros(DIM, np.float32)
+    vector[number] = np.cos(by)
+    if towards is not None:
+        vector[towards] = np.sin(by)
+    return vector
+
+
+def nearest(
+    session: Session,
+    space: Space,
+    vector: Vector,
+    *,
+    k: int = 10,
+    exact_below: int = 10_000,
+    ef_search: int = 100,
+    **where: object,
+) -> Nearest:
+    return images.nearest(
+        session,
+        space,
+        vector,
+        k=k,
+        collection_id=SHARED_COLLECTION,
+        where=ImageFilter.model_validate(where),
+        ef_search=ef_search,
+        exact_below=exact_below,
+    )
+
+
+@pytest.mark.parametrize("exact_below", [10_000, 0])
+def test_the_nearest_come_first_with_their_cosine_similarity(session: Session, exact_below: int) -> None:
+    space = make_space(session)
+    by = {angle: make_image(session, vector=5 * axis(0, 1, angle)) for angle in (0.9, 0.1, 0.5)}
+    found = nearest(session, space, axis(0), exact_below=exact_below)
+    assert found.exact == bool(exact_below)
+    assert [f.image.id for f in found.found] == [by[angle].id for angle in (0.1, 0.5, 0.9)]
+    assert [f.similarity for f in found.found] == pytest.approx(np.cos([0.1, 0.5, 0.9]), abs=2e-3)
+    assert found.found[0].norm == pytest.approx(5, rel=1e-3)
+
+
+def test_an_image_without_a_vector_or_of_another_collection_is_not_found(session: Session) -> None:
+    space = make_space(session)
+    other = owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "somebody"))
+    make_image(session)
+    make_image(session, vector=axis(0), collection_id=other.id)
+    assert nearest(session, space, axis(0)).found == []
+
+
+def test_every_condition_of_a_filter_must_hold(session: Session) -> None:
+    space = make_space(session)
+    wanted = make_image(
+        session,
+        vector=axis(0, 1, 0.5),
+        tags=["fruit", "red"],
+        source="noto",
+        licence="MIT",
+        attributes={"style": "flat", "set": "a"},
+    )
+    make_image(session, vector=axis(0), tags=["fruit"], source="noto", licence="MIT", attributes={"style": "3d"})
+    for where in (
+        {"tags": ["red", "fruit"]},
+        {"attributes": {"style": "flat"}},
+        {"tags": ["fruit"], "source": "noto", "licence": "MIT", "attributes": {"set": "a"}},
+    ):
+        assert [f.image.id for f in nearest(session, space, axis(0), **where).found] == [wanted.id]
+    assert nearest(session, space, axis(0), source="elsewhere").found == []
+
+
+def test_a_filter_on_time_includes_its_start_and_excludes_its_end(session: Session) -> None:
+    space = make_space(session)
+    image = make_image(session, vector=axis(0))
+    at = image.created_at
+    assert nearest(session, space, axis(0), created_after=at).found
+    assert not nearest(session, space, axis(0), created_before=at).found
+    assert nearest(session, space, axis(0), created_before=at + timedelta(seconds=1)).found
+
+
+def test_a_selective_filter_does_not_leave_an_indexed_search_short(session: Session) -> None:
+    """Without an iterative scan HNSW looks at ef_search rows, of which the filter would leave almost none."""
+    space = make_space(session)
+    random = np.random.default_rng(0)
+    for number in range(300):
+        make_image(session, vector=random.normal(size=DIM), tags=["rare"] if number % 50 == 0 else ["common"])
+    # So few rows would be sorted; what matters is what the index finds when it is used.
+    for setting in ("enable_seqscan", "enable_bitmapscan", "enable_sort"):
+        session.execute(text(f"set local {setting} = off"))
+    found = nearest(session, space, axis(0), k=6, exact_below=0, ef_search=10, tags=["rare"])
+    assert not found.exact
+    assert len(found.found) == 6
+
+
+def test_a_deleted_image_is_never_found_again_and_its_vector_is_gone(session: Session) -> None:
+    space = make_space(session)
+    image = make_image(session, vector=axis(0))
+    version = session.scalars(select(Collection.version).where(Collection.id == SHARED_COLLECTION)).one()
+    images.remove(session, image)
+    assert nearest(session, space, axis(0)).found == []
+    assert session.scalar(select(func.count()).select_from(space.table)) == 0
+    assert session.scalars(select(Collection.version).where(Collection.id == SHARED_COLLECTION)).one() == version + 1
+
+
+def test_a_vector_that_arrives_after_its_image_was_deleted_is_dropped(session: Session) -> None:
+    space = make_space(session)
+    image = make_image(session)
+    images.remove(session, image)
+    images.embedded(session, space, [image.id], axis(0)[None], np.ones(1, np.float32))
+    assert session.scalar(select(func.count()).select_from(space.table)) == 0
+
+
+def test_equal_content_is_one_image_per_collection(session: Session) -> None:
+    first = make_image(session, sha256="ab" * 32)
+    assert make_image(session, sha256="ab" * 32).id == first.id
+    other = owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "somebody"))
+    assert make_image(session, sha256="ab" * 32, collection_id=other.id).id != first.id
+
+
+def test_a_waiting_image_is_claimed_once_and_again_when_its_worker_went_silent(session: Session) -> None:
+    image = make_image(session)
+    assert images.any_pending(session)
+    assert [i.id for i in images.claim_pending(session, limit=5, lease_s=30)] == [image.id]
+    assert images.claim_pending(session, limit=5, lease_s=30) == []
+    assert not images.any_pending(session)
+    session.execute(update(Image).values(lease_until=func.now() - timedelta(seconds=1)))
+    assert [i.id for i in images.claim_pending(session, limit=5, lease_s=30)] == [image.id]
+
+
+def test_a_space_is_registered_once_and_the_first_one_is_active(session: Session) -> None:
+    first = make_space(session, dim=8)
+    assert make_space(session, dim=8) == first
+    second = make_space(session, dim=12)
+    assert second.table.name != first.table.name
+    assert spaces.find_active(session) == first
+
+
+def test_a_collection_is_found_by_its_own_owner_and_the_shared_one_by_all(session: Session) -> None:
+    mine, other = owners.ensure(session, "me"), owners.ensure(session, "other")
+    collection = owners.ensure_collection(session, "private", owner_id=mine)
+    image = make_image(session, collection_id=collection.id)
+    assert images.get_collection(session, "private", owner_id=mine).id == collection.id
+    assert images.get_collection(session, "shared", owner_id=other).id == SHARED_COLLECTION
+    with pytest.raises(ResourceNotFoundError):
+        images.get_collection(session, "private", owner_id=other)
+    with pytest.raises(ResourceNotFoundError):
+        images.get(session, image.id, owner_id=other)
+
+
+# --- choosing references ------------------------------------------------------------------------------------------
+
+
+def plan(session: Session, space: Space, **changes: object) -> list[retrieval.Reference]:
+    arguments: dict[str, object] = {
+        "k": 3,
+        "min_similarity": 0.5,
+        "collection_id": SHARED_COLLECTION,
+        "where": ImageFilter(),
+        "settings": RetrievalSettings(),
+    }
+    return retrieval.plan(session, space, axis(0), **(arguments | changes))  # type: ignore[arg-type]
+
+
+def test_references_below_the_gate_are_shown_but_not_used(session: Session) -> None:
+    space = make_space(session)
+    near, far = make_image(session, vector=axis(0, 1, 0.2)), make_image(session, vector=axis(0, 2, 1.3))
+    references = plan(session, space)
+    assert [(r.found.image.id, r.used) for r in references] == [(near.id, True), (far.id, False)]
+    assert [r.weight for r in references] == [1.0, 0.0]
+    assert "below 0.5" in references[1].reason
+
+
+def test_weights_rise_with_similarity_and_sum_to_one(session: Session) -> None:
+    space = make_space(session)
+    for angle, other in ((0.2, 1), (0.5, 2), (0.8, 3)):
+        make_image(session, vector=axis(0, other, angle))
+    weights = [reference.weight for reference in plan(session, space)]
+    assert weights == sorted(weights, reverse=True)
+    assert sum(weights) == pytest.approx(1)
+    assert min(weights) > 0
+
+
+def test_near_duplicates_take_one_place_and_others_move_up(session: Session) -> None:
+    space = make_space(session)
+    kept = make_image(session, vector=axis(0, 1, 0.10))
+    make_image(session, vector=axis(0, 1, 0.11))
+    make_image(session, vector=axis(0, 1, 0.12))
+    others = [make_image(session, vector=axis(0, number, 0.6)) for number in (2, 3)]
+    found = {reference.found.image.id for reference in plan(session, space)}
+    assert found == {kept.id, *(other.id for other in others)}
+
+
+def test_pictures_that_differ_only_in_colour_are_not_duplicates(session: Session) -> None:
+    """A red and a green apple have the same brightness gradients, and so the same perceptual hash."""
+    space = make_space(session)
+    for number in (1, 2):
+        make_image(session, vector=axis(0, number, 0.5), perceptual_hash=77)
+    assert len(plan(session, space)) == 2
+
+
+def test_pinned_references_are_used_in_their_order_with_their_weights(session: Session) -> None:
+    space = make_space(session)
+    first, second = make_image(session, vector=axis(5)), make_image(session, vector=axis(0))
+    pinned = [PinnedReference(image_id=first.id, weight=3), PinnedReference(image_id=second.id)]
+    references = retrieval.plan_pinned(session, space, pinned, axis(0))
+    assert [(r.found.image.id, r.weight, r.used) for r in references] == [
+        (first.id, 0.75, True),
+        (second.id, 0.25, True),
+    ]
+    assert [r.found.similarity for r in references] == pytest.approx([0, 1], abs=2e-3)
+
+
+def test_a_pinned_reference_that_is_gone_or_not_embedded_is_refused_by_name(session: Session) -> None:
+    space = make_space(session)
+    waiting, gone = make_image(session).id, uuid4()
+    for missing in (waiting, gone):
+        with pytest.raises(ReferenceUnavailableError) as refused:
+            retrieval.plan_pinned(session, space, [PinnedReference(image_id=missing)], None)
+        assert refused.value.context == {"image_ids": [str(missing)]}
+
+
+def test_diversity_prefers_something_else_over_more_of_the_same(session: Session) -> None:
+    space = make_space(session)
+    best = make_image(session, vector=axis(0, 1, 0.1))
+    alike = make_image(session, vector=axis(0, 1, 0.2))
+    different = make_image(session, vector=axis(0, 2, 0.4))
+    found = nearest(session, space, axis(0)).found
+    chosen = {d: [f.image.id for f in retrieval.diversify(found, k=2, diversity=d)] for d in (0.0, 0.6)}
+    assert chosen == {0.0: [best.id, alike.id], 0.6: [best.id, different.id]}

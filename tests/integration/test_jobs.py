@@ -1,0 +1,232 @@
+"""The job table's promises, on real Postgres: who may write what, when, and which story it leaves."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from shared.contracts.jobs import JobState, Lane
+from shared.db import jobs
+from shared.db.jobs import Claim, Output
+from shared.db.models import Generation, GenerationReference, Job, JobEvent
+from shared.db.session import session_scope
+from shared.errors import DatabaseError, ImageGenerationError, JobStateError, StorageError
+from tests.factories import make_job
+
+
+def claim(session: Session, job: Job, worker: str = "w1") -> Claim:
+    taken = jobs.claim(session, job.id, worker=worker, lease_s=30)
+    assert taken is not None
+    return taken[0]
+
+
+def story(session: Session, job: Job) -> list[str]:
+    return [event.type for event in jobs.events(session, job.id, after=0)]
+
+
+def state(session: Session, job: Job) -> str:
+    session.refresh(job)
+    return job.state
+
+
+def let_lease_expire(session: Session, job: Job) -> None:
+    past = func.now() - timedelta(seconds=1)
+    session.execute(update(Job).where(Job.id == job.id).values(lease_until=past))
+
+
+def an_output(job: Job, index: int = 0) -> Output:
+    generation = Generation(
+        id=uuid4(),
+        job_id=job.id,
+        owner_id=job.owner_id,
+        index=index,
+        seed=1,
+        format="png",
+        blob_key=f"outputs/{job.id}/{index}",
+        thumbnail_key="t",
+        width=1,
+        height=1,
+        size_bytes=1,
+        sha256="00",
+        pixels_sha256="00",
+        provenance={},
+    )
+    reference = GenerationReference(
+        generation_id=generation.id, position=0, image_id=uuid4(), sha256="00", similarity=0.5, weight=1.0, pinned=False
+    )
+    return Output(generation=generation, references=[reference])
+
+
+def test_a_job_is_claimed_by_one_worker_only(session: Session) -> None:
+    job = make_job(session)
+    assert jobs.claim(session, job.id, worker="w1", lease_s=30) is not None
+    assert jobs.claim(session, job.id, worker="w2", lease_s=30) is None
+    assert state(session, job) == JobState.PROCESSING
+    assert job.worker == "w1"
+
+
+@pytest.mark.parametrize("final", [JobState.SUCCEEDED, JobState.CANCELED])
+def test_a_redelivered_message_of_an_ended_job_claims_nothing(session: Session, final: JobState) -> None:
+    job = make_job(session, state=final)
+    assert jobs.claim(session, job.id, worker="w2", lease_s=30) is None
+
+
+def test_finishing_publishes_outputs_references_and_state_together(session: Session) -> None:
+    job = make_job(session)
+    assert jobs.finish(session, claim(session, job), [an_output(job, 0), an_output(job, 1)], timings={"generate": 1.0})
+    assert state(session, job) == JobState.SUCCEEDED
+    assert job.finished_at is not None
+    assert session.scalar(select(func.count()).select_from(Generation)) == 2
+    assert session.scalar(select(func.count()).select_from(GenerationReference)) == 2
+    assert story(session, job) == ["queued", "started", "succeeded"]
+
+
+def test_an_attempt_that_was_taken_over_can_write_nothing(session: Session) -> None:
+    job = make_job(session)
+    first = claim(session, job)
+    let_lease_expire(session, job)
+    assert jobs.take_back_expired(session, max_crashes=3) == [job.id]
+    second = claim(session, job, "w2")
+    assert second.attempt == first.attempt + 1
+
+    assert jobs.renew(session, [first], lease_s=30) == set()
+    assert not jobs.model_started(session, first)
+    assert not jobs.resolved(session, first, {})
+    assert not jobs.fail(session, first, ImageGenerationError())
+    assert not jobs.retry_later(session, first, StorageError(), delay_s=1, most=3)
+    assert not jobs.finish(session, first, [an_output(job)], timings={})
+    assert jobs.hand_back(session, [first]) == 0
+    assert session.scalar(select(func.count()).select_from(Generation)) == 0
+    assert jobs.finish(session, second, [an_output(job)], timings={}), "the owner still can"
+
+
+def test_a_renewed_lease_is_not_taken_back(session: Session) -> None:
+    job = make_job(session)
+    first = claim(session, job)
+    let_lease_expire(session, job)
+    assert jobs.renew(session, [first], lease_s=30) == {job.id}
+    assert jobs.take_back_expired(session, max_crashes=3) == []
+
+
+def test_only_crashes_during_model_work_count_and_the_third_makes_a_job_dead(session: Session) -> None:
+    job = make_job(session)
+    for crashed_in_model, expected in [(False, 0), (True, 1), (True, 2)]:
+        held = claim(session, job)
+        if crashed_in_model:
+            assert jobs.model_started(session, held)
+        let_lease_expire(session, job)
+        jobs.take_back_expired(session, max_crashes=3)
+        assert state(session, job) == JobState.QUEUED
+        assert job.crashes == expected
+    assert jobs.model_started(session, claim(session, job))
+    let_lease_expire(session, job)
+    jobs.take_back_expired(session, max_crashes=3)
+    assert state(session, job) == JobState.DEAD
+    assert job.error is not None
+    assert job.error["code"] == "job_crashed"
+
+
+def test_cancel_ends_a_queued_and_a_running_job_but_no_ended_one(session: Session) -> None:
+    queued, running, done = make_job(session), make_job(session), make_job(session, state=JobState.SUCCEEDED)
+    held = claim(session, running)
+    assert jobs.cancel(session, queued.id, owner_id=queued.owner_id)
+    assert jobs.cancel(session, running.id, owner_id=running.owner_id)
+    assert not jobs.cancel(session, done.id, owner_id=done.owner_id)
+    assert [state(session, job) for job in (queued, running, done)] == ["canceled", "canceled", "succeeded"]
+    assert not jobs.finish(session, held, [an_output(running)], timings={}), "first commit wins"
+    assert jobs.still_owned(session, [held]) == set()
+
+
+def test_nobody_cancels_the_job_of_another_owner(session: Session) -> None:
+    job = make_job(session)
+    assert not jobs.cancel(session, job.id, owner_id=uuid4())
+    assert state(session, job) == JobState.QUEUED
+
+
+def test_a_passing_fault_waits_longer_each_time_and_fails_in_the_end(session: Session) -> None:
+    job = make_job(session)
+    waits = []
+    for _ in range(3):
+        held = claim(session, job)
+        assert jobs.retry_later(session, held, StorageError(), delay_s=4, most=3)
+        session.refresh(job)
+        assert job.state == JobState.QUEUED
+        assert jobs.claim(session, job.id, worker="w", lease_s=30) is None, "not due yet"
+        assert jobs.feed(session, job.model, window=10) == [], "and not published before it is due"
+        waits.append(jobs.events(session, job.id, after=job.last_seq - 1)[0].data["wait_s"])
+        session.execute(update(Job).where(Job.id == job.id).values(run_after=func.now()))
+    assert waits == [4, 8, 16]
+    assert jobs.retry_later(session, claim(session, job), StorageError(), delay_s=4, most=3)
+    assert state(session, job) == JobState.FAILED
+
+
+def test_jobs_handed_back_at_shutdown_can_be_claimed_at_once(session: Session) -> None:
+    some = [make_job(session) for _ in range(3)]
+    assert jobs.hand_back(session, [claim(session, job) for job in some]) == 3
+    for job in some:
+        claim(session, job, "w2")
+
+
+def test_events_are_numbered_without_gaps(session: Session) -> None:
+    job = make_job(session)
+    jobs.hand_back(session, [claim(session, job)])
+    held = claim(session, job)
+    jobs.resolved(session, held, {"mode": "none"})
+    jobs.finish(session, held, [], timings={})
+    events = jobs.events(session, job.id, after=0)
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert [event.type for event in events] == ["queued", "started", "requeued", "started", "resolved", "succeeded"]
+    assert [event.seq for event in jobs.events(session, job.id, after=4)] == [5, 6]
+
+
+def test_the_window_is_fed_by_lane_then_age_and_never_overfilled(session: Session) -> None:
+    low, old, new, high = (make_job(session, lane=lane) for lane in (Lane.LOW, Lane.NORMAL, Lane.NORMAL, Lane.HIGH))
+    age(session, [low, old, new, high])
+    assert jobs.feed(session, "cheap", window=2) == [high.id, old.id]
+    assert jobs.feed(session, "cheap", window=2) == []
+    claim(session, high)
+    assert jobs.feed(session, "cheap", window=2) == [new.id]
+    assert jobs.feed(session, "other", window=2) == []
+
+
+def test_a_job_missing_from_the_broker_is_published_again(session: Session) -> None:
+    job = make_job(session)
+    assert jobs.feed(session, "cheap", window=2) == [job.id]
+    assert jobs.published(session, older_than_s=-1) == [(job.id, "cheap")]
+    jobs.unpublish(session, [job.id])
+    assert jobs.waiting_models(session) == ["cheap"]
+    assert jobs.feed(session, "cheap", window=2) == [job.id]
+
+
+def test_the_queue_position_counts_the_jobs_that_go_first(session: Session) -> None:
+    first, second, urgent = make_job(session), make_job(session), make_job(session, lane=Lane.HIGH)
+    age(session, [first, second, urgent])
+    assert [jobs.queue_position(session, job) for job in (urgent, first, second)] == [0, 1, 2]
+
+
+def test_a_job_is_deleted_with_its_outputs_but_not_before_it_ended(session: Session) -> None:
+    job = make_job(session)
+    with pytest.raises(JobStateError):
+        jobs.delete(session, job)
+    jobs.finish(session, claim(session, job), [an_output(job)], timings={})
+    session.refresh(job)
+    jobs.delete(session, job)
+    session.flush()
+    for table in (Job, JobEvent, Generation, GenerationReference):
+        assert session.scalar(select(func.count()).select_from(table)) == 0
+
+
+def test_a_database_that_refuses_reports_its_own_error(session: Session) -> None:
+    with pytest.raises(DatabaseError), session_scope() as scope:
+        scope.execute(select(func.no_such_function()))
+
+
+def age(session: Session, some: Sequence[Job]) -> None:
+    """Give jobs of one transaction, which share its `now()`, the order in which they stand here."""
+    for position, job in enumerate(some):
+        moment = func.now() - timedelta(seconds=100 - position)
+        session.execute(update(Job).where(Job.id == job.id).values(created_at=moment))
+        session.refresh(job)

@@ -1,0 +1,196 @@
+"""The batcher: who shares a call of the model, and who suffers when one fails."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from shared.errors import ModelOutOfMemoryError
+from tests.stack import wait_until
+from worker_service.batcher import Batcher
+from worker_service.image_request import Interrupted, OnStep
+
+
+class Model:
+    """Doubles numbers. Holds its first batch until `go`, so that a line can form behind it; records every batch."""
+
+    def __init__(self, steps: int = 1, largest: int = 100) -> None:
+        self.batches: list[list[int]] = []
+        self.started = threading.Event()
+        self.go = threading.Event()
+        self.steps = steps
+        self.largest = largest
+
+    def run(self, items: Sequence[int], on_step: OnStep) -> list[int]:
+        self.batches.append(list(items))
+        self.started.set()
+        assert self.go.wait(10)
+        for step in range(1, self.steps + 1):
+            if not on_step(step, self.steps):
+                raise Interrupted
+        if len(items) > self.largest:
+            raise ModelOutOfMemoryError
+        if 13 in items:
+            raise ValueError("thirteen")
+        return [item * 2 for item in items]
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+def a_batcher(model: Model, *, max_batch_size: int = 4) -> Batcher[int, int]:
+    return Batcher(model.run, key=lambda item: item // 100, max_batch_size=max_batch_size, name="test")
+
+
+def in_line(batcher: Batcher[int, int], waiting: int) -> None:
+    wait_until(lambda: len(batcher._line) == waiting, timeout_s=10, what=f"{waiting} items in line")
+
+
+def busy(pool: ThreadPoolExecutor, batcher: Batcher[int, int], model: Model, item: int = 0) -> Future[list[int]]:
+    """Occupy the model with one item, so that what follows lines up."""
+    first = pool.submit(batcher.submit, [item])
+    assert model.started.wait(10)
+    return first
+
+
+def test_an_idle_model_starts_an_item_without_waiting_for_company(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    model.go.set()
+    assert a_batcher(model).submit([7]) == [14]
+    assert model.batches == [[7]]
+
+
+def test_items_of_different_callers_that_line_up_share_a_batch(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    batcher = a_batcher(model)
+    first = busy(pool, batcher, model)
+    waiting = [pool.submit(batcher.submit, [item]) for item in (1, 2, 3)]
+    in_line(batcher, 3)
+    model.go.set()
+    assert [w.result(10) for w in waiting] == [[2], [4], [6]]
+    assert first.result(10) == [0]
+    assert [len(batch) for batch in model.batches] == [1, 3]
+
+
+def test_items_with_different_keys_never_share_a_batch(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    batcher = a_batcher(model)
+    busy(pool, batcher, model)
+    waiting = [pool.submit(batcher.submit, [item]) for item in (1, 101, 2, 102)]
+    in_line(batcher, 4)
+    model.go.set()
+    for each in waiting:
+        each.result(10)
+    assert sorted(sorted(batch) for batch in model.batches[1:]) == [[1, 2], [101, 102]]
+
+
+def test_a_better_lane_goes_first(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    batcher = a_batcher(model, max_batch_size=1)
+    busy(pool, batcher, model)
+    bulk = pool.submit(batcher.submit, [1], lane=3)
+    in_line(batcher, 1)
+    urgent = pool.submit(batcher.submit, [2], lane=0)
+    in_line(batcher, 2)
+    model.go.set()
+    bulk.result(10)
+    urgent.result(10)
+    assert model.batches == [[0], [2], [1]]
+
+
+def test_an_owner_with_many_items_does_not_delay_one_with_few(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    batcher = a_batcher(model, max_batch_size=2)
+    busy(pool, batcher, model)
+    many = pool.submit(batcher.submit, [1, 2, 3, 4, 5, 6], owner="many")
+    in_line(batcher, 6)
+    few = pool.submit(batcher.submit, [9], owner="few")
+    in_line(batcher, 7)
+    model.go.set()
+    few.result(10)
+    many.result(10)
+    assert 9 in model.batches[1]
+
+
+def test_one_bad_item_fails_alone_and_its_batch_mates_get_their_results(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    batcher = a_batcher(model)
+    busy(pool, batcher, model)
+    waiting = {item: pool.submit(batcher.submit, [item]) for item in (1, 13, 2, 3)}
+    in_line(batcher, 4)
+    model.go.set()
+    with pytest.raises(ValueError, match="thirteen"):
+        waiting[13].result(10)
+    assert [waiting[item].result(10) for item in (1, 2, 3)] == [[2], [4], [6]]
+
+
+def test_a_batch_that_exceeds_memory_is_run_in_halves(pool: ThreadPoolExecutor) -> None:
+    model = Model(largest=2)
+    batcher = a_batcher(model)
+    busy(pool, batcher, model)
+    waiting = [pool.submit(batcher.submit, [item]) for item in (1, 2, 3, 4)]
+    in_line(batcher, 4)
+    model.go.set()
+    assert sorted(w.result(10)[0] for w in waiting) == [2, 4, 6, 8]
+    assert [len(batch) for batch in model.batches] == [1, 4, 2, 2]
+
+
+def test_a_canceled_item_is_released_at_the_next_step_and_the_others_go_on(pool: ThreadPoolExecutor) -> None:
+    model = Model(steps=3)
+    batcher = a_batcher(model)
+    busy(pool, batcher, model)
+    canceled = pool.submit(batcher.submit, [1], check_in=lambda _step, _total: False)
+    others = pool.submit(batcher.submit, [2])
+    in_line(batcher, 2)
+    model.go.set()
+    with pytest.raises(Interrupted):
+        canceled.result(10)
+    assert others.result(10) == [4]
+
+
+def test_a_call_whose_every_item_is_canceled_stops(pool: ThreadPoolExecutor) -> None:
+    model = Model(steps=1000)
+    batcher = a_batcher(model)
+    steps: list[int] = []
+
+    def no_more(step: int, _total: int) -> bool:
+        steps.append(step)
+        return step < 3
+
+    model.go.set()
+    with pytest.raises(Interrupted):
+        batcher.submit([1], check_in=no_more)
+    assert steps == [1, 2, 3]
+    assert batcher.submit([2]) == [4], "the model serves the next one"
+
+
+def test_an_item_that_must_be_alone_shares_no_batch(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    batcher = a_batcher(model)
+    busy(pool, batcher, model)
+    waiting = [pool.submit(batcher.submit, [item], alone=item == 2) for item in (1, 2, 3)]
+    in_line(batcher, 3)
+    model.go.set()
+    for each in waiting:
+        each.result(10)
+    assert [2] in model.batches
+
+
+def test_closing_refuses_what_is_in_line_and_lets_the_running_batch_end(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    batcher = a_batcher(model)
+    first = busy(pool, batcher, model)
+    late = pool.submit(batcher.submit, [1])
+    in_line(batcher, 1)
+    closing = pool.submit(batcher.close, 10)
+    with pytest.raises(Interrupted):
+        late.result(10)
+    model.go.set()
+    assert first.result(10) == [0]
+    closing.result(10)
+    with pytest.raises(Interrupted):
+        batcher.submit([3])
