@@ -251,6 +251,11 @@ class LoggingSettings(Section):
     format: Literal["auto", "json", "console"] = Field("auto", description="auto: console locally, JSON elsewhere")
 
 
+class MetricsSettings(Section):
+    host: str = Field("127.0.0.1", description="where a worker and the reconciler show their metrics")
+    port: int = Field(0, ge=0, le=65_535, description="0: nowhere; the API shows its own at `/metrics`")
+
+
 class SecuritySettings(Section):
     default_owner: str = Field("local", description="who acts when keys are off")
     require_api_keys: bool = Field(False, description="may be off only locally, bound to loopback")
@@ -279,6 +284,7 @@ class Settings(BaseSettings):
     api: APISettings = APISettings()
     worker: WorkerSettings = WorkerSettings()
     logging: LoggingSettings = LoggingSettings()
+    metrics: MetricsSettings = MetricsSettings()
     security: SecuritySettings = SecuritySettings()
 
     @classmethod
