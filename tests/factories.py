@@ -1,12 +1,12 @@
 """Rows that tests start from, with everything they do not care about filled in."""
 
 import hashlib
-from collections.abc import Sequence
 from itertools import count
 from typing import Any
 from uuid import UUID
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sqlalchemy.orm import Session
 
 from shared.contracts.generation import GenerationParameters, Mode
@@ -87,7 +87,7 @@ def make_space(session: Session, *, dim: int = DIM) -> Space:
 def make_image(
     session: Session,
     *,
-    vector: Sequence[float] | None = None,
+    vector: ArrayLike | None = None,
     space: Space | None = None,
     collection_id: UUID = SHARED_COLLECTION,
     **columns: Any,

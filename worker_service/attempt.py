@@ -8,8 +8,6 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from shared.metrics import time_operation
-from shared.progress import publish_changed
 from structlog.contextvars import bound_contextvars
 
 from shared import queue
@@ -20,6 +18,8 @@ from shared.db.jobs import Output
 from shared.db.models import Job
 from shared.db.session import session_scope
 from shared.errors import TRANSIENT, BaseAppException, ImageGenerationError, JobTimeoutError
+from shared.metrics import time_operation
+from shared.progress import publish_changed
 from shared.settings import JobSettings
 from worker_service.image_request import Interrupted
 from worker_service.leases import Held, Leases
@@ -54,6 +54,7 @@ class Attempt:
         self._held = held
         self._settings = settings
         self._timings: dict[str, float] = {}
+        held.images = len(self.parameters.seeds)
         self._timings["wait"] = (job.started_at - job.created_at).total_seconds() if job.started_at else 0.0
 
     @contextmanager

@@ -12,9 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from shared.metrics import GENERATION_BATCH_SIZE
-
 from shared.errors import ModelError, ModelOutOfMemoryError
+from shared.metrics import GENERATION_BATCH_SIZE
 from worker_service.image_request import Interrupted, OnStep
 
 logger = logging.getLogger(__name__)
@@ -22,8 +21,9 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CheckIn = Callable[[int, int], bool]
-"""A job's word on a step (done, in all): False when its images are no longer wanted. It touches memory only."""
+CheckIn = Callable[[int, int, int], bool]
+"""A job's word on a step of one of its items (index, steps done, steps in all): False when it is no longer wanted.
+Called on the model's thread, so it touches memory only."""
 
 
 @dataclass(eq=False)
@@ -31,6 +31,7 @@ class Ticket(Generic[Item, Result]):
     """One item in line."""
 
     item: Item
+    index: int
     key: Hashable
     lane: int
     owner: Hashable
@@ -41,7 +42,7 @@ class Ticket(Generic[Item, Result]):
 
     def wanted(self, step: int, total_steps: int) -> bool:
         """Ask the job; the first no ends the wait for this item, while its batch goes on for the others."""
-        if not self.result.done() and not self.check_in(step, total_steps):
+        if not self.result.done() and not self.check_in(self.index, step, total_steps):
             self.result.set_exception(Interrupted())
         return not self.result.done()
 
@@ -78,7 +79,7 @@ class Batcher(Generic[Item, Result]):
         *,
         lane: int = 0,
         owner: Hashable = None,
-        check_in: CheckIn = lambda _step, _total: True,
+        check_in: CheckIn = lambda _index, _step, _total: True,
         alone: bool = False,
     ) -> list[Result]:
         """Run these items, each in whatever batch it fits, and wait for all of them.
@@ -89,7 +90,10 @@ class Batcher(Generic[Item, Result]):
             Interrupted: `check_in` said no, or the batcher was closed.
             Exception: whatever the model raised for the first item that failed.
         """
-        tickets = [Ticket[Item, Result](item, self._key(item), lane, owner, check_in, alone) for item in items]
+        tickets = [
+            Ticket[Item, Result](item, index, self._key(item), lane, owner, check_in, alone)
+            for index, item in enumerate(items)
+        ]
         with self._changed:
             if self._closed:
                 raise Interrupted

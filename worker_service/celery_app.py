@@ -12,11 +12,11 @@ from uuid import UUID
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
 from celery.signals import worker_shutting_down
-from shared.embedding_query import answer
 
 from shared import queue
 from shared.db import workers
 from shared.db.session import session_scope
+from shared.embedding_query import answer
 from shared.errors import DatabaseError
 from shared.settings import Settings
 from worker_service import embedding, generation

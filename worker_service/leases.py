@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import Self
 from uuid import UUID
 
-from shared.progress import publish_progress
-
 from shared.db import jobs
 from shared.db.jobs import Claim
 from shared.db.session import session_scope
 from shared.errors import DatabaseError
+from shared.progress import publish_progress
 from shared.settings import JobSettings
 
 logger = logging.getLogger(__name__)
@@ -33,16 +32,18 @@ class Held:
     """`time.monotonic()` at which the attempt has run too long; set when its model work starts."""
     lost: bool = False
     """Canceled, finished elsewhere or taken over: nothing more can be written."""
-    progress: tuple[int, int] | None = None
-    shown: tuple[int, int] | None = field(default=None, repr=False)
+    images: int = 1
+    steps: dict[int, int] = field(default_factory=dict)
+    """Steps done of each image, by its index: a job's images may run in different batches."""
 
     @property
     def timed_out(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def check_in(self, step: int, total_steps: int) -> bool:
-        """Note a step; False when the job should stop."""
-        self.progress = (step, total_steps)
+    def check_in(self, index: int, step: int, total_steps: int) -> bool:
+        """Note a step of one image; False when the job should stop."""
+        self.steps[index] = step
+        publish_progress(self.claim.job_id, sum(self.steps.values()), total_steps * self.images)
         return not self.lost and not self.timed_out
 
 
@@ -105,10 +106,6 @@ class Leases:
             except DatabaseError as error:
                 # The work goes on: when the database is back, the fence tells whether it still counts.
                 logger.warning("lease_renewal_failed", extra={"cause": error.code, "jobs": len(held)})
-            for each in held:
-                if each.progress is not None and each.progress != each.shown:
-                    each.shown = each.progress
-                    publish_progress(each.claim.job_id, *each.progress)
 
     def _look(self, held: list[Held], renew_at: float) -> float:
         claims = [each.claim for each in held]

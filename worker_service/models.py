@@ -3,17 +3,16 @@
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
-from shared.metrics import increment_counter
 
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.db import spaces, workers
 from shared.db.session import session_scope
 from shared.db.spaces import Space
+from shared.metrics import increment_counter
 from shared.settings import GeneratorSettings, Settings
 from worker_service.batcher import Batcher, CheckIn
 from worker_service.cheap import CheapGenerator
@@ -22,8 +21,6 @@ from worker_service.diffusion import Diffusion
 from worker_service.image_request import ImageModel, ImageRequest
 
 logger = logging.getLogger(__name__)
-
-Embeddable = TypeVar("Embeddable", str, Image.Image)
 
 
 class Embedder:
@@ -53,7 +50,7 @@ class Embedder:
         logger.info("clip_loaded", extra={"model": clip.name, "space": space.digest[:12], "device": str(clip.device)})
         return cls(clip, space)
 
-    def embed(self, items: Sequence[Embeddable], *, lane: int = 0) -> np.ndarray:
+    def embed(self, items: Sequence[str] | Sequence[Image.Image], *, lane: int = 0) -> np.ndarray:
         """Shape (n, space.dim). Texts and images may come from any number of threads."""
         vectors = np.stack(self._batcher.submit(items, lane=lane))
         increment_counter("embedding_generation_total", len(items), labels={"model": self.name})

@@ -14,7 +14,6 @@ from uuid import UUID
 
 import orjson
 import redis
-from shared.metrics import increment_counter
 from sqlalchemy import func, select
 
 from shared import logging as logs
@@ -22,6 +21,7 @@ from shared import metrics, queue
 from shared.db import images, jobs
 from shared.db.session import session_scope
 from shared.errors import BaseAppException, BrokerUnavailableError, DatabaseError
+from shared.metrics import increment_counter
 from shared.settings import JobSettings, get_settings
 
 logger = logging.getLogger(__name__)

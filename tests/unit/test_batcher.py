@@ -143,7 +143,7 @@ def test_a_canceled_item_is_released_at_the_next_step_and_the_others_go_on(pool:
     model = Model(steps=3)
     batcher = a_batcher(model)
     busy(pool, batcher, model)
-    canceled = pool.submit(batcher.submit, [1], check_in=lambda _step, _total: False)
+    canceled = pool.submit(batcher.submit, [1], check_in=lambda _index, _step, _total: False)
     others = pool.submit(batcher.submit, [2])
     in_line(batcher, 2)
     model.go.set()
@@ -157,7 +157,7 @@ def test_a_call_whose_every_item_is_canceled_stops(pool: ThreadPoolExecutor) -> 
     batcher = a_batcher(model)
     steps: list[int] = []
 
-    def no_more(step: int, _total: int) -> bool:
+    def no_more(_index: int, step: int, _total: int) -> bool:
         steps.append(step)
         return step < 3
 
