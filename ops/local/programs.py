@@ -23,6 +23,8 @@ class Program:
     stop_signal: str = "TERM"
     stop_wait_s: int = 10
     environment: Mapping[str, str] = field(default_factory=dict)
+    serves: tuple[str, str | None] | None = None
+    """A worker's kind and generator, as it announces them in the database."""
 
     @property
     def full_name(self) -> str:
@@ -46,26 +48,51 @@ def app(settings: Settings, memory: Memory, instances: Mapping[str, int]) -> lis
         instances: how many of a kind (`api`, `embed`, `generate`), one each where it says nothing. The second of a
             kind is called `api-2`, of the generator `starter` `generate-starter-2`.
     """
-    grace_s = int(settings.jobs.shutdown_grace_s) + 10
-    programs = []
-    for name in _numbered("api", instances.get("api", 1)):
-        port = memory.port(name)
-        programs.append(Program(name, _python("-m", "api_service"), environment={"AFTERIMAGE_API__PORT": str(port)}))
-    for name in _numbered("embed", instances.get("embed", 1)):
-        programs.append(Program(name, _python("-m", "worker_service", "embed"), stop_wait_s=grace_s))
-    for generator in settings.model.generators:
-        for name in _numbered(f"generate-{generator}", instances.get("generate", 1)):
-            command = _python("-m", "worker_service", "generate", "--model", generator)
-            programs.append(Program(name, command, stop_wait_s=grace_s))
-    programs.append(Program("reconciler", _python("-m", "worker_service.reconciler")))
-    programs.append(_flower(memory))
-    return programs
+    programs = [
+        Program(
+            name,
+            _python("-m", "api_service"),
+            stop_wait_s=15,  # it gives its own requests 10 s
+            environment={"AFTERIMAGE_API__PORT": str(memory.port(name))},
+        )
+        for name in _numbered("api", instances.get("api", 1))
+    ]
+    programs += [
+        _worker(settings, memory, name, "embed", serves=("embed", None))
+        for name in _numbered("embed", instances.get("embed", 1))
+    ]
+    programs += [
+        _worker(settings, memory, name, "generate", "--model", model, serves=("generate", model))
+        for model in settings.model.generators
+        for name in _numbered(f"generate-{model}", instances.get("generate", 1))
+    ]
+    reconciler = _python("-m", "worker_service.reconciler")
+    return [
+        *programs,
+        Program("reconciler", reconciler, environment=_metrics(memory, "reconciler")),
+        _flower(memory),
+    ]
+
+
+def _worker(settings: Settings, memory: Memory, name: str, *arguments: str, serves: tuple[str, str | None]) -> Program:
+    return Program(
+        name,
+        _python("-m", "worker_service", *arguments),
+        # The worker ends itself hard 15 s after its grace time.
+        stop_wait_s=int(settings.jobs.shutdown_grace_s) + 20,
+        environment=_metrics(memory, name),
+        serves=serves,
+    )
+
+
+def _metrics(memory: Memory, name: str) -> dict[str, str]:
+    return {"AFTERIMAGE_METRICS__PORT": str(memory.port(f"metrics-{name}"))}
 
 
 def _flower(memory: Memory) -> Program:
     return Program(
         "flower",
-        _python("-m", "celery", "-A", "worker_service.celery_app", "flower"),
+        _python("-m", "celery", "-A", "ops.flower.app", "flower"),
         environment={
             "FLOWER_ADDRESS": "127.0.0.1",
             "FLOWER_PORT": str(memory.port("flower")),

@@ -9,17 +9,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import httpx
 import psutil
+from pydantic import SecretStr
+from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
 
 from ops.local import postgres, programs, valkey
 from ops.local.control import Control
 from ops.local.layout import Layout, Memory, write_private
 from ops.local.orphans import MARK, end_orphans
-from shared.settings import load_settings
+from ops.local.programs import Program
+from shared.db import workers
+from shared.db.session import build_engine
+from shared.settings import DatabaseSettings, load_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATABASE = "afterimage"
@@ -75,7 +82,7 @@ class LocalStack:
             f"@127.0.0.1:{port['postgres']}/{DATABASE}",
             "AFTERIMAGE_QUEUE__URL": valkey.url(port["queue"], password["queue"]),
             "AFTERIMAGE_CACHE__URL": valkey.url(port["cache"], password["cache"]),
-            "AFTERIMAGE_STORAGE__URL": f"file://{self.layout.blobs}",
+            "AFTERIMAGE_STORAGE__URL": self.layout.blobs.as_uri(),
             "AFTERIMAGE_API__HOST": "127.0.0.1",
             "AFTERIMAGE_API__PORT": str(port["api"]),
         }
@@ -106,10 +113,13 @@ class LocalStack:
                 raise StackError(f"a stack already runs in {self.layout.var}")
             self._clear_leftovers(say)
             try:
-                self._start_servers(durable=durable, attached=attached, app=not servers_only, instances=instances or {})
-                if not servers_only:
+                memory = self._memory
+                memory.forget_taken_ports()
+                app = [] if servers_only else programs.app(load_settings(), memory, instances or {})
+                self._start_servers(app, memory, durable=durable, attached=attached)
+                if app:
                     self.migrate()
-                    self._start_app()
+                    self._start_app(app)
             except BaseException:
                 self._stop()
                 raise
@@ -142,20 +152,16 @@ class LocalStack:
         self.layout.control_socket().unlink(missing_ok=True)
         self.layout.supervisor_pid.unlink(missing_ok=True)
 
-    def _start_servers(self, *, durable: bool, attached: bool, app: bool, instances: Mapping[str, int]) -> None:
-        layout, memory = self.layout, self._memory
-        memory.forget_taken_ports()
+    def _start_servers(self, app: list[Program], memory: Memory, *, durable: bool, attached: bool) -> None:
+        layout = self.layout
         ports = {name: memory.port(name) for name in ("postgres", "queue", "cache", "api", "flower")}
         passwords = {name: memory.password(name) for name in ("postgres", "queue", "cache", "flower")}
-        running = programs.servers(layout)
-        if app:
-            running += programs.app(load_settings(), memory, instances)
         memory.keep(layout)
-
         postgres.prepare(layout.postgres, port=ports["postgres"], password=passwords["postgres"], durable=durable)
         valkey.prepare(layout.queue, port=ports["queue"], password=passwords["queue"], keeps_data=True)
         valkey.prepare(layout.cache, port=ports["cache"], password=passwords["cache"], keeps_data=False)
-        write_private(layout.supervisor_config, programs.supervisor_config(layout, running, folder=str(REPOSITORY)))
+        config = programs.supervisor_config(layout, [*programs.servers(layout), *app], folder=str(REPOSITORY))
+        write_private(layout.supervisor_config, config)
         self._launch_supervisor(attached=attached)
         self.control.begin_group("servers")
         self._wait_for("postgres", partial(postgres.is_ready, ports["postgres"], passwords["postgres"]), SERVER_WAIT_S)
@@ -211,12 +217,23 @@ class LocalStack:
         if done.returncode:
             raise StackError(f"the migrations failed:\n{tail(log)}")
 
-    def _start_app(self) -> None:
+    def _start_app(self, app: list[Program]) -> None:
+        database = build_engine(DatabaseSettings(url=SecretStr(self.environment()["AFTERIMAGE_DATABASE__URL"])))
+        with Session(database) as session:
+            start = session.scalars(select(func.clock_timestamp())).one()
         self.control.begin_group("app")
-        for name in self.control.states():
-            if name == "api" or name.startswith("api-"):
-                ready = f"{self.api_url(name)}/api/v1/health/ready"
-                self._wait_for(name, partial(_answers, ready), APP_WAIT_S)
+        for program in app:
+            if program.name in self._memory.ports and program.name.startswith("api"):
+                ready = partial(_answers, f"{self.api_url(program.name)}/api/v1/health/ready")
+            elif program.name == "flower":
+                ready = partial(_answers, f"{self.flower_url}/healthcheck")
+            elif program.serves:
+                expected = sum(other.serves == program.serves for other in app)
+                ready = partial(_announced, database, program.serves, expected, since=start)
+            else:
+                continue
+            self._wait_for(program.name, ready, APP_WAIT_S)
+        database.dispose()
 
     def _wait_for(self, name: str, is_ready: Callable[[], bool], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -261,6 +278,13 @@ def _answers(url: str) -> bool:
         return httpx.get(url, timeout=2).is_success
     except httpx.TransportError:
         return False
+
+
+def _announced(database: Engine, serves: tuple[str, str | None], expected: int, *, since: datetime) -> bool:
+    """Whether that many workers of a kind say they are ready. Rows of an earlier, killed stack do not count."""
+    with Session(database) as session:
+        ready = [w for w in workers.live(session) if w.state == "ready" and w.started_at >= since]
+    return sum((worker.kind, worker.model) == serves for worker in ready) >= expected
 
 
 def _ended(pid: int, *, timeout_s: float) -> bool:
