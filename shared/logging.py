@@ -1,0 +1,157 @@
+"""One log format for everything a process says: ours, Celery's, Granian's, SQLAlchemy's.
+
+Code logs with the standard library, the event's name as a constant message and what varies as fields:
+`logger.info("job_claimed", extra={"attempt": 2})`. Ids that hold for a while are bound once with
+`structlog.contextvars.bound_contextvars(request_id=..., job_id=...)` and then stand on every line of that thread.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from celery.signals import setup_logging
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from shared.settings import Environment, Settings
+
+REDACTED = "[redacted]"
+SECRET_NAME = re.compile(
+    r"passw(or)?d|secret|authorization|api_?key|access_?key|private_?key|credential|cookie|token$", re.I
+)
+SECRETS_IN_TEXT = [
+    # scheme://user:password@host
+    (re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@'\"]*):[^\s/@'\"]+@", re.I), r"\1:" + REDACTED + "@"),
+    (re.compile(r"\b(bearer|basic)\s+[a-z0-9._~+/=-]{6,}", re.I), r"\1 " + REDACTED),
+    (
+        re.compile(r"\b((?:password|passwd|secret|api_?key|access_?token)['\"]?\s*[=:]\s*['\"]?)[^\s'\"&,;]+", re.I),
+        r"\1" + REDACTED,
+    ),
+]
+# Everything that moves a cursor, ends a line, or turns the reading direction; a traceback keeps its own line ends.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+CONTROL_IN_TRACEBACK = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+TRACEBACKS = ("exception", "stack")
+# Libraries whose INFO lines tell of each request, statement or message; httpx's contain whole URLs.
+QUIET = ("botocore", "filelock", "httpcore", "httpx", "kombu", "PIL", "sqlalchemy", "urllib3", "werkzeug")
+DEEPEST = 6
+
+
+def configure(settings: Settings, service: str) -> None:
+    """Send every log line of this process to stderr: JSON, or readable text in the local and test environments.
+
+    Call it once, early. Loggers that a library has given handlers of their own lose them. Uncaught exceptions, also
+    of threads, are logged too.
+    """
+    as_json = settings.logging.format == "json" or (
+        settings.logging.format == "auto" and settings.environment not in (Environment.LOCAL, Environment.TEST)
+    )
+    shared_steps: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    last_steps: list[Processor] = [
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+        _origin(service),
+        structlog.processors.format_exc_info,
+        redact,
+    ]
+    if as_json:
+        last_steps.append(structlog.processors.JSONRenderer(serializer=json.dumps, default=str))
+    else:
+        plain = structlog.dev.plain_traceback  # the default one shows local variables, secrets among them
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)
+        last_steps += [escape_control_characters, renderer]
+    structlog.configure(
+        processors=[*shared_steps, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared_steps, processors=last_steps))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(settings.logging.level)
+    for name in list(root.manager.loggerDict):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    for name in QUIET:
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_uncaught_in_thread
+    # A receiver of this signal is what stops Celery from setting up logging of its own.
+    setup_logging.connect(_leave_logging_alone)
+
+
+def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Mask what a log must not keep: values under secret-like names at any depth, and credentials inside texts."""
+    return {name: _redacted(value, str(name)) for name, value in event.items()}
+
+
+def escape_control_characters(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Keep one event on one line: a prompt must not forge a log line or move the terminal's cursor.
+
+    For the readable format; JSON has its own escapes for them.
+    """
+    return {
+        _escaped(name, CONTROL): _escaped(value, CONTROL_IN_TRACEBACK if name in TRACEBACKS else CONTROL)
+        for name, value in event.items()
+    }
+
+
+def _redacted(value: Any, name: str = "", depth: int = 0) -> Any:
+    if SECRET_NAME.search(name) and not isinstance(value, bool | int | float | None):
+        return REDACTED
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if depth < DEEPEST and isinstance(value, Mapping):
+        return {str(key): _redacted(item, str(key), depth + 1) for key, item in value.items()}
+    if depth < DEEPEST and type(value) in (list, tuple, set, frozenset):
+        return [_redacted(item, depth=depth + 1) for item in value]
+    text = str(value)
+    for pattern, replacement in SECRETS_IN_TEXT:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _escaped(value: Any, unwanted: re.Pattern[str]) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return unwanted.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
+
+
+def _origin(service: str) -> Processor:
+    def add_origin(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        return {**event, "service": service, "pid": os.getpid()}
+
+    return add_origin
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        logging.getLogger(__name__).critical("uncaught_exception", exc_info=(kind, error, trace))
+
+
+def _log_uncaught_in_thread(failure: threading.ExceptHookArgs) -> None:
+    if failure.exc_value is not None and not isinstance(failure.exc_value, SystemExit):
+        thread = failure.thread.name if failure.thread else None
+        exception = (failure.exc_type, failure.exc_value, failure.exc_traceback)
+        logging.getLogger(__name__).critical("uncaught_exception", exc_info=exception, extra={"thread_name": thread})
+
+
+def _leave_logging_alone(**_: Any) -> None:
+    pass
