@@ -250,6 +250,14 @@ class RateLimitError(BaseAppException):
     retry_after_s = 1
 
 
+class TooManyStreamsError(BaseAppException):
+    """This process holds as many event streams as it may."""
+
+    code = "too_many_streams"
+    status = 503
+    retry_after_s = 5
+
+
 class AuthenticationError(BaseAppException):
     """A valid API key is needed."""
 

@@ -12,8 +12,9 @@ from sqlalchemy import ColumnElement, Select, delete, func, literal, or_, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
-from shared.contracts.images import ImageState
+from shared.contracts.images import ImageQuery, ImageState
 from shared.contracts.search import ImageFilter
+from shared.db import paging
 from shared.db.models import Collection, Image
 from shared.db.spaces import Space
 from shared.errors import ResourceNotFoundError
@@ -92,6 +93,22 @@ def get_collection(session: Session, name: str, *, owner_id: UUID) -> Collection
 
 def visible_to(owner_id: UUID) -> ColumnElement[bool]:
     return or_(Collection.owner_id == owner_id, Collection.shared)
+
+
+def page(session: Session, query: ImageQuery, *, collection_id: UUID) -> tuple[list[Image], str | None]:
+    """A collection's images, newest first."""
+    statement = select(Image).where(Image.collection_id == collection_id)
+    if query.state is not None:
+        statement = statement.where(Image.state == query.state)
+    if query.tag is not None:
+        statement = statement.where(Image.tags.contains([query.tag]))
+    if query.source is not None:
+        statement = statement.where(Image.source == query.source)
+    if query.licence is not None:
+        statement = statement.where(Image.licence == query.licence)
+    return paging.page(
+        session, statement, created_at=Image.created_at, id=Image.id, cursor=query.cursor, limit=query.limit
+    )
 
 
 def remove(session: Session, image: Image) -> None:

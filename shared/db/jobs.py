@@ -122,6 +122,11 @@ def get(session: Session, job_id: UUID, *, owner_id: UUID) -> Job:
     return job
 
 
+def state_of(session: Session, job_id: UUID) -> str | None:
+    """The job's state alone, for those who look often; None when the job is gone."""
+    return session.scalar(select(Job.state).where(Job.id == job_id))
+
+
 def page(session: Session, query: JobQuery, *, owner_id: UUID) -> tuple[list[Job], str | None]:
     """An owner's jobs, newest first."""
     statement = select(Job).where(Job.owner_id == owner_id)

@@ -1,0 +1,112 @@
+"""The Flask application: what is registered, and what happens around every request."""
+
+import logging
+import re
+import time
+import uuid
+
+from flask import Response, g, redirect, request
+from flask_openapi3.models.info import Info
+from flask_openapi3_swagger.plugins import RegisterPlugin as SwaggerUI
+from structlog.contextvars import bind_contextvars, clear_contextvars
+
+from api_service import problems
+from api_service.caller import keyless_caller
+from api_service.document import Documented
+from api_service.routes.generation import generation
+from api_service.routes.images import images
+from api_service.routes.jobs import jobs
+from api_service.routes.outputs import outputs
+from api_service.routes.search import search
+from api_service.routes.service import probes, service
+from api_service.views import API
+from shared import metrics
+from shared.imaging import UploadDecoder
+from shared.logging import configure as configure_logging
+from shared.settings import Settings, get_settings
+from shared.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+DOCUMENT = f"{API}/openapi.json"
+
+
+def create_app(settings: Settings | None = None) -> Documented:
+    """The API as a WSGI application. Opens no connection: those come with the first request that needs them."""
+    settings = settings or get_settings()
+    app = Documented(
+        __name__,
+        info=Info(title="Afterimage", version=VERSION, description="Generates images from what it remembers."),
+        doc_ui=False,
+        static_folder=None,
+    )
+    app.config.update(
+        MAX_CONTENT_LENGTH=settings.api.max_body_bytes,
+        MAX_FORM_PARTS=settings.api.max_upload_files + 64,
+    )
+    app.extensions["decoder"] = UploadDecoder(settings.api)
+
+    for resource in (generation, search, images, jobs, outputs, service, probes):
+        app.register_api(resource, url_prefix=API + (resource.url_prefix or ""))
+    app.register_blueprint(probes, name="root_probes", url_prefix="/")
+    app.add_url_rule(DOCUMENT, "document", lambda: app.api_doc)
+    app.add_url_rule("/metrics", "metrics", _metrics)
+    if settings.security.docs_enabled:
+        app.register_blueprint(SwaggerUI.register(doc_url=DOCUMENT), url_prefix="/docs")
+        app.add_url_rule("/docs", "docs", lambda: redirect("/docs/swagger"))
+
+    problems.register(app)
+    app.before_request(_begin)
+    app.before_request(_authenticate)
+    app.after_request(_finish)
+    return app
+
+
+def served_app() -> Documented:
+    """What granian calls in each of its worker processes."""
+    settings = get_settings()
+    configure_logging(settings, "api")
+    return create_app(settings)
+
+
+def _begin() -> None:
+    sent = request.headers.get("X-Request-ID", "")
+    g.request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+    g.started = time.monotonic()
+    clear_contextvars()
+    bind_contextvars(request_id=g.request_id)
+    metrics.API_REQUESTS_ACTIVE.inc()
+
+
+def _authenticate() -> None:
+    """Say on whose behalf the request acts, for every route of a resource that has owners."""
+    if request.blueprint in ("generation", "search", "images", "jobs", "outputs", "service"):
+        g.caller = keyless_caller()
+
+
+def _finish(response: Response) -> Response:
+    response.headers["X-Request-ID"] = g.request_id
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    response.headers["X-Frame-Options"] = "DENY"
+    # The rule, not the path: one series per route, whatever ids clients ask for.
+    route = request.url_rule.rule if request.url_rule else "unknown"
+    method, path, started, status = request.method, request.path, g.started, response.status_code
+
+    def end() -> None:
+        seconds = time.monotonic() - started
+        metrics.API_REQUESTS_ACTIVE.dec()
+        metrics.API_REQUESTS.labels(method=method, route=route, status=str(status)).inc()
+        metrics.API_REQUEST_DURATION.labels(method=method, route=route).observe(seconds)
+        fields = {"method": method, "path": path, "route": route, "status": status, "seconds": round(seconds, 4)}
+        logger.info("request", extra=fields)
+
+    # A stream ends long after this function; its line belongs to the end.
+    response.call_on_close(end)
+    return response
+
+
+def _metrics() -> Response:
+    text, content_type = metrics.render()
+    return Response(text, content_type=content_type)

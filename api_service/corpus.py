@@ -1,0 +1,177 @@
+"""Adding, changing and removing images of the corpus, without HTTP."""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from api_service import problems, views
+from api_service.caller import Caller
+from shared import queue
+from shared.contracts.common import ImageFormat, Page
+from shared.contracts.images import ImagePatch, ImageQuery, ImageView, UploadFields, UploadResponse
+from shared.db import images, owners
+from shared.db.models import Collection, Image
+from shared.db.session import session_scope
+from shared.errors import BrokerUnavailableError, InvalidImageError
+from shared.imaging import DecodedImage, UploadDecoder
+from shared.settings import get_settings
+from shared.storage import get_blobs, image_key, thumbnail_key
+
+logger = logging.getLogger(__name__)
+
+SHARED = "shared"
+FILENAME_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class UploadedFile:
+    name: str | None
+    data: bytes
+
+
+def upload(
+    files: list[UploadedFile], fields: UploadFields, *, caller: Caller, decoder: UploadDecoder
+) -> UploadResponse:
+    """Store images, all or none; they become searchable as soon as an embed worker has their vectors.
+
+    A file that the collection already has is answered with the image it has.
+
+    Raises:
+        ValidationError: no file, or too many.
+        InvalidImageError: and its kinds; `context` says which file.
+        DecoderBusyError, StorageError, DatabaseConnectionError
+    """
+    most = get_settings().api.max_upload_files
+    if not 1 <= len(files) <= most:
+        raise problems.mistake("form.file", "file_count", f"Send 1 to {most} files under the name `file`.")
+    # 1. Every file is checked before anything of it is kept.
+    decoded = [_decoded(file, index, decoder) for index, file in enumerate(files)]
+    # 2. Bytes before rows: a blob without a row is swept away, a row without its blob would be broken.
+    for image in decoded:
+        get_blobs().put(image_key(image.sha256, image.format), image.data, media_type=image.format.media_type)
+        get_blobs().put(thumbnail_key(image.sha256), image.thumbnail, media_type=ImageFormat.WEBP.media_type)
+    # 3. All rows in one transaction.
+    with session_scope() as session:
+        collection = _writable(session, fields.collection, caller=caller)
+        rows = [_add(session, collection, image, file, fields) for file, image in zip(files, decoded, strict=True)]
+        response = UploadResponse(
+            images=[views.image(row, collection.name) for row, _ in rows],
+            created=sum(new for _, new in rows),
+            existing=sum(not new for _, new in rows),
+        )
+    if response.created:
+        _ring()
+    return response
+
+
+def page(query: ImageQuery, *, caller: Caller) -> Page[ImageView]:
+    """
+    Raises:
+        ResourceNotFoundError: there is no such collection.
+        InvalidCursorError
+    """
+    with session_scope() as session:
+        collection = images.get_collection(session, query.collection, owner_id=caller.owner_id)
+        rows, next_cursor = images.page(session, query, collection_id=collection.id)
+        return Page(items=[views.image(row, collection.name) for row in rows], next_cursor=next_cursor)
+
+
+def image(image_id: UUID, *, caller: Caller) -> ImageView:
+    """
+    Raises:
+        ResourceNotFoundError
+    """
+    with session_scope() as session:
+        row, collection = images.get(session, image_id, owner_id=caller.owner_id)
+        return views.image(row, collection.name)
+
+
+def row(image_id: UUID, *, caller: Caller) -> Image:
+    """
+    Raises:
+        ResourceNotFoundError
+    """
+    with session_scope() as session:
+        return images.get(session, image_id, owner_id=caller.owner_id)[0]
+
+
+def change(image_id: UUID, patch: ImagePatch, *, caller: Caller) -> ImageView:
+    """Give an image new values for the fields that `patch` names.
+
+    Raises:
+        ResourceNotFoundError
+    """
+    with session_scope() as session:
+        row, collection = images.get(session, image_id, owner_id=caller.owner_id)
+        for name in patch.model_fields_set:
+            value = getattr(patch, name)
+            # Tags and attributes are never unknown, only empty.
+            setattr(row, name, {"tags": [], "attributes": {}}.get(name) if value is None else value)
+        images.touch(session, row.collection_id)
+        return views.image(row, collection.name)
+
+
+def remove(image_id: UUID, *, caller: Caller) -> None:
+    """Take an image out of every search and future generation at once.
+
+    Raises:
+        ResourceNotFoundError
+    """
+    with session_scope() as session:
+        row, _ = images.get(session, image_id, owner_id=caller.owner_id)
+        images.remove(session, row)
+
+
+def _decoded(file: UploadedFile, index: int, decoder: UploadDecoder) -> DecodedImage:
+    try:
+        return decoder.decode(file.data)
+    except InvalidImageError as error:
+        error.context.update(file=file.name, index=index)
+        raise
+
+
+def _writable(session: Session, name: str, *, caller: Caller) -> Collection:
+    if name == SHARED:
+        return images.get_collection(session, name, owner_id=caller.owner_id)
+    return owners.ensure_collection(session, name, owner_id=caller.owner_id)
+
+
+def _add(
+    session: Session, collection: Collection, image: DecodedImage, file: UploadedFile, fields: UploadFields
+) -> tuple[Image, bool]:
+    return images.add(
+        session,
+        collection.id,
+        sha256=image.sha256,
+        blob_key=image_key(image.sha256, image.format),
+        thumbnail_key=thumbnail_key(image.sha256),
+        format=image.format,
+        width=image.width,
+        height=image.height,
+        size_bytes=len(image.data),
+        perceptual_hash=image.perceptual_hash,
+        caption=fields.caption or None,
+        tags=fields.tags,
+        source=fields.source,
+        licence=fields.licence,
+        attributes=fields.attributes,
+        filename=_clean(file.name),
+    )
+
+
+def _clean(name: str | None) -> str | None:
+    """The last part of a client's file name, without what no file name should hold."""
+    last = PurePosixPath((name or "").replace("\\", "/")).name
+    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "", last)[-FILENAME_LENGTH:].strip() or None
+
+
+def _ring() -> None:
+    try:
+        queue.publish_embed_pending()
+    except BrokerUnavailableError as error:
+        # The images wait in their table; the reconciler rings again.
+        logger.warning("embed_not_announced", extra={"cause": error.code})

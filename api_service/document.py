@@ -1,0 +1,170 @@
+"""The OpenAPI document: what flask_openapi3 finds in the routes, made whole."""
+
+from http import HTTPStatus
+from typing import Any
+
+from flask_openapi3.openapi import OpenAPI
+from flask_openapi3.utils import get_model_schema
+
+from api_service.problems import MEDIA_TYPE
+from shared.contracts.common import ImageFormat, Problem
+from shared.contracts.generation import DryRunView
+from shared.contracts.images import UploadFields
+from shared.contracts.search import SearchRequest
+
+SCHEMAS = "#/components/schemas/"
+RESPONSES = "#/components/responses/"
+
+ERRORS = {
+    HTTPStatus.BAD_REQUEST: ("BadRequest", "The request cannot be read: `malformed_body`, `invalid_cursor`."),
+    HTTPStatus.NOT_FOUND: ("NotFound", "There is nothing under that id, or it is somebody else's."),
+    HTTPStatus.CONFLICT: ("Conflict", "The job's state does not allow this: `job_state_conflict`."),
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("TooLarge", "The body, or an image in it, is over the limit."),
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: ("UnsupportedMediaType", "The body, or a file in it, has the wrong type."),
+    HTTPStatus.UNPROCESSABLE_ENTITY: (
+        "Invalid",
+        "The request makes no sense here; `errors` names each wrong field of `validation_failed`.",
+    ),
+    HTTPStatus.INTERNAL_SERVER_ERROR: ("InternalError", "Something went wrong inside the service."),
+    HTTPStatus.SERVICE_UNAVAILABLE: ("Unavailable", "A part that is needed is away; try again after `Retry-After`."),
+}
+
+EXAMPLES: dict[str, Any] = {
+    "search": {"query": "a cat playing", "k": 5, "threshold": 0.7},
+    "generate": {"prompt": "a red apple with a bite", "num_images": 2, "seed": 7, "format": "png"},
+    "ragGenerate": {
+        "prompt": "a cat playing with a ball",
+        "num_images": 2,
+        "similar_examples_count": 3,
+        "width": 512,
+        "height": 512,
+        "format": "png",
+    },
+    "changeImage": {"caption": "a green pear", "tags": ["fruit", "green"]},
+}
+
+BINARY = {"type": "string", "format": "binary"}
+FILES = {
+    "getImageContent": [image_format.media_type for image_format in ImageFormat],
+    "getGenerationContent": [image_format.media_type for image_format in ImageFormat],
+    "getImageThumbnail": [ImageFormat.WEBP.media_type],
+    "getGenerationThumbnail": [ImageFormat.WEBP.media_type],
+}
+STATE_CHANGES = ("cancelJob", "retryJob", "deleteJob")
+
+
+class Documented(OpenAPI):
+    """The application with its document.
+
+    flask_openapi3 knows models and routes. Here come what it cannot know: the errors, which are the same everywhere
+    and stand once among the components; multipart bodies; answers that are files or streams.
+    """
+
+    def generate_spec_json(self) -> None:
+        super().generate_spec_json()  # type: ignore[no-untyped-call]
+        document = self.spec_json
+        components = document["components"]
+        for model in (Problem, DryRunView, SearchRequest, UploadFields):
+            schema = get_model_schema(model)
+            components["schemas"].update(schema.pop("$defs", {}))
+            components["schemas"][model.__name__] = schema
+        components["schemas"].pop("ValidationErrorModel", None)
+        components["responses"] = {name: _error(text) for name, text in ERRORS.values()}
+        for route, path_item in document["paths"].items():
+            for operation in path_item.values():
+                _complete(operation, route)
+
+
+def _error(description: str) -> dict[str, Any]:
+    return {"description": description, "content": {MEDIA_TYPE: {"schema": {"$ref": f"{SCHEMAS}Problem"}}}}
+
+
+def _complete(operation: dict[str, Any], route: str) -> None:
+    name = operation["operationId"]
+    responses = operation["responses"]
+    responses.pop("422")  # flask_openapi3's own, in a format that is not ours
+    if name in FILES:
+        responses["200"] = {
+            "description": "The file.",
+            "content": {media_type: {"schema": BINARY} for media_type in FILES[name]},
+        }
+        responses["304"] = {"description": "The client has it already."}
+    match name:
+        case "generate" | "ragGenerate":
+            either = [{"$ref": f"{SCHEMAS}JobView"}, {"$ref": f"{SCHEMAS}DryRunView"}]
+            responses["200"] = {
+                "description": "The ended job after `Prefer: wait`, or what a `dry_run` would run.",
+                "content": {"application/json": {"schema": {"anyOf": either}}},
+            }
+            operation["parameters"] = [*operation.get("parameters", []), _PREFER]
+        case "getJob":
+            operation["parameters"].append(_PREFER)
+        case "streamJobEvents":
+            responses["200"] = {
+                "description": "The stream.",
+                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            }
+            responses["204"] = {"description": "The job has ended and everything was told."}
+            operation["parameters"].append(_LAST_EVENT_ID)
+        case "uploadImages":
+            operation["requestBody"] = {"required": True, "content": {"multipart/form-data": _upload_form()}}
+        case "search":
+            operation["requestBody"] = {
+                "required": True,
+                "content": {
+                    "application/json": {"schema": {"$ref": f"{SCHEMAS}SearchRequest"}},
+                    "multipart/form-data": _search_form(),
+                },
+            }
+    if name in EXAMPLES:
+        operation["requestBody"]["content"]["application/json"]["example"] = EXAMPLES[name]
+    for status in _errors_of(operation, route):
+        responses.setdefault(str(int(status)), {"$ref": RESPONSES + ERRORS[status][0]})
+    responses.setdefault("default", {"$ref": f"{RESPONSES}InternalError"})
+
+
+def _errors_of(operation: dict[str, Any], route: str) -> list[HTTPStatus]:
+    statuses = [HTTPStatus.INTERNAL_SERVER_ERROR]
+    if operation["operationId"] != "getLiveness":
+        statuses.append(HTTPStatus.SERVICE_UNAVAILABLE)
+    if operation.get("parameters") or operation.get("requestBody"):
+        statuses += [HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY]
+    if "{" in route or operation["operationId"] == "listImages":
+        statuses.append(HTTPStatus.NOT_FOUND)
+    if operation.get("requestBody"):
+        statuses += [HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNSUPPORTED_MEDIA_TYPE]
+    if operation["operationId"] in STATE_CHANGES:
+        statuses.append(HTTPStatus.CONFLICT)
+    return statuses
+
+
+_PREFER = {
+    "name": "Prefer",
+    "in": "header",
+    "schema": {"type": "string"},
+    "description": "`wait=N`: wait up to N seconds for the end of the job (RFC 7240)",
+    "example": "wait=20",
+}
+_LAST_EVENT_ID = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "schema": {"type": "integer", "minimum": 0},
+    "description": "only events later than this",
+}
+
+
+def _upload_form() -> dict[str, Any]:
+    fields = dict(get_model_schema(UploadFields)["properties"])
+    files = {"type": "array", "items": BINARY, "minItems": 1, "description": "PNG, JPEG or WebP; repeatable"}
+    return {
+        "schema": {"type": "object", "properties": {"file": files} | fields, "required": ["file"]},
+        "encoding": {"attributes": {"contentType": "application/json"}},
+    }
+
+
+def _search_form() -> dict[str, Any]:
+    fields = dict(get_model_schema(SearchRequest)["properties"])
+    return {
+        "schema": {"type": "object", "properties": fields | {"image": BINARY}},
+        "encoding": {"filter": {"contentType": "application/json"}},
+    }

@@ -1,0 +1,59 @@
+"""Generated images."""
+
+from uuid import UUID
+
+from flask import Response, g
+from flask_openapi3.models.tag import Tag
+
+from api_service import lifecycle, respond
+from api_service.resource import Resource
+from shared.contracts.common import Contract, ImageFormat, Page
+from shared.contracts.jobs import OutputView
+from shared.contracts.outputs import OutputQuery
+
+outputs = Resource(
+    "outputs", __name__, url_prefix="/generations", abp_tags=[Tag(name="outputs", description="Generated images.")]
+)
+
+
+class OutputPath(Contract):
+    generation_id: UUID
+
+
+@outputs.get("", operation_id="listGenerations", responses={200: Page[OutputView]})
+def list_generations(query: OutputQuery) -> Page[OutputView]:
+    """The caller's generated images, newest first"""
+    return lifecycle.output_page(query, caller=g.caller)
+
+
+@outputs.get("/<generation_id>", operation_id="getGeneration", responses={200: OutputView})
+def get_generation(path: OutputPath) -> OutputView:
+    """One generated image, with everything that decided its pixels"""
+    return lifecycle.output(path.generation_id, caller=g.caller)
+
+
+@outputs.get("/<generation_id>/content", operation_id="getGenerationContent")
+def get_content(path: OutputPath) -> Response:
+    """The file, with its provenance record inside"""
+    row = lifecycle.output_row(path.generation_id, caller=g.caller)
+    return respond.blob(
+        row.blob_key,
+        etag=row.sha256,
+        media_type=ImageFormat(row.format).media_type,
+        size_bytes=row.size_bytes,
+        filename=f"{row.id}.{row.format}",
+    )
+
+
+@outputs.get("/<generation_id>/thumbnail", operation_id="getGenerationThumbnail")
+def get_thumbnail(path: OutputPath) -> Response:
+    """A small WebP"""
+    row = lifecycle.output_row(path.generation_id, caller=g.caller)
+    return respond.thumbnail(row.thumbnail_key, sha256=row.sha256, name=str(row.id))
+
+
+@outputs.delete("/<generation_id>", operation_id="deleteGeneration", responses={204: None})
+def delete_generation(path: OutputPath) -> Response:
+    """Delete one generated image; its job stays"""
+    lifecycle.delete_output(path.generation_id, caller=g.caller)
+    return respond.no_content()

@@ -1,0 +1,29 @@
+"""Asking the corpus."""
+
+from flask import current_app, g, request
+from flask_openapi3.models.tag import Tag
+
+from api_service import find, forms, parsing
+from api_service.resource import Resource
+from shared.contracts.search import RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
+
+search = Resource("search", __name__, abp_tags=[Tag(name="search", description="Ask what is remembered.")])
+
+
+@search.post("/search", operation_id="search", responses={200: SearchResponse})
+def search_images() -> SearchResponse:
+    """Find images by text, by an image, or by both
+
+    As JSON, or as multipart with the image as a file and the JSON body's fields as form fields.
+    """
+    wanted = forms.search_request(request) if forms.is_multipart(request) else parsing.body(SearchRequest, request)
+    return find.images_like(wanted, caller=g.caller, decoder=current_app.extensions["decoder"])
+
+
+@search.get("/rag/search", operation_id="ragSearch", responses={200: RagSearchResponse})
+def rag_search(query: RagSearchQuery) -> RagSearchResponse:
+    """Show what `POST /rag/generate` would use for a prompt, and why
+
+    Pass the ids of the used references as `reference_ids` to pin exactly these.
+    """
+    return find.references_for(query, caller=g.caller)

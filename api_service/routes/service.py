@@ -1,0 +1,55 @@
+"""The service itself: health, models, statistics."""
+
+from flask import Response
+from flask_openapi3.models.tag import Tag
+
+from api_service import health, respond, status
+from api_service.resource import Resource
+from shared.contracts.service import HealthStatus, HealthView, ModelsResponse, StatsView
+
+TAG = Tag(name="service", description="How it is doing.")
+
+service = Resource("service", __name__, abp_tags=[TAG])
+probes = Resource("probes", __name__, abp_tags=[TAG])
+"""Registered twice: at the root, where orchestrators look, and with the rest of the API."""
+
+
+@probes.get("/health", operation_id="getHealth", responses={200: HealthView, 503: HealthView})
+def get_health() -> Response:
+    """How every part is doing
+
+    503 when a part without which nothing works is away; `degraded`, with 200, when the service works around it.
+    """
+    return _answer(health.everything())
+
+
+@probes.get("/health/live", operation_id="getLiveness", responses={200: HealthView})
+def get_liveness() -> Response:
+    """Does this process answer? Asks nothing else"""
+    return _answer(health.alive())
+
+
+@probes.get("/health/ready", operation_id="getReadiness", responses={200: HealthView, 503: HealthView})
+def get_readiness() -> Response:
+    """Can this process serve requests?"""
+    return _answer(health.ready())
+
+
+@service.get("/models", operation_id="listModels", responses={200: ModelsResponse})
+def list_models() -> ModelsResponse:
+    """The configured generators and what each can do"""
+    return status.models()
+
+
+@service.get("/stats", operation_id="getStats", responses={200: StatsView})
+def get_stats() -> StatsView:
+    """Counts of images, jobs and outputs, the queues, workers, cache and pools"""
+    return status.stats()
+
+
+def _answer(view: HealthView) -> Response:
+    response = respond.json(view, 503 if view.status is HealthStatus.DOWN else 200)
+    if view.status is HealthStatus.DOWN:
+        response.headers["Retry-After"] = "5"
+    response.headers["Cache-Control"] = "no-store"
+    return response

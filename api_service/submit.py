@@ -1,0 +1,245 @@
+"""Submitting work, without HTTP: what decides the result is resolved here, once, and kept with the job."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from api_service import problems, views
+from api_service.caller import Caller
+from shared import queue
+from shared.capabilities import check_parameters, drawable_size
+from shared.contracts.generation import (
+    DryRunView,
+    GenerateRequest,
+    GenerationParameters,
+    Mode,
+    PinnedReference,
+    RagGenerateRequest,
+    seeds_from,
+)
+from shared.contracts.jobs import JobKind, JobState, JobView, Lane
+from shared.contracts.search import ImageFilter
+from shared.contracts.service import Capabilities
+from shared.db import images, jobs, spaces, workers
+from shared.db.session import session_scope
+from shared.errors import (
+    JobStateError,
+    ModelNotFoundError,
+    QueueFullError,
+    ReferenceUnavailableError,
+    ResourceNotFoundError,
+    UnsupportedParameterError,
+    UnsupportedSizeError,
+)
+from shared.settings import GeneratorSettings, Settings, get_settings
+
+
+def generation(request: GenerateRequest, *, caller: Caller) -> JobView | DryRunView:
+    """Queue images from a prompt alone.
+
+    Raises:
+        ModelNotFoundError, UnsupportedSizeError, UnsupportedParameterError: the model cannot do that.
+        QueueFullError, DatabaseConnectionError
+    """
+    return _submit(JobKind.GENERATE, request, _Retrieval(mode=Mode.NONE), caller=caller)
+
+
+def rag_generation(request: RagGenerateRequest, *, caller: Caller) -> JobView | DryRunView:
+    """Queue images conditioned on what the corpus remembers, or on pinned references.
+
+    Raises:
+        As `generation`, and
+        UnsupportedModeError: the model cannot condition in the mode asked for.
+        ReferenceUnavailableError: a pinned image is not there, not the caller's, or not searchable yet.
+        ValidationError: there is no such collection.
+    """
+    retrieval = _Retrieval(
+        mode=request.mode,
+        k=request.similar_examples_count,
+        min_similarity=request.min_similarity,
+        where=request.filter,
+        pinned=request.pinned,
+        ip_adapter_scale=request.ip_adapter_scale,
+        strength=request.strength,
+    )
+    return _submit(JobKind.RAG_GENERATE, request, retrieval, caller=caller)
+
+
+def retry(job_id: UUID, *, caller: Caller) -> JobView:
+    """Queue a new job that does the same as one that ended without success.
+
+    Raises:
+        ResourceNotFoundError
+        JobStateError: the job has not ended, or has succeeded.
+        ReferenceUnavailableError, QueueFullError, DatabaseConnectionError
+    """
+    with session_scope() as session:
+        old = jobs.get(session, job_id, owner_id=caller.owner_id)
+        if old.state == JobState.SUCCEEDED or not JobState(old.state).is_final:
+            raise JobStateError("Only a job that ended without success can be tried again.", state=old.state)
+        _refuse_when_full(session)
+        parameters = GenerationParameters.model_validate(old.parameters)
+        _check_pinned(session, parameters.references, caller=caller)
+        job = jobs.insert(
+            session,
+            owner_id=caller.owner_id,
+            kind=JobKind(old.kind),
+            lane=list(Lane)[old.lane],
+            parameters=parameters,
+            metadata=old.job_metadata,
+            retry_of=old.id,
+        )
+        session.refresh(job)
+        view = views.job(session, job)
+    queue.feed(view.model)
+    return view
+
+
+@dataclass(frozen=True)
+class _Retrieval:
+    """The part of a request that is about references; None where the service decides."""
+
+    mode: Mode
+    k: int | None = None
+    min_similarity: float | None = None
+    where: ImageFilter = field(default_factory=ImageFilter)
+    pinned: Sequence[PinnedReference] = ()
+    ip_adapter_scale: float | None = None
+    strength: float | None = None
+
+
+def _submit(kind: JobKind, request: GenerateRequest, retrieval: _Retrieval, *, caller: Caller) -> JobView | DryRunView:
+    with session_scope() as session:
+        parameters = _resolved(session, request, retrieval, caller=caller, settings=get_settings())
+        if request.dry_run:
+            return DryRunView(kind=kind, parameters=parameters)
+        _refuse_when_full(session)
+        job = jobs.insert(
+            session,
+            owner_id=caller.owner_id,
+            kind=kind,
+            lane=request.lane,
+            parameters=parameters,
+            metadata=request.metadata,
+        )
+        session.refresh(job)
+        view = views.job(session, job)
+    # After the commit: no worker may look for a row that is not there yet. A broker that is away fails nothing, the
+    # row is the outbox.
+    queue.feed(view.model)
+    return view
+
+
+def _resolved(
+    session: Session, request: GenerateRequest, retrieval: _Retrieval, *, caller: Caller, settings: Settings
+) -> GenerationParameters:
+    """The request with nothing left open."""
+    name = request.model or settings.model.default_generator
+    generator = settings.model.generators.get(name)
+    if generator is None:
+        raise ModelNotFoundError(model=name, models=sorted(settings.model.generators))
+    defaults = generator.defaults
+    width, height = request.width or defaults.width, request.height or defaults.height
+    known = workers.capabilities(session).get(name)
+    _check(request, retrieval, generator, known[0] if known else None, width=width, height=height)
+
+    if retrieval.mode is not Mode.NONE:
+        _check_collection(session, retrieval.where.collection, caller=caller)
+        _check_pinned(session, retrieval.pinned, caller=caller)
+        wanted = retrieval.k if retrieval.k is not None else settings.retrieval.default_k
+    else:
+        wanted = 0
+    return GenerationParameters(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt or None,
+        model=name,
+        seeds=seeds_from(request.seed, request.num_images),
+        width=width,
+        height=height,
+        exact_size=request.exact_size,
+        num_inference_steps=request.num_inference_steps or defaults.num_inference_steps,
+        guidance_scale=_first(request.guidance_scale, defaults.guidance_scale),
+        scheduler=request.scheduler or defaults.scheduler,
+        loras=request.loras,
+        format=request.format,
+        quality=request.quality,
+        mode=retrieval.mode,
+        ip_adapter_scale=_first(retrieval.ip_adapter_scale, defaults.ip_adapter_scale),
+        strength=_first(retrieval.strength, defaults.strength),
+        k=0 if retrieval.pinned else min(wanted, generator.max_references),
+        min_similarity=_first(retrieval.min_similarity, settings.retrieval.min_similarity),
+        filter=retrieval.where,
+        references=list(retrieval.pinned),
+    )
+
+
+def _first(asked: float | None, default: float) -> float:
+    return default if asked is None else asked
+
+
+def _check(
+    request: GenerateRequest,
+    retrieval: _Retrieval,
+    generator: GeneratorSettings,
+    capabilities: Capabilities | None,
+    *,
+    width: int,
+    height: int,
+) -> None:
+    """Refuse what the model cannot do. Before a worker has told, only what the settings tell is checked: the job
+    then fails later, with the same code."""
+    if len(retrieval.pinned) > generator.max_references:
+        raise UnsupportedParameterError(
+            f"This model takes at most {generator.max_references} references, not {len(retrieval.pinned)}.",
+            parameter="reference_ids",
+            maximum=generator.max_references,
+        )
+    unknown = sorted(set(request.loras) - set(generator.loras))
+    if unknown:
+        raise UnsupportedParameterError(
+            f"This model has no LoRA {', '.join(unknown)}.", parameter="loras", choices=sorted(generator.loras)
+        )
+    if capabilities is None:
+        return
+    check_parameters(
+        capabilities,
+        mode=retrieval.mode,
+        scheduler=request.scheduler,
+        loras=request.loras,
+        references=len(retrieval.pinned),
+        negative_prompt=request.negative_prompt,
+    )
+    drawn = drawable_size(capabilities, width, height)
+    if request.exact_size and drawn != (width, height):
+        raise UnsupportedSizeError(
+            f"This model draws {drawn[0]} x {drawn[1]} instead of {width} x {height}.",
+            width=width,
+            height=height,
+            nearest={"width": drawn[0], "height": drawn[1]},
+        )
+
+
+def _check_collection(session: Session, name: str, *, caller: Caller) -> None:
+    try:
+        images.get_collection(session, name, owner_id=caller.owner_id)
+    except ResourceNotFoundError as error:
+        raise problems.mistake("body.filter.collection", "unknown", error.message) from None
+
+
+def _check_pinned(session: Session, pinned: Sequence[PinnedReference], *, caller: Caller) -> None:
+    if not pinned:
+        return
+    ids = [reference.image_id for reference in pinned]
+    space = spaces.find_active(session)
+    there = images.searchable(session, space, ids, owner_id=caller.owner_id) if space is not None else set()
+    missing = [str(image_id) for image_id in ids if image_id not in there]
+    if missing:
+        raise ReferenceUnavailableError(image_ids=missing)
+
+
+def _refuse_when_full(session: Session) -> None:
+    most = get_settings().queue.max_queued
+    if jobs.queued_count(session, at_most=most) >= most:
+        raise QueueFullError(queued=most)

@@ -1,0 +1,141 @@
+"""Rows as their owner sees them."""
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from shared.contracts.common import ImageFormat
+from shared.contracts.images import ImageState, ImageView
+from shared.contracts.jobs import (
+    EventType,
+    EventView,
+    JobError,
+    JobKind,
+    JobState,
+    JobView,
+    Lane,
+    OutputView,
+    Progress,
+    UsedReference,
+)
+from shared.contracts.search import Neighbour
+from shared.db import jobs, outputs
+from shared.db.images import Found
+from shared.db.models import Generation, GenerationReference, Image, Job, JobEvent
+
+API = "/api/v1"
+
+
+def job(session: Session, row: Job, *, progress: Progress | None = None) -> JobView:
+    return job_list(session, [row], progress={row.id: progress})[0]
+
+
+def job_list(
+    session: Session, rows: Sequence[Job], *, progress: dict[UUID, Progress | None] | None = None
+) -> list[JobView]:
+    """Jobs with their outputs, in order."""
+    made = outputs.of_jobs(session, [row.id for row in rows])
+    used = outputs.references_of(session, [each.id for of_job in made.values() for each in of_job])
+    return [
+        JobView(
+            id=row.id,
+            kind=JobKind(row.kind),
+            state=JobState(row.state),
+            lane=list(Lane)[row.lane],
+            model=row.model,
+            prompt=row.parameters["prompt"],
+            attempt=row.attempt,
+            seq=row.last_seq,
+            retry_of=row.retry_of,
+            progress=(progress or {}).get(row.id) if row.state == JobState.PROCESSING else None,
+            queue_position=jobs.queue_position(session, row) if row.state == JobState.QUEUED else None,
+            parameters=row.parameters,
+            resolution=row.resolution,
+            error=JobError.model_validate(row.error) if row.error else None,
+            outputs=[output(each, used.get(each.id, [])) for each in made.get(row.id, [])],
+            metadata=row.job_metadata,
+            created_at=row.created_at,
+            started_at=row.started_at,
+            finished_at=row.finished_at,
+            timings=row.timings or {},
+            url=f"{API}/jobs/{row.id}",
+            events_url=f"{API}/jobs/{row.id}/events",
+        )
+        for row in rows
+    ]
+
+
+def event(row: JobEvent) -> EventView:
+    return EventView(seq=row.seq, type=EventType(row.type), at=row.at, data=row.data)
+
+
+def output(row: Generation, references: Sequence[GenerationReference]) -> OutputView:
+    return OutputView(
+        id=row.id,
+        job_id=row.job_id,
+        index=row.index,
+        seed=row.seed,
+        width=row.width,
+        height=row.height,
+        format=ImageFormat(row.format),
+        size_bytes=row.size_bytes,
+        sha256=row.sha256,
+        created_at=row.created_at,
+        content_url=f"{API}/generations/{row.id}/content",
+        thumbnail_url=f"{API}/generations/{row.id}/thumbnail",
+        references=[
+            UsedReference(
+                image_id=each.image_id,
+                sha256=each.sha256,
+                similarity=each.similarity,
+                weight=each.weight,
+                pinned=each.pinned,
+                caption=each.caption,
+            )
+            for each in references
+        ],
+        provenance=row.provenance,
+    )
+
+
+def image(row: Image, collection: str) -> ImageView:
+    return ImageView(
+        id=row.id,
+        collection=collection,
+        state=ImageState(row.state),
+        error_code=row.error_code,
+        caption=row.caption,
+        tags=row.tags,
+        licence=row.licence,
+        source=row.source,
+        attributes=row.attributes,
+        filename=row.filename,
+        format=row.format,
+        width=row.width,
+        height=row.height,
+        size_bytes=row.size_bytes,
+        sha256=row.sha256,
+        created_at=row.created_at,
+        url=f"{API}/images/{row.id}",
+        content_url=f"{API}/images/{row.id}/content",
+        thumbnail_url=f"{API}/images/{row.id}/thumbnail",
+    )
+
+
+def neighbour(found: Found) -> Neighbour:
+    row = found.image
+    return Neighbour(
+        image_id=row.id,
+        similarity=found.similarity,
+        caption=row.caption,
+        tags=row.tags,
+        source=row.source,
+        licence=row.licence,
+        width=row.width,
+        height=row.height,
+        sha256=row.sha256,
+        created_at=row.created_at,
+        content_url=f"{API}/images/{row.id}/content",
+        thumbnail_url=f"{API}/images/{row.id}/thumbnail",
+    )
