@@ -1,0 +1,325 @@
+"""The story of a job, told with a real database, blob store and CLIP; the image model costs milliseconds."""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from uuid import UUID
+
+import numpy as np
+import pytest
+from PIL import Image
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
+
+from shared.contracts.generation import Mode, PinnedReference
+from shared.contracts.jobs import JobState
+from shared.db import images, jobs, outputs, spaces
+from shared.db.models import Generation, Job
+from shared.db.models import Image as ImageRow
+from shared.errors import ModelError, StorageError
+from shared.imaging import decode_upload, read_record
+from shared.settings import ModelSettings, Settings, get_settings
+from shared.storage import get_blobs, image_key, thumbnail_key
+from tests.factories import SHARED_COLLECTION, make_job
+from tests.small_pipelines import save_clip
+from worker_service import embedding, generation
+from worker_service.attempt import Outcome
+from worker_service.batcher import Batcher
+from worker_service.cheap import CheapGenerator
+from worker_service.clip import Clip
+from worker_service.image_request import ImageRequest, OnStep
+from worker_service.leases import Leases
+from worker_service.models import Embedder, Models
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    folder = tmp_path_factory.mktemp("clip")
+    save_clip(folder)
+    return Clip.load(ModelSettings.model_validate({"clip": {"model": f"local-dir:{folder}"}}))
+
+
+class Watched(CheapGenerator):
+    """The cheap generator, which also remembers what it was asked and can do something first."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__(**vars(CheapGenerator.load("cheap", settings)))
+        self.asked: list[ImageRequest] = []
+
+    def before(self) -> None: ...
+
+    def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
+        self.asked += requests
+        self.before()
+        return super().generate(requests, on_step)
+
+
+@pytest.fixture
+def model(settings: Settings) -> Watched:
+    return Watched(settings.model)
+
+
+@pytest.fixture
+def models(settings: Settings, session: Session, clip: Clip, model: Watched) -> Iterator[Models]:
+    space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
+    session.commit()
+    batcher: Batcher[ImageRequest, np.ndarray] = Batcher(
+        model.generate, key=ImageRequest.batch_key, max_batch_size=4, name="cheap"
+    )
+    models = Models(Embedder(clip, space), model, settings.model.generators["cheap"], batcher)
+    yield models
+    models.close(5)
+
+
+@pytest.fixture
+def leases(settings: Settings) -> Iterator[Leases]:
+    with Leases(settings.jobs) as leases:
+        yield leases
+
+
+def run(job_id: UUID, models: Models, leases: Leases) -> Outcome:
+    return generation.run(job_id, models=models, leases=leases, settings=get_settings(), worker="test")
+
+
+def remember(session: Session, models: Models, colour: str, caption: str) -> UUID:
+    """Put a picture into the corpus as an upload does, and embed it as a worker does."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40), colour).save(file, "PNG")
+    decoded = decode_upload(file.getvalue(), max_bytes=10**6, max_pixels=10**6)
+    key, small = image_key(decoded.sha256, decoded.format), thumbnail_key(decoded.sha256)
+    get_blobs().put(key, decoded.data, media_type="image/png")
+    get_blobs().put(small, decoded.thumbnail, media_type="image/webp")
+    image, _ = images.add(
+        session,
+        SHARED_COLLECTION,
+        sha256=decoded.sha256,
+        blob_key=key,
+        thumbnail_key=small,
+        format=decoded.format,
+        width=decoded.width,
+        height=decoded.height,
+        size_bytes=len(decoded.data),
+        perceptual_hash=decoded.perceptual_hash,
+        caption=caption,
+    )
+    session.commit()
+    assert embedding.embed_pending(models.embedder, stopping=lambda: False) == 1
+    return image.id
+
+
+def reload(session: Session, job: Job) -> Job:
+    session.expire_all()
+    return session.get_one(Job, job.id)
+
+
+def submit(session: Session, **parameters: object) -> Job:
+    job = make_job(session, **parameters)  # type: ignore[arg-type]
+    session.commit()
+    return job
+
+
+def test_a_job_ends_with_its_images_and_the_memories_that_shaped_them(
+    session: Session, models: Models, leases: Leases
+) -> None:
+    remembered = {remember(session, models, colour, f"a {colour} square") for colour in ("red", "blue")}
+    job = submit(session, seeds=[5, 6], k=2)
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+
+    job = reload(session, job)
+    assert job.state == JobState.SUCCEEDED
+    assert job.resolution is not None
+    assert job.resolution["mode"] == "image_prompt"
+    assert {"embed", "retrieve", "generate", "store"} <= set(job.timings)
+    made = outputs.of_jobs(session, [job.id])[job.id]
+    assert [(output.index, output.seed, output.width) for output in made] == [(0, 5, 32), (1, 6, 32)]
+    references = outputs.references_of(session, [made[0].id])[made[0].id]
+    assert {reference.image_id for reference in references} == remembered
+    assert sum(reference.weight for reference in references) == pytest.approx(1)
+
+    file = get_blobs().get(made[0].blob_key)
+    record = read_record(file)
+    assert record == made[0].provenance, "the file tells the same as the database"
+    assert record is not None
+    assert record["seed"] == 5
+    assert {reference["image_id"] for reference in record["references"]} == {str(image) for image in remembered}
+    assert Image.open(io.BytesIO(file)).size == (32, 32)
+
+
+def test_references_reach_the_model_as_unnormalised_projections(
+    session: Session, models: Models, leases: Leases, model: Watched, clip: Clip
+) -> None:
+    remember(session, models, "red", "a red square")
+    run(submit(session, k=1).id, models, leases)
+    expected = clip.encode_image([Image.new("RGB", (40, 40), "red")])[0]
+    (reference,) = model.asked[0].references
+    assert reference.vector is not None
+    assert reference.vector == pytest.approx(expected, rel=2e-2, abs=2e-3)  # stored as half floats
+
+
+def test_no_memory_that_is_near_enough_means_the_prompt_alone_and_says_so(
+    session: Session, models: Models, leases: Leases, model: Watched
+) -> None:
+    remember(session, models, "red", "a red square")
+    job = submit(session, min_similarity=0.999)
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    resolution = reload(session, job).resolution
+    assert resolution is not None
+    assert resolution["mode"] == "none"
+    assert [reference["used"] for reference in resolution["references"]] == [False]
+    assert model.asked[0].references == ()
+
+
+def test_img2img_gets_the_pixels_of_its_reference(
+    session: Session, models: Models, leases: Leases, model: Watched
+) -> None:
+    pinned = remember(session, models, "red", "a red square")
+    job = submit(session, mode=Mode.IMG2IMG, references=[PinnedReference(image_id=pinned)])
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    image = model.asked[0].references[0].image
+    assert image is not None
+    assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_pinned_reference_deleted_after_the_submit_fails_the_job_by_name(
+    session: Session, models: Models, leases: Leases
+) -> None:
+    pinned = remember(session, models, "red", "a red square")
+    job = submit(session, references=[PinnedReference(image_id=pinned)])
+    images.remove(session, session.get_one(ImageRow, pinned))
+    session.commit()
+    assert run(job.id, models, leases) is Outcome.FAILED
+    job = reload(session, job)
+    assert job.error is not None
+    assert job.error["code"] == "reference_deleted"
+    assert str(pinned) in str(job.error["context"])
+
+
+def test_a_size_that_the_model_cannot_draw_is_drawn_natively_and_scaled(
+    session: Session, models: Models, leases: Leases, model: Watched
+) -> None:
+    model.capabilities = model.capabilities.model_copy(
+        update={"any_size": False, "native_width": 16, "native_height": 16}
+    )
+    job = submit(session, width=48, height=24)
+    run(job.id, models, leases)
+    (made,) = outputs.of_jobs(session, [job.id])[job.id]
+    assert (model.asked[0].width, model.asked[0].height) == (16, 16)
+    assert (made.width, made.height) == (48, 24)
+    assert made.provenance["scaled"] is True
+    assert made.provenance["drawn_width"] == 16
+
+
+def test_a_second_delivery_of_a_finished_job_draws_nothing(
+    session: Session, models: Models, leases: Leases, model: Watched
+) -> None:
+    job = submit(session)
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    drawn = len(model.asked)
+    assert run(job.id, models, leases) is Outcome.NOT_OURS
+    assert len(model.asked) == drawn
+
+
+def test_a_job_canceled_while_it_is_drawn_stops_within_a_step_and_leaves_nothing(
+    session: Session, models: Models, leases: Leases, model: Watched
+) -> None:
+    model.cost_s = 20
+    job = submit(session, num_inference_steps=200)
+
+    def cancel() -> None:
+        assert jobs.cancel(session, job.id, owner_id=job.owner_id)
+        session.commit()
+
+    model.before = cancel  # type: ignore[method-assign]
+    assert run(job.id, models, leases) is Outcome.LOST
+    assert reload(session, job).state == JobState.CANCELED
+    assert session.scalars(select(Generation)).all() == []
+
+
+def test_an_attempt_that_lost_its_job_while_drawing_publishes_nothing(
+    session: Session, models: Models, leases: Leases, model: Watched
+) -> None:
+    job = submit(session)
+
+    def steal() -> None:
+        session.execute(text("update jobs set attempt = attempt + 1"))
+        session.commit()
+
+    model.before = steal  # type: ignore[method-assign]
+    assert run(job.id, models, leases) is Outcome.LOST
+    assert reload(session, job).state == JobState.PROCESSING
+    assert session.scalars(select(Generation)).all() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome", "state", "code"),
+    [
+        (ModelError("no"), Outcome.FAILED, JobState.FAILED, "model_error"),
+        (StorageError(), Outcome.REQUEUED, JobState.QUEUED, None),
+        (ZeroDivisionError("secret /path"), Outcome.FAILED, JobState.FAILED, "generation_failed"),
+    ],
+)
+def test_a_fault_ends_the_attempt_as_its_kind_demands(
+    session: Session,
+    models: Models,
+    leases: Leases,
+    model: Watched,
+    fault: Exception,
+    outcome: Outcome,
+    state: JobState,
+    code: str | None,
+) -> None:
+    def break_down() -> None:
+        raise fault
+
+    model.before = break_down  # type: ignore[method-assign]
+    job = submit(session)
+    assert run(job.id, models, leases) is outcome
+    job = reload(session, job)
+    assert job.state == state
+    assert (job.error or {}).get("code") == code
+    assert "secret" not in str(job.error)
+
+
+def test_a_job_that_runs_longer_than_allowed_fails_with_job_timeout(
+    session: Session, models: Models, model: Watched, settings: Settings
+) -> None:
+    model.cost_s = 20
+    job = submit(session, num_inference_steps=100)
+    hasty = settings.model_copy(update={"jobs": settings.jobs.model_copy(update={"timeout_s": 0.3})})
+    with Leases(hasty.jobs) as leases:
+        outcome = generation.run(job.id, models=models, leases=leases, settings=hasty, worker="test")
+    assert outcome is Outcome.FAILED
+    assert (reload(session, job).error or {})["code"] == "job_timeout"
+
+
+def test_an_image_whose_bytes_are_damaged_fails_with_a_code_and_the_others_are_embedded(
+    session: Session, models: Models
+) -> None:
+    good = remember(session, models, "red", "a red square")
+    bad = images.add(
+        session,
+        SHARED_COLLECTION,
+        sha256="00" * 32,
+        blob_key="images/bad.png",
+        thumbnail_key="t",
+        format="png",
+        width=1,
+        height=1,
+        size_bytes=1,
+        perceptual_hash=0,
+    )[0]
+    get_blobs().put("images/bad.png", b"not an image", media_type="image/png")
+    session.execute(text("update images set state = 'pending' where id = :id"), {"id": good})
+    session.commit()
+    embedding.embed_pending(models.embedder, stopping=lambda: False)
+    session.expire_all()
+    assert session.get_one(ImageRow, good).state == "ready"
+    refused = session.get_one(ImageRow, bad.id)
+    assert (refused.state, refused.error_code) == ("failed", "invalid_image")
+
+
+def test_blobs_of_outputs_name_their_attempt(session: Session, models: Models, leases: Leases, tmp_path: Path) -> None:
+    job = submit(session)
+    run(job.id, models, leases)
+    (made,) = outputs.of_jobs(session, [job.id])[job.id]
+    assert made.blob_key == f"outputs/{job.id}/1/0.png"
