@@ -42,11 +42,17 @@ lint: $(READY) ## style, types and import rules
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
-lock: ## resolve pyproject.toml afresh into requirements.lock
+# One file for development with everything, and from it what each container image installs.
+COMPILE = build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml -
+SUBSET = $(COMPILE) --constraint requirements.lock --output-file
+
+lock: ## resolve pyproject.toml afresh into requirements.lock and the locks of the container images
 	@test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv==0.13.9; }
-	echo 'setuptools>=80' | build/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
-		--all-extras --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock" \
-		--output-file requirements.lock pyproject.toml -
+	echo 'setuptools>=80' | $(COMPILE) --upgrade --all-extras --output-file requirements.lock
+	echo 'setuptools>=80' | $(SUBSET) ops/docker/api.lock --extra api
+	echo 'setuptools>=80' | $(SUBSET) ops/docker/worker.lock --extra worker
+	printf 'setuptools>=80\nflower\n' | $(SUBSET) ops/docker/flower.lock
 
 clean: ## remove .venv and every cache; var/ and out/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
