@@ -12,7 +12,7 @@ import open_clip
 import torch
 from PIL import Image
 
-from shared.errors import EmbeddingError, ModelLoadError
+from shared.errors import EmbeddingError
 from shared.settings import ClipSettings, ModelSettings
 from worker_service import loading
 
@@ -46,15 +46,13 @@ class Clip:
             ModelLoadError: it cannot be loaded; the message says what and why.
         """
         clip = settings.clip
-        if ":" not in clip.model and clip.pretrained is None:
-            # open_clip would give random weights, and a line in its log.
-            raise ModelLoadError(f"CLIP {clip.model!r} needs `pretrained`: a weights tag or a file.")
         loading.prepare_process(settings)
         device = loading.resolve_device(clip.device)
         dtype = loading.resolve_dtype(clip.dtype, device)
         with loading.readable_load_errors(f"CLIP {_name(clip)!r}"):
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                clip.model, pretrained=clip.pretrained, precision="fp32", device="cpu", weights_only=True
+            # Unlike create_model_and_transforms, this refuses to go on with random weights where it finds none.
+            model, preprocess = open_clip.create_model_from_pretrained(
+                clip.model, pretrained=clip.pretrained, precision="fp32", device="cpu"
             )
             tokenizer = open_clip.get_tokenizer(clip.model)
             model.eval()

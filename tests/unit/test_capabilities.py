@@ -1,0 +1,126 @@
+"""What a model can do, decided from its declared capabilities."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.capabilities import check_parameters, drawable_size, resolve_mode, supports
+from shared.contracts.generation import Mode
+from shared.contracts.service import Capabilities
+from shared.errors import UnsupportedModeError, UnsupportedParameterError
+
+ALL_MODES = [mode.value for mode in Mode if mode is not Mode.AUTO]
+
+
+def capabilities(**overrides: Any) -> Capabilities:
+    declared: dict[str, Any] = {
+        "modes": ALL_MODES,
+        "native_width": 512,
+        "native_height": 512,
+        "size_multiple": 64,
+        "any_size": True,
+        "max_batch_size": 4,
+        "max_references": 4,
+        "schedulers": ["euler"],
+        "loras": ["ink"],
+        "supports_negative_prompt": True,
+        "supports_guidance": True,
+        "pipeline": "StableDiffusionPipeline",
+        "weights_digest": "0" * 64,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    return Capabilities(**declared | overrides)
+
+
+@pytest.mark.parametrize(
+    ("asked", "drawn"),
+    [
+        ((512, 512), (512, 512)),
+        ((640, 448), (640, 448)),
+        ((500, 500), (512, 512)),  # the nearest that the model's layers divide evenly
+        ((1024, 1024), (704, 704)),  # too large to hold together: about twice the native area
+        ((64, 64), (384, 384)),
+        ((2048, 256), (1280, 448)),  # too wide: 3:1 is drawn
+    ],
+)
+def test_a_size_is_drawn_as_asked_where_the_model_is_trusted(asked: tuple[int, int], drawn: tuple[int, int]) -> None:
+    assert drawable_size(capabilities(), *asked) == drawn
+
+
+def test_a_model_of_one_size_draws_that_size() -> None:
+    one_size = capabilities(any_size=False, native_width=64, native_height=96)
+    assert drawable_size(one_size, 512, 512) == (64, 96)
+
+
+@given(width=st.integers(16, 2048), height=st.integers(16, 2048), multiple=st.sampled_from([1, 8, 16, 64]))
+def test_any_size_asked_for_gives_one_that_can_be_drawn(width: int, height: int, multiple: int) -> None:
+    model = capabilities(size_multiple=multiple)
+    drawn = drawable_size(model, width, height)
+    assert all(side > 0 and side % multiple == 0 for side in drawn)
+    assert 0.3 < drawn[0] * drawn[1] / (512 * 512) < 2.6
+
+
+@given(width=st.integers(6, 12), height=st.integers(6, 10))
+def test_a_size_near_the_native_one_that_the_layers_divide_is_never_changed(width: int, height: int) -> None:
+    assert drawable_size(capabilities(), 64 * width, 64 * height) == (64 * width, 64 * height)
+
+
+def test_auto_prefers_the_image_prompt() -> None:
+    mode, reason = resolve_mode(capabilities(), Mode.AUTO, references=2, captions=2)
+    assert mode is Mode.IMAGE_PROMPT
+    assert "image prompts" in reason
+
+
+def test_auto_uses_captions_where_the_model_takes_no_images() -> None:
+    textual = capabilities(modes=["none", "caption", "img2img"])
+    assert resolve_mode(textual, Mode.AUTO, references=2, captions=1)[0] is Mode.CAPTION
+    assert resolve_mode(textual, Mode.AUTO, references=2)[0] is Mode.CAPTION
+    assert resolve_mode(textual, Mode.AUTO, references=2, captions=0)[0] is Mode.NONE
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_without_references_every_mode_draws_the_prompt_alone(mode: Mode) -> None:
+    assert resolve_mode(capabilities(), mode, references=0)[0] is Mode.NONE
+
+
+@pytest.mark.parametrize("mode", [mode for mode in Mode if mode is not Mode.AUTO])
+def test_an_explicit_mode_is_kept(mode: Mode) -> None:
+    assert resolve_mode(capabilities(), mode, references=1, captions=0)[0] is mode
+
+
+@pytest.mark.parametrize("references", [0, 2])
+def test_an_impossible_explicit_mode_is_refused(references: int) -> None:
+    textual = capabilities(modes=["none", "caption"])
+    assert not supports(textual, Mode.IMG2IMG)
+    with pytest.raises(UnsupportedModeError, match="'img2img'.*none, caption"):
+        resolve_mode(textual, Mode.IMG2IMG, references=references)
+
+
+@pytest.mark.parametrize(
+    ("request_", "parameter"),
+    [
+        ({"scheduler": "dpm_sde"}, "scheduler"),
+        ({"loras": ["ink", "paint"]}, "loras"),
+        ({"references": 5}, "reference_ids"),
+    ],
+)
+def test_what_the_model_does_not_know_is_refused(request_: dict[str, Any], parameter: str) -> None:
+    with pytest.raises(UnsupportedParameterError) as refused:
+        check_parameters(capabilities(), **request_)
+    assert refused.value.context["parameter"] == parameter
+
+
+def test_a_negative_prompt_is_refused_where_it_would_be_ignored() -> None:
+    distilled = capabilities(supports_negative_prompt=False)
+    check_parameters(distilled, negative_prompt="")
+    with pytest.raises(UnsupportedParameterError, match="negative prompt"):
+        check_parameters(distilled, negative_prompt="blurry")
+
+
+def test_a_request_within_the_capabilities_passes() -> None:
+    check_parameters(
+        capabilities(), mode=Mode.IMAGE_PROMPT, scheduler="euler", loras=["ink"], references=4, negative_prompt="blurry"
+    )

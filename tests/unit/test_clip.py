@@ -1,0 +1,156 @@
+"""The retrieval model, on a small open_clip folder loaded by the code that loads the real ones."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from shared.errors import EmbeddingError, ModelLoadError
+from shared.settings import ClipSettings, ModelSettings
+from tests import small_pipelines
+from worker_service.clip import Clip
+
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
+"""Batches of other sizes run other kernels: vectors of a float32 model agree to about 1e-6."""
+
+
+@pytest.fixture(scope="module")
+def clip(model_settings: ModelSettings) -> Clip:
+    return Clip.load(model_settings)
+
+
+def settings_for(model: str, *, pretrained: str | None = None, dtype: str = "float32") -> ModelSettings:
+    return ModelSettings(clip=ClipSettings.model_validate({"model": model, "pretrained": pretrained, "dtype": dtype}))
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 56)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_vectors_are_float32_projections_that_are_not_normalised(clip: Clip) -> None:
+    texts, images = clip.encode_text(["a cat", "a dog"]), clip.encode_image([picture(1)])
+    assert texts.dtype == images.dtype == np.float32
+    assert texts.shape == (2, clip.dim)
+    assert images.shape == (1, clip.dim)
+    lengths = np.linalg.norm(np.concatenate([texts, images]), axis=1)
+    assert (np.abs(lengths - 1) > 0.1).all()
+
+
+def test_a_vector_does_not_depend_on_its_batch(clip: Clip) -> None:
+    texts = [f"picture number {i}" for i in range(2 * clip.max_batch_size + 1)]
+    images = [picture(i) for i in range(2 * clip.max_batch_size + 1)]
+    np.testing.assert_allclose(
+        clip.encode_text(texts), np.concatenate([clip.encode_text([text]) for text in texts]), **ROUNDING
+    )
+    np.testing.assert_allclose(
+        clip.encode_image(images), np.concatenate([clip.encode_image([image]) for image in images]), **ROUNDING
+    )
+
+
+def test_other_texts_and_images_have_other_vectors(clip: Clip) -> None:
+    assert not np.allclose(*clip.encode_text(["a cat", "a dog"]), **ROUNDING)
+    assert not np.allclose(*clip.encode_image([picture(1), picture(2)]), **ROUNDING)
+
+
+def test_nothing_to_encode_gives_no_vectors(clip: Clip) -> None:
+    assert clip.encode_text([]).shape == clip.encode_image([]).shape == (0, clip.dim)
+
+
+def test_text_beyond_the_context_is_cut(clip: Clip) -> None:
+    np.testing.assert_allclose(clip.encode_text(["ab" * 500]), clip.encode_text(["ab" * 400]), **ROUNDING)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_images_of_every_mode_are_encoded_as_their_colours(clip: Clip, mode: str) -> None:
+    image = picture(3).convert(mode)
+    np.testing.assert_allclose(clip.encode_image([image]), clip.encode_image([image.convert("RGB")]), **ROUNDING)
+
+
+def test_the_space_is_the_same_in_every_process(clip: Clip, model_settings: ModelSettings) -> None:
+    program = (
+        "import sys; from shared.settings import ModelSettings; from worker_service.clip import Clip;"
+        "print(Clip.load(ModelSettings.model_validate_json(sys.argv[1])).space_digest)"
+    )
+    there = subprocess.run(
+        [sys.executable, "-c", program, model_settings.model_dump_json()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert there.stdout.split()[-1] == clip.space_digest
+
+
+def test_the_space_is_the_same_wherever_the_folder_lies_and_in_every_dtype(
+    clip: Clip, small_models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(small_models / "clip", tmp_path / "moved")
+    moved = Clip.load(settings_for(f"local-dir:{tmp_path / 'moved'}", dtype="bfloat16"))
+    assert moved.space_digest == clip.space_digest
+    assert moved.dtype is torch.bfloat16
+    assert moved.encode_text(["a cat"]).dtype == np.float32
+    np.testing.assert_allclose(moved.encode_text(["a cat"]), clip.encode_text(["a cat"]), rtol=0.1, atol=0.1)
+
+
+def test_other_weights_and_other_preprocessing_are_other_spaces(clip: Clip, tmp_path: Path) -> None:
+    small_pipelines.save_clip(tmp_path / "other_weights", seed=1)
+    other_weights = Clip.load(settings_for(f"local-dir:{tmp_path / 'other_weights'}"))
+    assert other_weights.space_digest != clip.space_digest
+
+    small_pipelines.save_clip(tmp_path / "other_mean")
+    config = tmp_path / "other_mean" / "open_clip_config.json"
+    config.write_text(config.read_text().replace('"mean": [0.5,', '"mean": [0.4,'))
+    other_mean = Clip.load(settings_for(f"local-dir:{tmp_path / 'other_mean'}"))
+    assert other_mean.weights_digest == clip.weights_digest
+    assert other_mean.space_digest != clip.space_digest
+
+
+def test_an_open_clip_name_loads_with_weights_from_a_file(tmp_path: Path) -> None:
+    towers = {"vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}}
+    towers |= {"text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}
+    (tmp_path / "tiny-of-this-test.json").write_text(json.dumps({"embed_dim": 8, **towers}))
+    open_clip.add_model_config(tmp_path)
+    torch.save(open_clip.create_model("tiny-of-this-test").state_dict(), tmp_path / "weights.pt")
+
+    clip = Clip.load(settings_for("tiny-of-this-test", pretrained=str(tmp_path / "weights.pt")))
+
+    assert clip.dim == clip.encode_image([picture(1)]).shape[1] == 8
+    assert clip.name == f"tiny-of-this-test/{tmp_path / 'weights.pt'}"
+
+
+def test_numbers_gone_wrong_are_an_error_not_a_vector(model_settings: ModelSettings) -> None:
+    broken = Clip.load(model_settings)
+    with torch.no_grad():
+        broken.model.text_projection.fill_(float("nan"))
+    with pytest.raises(EmbeddingError, match="not numbers"):
+        broken.encode_text(["a cat"])
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "cause"),
+    [
+        ("local-dir:/nowhere/clip", None, "/nowhere/clip"),
+        ("ViT-B-32", None, "ViT-B-32.*pretrained"),
+        ("ViT-B-32", "no-such-tag", "no-such-tag"),
+        ("no-such-model", "openai", "no-such-model"),
+        ("hf-hub:nobody/no-such-clip", None, "nobody/no-such-clip"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_says_which_and_why(model: str, pretrained: str | None, cause: str) -> None:
+    with pytest.raises(ModelLoadError, match=cause):
+        Clip.load(settings_for(model, pretrained=pretrained))
+
+
+def test_a_model_without_weights_is_not_loaded_with_random_ones(small_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_models / "clip", tmp_path / "clip")
+    (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ModelLoadError):
+        Clip.load(settings_for(f"local-dir:{tmp_path / 'clip'}"))
