@@ -21,6 +21,7 @@ from api_service.routes.search import search
 from api_service.routes.service import probes, service
 from api_service.views import API
 from shared import metrics
+from shared.db.session import bound_waits
 from shared.imaging import UploadDecoder
 from shared.logging import configure as configure_logging
 from shared.settings import Settings, get_settings
@@ -35,6 +36,7 @@ DOCUMENT = f"{API}/openapi.json"
 def create_app(settings: Settings | None = None) -> Documented:
     """The API as a WSGI application. Opens no connection: those come with the first request that needs them."""
     settings = settings or get_settings()
+    bound_waits(settings.api.database_timeout_s)
     app = Documented(
         __name__,
         info=Info(title="Afterimage", version=VERSION, description="Generates images from what it remembers."),

@@ -145,12 +145,11 @@ def text_vector(text: str, space: Space) -> Vector:
         EmbeddingUnavailableError
     """
     key = f"text-vector:{space.digest}:{hashlib.sha256(text.encode()).hexdigest()}"
-    remembered = get_cache_manager().get(key)
+    remembered: Vector | None = get_cache_manager().get(key)
     if remembered is not None:
-        return np.frombuffer(base64.b64decode(remembered), dtype="<f4")
+        return remembered
     vector = _unit(_in_space(embed_texts([text]), space))
-    encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-    get_cache_manager().set(key, encoded, ttl=get_settings().cache.embedding_ttl_s)
+    get_cache_manager().set(key, vector, ttl=get_settings().cache.embedding_ttl_s)
     return vector
 
 

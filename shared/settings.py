@@ -236,6 +236,9 @@ class APISettings(Section):
     max_upload_files: int = Field(32, ge=1, le=1000)
     decoder_processes: int = Field(1, ge=1, le=32, description="processes that decode uploads")
     decode_timeout_s: float = Field(20, gt=0, le=600)
+    database_timeout_s: float = Field(
+        2.5, gt=0, le=60, description="longest wait for the database to say anything before a request gets 503"
+    )
     max_wait_s: float = Field(30, ge=0, le=120, description="longest `Prefer: wait` or long-poll")
     max_stream_s: float = Field(600, ge=1, le=86_400, description="longest life of one event stream")
     max_waiters: int = Field(16, ge=0, le=1000, description="long-polls and streams one process holds at a time")

@@ -1,9 +1,15 @@
 """The engine of this process and `session_scope`, the only place that commits."""
 
+import select
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
+import psycopg2
+from psycopg2 import extensions
 from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -44,6 +50,50 @@ def database_url(settings: DatabaseSettings) -> URL:
     return make_url(settings.url.get_secret_value())
 
 
+class BoundedWait:
+    """Psycopg2's wait callback: gives up on a server that says nothing for `limit_s`.
+
+    No timeout of libpq covers that: a frozen server's kernel goes on acknowledging what it is sent.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._thread = threading.local()
+
+    def __call__(self, connection: Any) -> None:
+        until = getattr(self._thread, "until", None) or time.monotonic() + self._limit_s
+        while (state := connection.poll()) != extensions.POLL_OK:
+            socket = select.poll()
+            socket.register(connection.fileno(), select.POLLIN if state == extensions.POLL_READ else select.POLLOUT)
+            if not socket.poll(max(until - time.monotonic(), 0) * 1000):
+                raise psycopg2.OperationalError("the database does not answer")
+
+    @contextmanager
+    def connecting(self) -> Iterator[None]:
+        """In this thread, waiting for a free connection, pinging it and replacing a dead one share one limit."""
+        self._thread.until = time.monotonic() + self._limit_s
+        try:
+            yield
+        finally:
+            self._thread.until = None
+
+
+def bound_waits(limit_s: float) -> BoundedWait:
+    """Bound every wait for the database in this process, which is all of them: psycopg2 has one such callback."""
+    wait = BoundedWait(limit_s)
+    extensions.set_wait_callback(wait)
+    return wait
+
+
+def _waits() -> BoundedWait:
+    installed = extensions.get_wait_callback()
+    return (
+        installed
+        if isinstance(installed, BoundedWait)
+        else bound_waits(get_settings().database.statement_timeout_s + 2)
+    )
+
+
 @cache
 def get_engine() -> Engine:
     """The engine of this process. Never used before a fork: every process of the product is started, not forked."""
@@ -66,6 +116,8 @@ def session_scope() -> Iterator[Session]:
     """
     try:
         with _factory().begin() as session:
+            with _waits().connecting():
+                session.connection()
             yield session
     except PoolTimeoutError as error:
         raise DatabaseConnectionError from error

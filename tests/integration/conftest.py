@@ -1,0 +1,69 @@
+"""The API for tests: in this process through Flask's client, or as the real server."""
+
+import io
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import pytest
+from flask.testing import FlaskClient
+from PIL import Image
+
+from api_service.app import create_app
+from ops.local.stack import REPOSITORY
+from shared import progress
+from shared.settings import Settings
+from tests.stack import wait_until
+
+API = "/api/v1"
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[FlaskClient]:
+    """A client of the API in this process, on this test's servers."""
+    app = create_app(settings)
+    yield app.test_client()
+    progress.subscriber().close()
+    app.extensions["decoder"].close()
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    process: "subprocess.Popen[bytes]"
+
+
+@pytest.fixture
+def server(settings: Settings) -> Iterator[Server]:
+    """`python -m api_service` on a free port, with this test's settings."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "AFTERIMAGE_API__PORT": str(port)}
+    process = subprocess.Popen([sys.executable, "-m", "api_service"], cwd=REPOSITORY, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: _answers(url) or process.poll() is not None, timeout_s=20, what="the API to answer")
+        assert process.poll() is None
+        yield Server(url, process)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health/live", timeout=1).is_success
+    except httpx.TransportError:
+        return False
+
+
+def picture(colour: str = "red", *, size: tuple[int, int] = (64, 48), kind: str = "PNG") -> bytes:
+    """A small image file."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, kind)
+    return file.getvalue()
