@@ -95,7 +95,7 @@ def test_an_explicit_mode_is_kept(mode: Mode) -> None:
 def test_an_impossible_explicit_mode_is_refused(references: int) -> None:
     textual = capabilities(modes=["none", "caption"])
     assert not supports(textual, Mode.IMG2IMG)
-    with pytest.raises(UnsupportedModeError, match="'img2img'.*none, caption"):
+    with pytest.raises(UnsupportedModeError, match=r"'img2img'.*none, caption"):
         resolve_mode(textual, Mode.IMG2IMG, references=references)
 
 

@@ -18,7 +18,7 @@ from shared.contracts.generation import Mode
 from shared.errors import ModelOutOfMemoryError
 from tests.small_pipelines import CLIP_DIM
 from worker_service.diffusion import Diffusion
-from worker_service.image_request import ImageRequest, Interrupted, Reference
+from worker_service.image_request import ImageRequest, Interrupted, OnStep, Reference
 
 ROUNDING = 2
 """Largest difference of one channel of one pixel, of 255."""
@@ -56,6 +56,16 @@ def reference(seed: int, *, weight: float = 1.0, caption: str | None = None) -> 
 
 def draw(model: Diffusion, *requests: ImageRequest) -> list[np.ndarray]:
     return model.generate(requests, lambda step, steps: True)
+
+
+def noting(told: list[tuple[int, int]], *, until: int = 1000) -> OnStep:
+    """An `on_step` that notes what it is told, and stops the call at step `until`."""
+
+    def on_step(step: int, steps: int) -> bool:
+        told.append((step, steps))
+        return step < until
+
+    return on_step
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> int:
@@ -197,7 +207,7 @@ def test_the_order_in_which_loras_are_named_separates_no_batches() -> None:
 def test_every_step_is_told_with_how_many_there_are(loaded: Loaded, pipeline: str) -> None:
     told: list[tuple[int, int]] = []
     request = replace(REQUEST, num_inference_steps=4, scheduler=None if pipeline == "flux" else "euler")
-    loaded(pipeline).generate([request, request], lambda *progress: told.append(progress) is None)
+    loaded(pipeline).generate([request, request], noting(told))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
@@ -207,11 +217,11 @@ def test_a_stopped_call_decodes_nothing_and_leaves_the_model_as_it_was(loaded: L
     before = draw(model, REQUEST)[0]
     decodes: list[object] = []
     hook = model.text_to_image.vae.decoder.register_forward_hook(lambda *_: decodes.append(1))
-    steps: list[int] = []
+    told: list[tuple[int, int]] = []
     with pytest.raises(Interrupted):
-        model.generate([REQUEST, REQUEST], lambda step, _: steps.append(step) is None and step < 2)
+        model.generate([REQUEST, REQUEST], noting(told, until=2))
     hook.remove()
-    assert steps == [1, 2]
+    assert [step for step, _ in told] == [1, 2]
     assert decodes == []
     assert distance(draw(model, REQUEST)[0], before) == 0
 

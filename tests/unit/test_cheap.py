@@ -1,0 +1,86 @@
+"""The generator of stated cost."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from shared.contracts.generation import Mode
+from shared.errors import ModelNotFoundError
+from shared.settings import GeneratorSettings, ModelSettings
+from worker_service.cheap import CheapGenerator
+from worker_service.image_request import ImageRequest, Interrupted, Reference
+
+SETTINGS = ModelSettings(
+    generators={"cheap": GeneratorSettings(kind="cheap", cost_ms=40, max_batch_size=16)}, default_generator="cheap"
+)
+REFERENCE = Reference(vector=np.ones(4, np.float32), image=None, weight=1, caption=None)
+REQUEST = ImageRequest(
+    prompt="a red apple",
+    negative_prompt=None,
+    seed=7,
+    width=32,
+    height=16,
+    num_inference_steps=4,
+    guidance_scale=3.0,
+    scheduler=None,
+    loras=(),
+    mode=Mode.NONE,
+    ip_adapter_scale=0.8,
+    strength=0.7,
+    references=(),
+)
+
+
+@pytest.fixture
+def cheap() -> CheapGenerator:
+    return CheapGenerator.load("cheap", SETTINGS)
+
+
+def test_it_can_do_everything(cheap: CheapGenerator) -> None:
+    assert set(cheap.capabilities.modes) == {mode.value for mode in Mode} - {"auto"}
+    assert cheap.capabilities.max_batch_size == 16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a dog"},
+        {"seed": 8},
+        {"references": (REFERENCE,)},
+        {"references": (replace(REFERENCE, vector=np.zeros(4, np.float32)),)},
+        {"references": (replace(REFERENCE, weight=2),)},
+    ],
+)
+def test_prompt_seed_and_references_decide_the_image(cheap: CheapGenerator, change: dict[str, object]) -> None:
+    changed = replace(REQUEST, **change)  # type: ignore[arg-type]
+    first, other, again = cheap.generate([REQUEST, changed, REQUEST], lambda *_: True)
+    assert first.shape == (16, 32, 3)
+    assert first.dtype == np.uint8
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_a_batch_costs_as_much_as_one_image(cheap: CheapGenerator) -> None:
+    start = time.perf_counter()
+    cheap.generate([REQUEST] * 16, lambda *_: True)
+    took_s = time.perf_counter() - start
+    assert 0.04 <= took_s < 16 * 0.04
+
+
+def test_it_stops_between_steps(cheap: CheapGenerator) -> None:
+    told = []
+
+    def on_step(step: int, steps: int) -> bool:
+        told.append((step, steps))
+        return step < 2
+
+    with pytest.raises(Interrupted):
+        cheap.generate([REQUEST], on_step)
+    assert told == [(1, 4), (2, 4)]
+
+
+def test_a_generator_that_the_settings_do_not_name_is_unknown() -> None:
+    with pytest.raises(ModelNotFoundError):
+        CheapGenerator.load("nobody", SETTINGS)

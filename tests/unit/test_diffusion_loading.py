@@ -1,0 +1,226 @@
+"""What is loaded, what it says it can do, and how it refuses."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.contracts.generation import Mode
+from shared.errors import InvalidOutputError, ModelLoadError, ModelNotFoundError
+from shared.settings import GeneratorDefaults, GeneratorSettings, IPAdapterSettings, ModelSettings
+from tests import small_pipelines
+from tests.unit.test_diffusion_batches import DIFFERENT, PIPELINES, REQUEST, ROUNDING, distance, draw, reference
+from worker_service import schedulers
+from worker_service.diffusion import Diffusion
+
+Loaded = Callable[[str], Diffusion]
+TEXTUAL = [Mode.NONE, Mode.CAPTION, Mode.IMG2IMG]
+ADAPTED = [*TEXTUAL, Mode.IMAGE_PROMPT, Mode.IMAGE_PROMPT_IMG2IMG]
+
+
+def load(**generator: Any) -> Diffusion:
+    settings = ModelSettings(
+        generators={"model": GeneratorSettings.model_validate(generator)}, default_generator="model", threads=1
+    )
+    return Diffusion.load("model", settings)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "declared"),
+    [
+        ("sd15", {"pipeline": "StableDiffusionPipeline", "modes": ADAPTED, "native_width": 64}),
+        ("sd15_plain", {"pipeline": "StableDiffusionPipeline", "modes": TEXTUAL, "loras": []}),
+        ("sd15_lora", {"loras": ["ink", "neon"]}),
+        ("sdxl", {"pipeline": "StableDiffusionXLPipeline", "modes": ADAPTED, "supports_negative_prompt": True}),
+        ("sdxl_turbo", {"modes": TEXTUAL, "supports_guidance": True, "size_multiple": 16}),
+        (
+            "flux",
+            {
+                "pipeline": "FluxPipeline",
+                "modes": TEXTUAL,
+                "native_width": 1024,
+                "schedulers": [],
+                "supports_negative_prompt": False,
+                "supports_guidance": True,
+            },
+        ),
+    ],
+)
+def test_a_pipeline_says_what_it_can_do(loaded: Loaded, pipeline: str, declared: dict[str, Any]) -> None:
+    assert declared.items() <= loaded(pipeline).capabilities.model_dump().items()
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_every_mode_that_a_pipeline_declares_is_drawn(loaded: Loaded, pipeline: str) -> None:
+    model = loaded(pipeline)
+    for mode in map(Mode, model.capabilities.modes):
+        drawn = draw(model, replace(REQUEST, mode=mode, references=(reference(1),)))[0]
+        assert drawn.shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("pipeline", ["sd15", "sd15_plain", "sd15_lora", "sdxl", "sdxl_plus", "sdxl_turbo"])
+def test_a_model_warms_up(loaded: Loaded, pipeline: str) -> None:
+    model = loaded(pipeline)
+    before = draw(model, REQUEST)[0]
+    model.warm_up()
+    assert distance(draw(model, REQUEST)[0], before) == 0
+
+
+def test_guidance_is_off_up_to_one(loaded: Loaded) -> None:
+    model = loaded("sdxl_turbo")
+    off, one, on = (
+        draw(model, replace(REQUEST, guidance_scale=scale, num_inference_steps=1))[0] for scale in (0, 1, 3)
+    )
+    assert distance(off, one) == 0
+    assert distance(off, on) > 0
+
+
+def test_the_digest_names_the_weights(loaded: Loaded, tmp_path: Path) -> None:
+    digest = loaded("sd15_plain").capabilities.weights_digest
+    small_pipelines.save_sd15(tmp_path / "same")
+    small_pipelines.save_sd15(tmp_path / "other", seed=1)
+    assert load(source=str(tmp_path / "same")).capabilities.weights_digest == digest
+    assert load(source=str(tmp_path / "other")).capabilities.weights_digest != digest
+    assert loaded("sd15").capabilities.weights_digest != digest
+
+
+def test_half_precision_is_drawn_too(model_settings: ModelSettings, loaded: Loaded) -> None:
+    settings = model_settings.generators["sd15_lora"].model_copy(update={"dtype": "bfloat16"})
+    half = load(**settings.model_dump())
+    assert half.capabilities.dtype == "bfloat16"
+    parts = [half.text_to_image.unet, half.text_to_image.vae, half.text_to_image.text_encoder]
+    assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.bfloat16}
+    request = replace(
+        REQUEST, mode=Mode.IMAGE_PROMPT_IMG2IMG, references=(reference(1), reference(2)), loras=(("ink", 0.5),)
+    )
+    drawn, expected = draw(half, request)[0].astype(float), draw(loaded("sd15_lora"), request)[0].astype(float)
+    assert abs(drawn - expected).mean() < 10
+
+
+def test_a_lora_acts_only_in_the_calls_that_name_it(loaded: Loaded) -> None:
+    model, plain = loaded("sd15_lora"), loaded("sd15")
+    request = replace(REQUEST, mode=Mode.IMAGE_PROMPT, references=(reference(1),))
+    bare = draw(plain, request)[0]
+    assert distance(draw(model, request)[0], bare) <= ROUNDING
+    ink, neon, both, none = (
+        draw(model, replace(request, loras=loras))[0]
+        for loras in [(("ink", 1.0),), (("neon", 1.0),), (("ink", 1.0), ("neon", 1.0)), (("ink", 0.0),)]
+    )
+    images = [bare, ink, neon, both]
+    assert all(distance(a, b) > DIFFERENT for i, a in enumerate(images) for b in images[:i])
+    assert distance(none, bare) <= ROUNDING
+    assert distance(draw(model, request)[0], bare) <= ROUNDING
+    assert distance(draw(model, replace(request, loras=(("ink", 1.0),)))[0], ink) == 0
+
+
+def test_pixels_that_are_not_numbers_are_an_error(model_settings: ModelSettings) -> None:
+    broken = Diffusion.load("sd15_plain", model_settings)
+    with torch.no_grad():
+        broken.text_to_image.vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(InvalidOutputError, match="not numbers"):
+        draw(broken, REQUEST)
+
+
+def test_a_generator_that_the_settings_do_not_name_is_unknown(model_settings: ModelSettings) -> None:
+    with pytest.raises(ModelNotFoundError) as refused:
+        Diffusion.load("nobody", model_settings)
+    assert refused.value.context == {"model": "nobody"}
+
+
+def sd15_adapter(folder: Path, **changes: Any) -> dict[str, Any]:
+    return IPAdapterSettings(source=str(folder), conditions_on="embedding_space").model_dump() | changes
+
+
+@pytest.mark.parametrize(
+    ("generator", "cause"),
+    [
+        (lambda models: {"source": "/nowhere/at/all"}, "/nowhere/at/all"),
+        (lambda models: {"source": str(models)}, "model_index.json"),
+        (lambda models: {"source": "nobody/no-such-pipeline", "revision": "main"}, "nobody/no-such-pipeline"),
+        (
+            lambda models: {"source": str(models / "sd15"), "ip_adapter": sd15_adapter(models / "clip")},
+            "IP-Adapter .*clip",
+        ),
+        (
+            lambda models: {
+                "source": str(models / "sd15"),
+                "ip_adapter": sd15_adapter(
+                    models / "sdxl", subfolder="sdxl_models", weight_name="ip-adapter_sdxl_vit-h.safetensors"
+                ),
+            },
+            "IP-Adapter .*sdxl",
+        ),
+        (
+            lambda models: {
+                "source": str(models / "sdxl"),
+                "ip_adapter": sd15_adapter(
+                    models / "sdxl", subfolder="sdxl_models", weight_name="ip-adapter-plus_sdxl_vit-h.safetensors"
+                ),
+            },
+            "hidden states",
+        ),
+        (
+            lambda models: {
+                "source": str(models / "sd15"),
+                "ip_adapter": sd15_adapter(models / "sd15", conditions_on="image"),
+            },
+            "brings an image encoder",
+        ),
+        (
+            lambda models: {
+                "source": str(models / "sd15"),
+                "ip_adapter": sd15_adapter(models / "sd15", weight_name="ip_adapter.bin"),
+            },
+            "not a safetensors file",
+        ),
+        (
+            lambda models: {"source": str(models / "flux"), "ip_adapter": sd15_adapter(models / "sd15")},
+            "FluxPipeline takes no IP-Adapter",
+        ),
+        (
+            lambda models: {
+                "source": str(models / "sd15"),
+                "loras": {"ink": {"source": str(models / "clip"), "weight_name": "none.safetensors"}},
+            },
+            "LoRA 'ink'",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_with_its_cause(
+    small_models: Path, generator: Callable[[Path], dict[str, Any]], cause: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=cause) as refused:
+        load(**generator(small_models))
+    assert "\n" not in refused.value.message
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"])
+def test_a_pickle_is_never_read(small_models: Path, tmp_path: Path, part: str) -> None:
+    shutil.copytree(small_models / "sd15", tmp_path / "sd15")
+    weights = tmp_path / "sd15" / f"{part}.safetensors"
+    torch.save({}, weights.with_name("pytorch_model.bin"))
+    torch.save({}, weights.with_name("diffusion_pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(ModelLoadError, match="safetensors"):
+        load(source=str(tmp_path / "sd15"))
+
+
+def test_a_scheduler_with_noise_of_its_own_is_refused(small_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_models / "flux", tmp_path / "flux")
+    config = tmp_path / "flux" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"stochastic_sampling": false', '"stochastic_sampling": true'))
+    with pytest.raises(ModelLoadError, match="seeds do not decide"):
+        load(source=str(tmp_path / "flux"))
+
+
+def test_no_scheduler_to_choose_from_draws_noise_of_its_own() -> None:
+    assert "DPMSolverSDEScheduler" not in {class_name for class_name, _ in schedulers.ALLOWED.values()}
+
+
+def test_a_request_that_says_nothing_gets_the_settings_defaults(small_models: Path) -> None:
+    model = load(source=str(small_models / "sd15"), defaults=GeneratorDefaults(num_inference_steps=7).model_dump())
+    assert model.defaults.num_inference_steps == 7
