@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import redis
+
 from ops.local.stack import REPOSITORY, LocalStack, tail
 
 START_WAIT_S = 240
@@ -28,6 +30,15 @@ class RunningStack(LocalStack):
     def log(self, name: str) -> str:
         """Everything a process has printed so far."""
         return self.layout.log(name).read_text(errors="replace")
+
+    def metrics_url(self, name: str) -> str:
+        """Where a worker or the reconciler shows its metrics."""
+        return f"http://127.0.0.1:{self._memory.ports[f'metrics-{name}']}/metrics"
+
+    def flush_queue(self) -> None:
+        """Make the broker forget everything."""
+        with redis.Redis.from_url(self.environment()["AFTERIMAGE_QUEUE__URL"]) as broker:
+            broker.flushall()
 
 
 @contextmanager

@@ -86,6 +86,7 @@ class WorkerProcess:
         try:
             app.worker_main(
                 [
+                    "--quiet",  # no banner between the log's lines
                     "worker",
                     "--pool=threads",
                     f"--concurrency={self.settings.worker.concurrency}",

@@ -6,11 +6,16 @@ from uuid import UUID
 import numpy as np
 
 from shared import retrieval
-from shared.capabilities import drawable_size, resolve_mode
+from shared.capabilities import check_parameters, drawable_size, resolve_mode
 from shared.contracts.generation import GenerationParameters, Mode
 from shared.db import images, spaces
 from shared.db.session import session_scope
-from shared.errors import EmbeddingUnavailableError, ReferenceDeletedError, ReferenceUnavailableError
+from shared.errors import (
+    EmbeddingUnavailableError,
+    ReferenceDeletedError,
+    ReferenceUnavailableError,
+    UnsupportedSizeError,
+)
 from shared.settings import Settings
 from worker_service import outputs
 from worker_service.attempt import Attempt, Outcome, claimed
@@ -26,6 +31,7 @@ def run(job_id: UUID, *, models: Models, leases: Leases, settings: Settings, wor
             return Outcome.NOT_OURS
 
         # 1. Embed the prompt and find what the corpus remembers of it.
+        check(job.parameters, models=models)
         with job.stage("embed"):
             vector = models.embed_text(job.parameters.prompt) if looks_for_references(job.parameters) else None
         with job.stage("retrieve"):
@@ -56,6 +62,25 @@ def run(job_id: UUID, *, models: Models, leases: Leases, settings: Settings, wor
             stored = outputs.store(job, mode, reason, used, requests, pixels, models=models)
         job.finish(stored)
     return job.outcome
+
+
+def check(parameters: GenerationParameters, *, models: Models) -> None:
+    """Refuse what the loaded model cannot do: the API could not know when no worker had told yet.
+
+    Raises:
+        UnsupportedModeError, UnsupportedParameterError, UnsupportedSizeError
+    """
+    check_parameters(
+        models.capabilities,
+        mode=parameters.mode,
+        scheduler=parameters.scheduler,
+        loras=parameters.loras,
+        references=len(parameters.references),
+        negative_prompt=parameters.negative_prompt,
+    )
+    asked = (parameters.width, parameters.height)
+    if parameters.exact_size and drawable_size(models.capabilities, *asked) != asked:
+        raise UnsupportedSizeError(width=parameters.width, height=parameters.height)
 
 
 def looks_for_references(parameters: GenerationParameters) -> bool:

@@ -209,6 +209,23 @@ def test_a_size_that_the_model_cannot_draw_is_drawn_natively_and_scaled(
     assert made.provenance["drawn_width"] == 16
 
 
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        ({"scheduler": "unknown"}, "parameter_not_supported"),
+        ({"exact_size": True, "width": 48}, "size_not_supported"),
+    ],
+)
+def test_what_the_api_could_not_know_to_refuse_fails_later_with_the_same_code(
+    session: Session, models: Models, leases: Leases, model: Watched, asked: dict[str, object], code: str
+) -> None:
+    model.capabilities = model.capabilities.model_copy(update={"any_size": False})
+    job = submit(session, **asked)
+    assert run(job.id, models, leases) is Outcome.FAILED
+    assert (reload(session, job).error or {})["code"] == code
+    assert model.asked == []
+
+
 def test_a_second_delivery_of_a_finished_job_draws_nothing(
     session: Session, models: Models, leases: Leases, model: Watched
 ) -> None:

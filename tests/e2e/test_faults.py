@@ -1,0 +1,188 @@
+"""The stack under faults, from outside: what a user and an operator see while something is down."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.conftest import TEST_ENVIRONMENT
+from tests.e2e.conftest import Api, disc
+from tests.stack import RunningStack, running_stack, wait_until
+
+QUICK = {
+    "AFTERIMAGE_JOBS__LEASE_S": "4",
+    "AFTERIMAGE_JOBS__HEARTBEAT_S": "1",
+    "AFTERIMAGE_JOBS__RECONCILE_S": "1",
+    "AFTERIMAGE_JOBS__TRANSIENT_RETRY_DELAY_S": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
+    """Two of every process that may be several, and short leases, so that a lost one is taken back in seconds."""
+    options = ("--api", "2", "--embed", "2", "--generate", "2")
+    with running_stack(tmp_path_factory.mktemp("pair"), environment=TEST_ENVIRONMENT | QUICK, options=options) as stack:
+        yield stack
+
+
+@pytest.fixture
+def one(pair: RunningStack) -> Iterator[Api]:
+    api = Api(pair.api_url("api"))
+    yield api
+    api.http.close()
+
+
+@pytest.fixture
+def other(pair: RunningStack) -> Iterator[Api]:
+    api = Api(pair.api_url("api-2"))
+    yield api
+    api.http.close()
+
+
+def test_a_job_submitted_here_is_polled_streamed_and_canceled_there(one: Api, other: Api) -> None:
+    done = one.submit(prompt="polled elsewhere")
+    assert other.ended(done["id"])["state"] == "succeeded"
+
+    streamed = one.submit(prompt="streamed elsewhere")
+    with other.http.stream("GET", f"/jobs/{streamed['id']}/events") as stream:
+        names = [line.removeprefix("event: ") for line in stream.iter_lines() if line.startswith("event: ")]
+    assert [name for name in names if name != "progress"] == ["queued", "started", "resolved", "succeeded"]
+
+    canceled = one.submit(prompt="canceled elsewhere")
+    answer = other.http.post(f"/jobs/{canceled['id']}/cancel")
+    assert answer.status_code in (200, 409)
+    assert one.ended(canceled["id"])["state"] in ("canceled", "succeeded")
+
+
+def test_an_upload_here_is_searchable_there(one: Api, other: Api) -> None:
+    image = one.upload(disc("teal"))
+    other.searchable(image["id"])
+    found = other.http.post("/search", files={"image": disc("teal")}, data={"k": "1"}).json()
+    assert found["results"][0]["image_id"] == image["id"]
+
+
+def test_every_job_ends_although_the_broker_was_away_for_twenty_seconds(one: Api, pair: RunningStack) -> None:
+    submitted = [one.submit(prompt=f"before {number}")["id"] for number in range(20)]
+    pair.control.stop("queue")
+    away_since = time.monotonic()
+    submitted += [one.submit(prompt=f"meanwhile {number}")["id"] for number in range(5)]
+    threading.Event().wait(20 - (time.monotonic() - away_since))
+    pair.control.start("queue")
+    submitted += [one.submit(prompt=f"after {number}")["id"] for number in range(5)]
+    assert {one.ended(job_id)["state"] for job_id in submitted} == {"succeeded"}
+
+
+def test_every_job_ends_although_the_broker_came_back_empty(one: Api, pair: RunningStack) -> None:
+    for name in ("generate-cheap", "generate-cheap-2"):
+        pair.control.stop(name)
+    submitted = [one.submit(prompt=f"wiped {number}")["id"] for number in range(10)]
+    pair.flush_queue()
+    for name in ("generate-cheap", "generate-cheap-2"):
+        pair.control.start(name)
+    assert {one.ended(job_id)["state"] for job_id in submitted} == {"succeeded"}
+
+
+def test_the_jobs_of_a_killed_worker_are_run_by_another(one: Api, pair: RunningStack) -> None:
+    submitted = [one.submit(prompt=f"killed {number}", num_images=4)["id"] for number in range(40)]
+    wait_until(
+        lambda: any(one.job(job_id)["state"] == "processing" for job_id in submitted),
+        timeout_s=20,
+        what="work to begin",
+    )
+    pair.control.kill("generate-cheap")
+    assert {one.ended(job_id)["state"] for job_id in submitted} == {"succeeded"}
+    assert {len(one.job(job_id)["outputs"]) for job_id in submitted} == {4}
+
+
+def test_a_worker_that_is_asked_to_stop_loses_no_job(one: Api, pair: RunningStack) -> None:
+    submitted = [one.submit(prompt=f"stopped {number}")["id"] for number in range(20)]
+    pair.control.stop("generate-cheap-2")
+    assert {one.ended(job_id)["state"] for job_id in submitted} == {"succeeded"}
+    pair.control.start("generate-cheap-2")
+
+
+def test_with_a_frozen_broker_a_submit_answers_in_time_and_its_job_runs_after_the_thaw(
+    one: Api, pair: RunningStack
+) -> None:
+    pair.control.freeze("queue")
+    try:
+        started = time.monotonic()
+        job = one.submit(prompt="frozen")
+        assert time.monotonic() - started < 2
+    finally:
+        pair.control.thaw("queue")
+    assert one.ended(job["id"])["state"] == "succeeded"
+
+
+ANSWERS_WITHOUT_POSTGRES = ("/health/live", "/api/v1/health/live", "/metrics", "/api/v1/openapi.json", "/docs")
+
+
+@pytest.mark.parametrize("fault", ["stopped", "frozen"])
+def test_without_postgres_every_operation_answers_503_within_three_seconds(
+    one: Api, pair: RunningStack, fault: str
+) -> None:
+    operations = [
+        (method, path)
+        for path, methods in one.http.get("/openapi.json").json()["paths"].items()
+        for method in methods
+        if path not in ANSWERS_WITHOUT_POSTGRES
+    ]
+    assert len(operations) > 20
+    (pair.control.stop if fault == "stopped" else pair.control.freeze)("postgres")
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda operation: call(one.url, *operation), operations))
+    finally:
+        (pair.control.start if fault == "stopped" else pair.control.thaw)("postgres")
+    wrong = [answer for answer in answers if answer[2] != 503 or answer[3] > 3]
+    assert wrong == []
+    assert httpx.get(f"{one.url}/health/live").status_code == 200
+    wait_until(lambda: one.http.get("/health").status_code == 200, timeout_s=30, what="the service to recover")
+    assert one.ended(one.submit(prompt="recovered")["id"])["state"] == "succeeded"
+
+
+def call(url: str, method: str, path: str) -> tuple[str, str, int, float]:
+    """One valid request: method, path, status, seconds."""
+    some_id = "00000000-0000-4000-8000-00000000abcd"
+    for name in ("job_id", "image_id", "generation_id", "id"):
+        path = path.replace(f"{{{name}}}", some_id)
+    arguments: dict[str, object] = {}
+    if path.endswith("/upload"):
+        arguments = {"files": {"file": ("a.png", disc("navy"))}}
+    elif path.endswith("/rag/search"):
+        arguments = {"params": {"prompt": "a cat"}}
+    elif path.endswith("/search"):
+        arguments = {"json": {"query": "a cat"}}
+    elif path.endswith("/generate"):
+        arguments = {"json": {"prompt": "a cat"}}
+    elif method == "patch":
+        arguments = {"json": {"caption": "a cat"}}
+    started = time.monotonic()
+    answer = httpx.request(method.upper(), url + path, timeout=20, **arguments)  # type: ignore[arg-type]
+    return method, path, answer.status_code, time.monotonic() - started
+
+
+def test_flower_shows_each_job_under_its_own_id_and_failed_jobs_as_failed(one: Api, pair: RunningStack) -> None:
+    image = one.upload(disc("olive"))["id"]
+    one.searchable(image)
+    succeeded = one.submit(prompt="seen in flower")["id"]
+    assert one.ended(succeeded)["state"] == "succeeded"
+    workers = ("generate-cheap", "generate-cheap-2")
+    for name in workers:
+        pair.control.stop(name)
+    failing = one.submit(prompt="drawn from what is gone", reference_ids=[image])["id"]
+    one.http.delete(f"/images/{image}").raise_for_status()
+    for name in workers:
+        pair.control.start(name)
+    assert one.ended(failing)["error"]["code"] == "reference_deleted"
+
+    def state_in_flower(job_id: str) -> str | None:
+        answer = httpx.get(f"{pair.flower_url}/api/task/info/{job_id}", auth=pair.flower_login)
+        return answer.json()["state"] if answer.is_success else None
+
+    wait_until(lambda: state_in_flower(succeeded) == "SUCCESS", timeout_s=20, what="the success in Flower")
+    wait_until(lambda: state_in_flower(failing) == "FAILURE", timeout_s=20, what="the failure in Flower")
+    assert httpx.get(f"{pair.flower_url}/api/tasks").status_code == 401, "a password is asked for"
