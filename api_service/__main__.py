@@ -1,16 +1,27 @@
 """`python -m api_service`: serve the API with granian until SIGTERM or SIGINT."""
 
+import logging
+import os
 import sys
+import tempfile
 
 from granian.constants import Interfaces
 from granian.server import Server
 
 from shared.errors import ConfigurationError
-from shared.settings import get_settings
+from shared.logging import configure as configure_logging
+from shared.settings import Settings, get_settings
 
 TARGET = "api_service.app:served_app"
 STOP_WAIT_S = 10
-"""Requests and streams get this long to end."""
+"""Requests in work get this long to end; waits and streams end by themselves."""
+
+GRANIAN_LOGGING = {
+    "formatters": {},
+    "handlers": {},
+    "loggers": {"_granian": {"handlers": [], "propagate": True}, "granian.access": {"handlers": []}},
+}
+"""Granian logs as everything else does."""
 
 
 def main() -> int:
@@ -19,6 +30,19 @@ def main() -> int:
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 2
+    configure_logging(settings, "api")
+    logging.getLogger("_granian").addFilter(_is_not_about_threads)
+    if settings.api.workers == 1 or "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        serve(settings)
+    else:
+        # Several processes answer `/metrics` with the numbers of all.
+        with tempfile.TemporaryDirectory(prefix="afterimage-metrics-") as folder:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+            serve(settings)
+    return 0
+
+
+def serve(settings: Settings) -> None:
     Server(
         TARGET,
         factory=True,
@@ -27,13 +51,18 @@ def main() -> int:
         port=settings.api.port,
         workers=settings.api.workers,
         blocking_threads=settings.api.threads,
-        # Connections beyond these wait in the kernel instead of in the process.
+        # What comes beyond waits in the kernel instead of in the process.
         backpressure=settings.api.threads,
         respawn_failed_workers=True,
         workers_kill_timeout=STOP_WAIT_S,
         websockets=False,
+        log_dictconfig=GRANIAN_LOGGING,
     ).serve()
-    return 0
+
+
+def _is_not_about_threads(record: logging.LogRecord) -> bool:
+    # Granian warns of more threads than processors; ours wait for databases and for jobs.
+    return not record.getMessage().startswith("Configuration allows spawning")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from flask_openapi3.models.info import Info
 from flask_openapi3_swagger.plugins import RegisterPlugin as SwaggerUI
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from api_service import problems
+from api_service import problems, waiting
 from api_service.caller import keyless_caller
 from api_service.document import Documented
 from api_service.routes.generation import generation
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 DOCUMENT = f"{API}/openapi.json"
+PUBLIC_ENDPOINTS = (None, "document", "docs", "metrics")
+PUBLIC_BLUEPRINTS = ("probes", "root_probes", "swagger")
 
 
 def create_app(settings: Settings | None = None) -> Documented:
@@ -69,6 +71,7 @@ def served_app() -> Documented:
     """What granian calls in each of its worker processes."""
     settings = get_settings()
     configure_logging(settings, "api")
+    waiting.end_with_process()
     return create_app(settings)
 
 
@@ -82,8 +85,8 @@ def _begin() -> None:
 
 
 def _authenticate() -> None:
-    """Say on whose behalf the request acts, for every route of a resource that has owners."""
-    if request.blueprint in ("generation", "search", "images", "jobs", "outputs", "service"):
+    """Say on whose behalf the request acts; only what is named here is for everybody."""
+    if request.endpoint not in PUBLIC_ENDPOINTS and request.blueprint not in PUBLIC_BLUEPRINTS:
         g.caller = keyless_caller()
 
 
@@ -100,7 +103,7 @@ def _finish(response: Response) -> Response:
         seconds = time.monotonic() - started
         metrics.API_REQUESTS_ACTIVE.dec()
         metrics.API_REQUESTS.labels(method=method, route=route, status=str(status)).inc()
-        metrics.API_REQUEST_DURATION.labels(method=method, route=route).observe(seconds)
+        metrics.observe_duration("api_request", seconds, {"method": method, "route": route})
         fields = {"method": method, "path": path, "route": route, "status": status, "seconds": round(seconds, 4)}
         logger.info("request", extra=fields)
 

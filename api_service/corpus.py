@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from api_service import problems, views
 from api_service.caller import Caller
-from shared import queue
+from shared import metrics, queue
 from shared.contracts.common import ImageFormat, Page
 from shared.contracts.images import ImagePatch, ImageQuery, ImageView, UploadFields, UploadResponse
 from shared.db import images, owners
@@ -63,6 +63,8 @@ def upload(
             created=sum(new for _, new in rows),
             existing=sum(not new for _, new in rows),
         )
+    metrics.increment_counter("uploads_total", response.created, {"outcome": "created"})
+    metrics.increment_counter("uploads_total", response.existing, {"outcome": "existing"})
     if response.created:
         _ring()
     return response
@@ -130,6 +132,7 @@ def _decoded(file: UploadedFile, index: int, decoder: UploadDecoder) -> DecodedI
     try:
         return decoder.decode(file.data)
     except InvalidImageError as error:
+        metrics.increment_counter("uploads_total", labels={"outcome": error.code})
         error.context.update(file=file.name, index=index)
         raise
 

@@ -35,7 +35,7 @@ def job(view: JobView, *, waited: float | None = None) -> Response:
 def accepted(view: JobView, *, waited: float | None = None) -> Response:
     """200 with a job that has already ended, else 202 and where to ask for it.
 
-    waited: seconds that the caller was ready to wait for, if it was.
+    waited: seconds that the caller preferred to wait for at most, if that was honoured.
     """
     headers = {"Location": view.url} | _preference_applied(waited)
     if view.state.is_final:

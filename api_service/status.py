@@ -11,6 +11,7 @@ from shared.contracts.service import ModelsResponse, ModelView, StatsView
 from shared.db import spaces, workers
 from shared.db.models import Generation, Image, Job
 from shared.db.session import get_engine, session_scope
+from shared.metrics import recent_operations
 from shared.settings import get_settings
 
 
@@ -60,6 +61,7 @@ def stats() -> StatsView:
                 {"digest": space.digest, "model": space.model, "dim": space.dim, "active": active, "vectors": vectors}
                 for space, active, vectors in spaces.listed(session)
             ],
+            operations=recent_operations(),
         )
 
 

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from api_service import problems, views
 from api_service.caller import Caller
-from shared import queue
+from shared import metrics, queue
 from shared.capabilities import check_parameters, drawable_size
 from shared.contracts.generation import (
     DryRunView,
@@ -93,6 +93,7 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
         )
         session.refresh(job)
         view = views.job(session, job)
+    metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})
     queue.feed(view.model)
     return view
 
@@ -126,6 +127,7 @@ def _submit(kind: JobKind, request: GenerateRequest, retrieval: _Retrieval, *, c
         )
         session.refresh(job)
         view = views.job(session, job)
+    metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})
     # After the commit: no worker may look for a row that is not there yet. A broker that is away fails nothing, the
     # row is the outbox.
     queue.feed(view.model)

@@ -1,7 +1,6 @@
 """Rows as their owner sees them."""
 
 from collections.abc import Sequence
-from uuid import UUID
 
 from sqlalchemy.orm import Session
 
@@ -28,13 +27,15 @@ API = "/api/v1"
 
 
 def job(session: Session, row: Job, *, progress: Progress | None = None) -> JobView:
-    return job_list(session, [row], progress={row.id: progress})[0]
+    """A job with its outputs, its place in the queue, and how far it is."""
+    view = job_list(session, [row])[0]
+    if view.state is JobState.QUEUED:
+        return view.model_copy(update={"queue_position": jobs.queue_position(session, row)})
+    return view.model_copy(update={"progress": progress}) if view.state is JobState.PROCESSING else view
 
 
-def job_list(
-    session: Session, rows: Sequence[Job], *, progress: dict[UUID, Progress | None] | None = None
-) -> list[JobView]:
-    """Jobs with their outputs, in order."""
+def job_list(session: Session, rows: Sequence[Job]) -> list[JobView]:
+    """Jobs with their outputs, in order; without their places in the queue, each of which is a count."""
     made = outputs.of_jobs(session, [row.id for row in rows])
     used = outputs.references_of(session, [each.id for of_job in made.values() for each in of_job])
     return [
@@ -48,8 +49,6 @@ def job_list(
             attempt=row.attempt,
             seq=row.last_seq,
             retry_of=row.retry_of,
-            progress=(progress or {}).get(row.id) if row.state == JobState.PROCESSING else None,
-            queue_position=jobs.queue_position(session, row) if row.state == JobState.QUEUED else None,
             parameters=row.parameters,
             resolution=row.resolution,
             error=JobError.model_validate(row.error) if row.error else None,

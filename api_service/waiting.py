@@ -1,5 +1,7 @@
 """Waiting for jobs: long-polls and event streams, bounded in number and time, without a database session in hand."""
 
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,10 +35,12 @@ def job(job_id: UUID, *, caller: Caller) -> JobView:
         return views.job(session, row, progress=subscriber().latest(job_id))
 
 
-def wait_for_job(job_id: UUID, *, caller: Caller, timeout_s: float, until: Callable[[JobView], bool]) -> JobView:
-    """The job as soon as `until` holds of it, or as it is after `timeout_s`.
+def wait_for_job(
+    job_id: UUID, *, caller: Caller, timeout_s: float, until: Callable[[JobView], bool]
+) -> tuple[JobView, bool]:
+    """The job as soon as `until` holds of it, or as it is after `timeout_s`; and whether it was waited for.
 
-    Answers at once when this process already holds as many waiters as it may.
+    It is not when this process already holds as many waiters as it may.
 
     Raises:
         ResourceNotFoundError, DatabaseConnectionError
@@ -44,17 +48,34 @@ def wait_for_job(job_id: UUID, *, caller: Caller, timeout_s: float, until: Calla
     deadline = time.monotonic() + min(timeout_s, get_settings().api.max_wait_s)
     places = _places()
     if not places.acquire(blocking=False):
-        return job(job_id, caller=caller)
+        return job(job_id, caller=caller), False
     try:
         with subscriber().watch(job_id) as watch:
             view = job(job_id, caller=caller)
-            while not until(view) and (left_s := deadline - time.monotonic()) > 0:
+            while not until(view) and not subscriber().closing and (left_s := deadline - time.monotonic()) > 0:
                 changed, _ = watch.wait(left_s)
                 if changed:
                     view = job(job_id, caller=caller)
-            return view
+            return view, True
     finally:
         places.release()
+
+
+def end_with_process() -> None:
+    """From the first signal on, let every wait and stream come to an end, so that a stop is not held up by them.
+
+    For the main thread of a server process. Granian's own signal handler stays; this one is told beside it.
+    """
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    signal.set_wakeup_fd(tell.fileno())
+
+    def wait_for_signal(told: socket.socket, _tell: socket.socket) -> None:
+        # Both ends live as long as this thread; one that is collected would close and end the wait at once.
+        told.recv(1)
+        subscriber().close()
+
+    threading.Thread(target=wait_for_signal, args=(told, tell), name="end-with-process", daemon=True).start()
 
 
 def event_stream(job_id: UUID, *, caller: Caller, after: int) -> Response:
@@ -86,7 +107,7 @@ def _stream(job_id: UUID, after: int) -> Iterator[bytes]:
     yield b"retry: %d\n\n" % RECONNECT_MS
     with subscriber().watch(job_id) as watch:
         changed, beat = True, time.monotonic() + HEARTBEAT_S
-        while time.monotonic() < ends:
+        while time.monotonic() < ends and not subscriber().closing:
             if changed:
                 try:
                     new, over = _events(job_id, after)

@@ -104,10 +104,13 @@ class Watch:
         """
         patience_s = 5.0 if self._subscriber.connected else 1.0
         with self._news:
-            heard = self._news.wait_for(lambda: self._changed or self._progress, min(timeout_s, patience_s))
+            heard = self._news.wait_for(self._is_over, min(timeout_s, patience_s))
             changed = self._changed or (not heard and patience_s <= timeout_s)
             progress, self._changed, self._progress = self._progress, False, None
             return changed, progress
+
+    def _is_over(self) -> bool:
+        return self._changed or self._progress is not None or self._subscriber.closing
 
     def hear(self, progress: Progress | None) -> None:
         with self._news:
@@ -152,8 +155,14 @@ class Subscriber:
         with self._lock:
             return self._latest.get(job_id)
 
+    @property
+    def closing(self) -> bool:
+        """Whoever waits should come to an end: nothing will be heard any more."""
+        return self._closed.is_set()
+
     def close(self) -> None:
         self._closed.set()
+        self._wake_all()
         self._thread.join()
         self._redis.close()
 

@@ -36,5 +36,7 @@ def _accepted(submitted: JobView | DryRunView) -> Response:
     wait_s = respond.preferred_wait_s()
     if wait_s is None:
         return respond.accepted(submitted)
-    job = waiting.wait_for_job(submitted.id, caller=g.caller, timeout_s=wait_s, until=lambda job: job.state.is_final)
-    return respond.accepted(job, waited=wait_s)
+    job, waited = waiting.wait_for_job(
+        submitted.id, caller=g.caller, timeout_s=wait_s, until=lambda job: job.state.is_final
+    )
+    return respond.accepted(job, waited=wait_s if waited else None)

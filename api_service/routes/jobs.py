@@ -34,13 +34,13 @@ def get_job(path: JobPath, query: JobWait) -> Response:
     wait_s = preferred if query.wait is None else query.wait
     if not wait_s:
         return respond.job(waiting.job(path.job_id, caller=g.caller))
-    view = waiting.wait_for_job(
+    view, waited = waiting.wait_for_job(
         path.job_id,
         caller=g.caller,
         timeout_s=wait_s,
         until=lambda job: job.state.is_final or (query.after is not None and job.seq > query.after),
     )
-    return respond.job(view, waited=preferred)
+    return respond.job(view, waited=preferred if waited else None)
 
 
 @jobs.get("/<job_id>/events", operation_id="streamJobEvents")

@@ -69,3 +69,6 @@ class StatsView(Contract):
     cache: dict[str, Any]
     pools: dict[str, Any]
     embedding_spaces: list[dict[str, Any]]
+    operations: dict[str, dict[str, float]] = Field(
+        description="count and seconds (mean, p50, p95, p99, max) of what this process did in the last 5 minutes"
+    )
