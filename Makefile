@@ -24,7 +24,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(READY) ## start a stack, index the starter corpus, generate one image into out/  (PROMPT="...")
-	@$(PY) scripts/demo.py "$$PROMPT"
+	@$(PY) -m ops.local run -- sh -c '$(PY) -m scripts.demo "$$PROMPT" --url "$$AFTERIMAGE_URL"'
 demo: export PROMPT := $(PROMPT)
 
 up: $(READY) ## start the local stack in the background and print its addresses

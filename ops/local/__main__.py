@@ -1,8 +1,11 @@
-"""`python -m ops.local up | run | down | status`: the local stack from a terminal."""
+"""`python -m ops.local up | run [-- COMMAND...] | down | status`: the local stack from a terminal."""
 
 import argparse
+import os
 import signal
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,7 +15,7 @@ from shared.errors import ConfigurationError
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
+    arguments = _arguments(sys.argv[1:])
     stack = LocalStack(arguments.var)
     try:
         return int(_COMMANDS[arguments.command](stack, arguments))
@@ -32,20 +35,34 @@ def up(stack: LocalStack, arguments: argparse.Namespace) -> int:
 
 
 def run(stack: LocalStack, arguments: argparse.Namespace) -> int:
-    """Start in the foreground; Ctrl-C or SIGTERM stops everything."""
+    """Start in the foreground and stay until Ctrl-C or SIGTERM, or for as long as a command takes.
+
+    The command finds the stack's settings and AFTERIMAGE_URL in its environment. For a command, a stack that already
+    runs is used, and left running; without one it is an error.
+    """
+    if arguments.program and stack.control.is_running():
+        return _call(stack, arguments.program)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         stack.start(attached=True, **_options(arguments))
+        if arguments.program:
+            return _call(stack, arguments.program)
         print(addresses(stack), flush=True)
         stack.wait_until_stopped()
     except KeyboardInterrupt:
         print("Stopping ...", flush=True)
+        return 130 if arguments.program else 0
     finally:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave half of it running
         stack.stop()
     return 0
+
+
+def _call(stack: LocalStack, program: list[str]) -> int:
+    environment = {**os.environ, **stack.environment(), "AFTERIMAGE_URL": stack.url}
+    return subprocess.run(program, env=environment, check=False).returncode
 
 
 def down(stack: LocalStack, _arguments: argparse.Namespace) -> int:
@@ -82,12 +99,20 @@ def addresses(stack: LocalStack) -> str:
     )
 
 
+def _arguments(words: list[str]) -> argparse.Namespace:
+    own = words[: words.index("--")] if "--" in words else words
+    arguments = _parser().parse_args(own)
+    arguments.program = words[len(own) + 1 :]
+    return arguments
+
+
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
+        "say": partial(print, flush=True),
         "durable": not arguments.volatile,
         "servers_only": arguments.servers_only,
         "instances": {"api": arguments.api, "embed": arguments.embed, "generate": arguments.generate},
@@ -95,7 +120,11 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ops.local", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m ops.local",
+        description="The local stack: the same processes as production, on servers from wheels, inside one folder.",
+        epilog="run -- COMMAND...: start, run the command with the stack's settings in its environment, stop.",
+    )
     parser.add_argument("command", choices=_COMMANDS)
     parser.add_argument("--var", type=Path, default=REPOSITORY / "var", help="folder of the stack's data")
     parser.add_argument("--servers-only", action="store_true", help="only Postgres and the two Valkeys")

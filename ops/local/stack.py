@@ -102,6 +102,7 @@ class LocalStack:
             durable: false is faster and forgets data in a power cut; for tests.
             attached: the stack ends when the calling process does, even by SIGKILL (Linux with util-linux).
             servers_only: Postgres and the two Valkeys alone, with an empty database.
+            say: told what happens, one line at a time.
             instances: how many `api`, `embed` and `generate` processes; one each where it says nothing.
 
         Raises:
@@ -116,10 +117,10 @@ class LocalStack:
                 memory = self._memory
                 memory.forget_taken_ports()
                 app = [] if servers_only else programs.app(load_settings(), memory, instances or {})
-                self._start_servers(app, memory, durable=durable, attached=attached)
+                self._start_servers(app, memory, durable=durable, attached=attached, say=say)
                 if app:
                     self.migrate()
-                    self._start_app(app)
+                    self._start_app(app, say)
             except BaseException:
                 self._stop()
                 raise
@@ -152,7 +153,9 @@ class LocalStack:
         self.layout.control_socket().unlink(missing_ok=True)
         self.layout.supervisor_pid.unlink(missing_ok=True)
 
-    def _start_servers(self, app: list[Program], memory: Memory, *, durable: bool, attached: bool) -> None:
+    def _start_servers(
+        self, app: list[Program], memory: Memory, *, durable: bool, attached: bool, say: Callable[[str], None]
+    ) -> None:
         layout = self.layout
         ports = {name: memory.port(name) for name in ("postgres", "queue", "cache", "api", "flower")}
         passwords = {name: memory.password(name) for name in ("postgres", "queue", "cache", "flower")}
@@ -162,6 +165,7 @@ class LocalStack:
         valkey.prepare(layout.cache, port=ports["cache"], password=passwords["cache"], keeps_data=False)
         config = programs.supervisor_config(layout, [*programs.servers(layout), *app], folder=str(REPOSITORY))
         write_private(layout.supervisor_config, config)
+        say("Starting Postgres and two Valkeys ...")
         self._launch_supervisor(attached=attached)
         self.control.begin_group("servers")
         self._wait_for("postgres", partial(postgres.is_ready, ports["postgres"], passwords["postgres"]), SERVER_WAIT_S)
@@ -217,10 +221,11 @@ class LocalStack:
         if done.returncode:
             raise StackError(f"the migrations failed:\n{tail(log)}")
 
-    def _start_app(self, app: list[Program]) -> None:
+    def _start_app(self, app: list[Program], say: Callable[[str], None]) -> None:
         database = build_engine(DatabaseSettings(url=SecretStr(self.environment()["AFTERIMAGE_DATABASE__URL"])))
         with Session(database) as session:
             start = session.scalars(select(func.clock_timestamp())).one()
+        say(f"Starting {', '.join(program.name for program in app)}; loading models takes longest ...")
         self.control.begin_group("app")
         for program in app:
             if program.name in self._memory.ports and program.name.startswith("api"):
