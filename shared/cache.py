@@ -23,7 +23,6 @@ import numpy as np
 import orjson
 from cachetools import TLRUCache
 from pydantic import BaseModel, TypeAdapter
-from redis import ConnectionError as RedisConnectionError
 from redis import Redis, RedisError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -62,8 +61,8 @@ class Cache:
             settings.url.get_secret_value(),
             socket_timeout=settings.socket_timeout_s,
             socket_connect_timeout=settings.socket_timeout_s,
-            # A connection that a restarted server dropped fails at once and is worth a second try; a wait is not.
-            retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+            # redis-py would try again with pauses. A connection that a restarted server closed is replaced by its pool.
+            retry=Retry(NoBackoff(), 0),
         )
         self._lock = threading.RLock()
         self._memory: TLRUCache[str, _Kept] = TLRUCache(
