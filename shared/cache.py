@@ -24,8 +24,6 @@ import orjson
 from cachetools import TLRUCache
 from pydantic import BaseModel, TypeAdapter
 from redis import Redis, RedisError
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from shared.metrics import CACHE_FALLBACKS, increment_counter
 from shared.settings import CacheSettings, get_settings
@@ -61,8 +59,6 @@ class Cache:
             settings.url.get_secret_value(),
             socket_timeout=settings.socket_timeout_s,
             socket_connect_timeout=settings.socket_timeout_s,
-            # redis-py would try again with pauses. A connection that a restarted server closed is replaced by its pool.
-            retry=Retry(NoBackoff(), 0),
         )
         self._lock = threading.RLock()
         self._memory: TLRUCache[str, _Kept] = TLRUCache(
