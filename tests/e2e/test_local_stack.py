@@ -1,4 +1,4 @@
-"""The local stack's promises about its servers and its folder; what the whole stack does is in the other e2e tests."""
+"""The local stack's promises about its processes and its folder; what the product does is in the other e2e tests."""
 
 import os
 import pwd
@@ -10,7 +10,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import psycopg2
 import pytest
@@ -19,7 +21,7 @@ import redis
 from ops.local.layout import LONGEST_SOCKET_PATH, Layout, Memory
 from ops.local.orphans import processes_of
 from ops.local.stack import REPOSITORY, LocalStack, StackError
-from tests.stack import clean_environment, running_stack, wait_until
+from tests.stack import RunningStack, clean_environment, running_stack, wait_until
 
 
 @pytest.fixture
@@ -239,3 +241,76 @@ def test_a_server_refuses_a_stranger(servers_stack: LocalStack) -> None:
         psycopg2.connect(host="127.0.0.1", port=ports["postgres"], user="postgres", dbname="postgres")
     with redis.Redis(port=ports["queue"]) as client, pytest.raises(redis.AuthenticationError):
         client.ping()
+
+
+# --- the whole stack ----------------------------------------------------------------------------------------------
+
+PRODUCT = ["api", "embed", "generate-cheap", "reconciler", "flower"]
+
+
+@pytest.mark.parametrize("name", PRODUCT)
+def test_a_killed_process_of_the_product_comes_back(stack: RunningStack, name: str) -> None:
+    killed = stack.control.pid(name)
+    stack.control.kill(name)
+    wait_until(lambda: stack.control.states()[name].state == "RUNNING", timeout_s=30, what=f"{name} to run")
+    assert stack.control.pid(name) != killed
+
+
+def test_a_killed_api_leaves_no_twin_that_answers_in_its_place(stack: RunningStack) -> None:
+    serving = psutil.Process(stack.control.pid("api")).children()
+    assert serving
+    stack.control.kill("api")
+    _, alive = psutil.wait_procs(serving, timeout=30)
+    assert alive == []
+    wait_until(lambda: _status(f"{stack.url}/api/v1/health/live") == 200, timeout_s=30, what="the new API")
+
+
+def _status(url: str, **options: Any) -> int:
+    try:
+        return httpx.get(url, timeout=5, **options).status_code
+    except httpx.TransportError:
+        return 0
+
+
+@pytest.mark.parametrize("name", ["embed", "generate-cheap", "reconciler"])
+def test_every_process_without_http_shows_its_metrics(stack: RunningStack, name: str) -> None:
+    url = f"http://127.0.0.1:{Memory.recall(stack.layout).ports[f'metrics-{name}']}/metrics"
+    wait_until(lambda: _status(url) == 200, timeout_s=60, what=f"the metrics of {name}")
+    assert "process_cpu_seconds_total" in httpx.get(url).text
+
+
+def test_flower_wants_its_password_and_controls_nothing(stack: RunningStack) -> None:
+    wait_until(lambda: _status(f"{stack.flower_url}/healthcheck") == 200, timeout_s=30, what="flower")
+    assert _status(f"{stack.flower_url}/workers") == 401
+    assert _status(f"{stack.flower_url}/workers", auth=stack.flower_login) == 200
+    for action in ("worker/shutdown/anything", "worker/pool/grow/anything", "task/revoke/anything"):
+        answer = httpx.post(f"{stack.flower_url}/api/{action}", auth=stack.flower_login)
+        assert answer.status_code == 403, action
+
+
+def test_nothing_listens_beyond_loopback(stack: RunningStack) -> None:
+    supervisor = psutil.Process(stack.control.supervisor_pid())
+    family = [supervisor, *supervisor.children(recursive=True)]
+    listening = [c.laddr.ip for process in family for c in process.net_connections() if c.status == "LISTEN"]
+    assert len(listening) >= 6
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_a_command_gets_the_running_stack_in_its_environment_and_leaves_it_running(stack: RunningStack) -> None:
+    script = "import os, shared.settings as s; print(os.environ['AFTERIMAGE_URL'], s.get_settings().api.port)"
+    command = [sys.executable, "-m", "ops.local", "run", "--var", str(stack.layout.var), "--"]
+    done = subprocess.run([*command, sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.split() == [stack.url, stack.url.rpartition(":")[2]]
+    failed = subprocess.run([*command, "sh", "-c", "exit 7"], cwd=REPOSITORY)
+    assert failed.returncode == 7
+    assert stack.control.is_running()
+
+
+def test_a_command_without_a_running_stack_gets_one_for_as_long_as_it_takes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ops.local", "run", "--var", str(tmp_path), "--servers-only", "--volatile", "--"]
+    done = subprocess.run(
+        [*command, "sh", "-c", "echo $AFTERIMAGE_QUEUE__URL; exit 7"], cwd=REPOSITORY, capture_output=True
+    )
+    assert done.returncode == 7
+    assert b"redis://" in done.stdout
+    assert _nothing_is_left_of(LocalStack(tmp_path))
