@@ -16,7 +16,7 @@ from shared.contracts.images import ImagePatch, ImageQuery, ImageView, UploadFie
 from shared.db import images, owners
 from shared.db.models import Collection, Image
 from shared.db.session import session_scope
-from shared.errors import BrokerUnavailableError, InvalidImageError
+from shared.errors import BrokerUnavailableError, InvalidImageError, ResourceNotFoundError
 from shared.imaging import DecodedImage, UploadDecoder
 from shared.settings import get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key
@@ -73,11 +73,11 @@ def upload(
 def page(query: ImageQuery, *, caller: Caller) -> Page[ImageView]:
     """
     Raises:
-        ResourceNotFoundError: there is no such collection.
+        ValidationError: there is no such collection.
         InvalidCursorError
     """
     with session_scope() as session:
-        collection = images.get_collection(session, query.collection, owner_id=caller.owner_id)
+        collection = named(session, query.collection, caller=caller, field="query.collection")
         rows, next_cursor = images.page(session, query, collection_id=collection.id)
         return Page(items=[views.image(row, collection.name) for row in rows], next_cursor=next_cursor)
 
@@ -126,6 +126,18 @@ def remove(image_id: UUID, *, caller: Caller) -> None:
     with session_scope() as session:
         row, _ = images.get(session, image_id, owner_id=caller.owner_id)
         images.remove(session, row)
+
+
+def named(session: Session, name: str, *, caller: Caller, field: str) -> Collection:
+    """The collection that the request's `field` names: the caller's own, or the shared one.
+
+    Raises:
+        ValidationError: there is none.
+    """
+    try:
+        return images.get_collection(session, name, owner_id=caller.owner_id)
+    except ResourceNotFoundError as error:
+        raise problems.mistake(field, "unknown", error.message) from None
 
 
 def _decoded(file: UploadedFile, index: int, decoder: UploadDecoder) -> DecodedImage:

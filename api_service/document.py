@@ -129,7 +129,7 @@ def _errors_of(operation: dict[str, Any], route: str) -> list[HTTPStatus]:
         statuses.append(HTTPStatus.SERVICE_UNAVAILABLE)
     if operation.get("parameters") or operation.get("requestBody"):
         statuses += [HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY]
-    if "{" in route or operation["operationId"] == "listImages":
+    if "{" in route:
         statuses.append(HTTPStatus.NOT_FOUND)
     if operation.get("requestBody"):
         statuses += [HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNSUPPORTED_MEDIA_TYPE]

@@ -3,12 +3,13 @@
 import base64
 import binascii
 import hashlib
+import io
 from uuid import UUID
 
 import numpy as np
 from sqlalchemy.orm import Session
 
-from api_service import problems, views
+from api_service import corpus, problems, views
 from api_service.caller import Caller
 from shared import retrieval
 from shared.cache import get_cache_manager
@@ -24,7 +25,6 @@ from shared.contracts.search import (
 )
 from shared.db import images, spaces, workers
 from shared.db.images import Vector
-from shared.db.models import Collection
 from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.embedding_query import Answer, embed_image, embed_texts
@@ -33,10 +33,12 @@ from shared.errors import (
     EmbeddingUnavailableError,
     ModelNotFoundError,
     ReferenceUnavailableError,
-    ResourceNotFoundError,
 )
-from shared.imaging import UploadDecoder
+from shared.imaging import UploadDecoder, open_image
 from shared.settings import get_settings
+
+QUERY_IMAGE_SIDE = 512
+"""Longest side, in pixels, of an image to look like: CLIP sees less, and the broker need not carry more."""
 
 
 def images_like(request: SearchRequest, *, caller: Caller, decoder: UploadDecoder) -> SearchResponse:
@@ -52,7 +54,7 @@ def images_like(request: SearchRequest, *, caller: Caller, decoder: UploadDecode
     # 1. What is asked, as one vector. No session is open while a worker is waited for.
     with session_scope() as session:
         space = _active_space(session)
-        collection = _collection(session, request.filter.collection, caller=caller, field="body.filter.collection")
+        collection = corpus.named(session, request.filter.collection, caller=caller, field="body.filter.collection")
         stored = _stored_vector(session, space, request.image_id, caller=caller) if request.image_id else None
     parts = [] if stored is None else [stored]
     if request.image is not None:
@@ -101,7 +103,7 @@ def references_for(query: RagSearchQuery, *, caller: Caller) -> RagSearchRespons
     min_similarity = settings.retrieval.min_similarity if query.min_similarity is None else query.min_similarity
     with session_scope() as session:
         space = _active_space(session)
-        collection = _collection(session, query.collection, caller=caller, field="query.collection")
+        collection = corpus.named(session, query.collection, caller=caller, field="query.collection")
     vector = text_vector(query.prompt, space)
     with session_scope() as session:
         plan = retrieval.plan(
@@ -160,13 +162,6 @@ def _active_space(session: Session) -> Space:
     return space
 
 
-def _collection(session: Session, name: str, *, caller: Caller, field: str) -> Collection:
-    try:
-        return images.get_collection(session, name, owner_id=caller.owner_id)
-    except ResourceNotFoundError as error:
-        raise problems.mistake(field, "unknown", error.message) from None
-
-
 def _stored_vector(session: Session, space: Space, image_id: UUID, *, caller: Caller) -> Vector:
     images.get(session, image_id, owner_id=caller.owner_id)
     stored = images.vector_of(session, space, image_id)
@@ -176,11 +171,19 @@ def _stored_vector(session: Session, space: Space, image_id: UUID, *, caller: Ca
 
 
 def _query_image(encoded: str, decoder: UploadDecoder) -> bytes:
+    """A file no larger than what a worker looks at, from one that anybody may have sent."""
     try:
         data = base64.b64decode(encoded, validate=True)
     except (ValueError, binascii.Error):
         raise problems.mistake("body.image", "base64", "Must be base64.") from None
-    return decoder.decode(data).data
+    decoded = decoder.decode(data)
+    if max(decoded.width, decoded.height) <= QUERY_IMAGE_SIDE:
+        return decoded.data
+    picture = open_image(decoded.data)
+    picture.thumbnail((QUERY_IMAGE_SIDE, QUERY_IMAGE_SIDE))
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def _in_space(answer: Answer, space: Space) -> Vector:

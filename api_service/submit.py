@@ -6,7 +6,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from api_service import problems, views
+from api_service import corpus, views
 from api_service.caller import Caller
 from shared import metrics, queue
 from shared.capabilities import check_parameters, drawable_size
@@ -29,7 +29,6 @@ from shared.errors import (
     ModelNotFoundError,
     QueueFullError,
     ReferenceUnavailableError,
-    ResourceNotFoundError,
     UnsupportedParameterError,
     UnsupportedSizeError,
 )
@@ -148,7 +147,7 @@ def _resolved(
     _check(request, retrieval, generator, known[0] if known else None, width=width, height=height)
 
     if retrieval.mode is not Mode.NONE:
-        _check_collection(session, retrieval.where.collection, caller=caller)
+        corpus.named(session, retrieval.where.collection, caller=caller, field="body.filter.collection")
         _check_pinned(session, retrieval.pinned, caller=caller)
         wanted = retrieval.k if retrieval.k is not None else settings.retrieval.default_k
     else:
@@ -221,13 +220,6 @@ def _check(
             height=height,
             nearest={"width": drawn[0], "height": drawn[1]},
         )
-
-
-def _check_collection(session: Session, name: str, *, caller: Caller) -> None:
-    try:
-        images.get_collection(session, name, owner_id=caller.owner_id)
-    except ResourceNotFoundError as error:
-        raise problems.mistake("body.filter.collection", "unknown", error.message) from None
 
 
 def _check_pinned(session: Session, pinned: Sequence[PinnedReference], *, caller: Caller) -> None:
