@@ -52,7 +52,7 @@ def create_app(settings: Settings | None = None) -> Documented:
     app.extensions["decoder"] = UploadDecoder(settings.api)
 
     for resource in (generation, search, images, jobs, outputs, service, probes):
-        app.register_api(resource, url_prefix=API + (resource.url_prefix or ""))
+        app.register_api(resource)
     app.register_blueprint(probes, name="root_probes", url_prefix="/")
     app.add_url_rule(DOCUMENT, "document", lambda: app.api_doc)
     app.add_url_rule("/metrics", "metrics", _metrics)

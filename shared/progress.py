@@ -183,7 +183,7 @@ class Subscriber:
             silent_since = time.monotonic()
             while not self._closed.is_set():
                 # Also how long close() waits.
-                message = subscription.get_message(timeout=0.5)
+                message = subscription.get_message(timeout=0.2)
                 now = time.monotonic()
                 if message is None:
                     # A frozen server keeps the connection open and says nothing, so it has to be asked.

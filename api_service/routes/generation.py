@@ -5,10 +5,13 @@ from flask_openapi3.models.tag import Tag
 
 from api_service import respond, submit, waiting
 from api_service.resource import Resource
+from api_service.views import API
 from shared.contracts.generation import DryRunView, GenerateRequest, RagGenerateRequest
 from shared.contracts.jobs import JobView
 
-generation = Resource("generation", __name__, abp_tags=[Tag(name="generation", description="Submit jobs.")])
+generation = Resource(
+    "generation", __name__, url_prefix=API, abp_tags=[Tag(name="generation", description="Submit jobs.")]
+)
 
 
 @generation.post("/generate", operation_id="generate", responses={202: JobView})

@@ -8,12 +8,13 @@ from flask_openapi3.models.tag import Tag
 
 from api_service import corpus, forms, lifecycle, respond
 from api_service.resource import Resource
+from api_service.views import API
 from shared.contracts.common import Contract, ImageFormat, Page, PageQuery
 from shared.contracts.images import ImagePatch, ImageQuery, ImageView, UploadResponse
 from shared.contracts.jobs import OutputView
 from shared.contracts.outputs import OutputQuery
 
-images = Resource("images", __name__, abp_tags=[Tag(name="images", description="What is remembered.")])
+images = Resource("images", __name__, url_prefix=API, abp_tags=[Tag(name="images", description="What is remembered.")])
 
 
 class ImagePath(Contract):

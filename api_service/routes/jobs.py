@@ -7,10 +7,11 @@ from flask_openapi3.models.tag import Tag
 
 from api_service import lifecycle, problems, respond, submit, waiting
 from api_service.resource import Resource
+from api_service.views import API
 from shared.contracts.common import Contract, Page
 from shared.contracts.jobs import EventsQuery, JobQuery, JobView, JobWait
 
-jobs = Resource("jobs", __name__, url_prefix="/jobs", abp_tags=[Tag(name="jobs", description="Follow jobs.")])
+jobs = Resource("jobs", __name__, url_prefix=f"{API}/jobs", abp_tags=[Tag(name="jobs", description="Follow jobs.")])
 
 
 class JobPath(Contract):

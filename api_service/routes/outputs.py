@@ -7,12 +7,16 @@ from flask_openapi3.models.tag import Tag
 
 from api_service import lifecycle, respond
 from api_service.resource import Resource
+from api_service.views import API
 from shared.contracts.common import Contract, ImageFormat, Page
 from shared.contracts.jobs import OutputView
 from shared.contracts.outputs import OutputQuery
 
 outputs = Resource(
-    "outputs", __name__, url_prefix="/generations", abp_tags=[Tag(name="outputs", description="Generated images.")]
+    "outputs",
+    __name__,
+    url_prefix=f"{API}/generations",
+    abp_tags=[Tag(name="outputs", description="Generated images.")],
 )
 
 

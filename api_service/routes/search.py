@@ -5,9 +5,12 @@ from flask_openapi3.models.tag import Tag
 
 from api_service import find, forms, parsing
 from api_service.resource import Resource
+from api_service.views import API
 from shared.contracts.search import RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
 
-search = Resource("search", __name__, abp_tags=[Tag(name="search", description="Ask what is remembered.")])
+search = Resource(
+    "search", __name__, url_prefix=API, abp_tags=[Tag(name="search", description="Ask what is remembered.")]
+)
 
 
 @search.post("/search", operation_id="search", responses={200: SearchResponse})

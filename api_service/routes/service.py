@@ -5,13 +5,14 @@ from flask_openapi3.models.tag import Tag
 
 from api_service import health, respond, status
 from api_service.resource import Resource
+from api_service.views import API
 from shared.contracts.service import HealthStatus, HealthView, ModelsResponse, StatsView
 
 TAG = Tag(name="service", description="How it is doing.")
 
-service = Resource("service", __name__, abp_tags=[TAG])
-probes = Resource("probes", __name__, abp_tags=[TAG])
-"""Registered twice: at the root, where orchestrators look, and with the rest of the API."""
+service = Resource("service", __name__, url_prefix=API, abp_tags=[TAG])
+probes = Resource("probes", __name__, url_prefix=API, abp_tags=[TAG])
+"""Also registered at the root, where orchestrators look."""
 
 
 @probes.get("/health", operation_id="getHealth", responses={200: HealthView, 503: HealthView})

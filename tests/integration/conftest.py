@@ -7,10 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
-from flask.testing import FlaskClient
 from PIL import Image
 
 from api_service.app import create_app
@@ -20,10 +20,12 @@ from shared.settings import Settings
 from tests.stack import wait_until
 
 API = "/api/v1"
+Client = Any
+"""A FlaskClient, whose answers' `.json` is what a test expects it to be."""
 
 
 @pytest.fixture
-def client(settings: Settings) -> Iterator[FlaskClient]:
+def client(settings: Settings) -> Iterator[Client]:
     """A client of the API in this process, on this test's servers."""
     app = create_app(settings)
     yield app.test_client()

@@ -1,0 +1,404 @@
+"""Submitting and following jobs, as far as no worker is needed: what workers do is done through `shared.db`."""
+
+import json
+import threading
+import time
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from shared import progress, queue
+from shared.contracts.jobs import JobState
+from shared.contracts.service import Capabilities
+from shared.db import jobs, owners, workers
+from shared.db.models import Job
+from shared.db.session import session_scope
+from shared.settings import Settings
+from tests.factories import make_image, make_job
+from tests.integration.conftest import API, Client
+from tests.stack import wait_until
+
+CAPABILITIES = Capabilities(
+    modes=["none", "caption"],
+    native_width=32,
+    native_height=32,
+    size_multiple=8,
+    any_size=False,
+    max_batch_size=8,
+    max_references=4,
+    schedulers=["ddim"],
+    loras=[],
+    supports_negative_prompt=False,
+    supports_guidance=True,
+    pipeline="Cheap",
+    weights_digest="0" * 64,
+    device="cpu",
+    dtype="float32",
+)
+
+SEED_EXAMPLE = {
+    "prompt": "a cat playing with a ball",
+    "num_images": 2,
+    "similar_examples_count": 3,
+    "width": 512,
+    "height": 512,
+    "format": "png",
+}
+
+
+def submit(client: Client, route: str = "/generate", **body: Any) -> dict[str, Any]:
+    answer = client.post(API + route, json={"prompt": "a red apple", **body})
+    assert answer.status_code == 202, answer.text
+    return dict(answer.json)
+
+
+def code(answer: Any) -> tuple[int, str]:
+    assert answer.content_type == "application/problem+json"
+    assert answer.json["request_id"] == answer.headers["X-Request-ID"]
+    return answer.status_code, answer.json["code"]
+
+
+def job_count(session: Session) -> int:
+    session.rollback()
+    return session.scalar(select(func.count()).select_from(Job)) or 0
+
+
+# --- submitting ---------------------------------------------------------------------------------------------------
+
+
+def test_a_submitted_job_is_accepted_located_and_rung_under_its_own_id(client: Client, settings: Settings) -> None:
+    answer = client.post(f"{API}/generate", json={"prompt": "a red apple", "num_images": 2, "seed": 2**32 - 1})
+    assert answer.status_code == 202
+    assert answer.headers["Location"] == answer.json["url"]
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert answer.json["parameters"]["seeds"] == [2**32 - 1, 0]
+    message = json.loads(queue.broker().lindex(queue.generate_queue("cheap"), 0) or b"")
+    assert message["headers"]["id"] == answer.json["id"]
+    assert client.get(answer.headers["Location"]).json["state"] == "queued"
+
+
+def test_the_seeds_example_request_is_accepted_whatever_size_the_model_draws(client: Client, session: Session) -> None:
+    workers.publish_capabilities(session, "cheap", CAPABILITIES)
+    session.commit()
+    job = submit(client, "/rag/generate", **SEED_EXAMPLE)
+    assert (job["parameters"]["width"], job["parameters"]["height"], job["parameters"]["k"]) == (512, 512, 3)
+    assert len(job["parameters"]["seeds"]) == 2
+
+
+def test_defaults_come_from_the_model_and_every_one_is_resolved(client: Client, settings: Settings) -> None:
+    defaults = settings.model.generators["cheap"].defaults
+    parameters = submit(client, "/rag/generate", guidance_scale=0)["parameters"]
+    assert parameters["width"] == defaults.width
+    assert parameters["num_inference_steps"] == defaults.num_inference_steps
+    assert parameters["strength"] == defaults.strength
+    assert parameters["k"] == settings.retrieval.default_k
+    assert parameters["min_similarity"] == settings.retrieval.min_similarity
+    assert parameters["guidance_scale"] == 0, "a zero that was asked for is no missing value"
+
+
+def test_a_dry_run_shows_what_would_run_and_queues_nothing(client: Client, session: Session) -> None:
+    answer = client.post(f"{API}/rag/generate", json={"prompt": "a red apple", "dry_run": True, "seed": 7})
+    assert answer.status_code == 200
+    assert answer.json["parameters"]["seeds"] == [7]
+    assert job_count(session) == 0
+    assert queue.broker().llen(queue.generate_queue("cheap")) == 0
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "expected"),
+    [
+        ("/rag/generate", {"mode": "img2img"}, (422, "mode_not_supported")),
+        ("/generate", {"width": 40, "height": 32, "exact_size": True}, (422, "size_not_supported")),
+        ("/generate", {"scheduler": "made-up"}, (422, "parameter_not_supported")),
+        ("/generate", {"loras": {"made-up": 1.0}}, (422, "parameter_not_supported")),
+        ("/generate", {"negative_prompt": "a pear"}, (422, "parameter_not_supported")),
+        ("/generate", {"model": "made-up"}, (422, "model_not_found")),
+        ("/rag/generate", {"reference_ids": [str(uuid4())]}, (422, "reference_unavailable")),
+        ("/rag/generate", {"reference_ids": [str(uuid4()) for _ in range(5)]}, (422, "parameter_not_supported")),
+        ("/rag/generate", {"filter": {"collection": "made-up"}}, (422, "validation_failed")),
+    ],
+)
+def test_what_the_model_or_the_corpus_cannot_do_is_refused_at_submit(
+    client: Client, session: Session, route: str, body: dict[str, Any], expected: tuple[int, str]
+) -> None:
+    workers.publish_capabilities(session, "cheap", CAPABILITIES)
+    session.commit()
+    assert code(client.post(API + route, json={"prompt": "a red apple", **body})) == expected
+    assert job_count(session) == 0
+
+
+def test_an_exact_size_that_the_model_draws_is_accepted(client: Client, session: Session) -> None:
+    workers.publish_capabilities(session, "cheap", CAPABILITIES)
+    session.commit()
+    assert submit(client, width=32, height=32, exact_size=True)["parameters"]["exact_size"] is True
+
+
+def test_a_mode_is_accepted_while_no_worker_has_told_what_it_can_do(client: Client) -> None:
+    assert submit(client, "/rag/generate", mode="img2img")["parameters"]["mode"] == "img2img"
+
+
+def test_pinned_references_are_kept_in_order_with_their_weights(client: Client, session: Session) -> None:
+    first, second = (make_image(session, vector=[1.0] + [0.0] * 15) for _ in range(2))
+    session.commit()
+    pinned = [str(second.id), {"image_id": str(first.id), "weight": 2.5}]
+    parameters = submit(client, "/rag/generate", reference_ids=pinned)["parameters"]
+    assert [reference["image_id"] for reference in parameters["references"]] == [str(second.id), str(first.id)]
+    assert [reference["weight"] for reference in parameters["references"]] == [None, 2.5]
+
+
+def test_an_image_without_a_vector_or_of_somebody_else_cannot_be_pinned(client: Client, session: Session) -> None:
+    make_image(session, vector=[1.0] + [0.0] * 15)
+    pending = make_image(session)
+    theirs = owners.ensure_collection(session, "theirs", owner_id=owners.ensure(session, "other"))
+    hidden = make_image(session, vector=[1.0] + [0.0] * 15, collection_id=theirs.id)
+    session.commit()
+    answer = client.post(
+        f"{API}/rag/generate", json={"prompt": "x", "reference_ids": [str(pending.id), str(hidden.id)]}
+    )
+    assert code(answer) == (422, "reference_unavailable")
+    assert answer.json["context"]["image_ids"] == [str(pending.id), str(hidden.id)]
+
+
+def test_a_full_queue_refuses_with_retry_after(
+    client: Client, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(client)
+    monkeypatch.setenv("AFTERIMAGE_QUEUE__MAX_QUEUED", "1")
+    _reread_settings()
+    answer = client.post(f"{API}/generate", json={"prompt": "one too many"})
+    assert code(answer) == (503, "queue_full")
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert job_count(session) == 1
+
+
+def _reread_settings() -> None:
+    from shared.settings import get_settings
+
+    get_settings.cache_clear()
+
+
+# --- following ----------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_job_advises_when_to_ask_again_and_an_unchanged_one_is_304(client: Client) -> None:
+    url = submit(client)["url"]
+    first = client.get(url)
+    assert int(first.headers["Retry-After"]) >= 1
+    assert client.get(url, headers={"If-None-Match": first.headers["ETag"]}).status_code == 304
+    client.post(f"{url}/cancel")
+    changed = client.get(url, headers={"If-None-Match": first.headers["ETag"]})
+    assert (changed.status_code, changed.json["state"]) == (200, "canceled")
+    assert "Retry-After" not in changed.headers
+
+
+def test_the_queue_position_counts_the_jobs_that_go_first(client: Client) -> None:
+    low, high = submit(client, lane="low"), submit(client, lane="high")
+    assert client.get(low["url"]).json["queue_position"] == 1
+    assert client.get(high["url"]).json["queue_position"] == 0
+
+
+def test_metadata_comes_back_with_the_job(client: Client) -> None:
+    job = submit(client, metadata={"order": "42", "note": "für Zoë ✓"})
+    assert client.get(job["url"]).json["metadata"] == {"order": "42", "note": "für Zoë ✓"}
+
+
+def test_pages_of_jobs_are_newest_first_complete_and_without_repetition(client: Client) -> None:
+    submitted = [submit(client)["id"] for _ in range(5)]
+    seen, cursor = [], None
+    while True:
+        page = client.get(f"{API}/jobs", query_string={"limit": 2, **({"cursor": cursor} if cursor else {})}).json
+        seen += [item["id"] for item in page["items"]]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    assert seen == submitted[::-1]
+
+
+def test_jobs_are_listed_by_state_kind_and_time(client: Client, session: Session) -> None:
+    make_job(session, state=JobState.SUCCEEDED)
+    session.commit()
+    job = submit(client)
+
+    def listed(**query: str) -> list[str]:
+        return [item["id"] for item in client.get(f"{API}/jobs", query_string=query).json["items"]]
+
+    assert listed(state="queued") == [job["id"]]
+    assert listed(kind="generate") == [job["id"]]
+    assert job["id"] not in listed(created_before=job["created_at"])
+    assert job["id"] in listed(created_after=job["created_at"])
+
+
+def test_another_owners_job_is_as_absent_as_one_that_never_was(client: Client, session: Session) -> None:
+    theirs = make_job(session, owner="other").id
+    session.commit()
+    for job_id in (theirs, uuid4()):
+        for method, route in [
+            ("GET", ""),
+            ("DELETE", ""),
+            ("GET", "/events"),
+            ("POST", "/cancel"),
+            ("POST", "/retry"),
+        ]:
+            answer = client.open(f"{API}/jobs/{job_id}{route}", method=method)
+            assert code(answer) == (404, "not_found"), route
+    assert client.get(f"{API}/jobs").json["items"] == []
+    session.expire_all()
+    assert session.get_one(Job, theirs).state == JobState.QUEUED
+
+
+def test_a_long_poll_answers_as_soon_as_the_job_ends(client: Client, session: Session) -> None:
+    job_id = UUID(submit(client)["id"])
+    answers: list[Any] = []
+    asked = time.monotonic()
+
+    def poll() -> None:
+        answers.append((client.get(f"{API}/jobs/{job_id}?wait=20"), time.monotonic() - asked))
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    wait_until(lambda: progress.subscriber()._watches, timeout_s=5, what="somebody to wait")
+    _finish(job_id)
+    thread.join(10)
+    answer, seconds = answers[0]
+    assert answer.json["state"] == "succeeded"
+    assert seconds < 5
+
+
+def test_a_long_poll_with_after_answers_at_the_next_event(client: Client) -> None:
+    job = submit(client)
+    assert client.get(f"{job['url']}?wait=20&after=0").json["seq"] == 1, "one that has happened is not waited for"
+    waited: list[Any] = []
+    thread = threading.Thread(target=lambda: waited.append(client.get(f"{job['url']}?wait=20&after={job['seq']}")))
+    thread.start()
+    wait_until(lambda: progress.subscriber()._watches, timeout_s=5, what="somebody to wait")
+    with session_scope() as session:
+        jobs.claim(session, UUID(job["id"]), worker="w", lease_s=30)
+    progress.publish_changed(UUID(job["id"]))
+    thread.join(10)
+    assert (waited[0].json["state"], waited[0].json["seq"]) == ("processing", 2)
+
+
+def test_a_preferred_wait_that_is_too_short_gives_the_job_as_it_is(client: Client) -> None:
+    answer = client.post(f"{API}/generate", json={"prompt": "x"}, headers={"Prefer": "respond-async, wait=1"})
+    assert answer.status_code == 202
+    assert answer.headers["Preference-Applied"] == "wait=1"
+    assert answer.json["state"] == "queued"
+
+
+def test_a_preferred_wait_answers_200_with_a_job_that_ended_in_time(client: Client) -> None:
+    def work() -> None:
+        wait_until(lambda: progress.subscriber()._watches, timeout_s=5, what="somebody to wait")
+        _finish(next(iter(progress.subscriber()._watches)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    answer = client.post(f"{API}/generate", json={"prompt": "x"}, headers={"Prefer": "wait=20"})
+    thread.join()
+    assert (answer.status_code, answer.json["state"]) == (200, "succeeded")
+    assert answer.headers["Preference-Applied"] == "wait=20"
+
+
+@pytest.mark.parametrize("prefer", ["wait=soon", "wait=", "return=minimal", "wait=-1", "await=5"])
+def test_a_preference_that_makes_no_sense_is_ignored(client: Client, prefer: str) -> None:
+    answer = client.post(f"{API}/generate", json={"prompt": "x"}, headers={"Prefer": prefer})
+    assert answer.status_code == 202
+    assert "Preference-Applied" not in answer.headers
+
+
+def test_beyond_the_cap_of_waiters_a_wait_answers_at_once_and_a_stream_is_refused(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(client)
+    monkeypatch.setenv("AFTERIMAGE_API__MAX_WAITERS", "0")
+    _reread_settings()
+    asked = time.monotonic()
+    answer = client.get(job["url"], headers={"Prefer": "wait=20"})
+    assert answer.json["state"] == "queued"
+    assert "Preference-Applied" not in answer.headers
+    assert time.monotonic() - asked < 5
+    assert code(client.get(job["events_url"])) == (503, "too_many_streams")
+
+
+def test_the_progress_heard_is_shown_while_the_job_runs(client: Client) -> None:
+    job = submit(client)
+    job_id = UUID(job["id"])
+    client.get(job["url"])
+    wait_until(lambda: progress.subscriber().connected, timeout_s=5, what="the subscription")
+    with session_scope() as session:
+        jobs.claim(session, job_id, worker="w", lease_s=30)
+    progress.publish_progress(job_id, 3, 8)
+    wait_until(lambda: progress.subscriber().latest(job_id), timeout_s=5, what="the progress")
+    assert client.get(job["url"]).json["progress"] == {"step": 3, "total_steps": 8}
+
+
+def test_the_events_of_an_ended_job_are_told_in_order_and_resumed(client: Client) -> None:
+    job = submit(client)
+    _finish(UUID(job["id"]))
+    answer = client.get(job["events_url"])
+    assert answer.content_type == "text/event-stream"
+    assert [line for line in answer.text.splitlines() if line.startswith(("id:", "event:"))] == [
+        "id: 1",
+        "event: queued",
+        "id: 2",
+        "event: started",
+        "id: 3",
+        "event: succeeded",
+    ]
+    resumed = client.get(job["events_url"], headers={"Last-Event-ID": "2"}).text
+    assert "id: 3" in resumed
+    assert "id: 2" not in resumed
+    assert client.get(job["events_url"], query_string={"after": 3}).status_code == 204
+
+
+# --- ending -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cancel_ends_a_job_once_and_is_safe_to_repeat(client: Client) -> None:
+    job = submit(client)
+    assert client.post(f"{job['url']}/cancel").json["state"] == "canceled"
+    again = client.post(f"{job['url']}/cancel")
+    assert (again.status_code, again.json["seq"]) == (200, 2)
+
+
+def test_a_job_that_ended_otherwise_cannot_be_canceled(client: Client) -> None:
+    job = submit(client)
+    _finish(UUID(job["id"]))
+    assert code(client.post(f"{job['url']}/cancel")) == (409, "job_state_conflict")
+
+
+def test_a_retry_is_a_new_job_that_does_the_same(client: Client) -> None:
+    job = submit(client, seed=9, metadata={"order": "42"})
+    assert code(client.post(f"{job['url']}/retry")) == (409, "job_state_conflict")
+    client.post(f"{job['url']}/cancel")
+    answer = client.post(f"{job['url']}/retry")
+    assert answer.status_code == 202
+    assert answer.headers["Location"] == answer.json["url"] != job["url"]
+    assert answer.json["retry_of"] == job["id"]
+    assert answer.json["parameters"] == job["parameters"]
+    assert answer.json["metadata"] == job["metadata"]
+
+
+def test_a_job_that_succeeded_is_not_retried(client: Client) -> None:
+    job = submit(client)
+    _finish(UUID(job["id"]))
+    assert code(client.post(f"{job['url']}/retry")) == (409, "job_state_conflict")
+
+
+def test_only_an_ended_job_is_deleted(client: Client) -> None:
+    job = submit(client)
+    assert code(client.delete(job["url"])) == (409, "job_state_conflict")
+    client.post(f"{job['url']}/cancel")
+    assert client.delete(job["url"]).status_code == 204
+    assert code(client.get(job["url"])) == (404, "not_found")
+
+
+def _finish(job_id: UUID) -> None:
+    with session_scope() as session:
+        taken = jobs.claim(session, job_id, worker="w", lease_s=30)
+        assert taken is not None
+    with session_scope() as session:
+        assert jobs.finish(session, taken[0], [], timings={"generate": 0.1})
+    progress.publish_changed(job_id)
