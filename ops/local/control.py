@@ -1,11 +1,12 @@
 """The processes of a running stack by name, through supervisor's own interface."""
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from signal import SIGCONT, SIGKILL, SIGSTOP, Signals
 from typing import Any, NamedTuple
 from xmlrpc.client import Fault, ServerProxy
 
+import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
 from ops.local.layout import Layout
@@ -80,26 +81,32 @@ class Control:
         self.stop(name)
         self.start(name)
 
-    def signal(self, name: str, number: signal.Signals) -> None:
+    def signal(self, name: str, number: Signals) -> None:
         """Send a signal behind supervisor's back: a process that ends by it is started again."""
         with self._supervisor() as supervisor:
             supervisor.signalProcess(self.states()[name].full_name, str(int(number)))
 
     def kill(self, name: str) -> None:
-        self.signal(name, signal.SIGKILL)
+        self.signal(name, SIGKILL)
 
     def freeze(self, name: str) -> None:
-        self.signal(name, signal.SIGSTOP)
+        """Stop a process where it stands, with every process it has started: a server's sessions freeze with it."""
+        self._signal_tree(name, SIGSTOP)
 
     def thaw(self, name: str) -> None:
-        self.signal(name, signal.SIGCONT)
+        self._signal_tree(name, SIGCONT)
+
+    def _signal_tree(self, name: str, number: Signals) -> None:
+        process = psutil.Process(self.pid(name))
+        for each in [process, *process.children(recursive=True)]:
+            each.send_signal(number)
 
     def shut_down(self) -> int:
         """Ask supervisor to stop everything and then itself; returns its process id at once."""
         with self._supervisor() as supervisor:
             pid = int(supervisor.getPID())
             try:
-                supervisor.signalAllProcesses(str(int(signal.SIGCONT)))  # a frozen process would ignore SIGTERM
+                supervisor.signalAllProcesses(str(int(SIGCONT)))  # a frozen process would ignore SIGTERM
                 supervisor.shutdown()
             except Fault as fault:
                 if "SHUTDOWN_STATE" not in fault.faultString:  # somebody else asked already
