@@ -112,6 +112,11 @@ class Cache:
                 "memory_items": len(self._memory),
             }
 
+    @property
+    def redis(self) -> Redis:
+        """The client below, for what only Redis can do. Its calls raise RedisError while Redis is away."""
+        return self._redis
+
     def close(self) -> None:
         self._redis.close()
 

@@ -28,6 +28,8 @@ from prometheus_client import (
     start_http_server,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
 
 from shared.errors import ConfigurationError
 from shared.settings import MetricsSettings
@@ -223,6 +225,26 @@ def _series(kind: type[Any], name: str, labels: Labels) -> Any:
     if set(labels) != set(metric._labelnames):
         raise ValueError(f"{name} has the labels {sorted(metric._labelnames)}, not {sorted(labels)}")
     return metric.labels(**_on_the_fly.bounded(name, labels)) if labels else metric
+
+
+def observe_database(engine: Engine) -> None:
+    """Feed the database metrics from an engine's own events."""
+
+    def started(connection: Connection, *_: Any) -> None:
+        connection.info.setdefault("statements_started", []).append(time.perf_counter())
+
+    def ended(connection: Connection, *_: Any) -> None:
+        observe_duration("database_query", time.perf_counter() - connection.info["statements_started"].pop())
+
+    def failed(context: ExceptionContext) -> None:
+        if context.connection is not None and context.connection.info.get("statements_started"):
+            ended(context.connection)
+
+    event.listen(engine, "before_cursor_execute", started)
+    event.listen(engine, "after_cursor_execute", ended)
+    event.listen(engine, "handle_error", failed)
+    event.listen(engine.pool, "checkout", lambda *_: DATABASE_CONNECTIONS_ACTIVE.inc())
+    event.listen(engine.pool, "checkin", lambda *_: DATABASE_CONNECTIONS_ACTIVE.dec())
 
 
 # --- time windows -------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from shared.errors import DatabaseConnectionError, DatabaseQueryError
+from shared.metrics import observe_database
 from shared.settings import DatabaseSettings, get_settings
 
 
@@ -97,7 +98,9 @@ def _waits() -> BoundedWait:
 @cache
 def get_engine() -> Engine:
     """The engine of this process. Never used before a fork: every process of the product is started, not forked."""
-    return build_engine(get_settings().database)
+    engine = build_engine(get_settings().database)
+    observe_database(engine)
+    return engine
 
 
 @cache
