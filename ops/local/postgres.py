@@ -116,6 +116,8 @@ def identity() -> list[str]:
 def _dropped_to(nobody: pwd.struct_passwd) -> list[str]:
     return [
         *("setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups"),
+        # access(2) ignores capabilities of other users than root without this bit, and initdb asks it for its programs.
+        "--securebits=+no_setuid_fixup",
         *("--inh-caps=-all,+dac_override", "--ambient-caps=-all,+dac_override", "--"),
     ]
 

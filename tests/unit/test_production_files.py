@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic import BaseModel
 
@@ -131,6 +134,15 @@ def test_every_worker_kind_runs_on_processors_and_on_gpus() -> None:
 
 def _pins(lock: Path) -> set[str]:
     return set(re.findall(r"^([\w.-]+==[^\s;]+)", lock.read_text(), re.MULTILINE))
+
+
+def test_the_lock_pins_a_version_that_fits_every_requirement() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["dependencies"] + [one for extra in project["optional-dependencies"].values() for one in extra]
+    pinned = {Requirement(pin).name: Requirement(pin).specifier for pin in _pins(ROOT / "requirements.lock")}
+    for requirement in map(Requirement, named):
+        (pin,) = pinned[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pin.version), f"{requirement}: run `make lock`"
 
 
 @pytest.mark.parametrize("kind", sorted({service["build"]["args"]["KIND"] for service in OURS.values()}))
