@@ -61,7 +61,14 @@ def plan(
         ef_search=settings.ef_search,
         exact_below=settings.exact_below,
     )
-    distinct = without_near_duplicates(nearest.found, similarity=settings.duplicate_similarity)[:k]
+    return decide(nearest.found, k=k, min_similarity=min_similarity, settings=settings)
+
+
+def decide(
+    candidates: Sequence[Found], *, k: int, min_similarity: float, settings: RetrievalSettings
+) -> list[Reference]:
+    """The decision on candidates, most similar first: repetitions left out, the best `k` gated, the used weighed."""
+    distinct = without_near_duplicates(candidates, similarity=settings.duplicate_similarity)[:k]
     gated = [
         Reference(found=found, used=True, reason=f"similarity {found.similarity:.3f} reaches {min_similarity:g}")
         if found.similarity >= min_similarity
