@@ -6,6 +6,7 @@ defaults here, which run offline on a laptop.
 """
 
 import os
+import tomllib
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -299,7 +302,16 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        toml = TomlConfigSettingsSource(settings_cls, os.environ.get("AFTERIMAGE_CONFIG_FILE", "afterimage.toml"))
+        named = os.environ.get("AFTERIMAGE_CONFIG_FILE")
+        if named and not Path(named).is_file():
+            raise ConfigurationError(f"AFTERIMAGE_CONFIG_FILE: {named} is not a file")
+        toml = TomlConfigSettingsSource(settings_cls, named or "afterimage.toml")
+        unknown = [name for name in toml.toml_data if name not in settings_cls.model_fields]
+        for source in (env_settings, dotenv_settings):
+            if isinstance(source, EnvSettingsSource):
+                unknown += [name.upper() for name in source.env_vars if not _is_known(name, settings_cls)]
+        if unknown:
+            raise ConfigurationError("\n".join(f"{name}: there is no such section" for name in sorted(set(unknown))))
         return init_settings, env_settings, dotenv_settings, file_secret_settings, toml
 
     @model_validator(mode="after")
@@ -317,8 +329,15 @@ class Settings(BaseSettings):
         if self.worker.generator is not None and self.worker.generator not in self.model.generators:
             mistakes.append(f"worker.generator: {self.worker.generator!r} is not one of model.generators")
         if mistakes:
-            raise ValueError("; ".join(mistakes))
+            raise ValueError("\n".join(mistakes))
         return self
+
+
+def _is_known(variable: str, settings_cls: type[BaseSettings]) -> bool:
+    """Whether an environment variable is none of ours or names a section; without `__` it may be some tool's."""
+    if not variable.startswith("afterimage_") or "__" not in variable:
+        return True
+    return variable.removeprefix("afterimage_").partition("__")[0] in settings_cls.model_fields
 
 
 def load_settings(**overrides: object) -> Settings:
@@ -332,13 +351,16 @@ def load_settings(**overrides: object) -> Settings:
         return Settings(_env_file=(".env", f".env.{environment}"), **overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigurationError("\n".join(_mistakes(error))) from None
+    except (SettingsError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"settings: {error}") from None
 
 
 def _mistakes(error: ValidationError) -> list[str]:
-    return [
-        f"{'.'.join(str(part) for part in mistake['loc']) or 'settings'}: {mistake['msg']}"
-        for mistake in error.errors(include_url=False, include_input=False)
-    ]
+    lines = []
+    for mistake in error.errors(include_url=False, include_input=False):
+        place = ".".join(str(part) for part in mistake["loc"]) or "settings"
+        lines += [f"{place}: {line}" for line in mistake["msg"].removeprefix("Value error, ").splitlines()]
+    return lines
 
 
 @cache
