@@ -54,9 +54,11 @@ class Diffusion:
         pipeline = pipelines.load_pipeline(generator, offline=settings.offline)
         schedulers.refuse_noise_of_its_own(pipeline.scheduler)
         image_to_image = _image_to_image(pipeline)
+        with loading.readable_load_errors(f"{type(pipeline).__name__} {name!r}"):
+            capabilities = _capabilities(pipeline, image_to_image, generator)
         return cls(
             name=name,
-            capabilities=_capabilities(pipeline, image_to_image, generator),
+            capabilities=capabilities,
             defaults=generator.defaults,
             text_to_image=pipeline,
             image_to_image=image_to_image,
@@ -192,8 +194,9 @@ def _between_steps(on_step: OnStep) -> Callable[..., dict[str, Any]]:
 
 
 def _is_guided(pipeline: DiffusionPipeline, guidance_scale: float) -> bool:
-    """Will the pipeline run every row twice? The rule of `do_classifier_free_guidance`, which knows only mid-call."""
-    return guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None
+    """Will the pipeline run every row twice? It knows once its call has set this attribute."""
+    pipeline._guidance_scale = guidance_scale
+    return bool(pipeline.do_classifier_free_guidance)
 
 
 def _checked(images: Any, requests: Sequence[ImageRequest]) -> list[np.ndarray]:

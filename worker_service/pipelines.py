@@ -2,6 +2,7 @@
 
 import diffusers
 import torch
+import transformers
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from diffusers.loaders import IPAdapterMixin
 from diffusers.models.embeddings import ImageProjection
@@ -22,6 +23,7 @@ def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPip
     """
     diffusers.utils.logging.set_verbosity_error()  # SDXL logs a cast of its VAE in every call
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     device = loading.resolve_device(settings.device)
     dtype = loading.resolve_dtype(settings.dtype, device)
     with loading.readable_load_errors(f"pipeline {settings.source!r}"):

@@ -1,5 +1,6 @@
 """The schedulers a request may choose from: those whose every random number comes from the image's own generator."""
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -16,7 +17,7 @@ ALLOWED: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 """Name -> class and what it sets on top of the model's own configuration. Not here: DPMSolverSDEScheduler, which draws
@@ -28,7 +29,23 @@ def choices(own: SchedulerMixin) -> list[str]:
     if not own.has_compatibles:
         return []
     compatible = {scheduler.__name__ for scheduler in own.compatibles}
-    return [name for name, (class_name, _) in ALLOWED.items() if class_name in compatible]
+    return [
+        name
+        for name, (class_name, changes) in ALLOWED.items()
+        if class_name in compatible and _keeps_the_noise(own, class_name, changes)
+    ]
+
+
+def _keeps_the_noise(own: SchedulerMixin, class_name: str, changes: dict[str, Any]) -> bool:
+    """Does it start from the noise that the model was trained to start from?
+
+    A model with zero terminal signal-to-noise ratio starts from pure noise. Schedulers that do not know that setting
+    drop it and start from a picture's ghost; Karras sigmas stretch to its infinite first sigma and never come back.
+    """
+    if not own.config.get("rescale_betas_zero_snr"):
+        return True
+    known = inspect.signature(getattr(diffusers, class_name)).parameters
+    return "rescale_betas_zero_snr" in known and not changes.get("use_karras_sigmas")
 
 
 def fresh(own: SchedulerMixin, name: str | None) -> SchedulerMixin:

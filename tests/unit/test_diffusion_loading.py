@@ -1,5 +1,6 @@
 """What is loaded, what it says it can do, and how it refuses."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from shared.contracts.generation import Mode
 from shared.errors import InvalidOutputError, ModelLoadError, ModelNotFoundError
@@ -215,6 +217,36 @@ def test_a_scheduler_with_noise_of_its_own_is_refused(small_models: Path, tmp_pa
     config.write_text(config.read_text().replace('"stochastic_sampling": false', '"stochastic_sampling": true'))
     with pytest.raises(ModelLoadError, match="seeds do not decide"):
         load(source=str(tmp_path / "flux"))
+
+
+def name_part(pipeline: Path, part: str, library: str, class_name: str) -> None:
+    index = pipeline / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {part: [library, class_name]}))
+
+
+def test_code_that_comes_with_a_model_is_never_run(small_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_models / "sd15", tmp_path / "sd15")
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')\nfrom diffusers import UNet2DConditionModel as MyUNet\n"
+    (tmp_path / "sd15" / "unet" / "my_unet.py").write_text(code)
+    name_part(tmp_path / "sd15", "unet", "my_unet", "MyUNet")
+    with pytest.raises(ModelLoadError):
+        load(source=str(tmp_path / "sd15"))
+    assert not ran.exists()
+
+
+def test_a_model_trained_from_pure_noise_is_offered_only_schedulers_that_start_there(
+    small_models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(small_models / "sd15", tmp_path / "sd15")
+    own = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    own.save_pretrained(tmp_path / "sd15" / "scheduler")
+    name_part(tmp_path / "sd15", "scheduler", "diffusers", "DDIMScheduler")
+    model = load(source=str(tmp_path / "sd15"))
+    assert {"ddim", "euler", "dpm++_2m"} <= set(model.capabilities.schedulers)
+    assert {"pndm", "heun", "dpm++_2m_karras"}.isdisjoint(model.capabilities.schedulers)
+    for scheduler in model.capabilities.schedulers:
+        assert draw(model, replace(REQUEST, scheduler=scheduler, num_inference_steps=12))[0].std() > 0
 
 
 def test_no_scheduler_to_choose_from_draws_noise_of_its_own() -> None:
