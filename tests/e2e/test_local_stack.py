@@ -252,11 +252,16 @@ PRODUCT = ["api", "embed", "generate-cheap", "reconciler", "flower"]
 def test_a_killed_process_of_the_product_comes_back(stack: RunningStack, name: str) -> None:
     killed = stack.control.pid(name)
     stack.control.kill(name)
-    wait_until(lambda: stack.control.states()[name].state == "RUNNING", timeout_s=30, what=f"{name} to run")
-    assert stack.control.pid(name) != killed
+
+    def runs_again() -> bool:
+        process = stack.control.states()[name]
+        return process.state == "RUNNING" and process.pid != killed
+
+    wait_until(runs_again, timeout_s=30, what=f"{name} to run again")
 
 
 def test_a_killed_api_leaves_no_twin_that_answers_in_its_place(stack: RunningStack) -> None:
+    wait_until(lambda: _status(f"{stack.url}/api/v1/health/live") == 200, timeout_s=30, what="the API")
     serving = psutil.Process(stack.control.pid("api")).children()
     assert serving
     stack.control.kill("api")
