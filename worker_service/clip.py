@@ -49,7 +49,7 @@ class Clip:
         loading.prepare_process(settings)
         device = loading.resolve_device(clip.device)
         dtype = loading.resolve_dtype(clip.dtype, device)
-        with loading.readable_load_errors(f"CLIP {_name(clip)!r}"):
+        with loading.readable_load_errors("CLIP", clip.model.removeprefix("local-dir:"), offline=settings.offline):
             # Unlike create_model_and_transforms, this refuses to go on with random weights where it finds none.
             model, preprocess = open_clip.create_model_from_pretrained(
                 clip.model, pretrained=clip.pretrained, precision="fp32", device="cpu"

@@ -54,7 +54,7 @@ class Diffusion:
         pipeline = pipelines.load_pipeline(generator, offline=settings.offline)
         schedulers.refuse_noise_of_its_own(pipeline.scheduler)
         image_to_image = _image_to_image(pipeline)
-        with loading.readable_load_errors(f"{type(pipeline).__name__} {name!r}"):
+        with loading.readable_load_errors(type(pipeline).__name__, generator.source):
             capabilities = _capabilities(pipeline, image_to_image, generator)
         return cls(
             name=name,

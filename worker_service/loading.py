@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import huggingface_hub.constants
 import torch
@@ -46,8 +47,8 @@ def weights_digest(modules: Iterable[tuple[str, nn.Module]]) -> str:
 
 
 @contextmanager
-def readable_load_errors(what: str) -> Iterator[None]:
-    """Turn whatever the libraries raise while they load `what` into a ModelLoadError that names it and the cause.
+def readable_load_errors(kind: str, source: str, *, offline: bool = False) -> Iterator[None]:
+    """Turn whatever the libraries raise while they load `source` into a ModelLoadError that says what and why.
 
     Wrong folders, missing files, mismatched shapes and refused downloads come as a dozen exception types.
     """
@@ -57,4 +58,7 @@ def readable_load_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        raise ModelLoadError(f"{what} could not be loaded: {type(error).__name__}: {cause}", model=what) from error
+        message = f"{kind} {source!r} could not be loaded: {type(error).__name__}: {cause}"
+        if offline and not Path(source).is_dir():
+            message += " (It is no folder, and model.offline is on, so only the local cache was searched.)"
+        raise ModelLoadError(message, model=source) from error

@@ -26,7 +26,7 @@ def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPip
     transformers.utils.logging.disable_progress_bar()
     device = loading.resolve_device(settings.device)
     dtype = loading.resolve_dtype(settings.dtype, device)
-    with loading.readable_load_errors(f"pipeline {settings.source!r}"):
+    with loading.readable_load_errors("Pipeline", settings.source, offline=offline):
         pipeline = AutoPipelineForText2Image.from_pretrained(
             settings.source,
             revision=settings.revision,
@@ -36,10 +36,10 @@ def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPip
             local_files_only=offline,
         )
     if settings.ip_adapter is not None:
-        with loading.readable_load_errors(f"IP-Adapter {settings.ip_adapter.source!r}"):
+        with loading.readable_load_errors("IP-Adapter", settings.ip_adapter.source, offline=offline):
             _load_ip_adapter(pipeline, settings.ip_adapter, offline=offline)
     for name, lora in settings.loras.items():
-        with loading.readable_load_errors(f"LoRA {name!r} from {lora.source!r}"):
+        with loading.readable_load_errors(f"LoRA {name!r}", lora.source, offline=offline):
             pipeline.load_lora_weights(
                 lora.source,
                 revision=lora.revision,
@@ -48,7 +48,7 @@ def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPip
                 use_safetensors=True,
                 local_files_only=offline,
             )
-    with loading.readable_load_errors(f"pipeline {settings.source!r} on {device}"):
+    with loading.readable_load_errors(f"Pipeline on {device}", settings.source):
         pipeline.to(device)
     for module in (getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)):
         if module is not None:

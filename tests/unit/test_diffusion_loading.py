@@ -142,7 +142,7 @@ def sd15_adapter(folder: Path, **changes: Any) -> dict[str, Any]:
     [
         (lambda models: {"source": "/nowhere/at/all"}, "/nowhere/at/all"),
         (lambda models: {"source": str(models)}, "model_index.json"),
-        (lambda models: {"source": "nobody/no-such-pipeline", "revision": "main"}, "nobody/no-such-pipeline"),
+        (lambda models: {"source": "nobody/no-such-pipeline", "revision": "main"}, "nobody/no-such-pipeline.*offline"),
         (
             lambda models: {"source": str(models / "sd15"), "ip_adapter": sd15_adapter(models / "clip")},
             "IP-Adapter .*clip",
@@ -239,7 +239,13 @@ def test_a_model_trained_from_pure_noise_is_offered_only_schedulers_that_start_t
     small_models: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(small_models / "sd15", tmp_path / "sd15")
-    own = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    own = DDIMScheduler(
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
+    )
     own.save_pretrained(tmp_path / "sd15" / "scheduler")
     name_part(tmp_path / "sd15", "scheduler", "diffusers", "DDIMScheduler")
     model = load(source=str(tmp_path / "sd15"))
