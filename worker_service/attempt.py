@@ -18,7 +18,7 @@ from shared.db.jobs import Output
 from shared.db.models import Job
 from shared.db.session import session_scope
 from shared.errors import TRANSIENT, BaseAppException, ImageGenerationError, JobTimeoutError
-from shared.metrics import time_operation
+from shared.metrics import observe_duration, time_operation
 from shared.progress import publish_changed
 from shared.settings import JobSettings
 from worker_service.image_request import Interrupted
@@ -55,7 +55,8 @@ class Attempt:
         self._settings = settings
         self._timings: dict[str, float] = {}
         held.images = len(self.parameters.seeds)
-        self._timings["wait"] = (job.started_at - job.created_at).total_seconds() if job.started_at else 0.0
+        self.waited_s = (job.started_at - job.created_at).total_seconds() if job.started_at else 0.0
+        self._timings["wait"] = self.waited_s
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -115,6 +116,9 @@ def claimed(job_id: UUID, *, leases: Leases, settings: JobSettings, worker: str)
         return
     claim, job = taken
     attempt = Attempt(job, held := leases.hold(claim), settings)
+    if attempt.number == 1:
+        observe_duration("job_wait", attempt.waited_s, {"model": job.model})
+    started = time.monotonic()
     publish_changed(job_id)
     with bound_contextvars(job_id=str(job_id), attempt=claim.attempt):
         try:
@@ -124,6 +128,7 @@ def claimed(job_id: UUID, *, leases: Leases, settings: JobSettings, worker: str)
             logger.info("job_lost")
         finally:
             leases.release(held)
+            observe_duration("job", time.monotonic() - started, {"model": job.model})
             logger.info("job_ended", extra={"outcome": attempt.outcome.value})
             publish_changed(job_id)
             queue.feed(job.model)

@@ -12,7 +12,7 @@ from shared.contracts.service import Capabilities
 from shared.db import spaces, workers
 from shared.db.session import session_scope
 from shared.db.spaces import Space
-from shared.metrics import increment_counter
+from shared.metrics import increment_counter, time_operation
 from shared.settings import GeneratorSettings, Settings
 from worker_service.batcher import Batcher, CheckIn
 from worker_service.cheap import CheapGenerator
@@ -30,7 +30,7 @@ class Embedder:
         self.space = space
         self.name = clip.name
         self._batcher: Batcher[str | Image.Image, np.ndarray] = Batcher(
-            lambda items, _on_step: _encode(clip, items),
+            time_operation("embedding", model=clip.name)(lambda items, _on_step: _encode(clip, items)),
             key=type,
             max_batch_size=clip.max_batch_size,
             name=clip.name,
@@ -43,8 +43,9 @@ class Embedder:
         Raises:
             ModelLoadError
         """
-        clip = Clip.load(settings.model)
-        clip.warm_up()
+        with time_operation("model_load", model="clip"):
+            clip = Clip.load(settings.model)
+            clip.warm_up()
         with session_scope() as session:
             space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
         logger.info("clip_loaded", extra={"model": clip.name, "space": space.digest[:12], "device": str(clip.device)})
@@ -85,15 +86,16 @@ class Models:
         """
         embedder = Embedder.load(settings)
         generator = settings.model.generators[name]
-        image_model: ImageModel = (CheapGenerator if generator.kind == "cheap" else Diffusion).load(
-            name, settings.model
-        )
-        image_model.warm_up()
+        with time_operation("model_load", model=name):
+            image_model: ImageModel = (CheapGenerator if generator.kind == "cheap" else Diffusion).load(
+                name, settings.model
+            )
+            image_model.warm_up()
         with session_scope() as session:
             workers.publish_capabilities(session, name, image_model.capabilities)
         logger.info("generator_loaded", extra={"model": name, "modes": image_model.capabilities.modes})
         batcher: Batcher[ImageRequest, np.ndarray] = Batcher(
-            image_model.generate,
+            time_operation("image_generation", model=name)(image_model.generate),
             key=ImageRequest.batch_key,
             max_batch_size=image_model.capabilities.max_batch_size,
             name=name,

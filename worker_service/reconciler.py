@@ -21,7 +21,7 @@ from shared import metrics, queue
 from shared.db import images, jobs
 from shared.db.session import session_scope
 from shared.errors import BaseAppException, BrokerUnavailableError, DatabaseError
-from shared.metrics import increment_counter
+from shared.metrics import increment_counter, set_gauge
 from shared.settings import JobSettings, get_settings
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Reconciler:
     def __init__(self, settings: JobSettings) -> None:
         self._settings = settings
         self._last_tick: float | None = None
+        self._models_told: set[str] = set()
         self._leases_count_from = 0.0
 
     def tick(self) -> None:
@@ -57,10 +58,15 @@ class Reconciler:
             missing = self._missing_from_broker(published)
             if missing:
                 jobs.unpublish(session, missing)
+                increment_counter("jobs_republished_total", len(missing))
                 logger.warning("jobs_missing_from_broker", extra={"jobs": len(missing)})
         with session_scope() as session:
             waiting = jobs.waiting_models(session)
             images_wait = images.any_pending(session)
+            queued = jobs.queued_by_model(session)
+        for model in {*queued, *self._models_told}:
+            set_gauge("queue_depth", queued.get(model, 0), labels={"queue": model})
+        self._models_told = set(queued)
         for model in waiting:
             queue.feed(model)
         if images_wait:

@@ -18,6 +18,7 @@ from shared.db import paging
 from shared.db.models import Collection, Image
 from shared.db.spaces import Space
 from shared.errors import ResourceNotFoundError
+from shared.metrics import RETRIEVAL_SIMILARITY, time_operation
 
 Vector = NDArray[np.float32]
 
@@ -230,6 +231,7 @@ def searchable(session: Session, space: Space, image_ids: Sequence[UUID], *, own
     return set(session.scalars(statement))
 
 
+@time_operation("retrieval")
 def nearest(
     session: Session,
     space: Space,
@@ -272,6 +274,8 @@ def nearest(
         Found(image=image, similarity=1 - float(distance), vector=_as_vector(embedding), norm=norm)
         for image, distance, embedding, norm in session.execute(statement)
     ]
+    for neighbour in found:
+        RETRIEVAL_SIMILARITY.observe(neighbour.similarity)
     return Nearest(found=found, exact=exact)
 
 

@@ -18,6 +18,7 @@ from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
 from shared.db import paging
 from shared.db.models import Generation, GenerationReference, Job, JobEvent
 from shared.errors import BaseAppException, JobCrashedError, JobStateError, ResourceNotFoundError
+from shared.metrics import JOBS_FINISHED
 
 FINAL = [state for state in JobState if state.is_final]
 
@@ -315,6 +316,12 @@ def unpublish(session: Session, job_ids: Sequence[UUID]) -> None:
     session.execute(update(Job).where(Job.id.in_(job_ids), Job.state == JobState.QUEUED).values(published_at=None))
 
 
+def queued_by_model(session: Session) -> dict[str, int]:
+    """How many jobs wait, published or not."""
+    statement = select(Job.model, func.count()).where(Job.state == JobState.QUEUED).group_by(Job.model)
+    return {str(model): count for model, count in session.execute(statement)}
+
+
 def waiting_models(session: Session) -> list[str]:
     """Models with jobs that could be published now."""
     statement = (
@@ -344,7 +351,7 @@ def _from_now(seconds: float) -> ColumnElement[Any]:
 def _end(
     session: Session, condition: ColumnElement[bool], state: JobState, *, data: dict[str, Any], **values: Any
 ) -> bool:
-    return _transition(
+    ended = _transition(
         session,
         condition,
         event=EventType(state.value),
@@ -355,6 +362,9 @@ def _end(
         finished_at=func.now(),
         **values,
     )
+    if ended:
+        JOBS_FINISHED.labels(state.value).inc()
+    return ended
 
 
 def _requeue(session: Session, condition: ColumnElement[bool], *, data: dict[str, Any], **values: Any) -> bool:
