@@ -1,0 +1,166 @@
+"""CLIP and its judge: open_clip models trained by contrast between texts and drawings, and between drawing styles."""
+
+import math
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTokenizer
+
+from starter.data.corpus import MODEL_PX
+from starter.train.dataset import Dataset, jitter, to_unit
+from starter.train.texts import main_colours, nonsense_text, random_caption
+from starter.train.tokens import CONTEXT_LENGTH
+
+MAX_LOGIT_SCALE = math.log(100)
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """What tells one CLIP from another. `patch` and `width` of the image tower, `text_*` of the text tower."""
+
+    embed_dim: int = 256
+    patch: int = 16
+    width: int = 256
+    layers: int = 5
+    head_width: int = 64
+    text_width: int = 192
+    text_heads: int = 6
+    text_layers: int = 3
+
+    def open_clip_config(self, vocab_size: int) -> dict[str, Any]:
+        """The `model_cfg` of open_clip_config.json.
+
+        `hf_tokenizer_name` only has to be there: a `local-dir:` model reads the tokenizer from its own folder.
+        """
+        return {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": {
+                "image_size": MODEL_PX,
+                "patch_size": self.patch,
+                "width": self.width,
+                "layers": self.layers,
+                "head_width": self.head_width,
+            },
+            "text_cfg": {
+                "context_length": CONTEXT_LENGTH,
+                "vocab_size": vocab_size,
+                "width": self.text_width,
+                "heads": self.text_heads,
+                "layers": self.text_layers,
+                "hf_tokenizer_name": "starter",
+            },
+        }
+
+
+RETRIEVER = ClipShape()
+JUDGE = ClipShape(width=160, layers=6, head_width=40, text_width=128, text_heads=4, text_layers=3, embed_dim=192)
+
+
+def build_clip(shape: ClipShape, vocab_size: int) -> nn.Module:
+    """An untrained `open_clip.CLIP`."""
+    model: nn.Module = open_clip.model.CLIP(**shape.open_clip_config(vocab_size))
+    return model
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """int64 (B, CONTEXT_LENGTH), padded with id 0."""
+    ids: Tensor = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def encode_text(model: Any, ids: Tensor) -> Tensor:
+    """What `open_clip.CLIP.encode_text` returns, without computing columns that are padding in every row.
+
+    The same by construction: attention is causal and pooling takes the end-of-text token, so nothing after it counts.
+    """
+    length = int((ids != 0).sum(dim=1).max())
+    states = model.token_embedding(ids[:, :length]) + model.positional_embedding[:length]
+    states = model.ln_final(model.transformer(states, attn_mask=model.attn_mask[:length, :length]))
+    pooled: Tensor = states[torch.arange(len(ids)), ids.argmax(dim=1)] @ model.text_projection
+    return pooled
+
+
+def contrast(a: Tensor, b: Tensor, logit_scale: Tensor, wrong_b: Tensor | None = None) -> Tensor:
+    """Symmetric InfoNCE (arXiv:2103.00020); row i of `a` belongs to row i of `b`; both L2-normalised (B, E).
+
+    `wrong_b` (N, E): further rows that belong to no row of `a`.
+    """
+    choices = b if wrong_b is None else torch.cat([b, wrong_b])
+    labels = torch.arange(len(a))
+    forth = F.cross_entropy(logit_scale * a @ choices.T, labels)
+    back = F.cross_entropy(logit_scale * b @ a.T, labels)
+    return (forth + back) / 2
+
+
+class ClipStage:
+    """Each batch: distinct concepts, so that no negative is false, each drawn in two styles.
+
+    Loss: text-image contrast for both drawings + `style_weight` x contrast between the two drawings.
+    """
+
+    betas = (0.9, 0.98)
+    weight_decay = 0.1
+    nonsense = 24
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: CLIPTokenizer,
+        shape: ClipShape = RETRIEVER,
+        *,
+        name: str = "clip",
+        batch: int = 128,
+        learning_rate: float = 1e-3,
+        style_weight: float = 0.4,
+        colours: list[list[str]] | None = None,
+    ) -> None:
+        self.name = name
+        self.shape = shape
+        self.tokenizer = tokenizer
+        self.module = build_clip(shape, len(tokenizer))
+        self.learning_rate = learning_rate
+        self.batch = min(batch, len(dataset.names))
+        self.style_weight = style_weight
+        self.dataset = dataset
+        self.members = dataset.images_of
+        self.colours = colours or [main_colours(pixels) for pixels in dataset.pixels]
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(int(torch.randint(2**31, ()).item()))
+        concepts = torch.randperm(len(self.members))[: self.batch].tolist()
+        pairs = [rng.sample(self.members[c], 2) if len(self.members[c]) > 1 else self.members[c] * 2 for c in concepts]
+        chosen = torch.tensor(pairs).T.reshape(-1)
+        images = jitter(to_unit(self.dataset.pixels[chosen]))
+        texts = [random_caption(self.dataset.samples[i], self.colours[i], rng) for i in chosen.tolist()]
+        model: Any = self.module
+        image = F.normalize(model.encode_image(images).float(), dim=-1)
+        texts += [nonsense_text(rng) for _ in range(self.nonsense)]
+        text = F.normalize(encode_text(model, tokenize(self.tokenizer, texts)).float(), dim=-1)
+        text, nonsense = torch.split(text, [len(chosen), self.nonsense])
+        scale = model.logit_scale.exp()
+        first, second = image.chunk(2)
+        text_first, text_second = text.chunk(2)
+        by_text = contrast(first, text_first, scale, nonsense) / 2 + contrast(second, text_second, scale, nonsense) / 2
+        by_style = contrast(first, second, scale)
+        accuracy = ((first @ text_first.T).argmax(1) == torch.arange(len(first))).float().mean()
+        figures = {"text": by_text.item(), "style": by_style.item(), "accuracy": accuracy.item()}
+        return by_text + self.style_weight * by_style, {**figures, "logit_scale": scale.item()}
+
+    def after_step(self, step: int) -> None:
+        with torch.no_grad():
+            self.module.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # type: ignore[operator]
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"shape": asdict(self.shape)}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        if state["shape"] != asdict(self.shape):
+            raise ValueError(f"the checkpoint is of another shape: {state['shape']}")

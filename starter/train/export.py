@@ -1,0 +1,81 @@
+"""Writes trained models as folders that open_clip and diffusers load by their ordinary calls; float16 safetensors."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from starter.train.adapter import split_adapter
+from starter.train.clip import MEAN, STD, ClipShape
+from starter.train.generator import GeneratorStage, sampling_scheduler
+
+
+def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().to(torch.float16).contiguous() for key, value in state.items()}
+
+
+def export_clip(model: nn.Module, shape: ClipShape, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """A folder for `open_clip.create_model_and_transforms("local-dir:FOLDER")`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_cfg": shape.open_clip_config(len(tokenizer)),
+        "preprocess_cfg": {
+            "mean": MEAN,
+            "std": STD,
+            "interpolation": "bicubic",
+            "resize_mode": "longest",
+            "fill_color": 255,
+        },
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(half(dict(model.state_dict())), folder / "open_clip_model.safetensors")
+    tokenizer.save_pretrained(str(folder))
+
+
+def export_generator(stage: GeneratorStage, folder: Path) -> None:
+    """A StableDiffusionPipeline folder with `ip_adapter/ip_adapter.safetensors` beside it.
+
+    The weights are the stage's running average; the text encoder is the CLIP's text tower.
+    """
+    unet: Any = stage.module
+    plain_state, adapter_state = split_adapter(stage.average, unet)
+    plain = UNet2DConditionModel(**plain_config(unet))
+    plain.load_state_dict(plain_state)
+    pipeline = StableDiffusionPipeline(
+        vae=copy.deepcopy(stage.autoencoder),
+        text_encoder=copy.deepcopy(stage.text_encoder),
+        tokenizer=stage.tokenizer,
+        unet=plain,
+        scheduler=sampling_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    (folder / "ip_adapter").mkdir(exist_ok=True)
+    save_file(half(adapter_state), folder / "ip_adapter" / "ip_adapter.safetensors")
+
+
+def plain_config(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """The configuration of the UNet without its adapter."""
+    own = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    return {**own, "encoder_hid_dim_type": None}
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put `new` where `target` is, with no moment at which half of it is there."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

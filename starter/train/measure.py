@@ -1,0 +1,86 @@
+"""Figures for the model card: retrieval recall, similarity ranges, autoencoder PSNR."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPTokenizer
+
+from starter.train.autoencoder import psnr, reconstruct
+from starter.train.clip import tokenize
+from starter.train.dataset import to_unit
+
+NONSENSE = (
+    "qwv zzxk plorf",
+    "asdf jkl qwerty",
+    "gnarble frotz whelm",
+    "the of and to in",
+    "quarterly tax compliance report",
+    "xkcd 7781 blorp",
+    "stochastic gradient descent",
+    "lorem ipsum dolor sit amet",
+    "hypothecation of derivatives",
+    "zzzzzz",
+    "brutalist municipal zoning ordinance",
+    "1234567890",
+)
+
+
+@torch.no_grad()
+def image_vectors(clip: Any, pixels: Tensor) -> Tensor:
+    """uint8 (N, 3, S, S) -> L2-normalised float32 (N, E)."""
+    clip.eval()
+    return torch.cat(
+        [F.normalize(clip.encode_image(to_unit(batch)).float(), dim=-1) for batch in torch.split(pixels, 128)]
+    )
+
+
+@torch.no_grad()
+def text_vectors(clip: Any, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """L2-normalised float32 (N, E)."""
+    clip.eval()
+    ids = tokenize(tokenizer, texts)
+    return torch.cat([F.normalize(clip.encode_text(batch).float(), dim=-1) for batch in torch.split(ids, 128)])
+
+
+def recall(queries: Tensor, store: Tensor, concept: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """Share of queries (C, E), one per concept number, with an image of their concept among the k nearest.
+
+    `store` (N, E) and `concept` (N,): the images. Concepts without an image in the store are left out.
+    """
+    nearest = (queries @ store.T).topk(max(ks), dim=1).indices
+    hits = concept[nearest] == torch.arange(len(queries))[:, None]
+    present = torch.zeros(len(queries), dtype=torch.bool)
+    present[concept] = True
+    return {f"r_at_{k}": round(hits[present, :k].any(dim=1).float().mean().item(), 4) for k in ks}
+
+
+def similarity_ranges(queries: Tensor, nonsense: Tensor, store: Tensor, concept: Tensor) -> dict[str, list[float]]:
+    """5th, 50th and 95th percentile of text-image cosines.
+
+    Right pairs; the best in the store for each name; random pairs; the best in the store for each nonsense text.
+    """
+    similarity = queries @ store.T
+    right = similarity[concept, torch.arange(len(store))]
+    shuffled = similarity[torch.randperm(len(queries))[concept], torch.arange(len(store))]
+    groups = {
+        "right": right,
+        "best": similarity.max(dim=1).values,
+        "random": shuffled,
+        "nonsense_best": (nonsense @ store.T).max(dim=1).values,
+    }
+    points = torch.tensor([0.05, 0.5, 0.95])
+    return {name: [round(x, 3) for x in values.quantile(points).tolist()] for name, values in groups.items()}
+
+
+@torch.no_grad()
+def reconstruction_psnr(autoencoder: AutoencoderTiny, pixels: Tensor) -> float:
+    """Mean over images of the PSNR in dB. `pixels`: uint8 (N, 3, S, S)."""
+    values = []
+    for batch in torch.split(pixels, 32):
+        images = to_unit(batch)
+        decoded = reconstruct(autoencoder, images)[0].clamp(-1, 1)
+        values.append(psnr((decoded - images).pow(2).mean(dim=(1, 2, 3))))
+    return round(torch.cat(values).mean().item(), 2)
