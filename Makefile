@@ -42,6 +42,9 @@ lint: $(READY) ## style, types and import rules
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
+docs: $(READY) ## write docs/settings.md from the settings
+	$(PY) -m scripts.document_settings
+
 # One file for development with everything, and from it what each container image installs.
 COMPILE = build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml -
@@ -58,4 +61,4 @@ clean: ## remove .venv and every cache; var/ and out/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo up down test lint lock clean
+.PHONY: help setup demo up down test lint docs lock clean

@@ -57,12 +57,14 @@ RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 
 
 class DatabaseSettings(Section):
-    url: DatabaseUrl = SecretStr("postgresql+psycopg2://postgres@127.0.0.1:5432/afterimage")
+    url: DatabaseUrl = Field(
+        SecretStr("postgresql+psycopg2://postgres@127.0.0.1:5432/afterimage"), description="Postgres with pgvector"
+    )
     pool_size: int = Field(8, ge=1, le=100, description="connections kept per process")
     max_overflow: int = Field(8, ge=0, le=100, description="connections above `pool_size`, closed when idle")
     pool_timeout_s: float = Field(2, gt=0, le=60, description="longest wait for a free connection")
     pool_recycle_s: int = Field(1800, ge=1, description="a connection older than this is replaced at checkout")
-    connect_timeout_s: int = Field(2, ge=1, le=60)
+    connect_timeout_s: int = Field(2, ge=1, le=60, description="longest wait for a new connection")
     statement_timeout_s: float = Field(10, gt=0, le=3600, description="longest single statement")
 
 
@@ -103,9 +105,9 @@ class StorageSettings(Section):
 
 class CacheSettings(Section):
     url: RedisUrl = Field(SecretStr("redis://127.0.0.1:6379/1"), description="may lose its data at any time")
-    socket_timeout_s: float = Field(0.5, gt=0, le=5)
+    socket_timeout_s: float = Field(0.5, gt=0, le=5, description="longest wait for the cache before memory serves")
     memory_max_items: int = Field(2048, ge=1, description="size of the in-process fall-back")
-    default_ttl_s: int = Field(3600, ge=1)
+    default_ttl_s: int = Field(3600, ge=1, description="how long an answer is kept where its place says nothing")
     embedding_ttl_s: int = Field(86_400, ge=1, description="how long the vector of a text is remembered")
 
 
@@ -115,16 +117,20 @@ class ClipSettings(Section):
         description="what open_clip loads: `local-dir:<folder>`, `hf-hub:<id>`, or a name such as ViT-B-32",
     )
     pretrained: str | None = Field(None, description="open_clip weights tag or file, for a plain model name")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_batch_size: int = Field(32, ge=1, le=1024)
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
+        description="cpu, cuda, cuda:N or mps; auto: CUDA if there is one",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights and the work")
+    max_batch_size: int = Field(32, ge=1, le=1024, description="texts or images per call of the model")
 
 
 class IPAdapterSettings(Section):
     source: str = Field(description="folder or hub id")
-    revision: str | None = None
-    subfolder: str = "ip_adapter"
-    weight_name: str = "ip_adapter.safetensors"
+    revision: str | None = Field(None, description="commit of the hub repository")
+    subfolder: str = Field("ip_adapter", description="folder inside the source that holds the weights")
+    weight_name: str = Field("ip_adapter.safetensors", description="file of the weights")
     image_encoder_folder: str | None = Field(
         None, description="the adapter's own image encoder; none when the retrieval CLIP is that encoder"
     )
@@ -136,21 +142,21 @@ class IPAdapterSettings(Section):
 
 
 class LoraSettings(Section):
-    source: str
-    revision: str | None = None
-    weight_name: str | None = None
+    source: str = Field(description="folder or hub id")
+    revision: str | None = Field(None, description="commit of the hub repository")
+    weight_name: str | None = Field(None, description="file of the weights; none: the only one there is")
 
 
 class GeneratorDefaults(Section):
     """What a request that says nothing gets."""
 
-    width: int = Field(512, ge=16, le=4096)
-    height: int = Field(512, ge=16, le=4096)
-    num_inference_steps: int = Field(30, ge=1, le=200)
-    guidance_scale: float = Field(7.5, ge=0, le=30)
+    width: int = Field(512, ge=16, le=4096, description="pixels")
+    height: int = Field(512, ge=16, le=4096, description="pixels")
+    num_inference_steps: int = Field(30, ge=1, le=200, description="denoising steps")
+    guidance_scale: float = Field(7.5, ge=0, le=30, description="classifier-free guidance; at most 1 is none")
     scheduler: str | None = Field(None, description="a name of the scheduler allowlist; none keeps the model's own")
-    ip_adapter_scale: float = Field(0.5, ge=0, le=2)
-    strength: float = Field(0.6, gt=0, le=1)
+    ip_adapter_scale: float = Field(0.5, ge=0, le=2, description="weight of the references against the prompt")
+    strength: float = Field(0.6, gt=0, le=1, description="img2img: how much of the reference is drawn anew")
 
 
 class GeneratorSettings(Section):
@@ -159,11 +165,15 @@ class GeneratorSettings(Section):
     )
     source: str = Field("", description="folder or hub id of a diffusers pipeline")
     revision: str | None = Field(None, description="commit of the hub repository; required for a hub id")
-    variant: str | None = None
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    variant: str | None = Field(None, description="which files of the pipeline, such as fp16")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
+        description="cpu, cuda, cuda:N or mps; auto: CUDA if there is one",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: bf16 on CUDA")
-    ip_adapter: IPAdapterSettings | None = None
-    loras: dict[str, LoraSettings] = Field(default_factory=dict)
+    ip_adapter: IPAdapterSettings | None = Field(None, description="conditions the model on images; none: it cannot")
+    loras: dict[str, LoraSettings] = Field(default_factory=dict, description="by the name that requests use")
     defaults: GeneratorDefaults = GeneratorDefaults()
     any_size: bool = Field(True, description="the model draws sizes near its native one well, not only that one")
     max_batch_size: int = Field(4, ge=1, le=64, description="images per call of the model")
@@ -203,7 +213,7 @@ def _starter_generator() -> dict[str, GeneratorSettings]:
 class ModelSettings(Section):
     clip: ClipSettings = ClipSettings()
     generators: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")], GeneratorSettings] = Field(
-        default_factory=_starter_generator, min_length=1
+        default_factory=_starter_generator, min_length=1, description="the models that draw, by the name requests use"
     )
     default_generator: str = Field("starter", description="what a request that names no model gets")
     threads: int = Field(0, ge=0, le=256, description="CPU threads of a model process; 0 leaves it to torch")
@@ -223,22 +233,22 @@ class RetrievalSettings(Section):
     min_similarity: float = Field(0.2, ge=-1, le=1, description="cosine below which a reference is not used")
     duplicate_similarity: float = Field(0.97, ge=0, le=1, description="cosine above which two results are one")
     weight_temperature: float = Field(0.1, gt=0, le=10, description="softmax temperature from similarity to weight")
-    ef_search: int = Field(100, ge=10, le=1000)
+    ef_search: int = Field(100, ge=10, le=1000, description="candidates the index looks at; more finds better, slower")
     exact_below: int = Field(10_000, ge=0, description="scan exactly when the filter leaves fewer rows than this")
     text_timeout_s: float = Field(5, gt=0, le=60, description="longest wait of a search for its query's vector")
 
 
 class APISettings(Section):
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65_535)
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65_535, description="port to listen on")
     workers: int = Field(1, ge=1, le=64, description="API processes")
     threads: int = Field(32, ge=1, le=512, description="requests one process serves at a time")
-    max_body_bytes: int = Field(32 * 2**20, ge=1024)
+    max_body_bytes: int = Field(32 * 2**20, ge=1024, description="one whole request")
     max_upload_bytes: int = Field(16 * 2**20, ge=1024, description="one image of an upload")
-    max_upload_pixels: int = Field(40_000_000, ge=4096)
-    max_upload_files: int = Field(32, ge=1, le=1000)
+    max_upload_pixels: int = Field(40_000_000, ge=4096, description="one image of an upload, decoded")
+    max_upload_files: int = Field(32, ge=1, le=1000, description="files of one upload")
     decoder_processes: int = Field(1, ge=1, le=32, description="processes that decode uploads")
-    decode_timeout_s: float = Field(20, gt=0, le=600)
+    decode_timeout_s: float = Field(20, gt=0, le=600, description="longest decoding of one image")
     database_timeout_s: float = Field(
         2.5, gt=0, le=60, description="longest wait for the database to say anything before a request gets 503"
     )
@@ -253,7 +263,7 @@ class WorkerSettings(Section):
 
 
 class LoggingSettings(Section):
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="the least that is logged")
     format: Literal["auto", "json", "console"] = Field("auto", description="auto: console locally, JSON elsewhere")
 
 
@@ -279,7 +289,9 @@ class Settings(BaseSettings):
         nested_model_default_partial_update=True,
     )
 
-    environment: Environment = Environment.LOCAL
+    environment: Environment = Field(
+        Environment.LOCAL, description="what may be left open: keys only locally, the cheap generator only in tests"
+    )
     database: DatabaseSettings = DatabaseSettings()
     queue: QueueSettings = QueueSettings()
     jobs: JobSettings = JobSettings()
