@@ -1,7 +1,9 @@
 """Counting, timing and showing it, in one process and in several."""
 
 import asyncio
+import inspect
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from shared import metrics
@@ -61,6 +63,25 @@ def shown() -> set[str]:
 def test_the_metrics_that_users_were_promised_are_shown() -> None:
     assert set(NAMES_OF_THE_PRODUCT) <= shown()
     assert len(NAMES_OF_THE_PRODUCT) >= 15
+
+
+def test_every_metric_of_the_product_is_fed_by_the_product() -> None:
+    """A series that stays empty on a dashboard says that all is well when nobody looked."""
+    root = Path(metrics.__file__).parent.parent
+    code = "".join(
+        path.read_text()
+        for folder in ("api_service", "shared", "worker_service")
+        for path in (root / folder).rglob("*.py")
+        if path != Path(metrics.__file__)
+    ) + inspect.getsource(metrics.observe_database)
+    unfed = [
+        constant
+        for constant, metric in vars(metrics).items()
+        if isinstance(metric, Counter | Gauge | Histogram)
+        and not re.search(rf"\b{constant}\b|\"{metric._name}(_total)?\"", code)
+        and f'"{metric._name.removesuffix("_duration_seconds")}"' not in code
+    ]
+    assert unfed == []
 
 
 def test_counters_gauges_and_timers_work_as_the_seed_calls_them() -> None:
