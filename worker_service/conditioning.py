@@ -42,7 +42,7 @@ class ImagePrompt:
     embeds: torch.Tensor
     """Shape (rows, references, ...); under guidance the rows twice: first as no image, then as they are."""
     masks: torch.Tensor
-    """Shape (rows, references, height, width), the height and width only an aspect ratio."""
+    """Shape (rows, references, height, width), float32; the height and width are only an aspect ratio."""
     guided: bool
 
     @classmethod
@@ -66,7 +66,7 @@ class ImagePrompt:
         encoded, blank = _encode(pipeline, [reference for row in rows for reference, _ in row], conditions_on)
         slots = max(1, *map(len, rows))
         conditional = torch.zeros(len(rows), slots, *blank.shape, device=blank.device, dtype=blank.dtype)
-        weights = torch.zeros(len(rows), slots, device=blank.device, dtype=blank.dtype)
+        weights = torch.zeros(len(rows), slots, device=blank.device)
         vectors = iter(encoded)
         for row, used in enumerate(rows):
             for slot, (_, weight) in enumerate(used):
