@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
+from shared.capabilities import check_parameters
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.errors import InvalidOutputError, ModelLoadError, ModelNotFoundError, ModelOutOfMemoryError
@@ -56,6 +57,7 @@ class Diffusion:
         image_to_image = _image_to_image(pipeline)
         with loading.readable_load_errors(type(pipeline).__name__, generator.source):
             capabilities = _capabilities(pipeline, image_to_image, generator)
+            check_parameters(capabilities, scheduler=generator.defaults.scheduler)
         return cls(
             name=name,
             capabilities=capabilities,
@@ -104,10 +106,19 @@ class Diffusion:
         """Draw one image per request: see `ImageModel.generate`.
 
         Raises:
+            UnsupportedModeError, UnsupportedParameterError: accepted before the model's capabilities were known.
             ReferenceUnavailableError: a reference lacks the vector or the image that its mode needs.
         """
         if len({request.batch_key() for request in requests}) != 1:
             raise ValueError("the images of one call must have one batch key")
+        for request in requests:
+            check_parameters(
+                self.capabilities,
+                mode=request.mode,
+                scheduler=request.scheduler,
+                loras=(name for name, _ in request.loras),
+                negative_prompt=request.negative_prompt,
+            )
         try:
             return self._call(requests, on_step)
         except (torch.OutOfMemoryError, MemoryError):
@@ -133,8 +144,7 @@ class Diffusion:
             "callback_on_step_end": _between_steps(on_step),
         }
         if first.mode.uses_initial_image:
-            if self.image_to_image is None:
-                raise ValueError(f"{self.name} has no image-to-image pipeline; the capabilities say so")
+            assert self.image_to_image is not None, "the capabilities say so"
             pipeline = self.image_to_image
             arguments["image"] = [conditioning.initial_image(request) for request in requests]
             arguments["strength"] = first.strength

@@ -9,7 +9,7 @@ import huggingface_hub.constants
 import torch
 from torch import nn
 
-from shared.errors import BaseAppException, ModelLoadError
+from shared.errors import ModelLoadError
 from shared.settings import ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,7 +54,7 @@ def readable_load_errors(kind: str, source: str, *, offline: bool = False) -> It
     """
     try:
         yield
-    except BaseAppException:
+    except ModelLoadError:
         raise
     except Exception as error:
         cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

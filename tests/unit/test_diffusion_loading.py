@@ -12,7 +12,13 @@ import torch
 from diffusers import DDIMScheduler
 
 from shared.contracts.generation import Mode
-from shared.errors import InvalidOutputError, ModelLoadError, ModelNotFoundError
+from shared.errors import (
+    InvalidOutputError,
+    ModelLoadError,
+    ModelNotFoundError,
+    UnsupportedModeError,
+    UnsupportedParameterError,
+)
 from shared.settings import GeneratorDefaults, GeneratorSettings, IPAdapterSettings, ModelSettings
 from tests import small_pipelines
 from tests.unit.test_diffusion_batches import DIFFERENT, PIPELINES, REQUEST, ROUNDING, distance, draw, reference
@@ -119,6 +125,24 @@ def test_a_lora_acts_only_in_the_calls_that_name_it(loaded: Loaded) -> None:
     assert distance(draw(model, replace(request, loras=(("ink", 1.0),)))[0], ink) == 0
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "change", "error"),
+    [
+        ("sd15_plain", {"mode": Mode.IMAGE_PROMPT, "references": (reference(1),)}, UnsupportedModeError),
+        ("sd15_plain", {"mode": Mode.REFERENCE, "references": (reference(1),)}, UnsupportedModeError),
+        ("sd15", {"scheduler": "no-such-scheduler"}, UnsupportedParameterError),
+        ("flux", {"scheduler": "euler"}, UnsupportedParameterError),
+        ("sd15_lora", {"loras": (("paint", 1.0),)}, UnsupportedParameterError),
+        ("flux", {"negative_prompt": "blurry"}, UnsupportedParameterError),
+    ],
+)
+def test_what_was_accepted_before_the_model_was_known_fails_with_the_same_error(
+    loaded: Loaded, pipeline: str, change: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        draw(loaded(pipeline), replace(REQUEST, **change))
+
+
 def test_pixels_that_are_not_numbers_are_an_error(model_settings: ModelSettings) -> None:
     broken = Diffusion.load("sd15_plain", model_settings)
     with torch.no_grad():
@@ -189,6 +213,10 @@ def sd15_adapter(folder: Path, **changes: Any) -> dict[str, Any]:
                 "loras": {"ink": {"source": str(models / "clip"), "weight_name": "none.safetensors"}},
             },
             "LoRA 'ink'",
+        ),
+        (
+            lambda models: {"source": str(models / "sd15"), "defaults": {"scheduler": "no-such-scheduler"}},
+            "no-such-scheduler",
         ),
     ],
 )
