@@ -57,7 +57,8 @@ lock: ## resolve pyproject.toml afresh into requirements.lock and the locks of t
 	echo 'setuptools>=80' | $(SUBSET) ops/docker/worker.lock --extra worker
 	printf 'setuptools>=80\nflower\n' | $(SUBSET) ops/docker/flower.lock
 
-clean: ## remove .venv and every cache; var/ and out/ stay
+clean: ## stop the stack, remove .venv and every cache; var/ and out/ stay
+	@if test -x $(PY); then $(PY) -m ops.local down; fi
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

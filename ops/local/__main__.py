@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ops.local.stack import REPOSITORY, LocalStack, StackError
+from ops.local.stack import REPOSITORY, AlreadyRunningError, LocalStack, StackError
 from shared.errors import ConfigurationError
 
 
@@ -22,14 +22,16 @@ def main() -> int:
     except (StackError, ConfigurationError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def up(stack: LocalStack, arguments: argparse.Namespace) -> int:
     """Start in the background and print the addresses."""
-    if stack.control.is_running():
-        print("Already running.")
-    else:
+    try:
         stack.start(**_options(arguments))
+    except AlreadyRunningError:
+        print("Already running.")
     print(addresses(stack))
     return 0
 
@@ -40,7 +42,7 @@ def run(stack: LocalStack, arguments: argparse.Namespace) -> int:
     The command finds the stack's settings and AFTERIMAGE_URL in its environment. For a command, a stack that already
     runs is used, and left running; without one it is an error.
     """
-    if arguments.program and stack.control.is_running():
+    if arguments.program and stack.is_up:
         return _call(stack, arguments.program)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)

@@ -38,7 +38,8 @@ class Layout:
         return self.logs / f"{name}.log"
 
     def create(self) -> None:
-        self.var.mkdir(parents=True, exist_ok=True)
+        # Logs and data hold what people asked for.
+        self.var.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (self.logs, self.blobs, self.queue, self.cache):
             folder.mkdir(exist_ok=True)
 

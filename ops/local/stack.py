@@ -41,6 +41,10 @@ class StackError(Exception):
     """The stack could not be started or stopped; the message says what to look at."""
 
 
+class AlreadyRunningError(StackError):
+    """A stack runs in this folder."""
+
+
 class LocalStack:
     """One stack in one folder: Postgres, two Valkeys, the API, the workers, the reconciler and Flower.
 
@@ -51,6 +55,11 @@ class LocalStack:
         self.layout = Layout(var)
         self.control = Control(self.layout)
         self._supervisor: subprocess.Popen[bytes] | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether a start has come to its end and nobody has stopped the stack since."""
+        return self.layout.shell_file.exists() and self.control.is_running()
 
     @property
     def url(self) -> str:
@@ -110,8 +119,11 @@ class LocalStack:
             ConfigurationError: the settings are wrong.
         """
         with self._alone():
+            if self.is_up:
+                raise AlreadyRunningError(f"a stack already runs in {self.layout.var}")
             if self.control.is_running():
-                raise StackError(f"a stack already runs in {self.layout.var}")
+                say("Stopping what an interrupted start left behind ...")
+                self._stop()
             self._clear_leftovers(say)
             try:
                 memory = self._memory
@@ -146,12 +158,10 @@ class LocalStack:
     # --- the steps of `start` -----------------------------------------------------------------------------------
 
     def _clear_leftovers(self, say: Callable[[str], None]) -> None:
-        self.layout.create()
         orphans = end_orphans(self.layout.var)
         if orphans:
-            say(f"ended what a killed supervisor had left behind: {', '.join(sorted(orphans))}")
-        self.layout.control_socket().unlink(missing_ok=True)
-        self.layout.supervisor_pid.unlink(missing_ok=True)
+            say(f"Ended what a killed supervisor had left behind: {', '.join(sorted(orphans))}")
+        self._remove_traces()
 
     def _start_servers(
         self, app: list[Program], memory: Memory, *, durable: bool, attached: bool, say: Callable[[str], None]
@@ -260,13 +270,16 @@ class LocalStack:
             if self._supervisor is not None:
                 self._supervisor.wait()
         end_orphans(self.layout.var)
+        self._remove_traces()
+
+    def _remove_traces(self) -> None:
         for file in (self.layout.control_socket(), self.layout.supervisor_pid, self.layout.shell_file):
             file.unlink(missing_ok=True)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One start or stop at a time per folder; the lock goes with its process."""
-        self.layout.var.mkdir(parents=True, exist_ok=True)
+        self.layout.create()
         with self.layout.lock.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

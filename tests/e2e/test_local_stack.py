@@ -123,6 +123,28 @@ def test_what_a_killed_supervisor_leaves_behind_is_ended_at_the_next_start(tmp_p
     assert _nothing_is_left_of(stack)
 
 
+def test_an_interrupted_start_does_not_count_as_running(tmp_path: Path) -> None:
+    stack = LocalStack(tmp_path / "var")
+    stack.start(servers_only=True, durable=False)
+    stack.layout.shell_file.unlink()  # written last: without it the start was killed on its way
+    assert not stack.is_up
+    stack.start(servers_only=True, durable=False, attached=True)
+    try:
+        assert stack.is_up
+    finally:
+        stack.stop()
+    assert _nothing_is_left_of(stack)
+
+
+def test_a_stack_whose_folder_was_deleted_can_still_be_stopped(tmp_path: Path) -> None:
+    stack = LocalStack(tmp_path / "var")
+    stack.start(servers_only=True, durable=False)
+    assert list(processes_of(stack.layout.var))
+    shutil.rmtree(stack.layout.var)
+    stack.stop()
+    assert _nothing_is_left_of(stack)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_the_foreground_command_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
     with running_stack(tmp_path / "var", environment={}, options=("--servers-only",)) as stack:
@@ -143,7 +165,7 @@ def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path: Path) -
     stack.start(servers_only=True, durable=False, attached=True)
     stack.stop()
     (stack.layout.postgres / "global" / "pg_control").write_bytes(b"not a control file")
-    with pytest.raises(StackError, match=r"postgres ended while starting(.|\n)*FATAL(.|\n)*postgres\.log"):
+    with pytest.raises(StackError, match=r"postgres ended while starting(.|\n)*(FATAL|PANIC)(.|\n)*postgres\.log"):
         stack.start(servers_only=True, durable=False, attached=True)
     assert _nothing_is_left_of(stack)
 
