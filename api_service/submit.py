@@ -88,6 +88,7 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
             lane=list(Lane)[old.lane],
             parameters=parameters,
             metadata=old.job_metadata,
+            timeout_s=old.timeout_s,
             retry_of=old.id,
         )
         session.refresh(job)
@@ -116,6 +117,7 @@ def _submit(kind: JobKind, request: GenerateRequest, retrieval: _Retrieval, *, c
         if request.dry_run:
             return DryRunView(kind=kind, parameters=parameters)
         _refuse_when_full(session)
+        longest_s = get_settings().jobs.timeout_s
         job = jobs.insert(
             session,
             owner_id=caller.owner_id,
@@ -123,6 +125,8 @@ def _submit(kind: JobKind, request: GenerateRequest, retrieval: _Retrieval, *, c
             lane=request.lane,
             parameters=parameters,
             metadata=request.metadata,
+            timeout_s=min(request.timeout_s or longest_s, longest_s),
+            expires_in_s=request.expires_in_s,
         )
         session.refresh(job)
         view = views.job(session, job)

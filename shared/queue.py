@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
 from typing import Any
-from uuid import UUID
 
 import redis
 from celery import Celery
@@ -16,7 +15,8 @@ from kombu.exceptions import OperationalError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from shared.db import jobs
+from shared.contracts.jobs import Lane
+from shared.db.feed import Published, next_jobs
 from shared.db.session import session_scope
 from shared.errors import BrokerUnavailableError, DatabaseError
 from shared.settings import QueueSettings, get_settings
@@ -29,6 +29,15 @@ EMBED_PENDING = "afterimage.embed_pending"
 
 EMBED_QUERIES_QUEUE = "embed.queries"
 EMBED_IMAGES_QUEUE = "embed.images"
+
+
+LANES = range(len(Lane))
+LANE_SEPARATOR = ":"
+
+
+def broker_lists(queue: str) -> list[str]:
+    """The Redis lists that make up a queue, best lane first."""
+    return [queue if lane == 0 else f"{queue}{LANE_SEPARATOR}{lane}" for lane in LANES]
 
 
 def generate_queue(model: str) -> str:
@@ -52,6 +61,9 @@ def configure(app: Celery, settings: QueueSettings) -> Celery:
             "socket_keepalive": True,
             "health_check_interval": 10,
             "queue_order_strategy": "priority",
+            # One list per lane, the best one read first.
+            "priority_steps": list(LANES),
+            "sep": LANE_SEPARATOR,
         },
         task_acks_late=True,
         task_reject_on_worker_lost=False,
@@ -95,14 +107,15 @@ def broker() -> redis.Redis:
     )
 
 
-def publish_jobs(model: str, job_ids: Sequence[UUID]) -> None:
+def publish_jobs(model: str, published: Sequence[Published]) -> None:
     """Ring for each job. The task's id is the job's, so Flower shows it under the id that its user knows.
 
     Raises:
         BrokerUnavailableError: some were not sent; the reconciler will.
     """
-    for job_id in job_ids:
-        _send(GENERATE, generate_queue(model), args=[str(job_id)], task_id=str(job_id))
+    for each in published:
+        job_id = str(each.job_id)
+        _send(GENERATE, generate_queue(model), args=[job_id], task_id=job_id, priority=each.lane)
 
 
 def publish_embed_pending() -> None:
@@ -127,10 +140,11 @@ def publish_embed_query(reply_key: str, payload: dict[str, Any], *, expires_s: f
 
 def feed(model: str) -> None:
     """Publish what the model's window has room for. A fault here fails no caller: the reconciler feeds again."""
+    settings = get_settings().queue
     try:
         with session_scope() as session:
-            job_ids = jobs.feed(session, model, window=get_settings().queue.window)
-        publish_jobs(model, job_ids)
+            published = next_jobs(session, model, window=settings.window, starving_s=settings.starving_s)
+        publish_jobs(model, published)
     except (BrokerUnavailableError, DatabaseError) as error:
         logger.warning("feed_failed", extra={"model": model, "cause": error.code})
 

@@ -74,7 +74,10 @@ class QueueSettings(Section):
     visibility_timeout_s: int = Field(
         60, ge=5, description="an unacknowledged message is delivered again after this; fencing makes that harmless"
     )
-    window: int = Field(64, ge=1, le=10_000, description="jobs published per queue at a time; the rest wait in SQL")
+    window: int = Field(16, ge=1, le=10_000, description="jobs published per queue and lane; the rest wait in SQL")
+    starving_s: float = Field(
+        60, gt=0, description="a lane with nothing in flight for this long gets one job ahead of all others"
+    )
     max_queued: int = Field(200_000, ge=1, description="queued jobs in all; beyond it a submit gets 503")
 
 

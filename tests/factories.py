@@ -55,6 +55,8 @@ def make_job(
     state: JobState = JobState.QUEUED,
     owner: str = "local",
     lane: Lane = Lane.NORMAL,
+    timeout_s: float = 60,
+    expires_in_s: float | None = None,
     **parameters: Any,
 ) -> Job:
     """A job in its first states as the product itself brings it there; the caller commits."""
@@ -65,6 +67,8 @@ def make_job(
         lane=lane,
         parameters=make_parameters(**parameters),
         metadata={},
+        timeout_s=timeout_s,
+        expires_in_s=expires_in_s,
     )
     if state is JobState.QUEUED:
         return job

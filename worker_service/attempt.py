@@ -12,7 +12,6 @@ from structlog.contextvars import bound_contextvars
 
 from shared import queue
 from shared.contracts.generation import GenerationParameters
-from shared.contracts.jobs import Lane
 from shared.db import jobs
 from shared.db.jobs import Output
 from shared.db.models import Job
@@ -32,6 +31,7 @@ class Outcome(StrEnum):
     FAILED = "failed"
     REQUEUED = "requeued"  # after a passing fault
     NOT_OURS = "not_ours"  # finished, owned by another worker, not due, or gone
+    EXPIRED = "expired"  # its model work did not begin within `expires_in_s`
     LOST = "lost"  # canceled or taken over while it ran; what it made was discarded
 
 
@@ -45,7 +45,7 @@ class Attempt:
     def __init__(self, job: Job, held: Held, settings: JobSettings) -> None:
         self.id = job.id
         self.owner_id = job.owner_id
-        self.lane = Lane(list(Lane)[job.lane])
+        self.lane = job.lane if job.published_lane is None else job.published_lane
         self.crashes = job.crashes
         self.parameters = GenerationParameters.model_validate(job.parameters)
         self.number = held.claim.attempt
@@ -54,6 +54,7 @@ class Attempt:
         self._held = held
         self._settings = settings
         self._timings: dict[str, float] = {}
+        self._timeout_s = job.timeout_s
         held.images = len(self.parameters.seeds)
         self.waited_s = (job.started_at - job.created_at).total_seconds() if job.started_at else 0.0
         self._timings["wait"] = self.waited_s
@@ -73,9 +74,14 @@ class Attempt:
         publish_changed(self.id)
 
     def model_starts(self) -> None:
-        """The clock of `timeout_s` runs from here, and a lost lease counts as a crash."""
-        self._write(lambda session: jobs.model_started(session, self._held.claim))
-        self._held.deadline = time.monotonic() + self._settings.timeout_s
+        """The wait is over, the clock of `timeout_s` runs, and from here on a lost lease counts as a crash."""
+        with session_scope() as session:
+            in_time = jobs.model_started(session, self._held.claim)
+            if not in_time and jobs.expire(session, self._held.claim):
+                self.outcome = Outcome.EXPIRED
+        if not in_time:
+            raise LostError
+        self._held.deadline = time.monotonic() + self._timeout_s
 
     def finish(self, outputs: Sequence[Output]) -> None:
         """Publish the outputs with the end of the job, if the attempt still owns it."""

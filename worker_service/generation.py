@@ -54,7 +54,7 @@ def run(job_id: UUID, *, models: Models, leases: Leases, settings: Settings, wor
         job.model_starts()
         with job.stage("generate"):
             pixels = models.draw(
-                requests, lane=job.lane.rank, owner=job.owner_id, check_in=job.check_in, alone=job.crashes > 0
+                requests, lane=job.lane, owner=job.owner_id, check_in=job.check_in, alone=job.crashes > 0
             )
 
         # 4. Store, then publish images and end of the job in one transaction.

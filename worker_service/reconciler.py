@@ -54,6 +54,7 @@ class Reconciler:
                 if lost:
                     increment_counter("leases_expired_total", len(lost))
                     logger.warning("leases_expired", extra={"jobs": [str(job_id) for job_id in lost]})
+            jobs.end_expired(session)
             published = jobs.published(session, older_than_s=UNCLAIMED_S)
             missing = self._missing_from_broker(published)
             if missing:
@@ -106,8 +107,11 @@ class Reconciler:
 
 def _listed_jobs(model: str) -> set[str]:
     """Ids of the jobs whose messages wait in the broker."""
-    messages = queue.broker().lrange(queue.generate_queue(model), 0, -1)
-    return {orjson.loads(message)["headers"]["id"] for message in messages}
+    with queue.broker().pipeline(transaction=False) as pipeline:
+        for name in queue.broker_lists(queue.generate_queue(model)):
+            pipeline.lrange(name, 0, -1)
+        lists: list[list[bytes]] = pipeline.execute()
+    return {orjson.loads(message)["headers"]["id"] for messages in lists for message in messages}
 
 
 def main() -> None:

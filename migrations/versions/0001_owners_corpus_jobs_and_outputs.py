@@ -64,7 +64,7 @@ def upgrade() -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("prefix", sa.Text(), nullable=False),
         sa.Column("secret_sha256", sa.LargeBinary(), nullable=False),
-        sa.Column("scopes", sa.ARRAY(sa.Text()), nullable=False),
+        sa.Column("scopes", postgresql.ARRAY(sa.Text()), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("revoked_at", sa.DateTime(timezone=True), nullable=True),
@@ -93,8 +93,10 @@ def upgrade() -> None:
         sa.Column("state", sa.Text(), server_default="queued", nullable=False),
         sa.Column("lane", sa.SmallInteger(), nullable=False),
         sa.Column("model", sa.Text(), nullable=False),
+        sa.Column("images", sa.Integer(), nullable=False),
         sa.Column("parameters", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
         sa.Column("metadata", postgresql.JSONB(astext_type=sa.Text()), server_default="{}", nullable=False),
+        sa.Column("retry_of", sa.Uuid(), nullable=True),
         sa.Column("resolution", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("timings", postgresql.JSONB(astext_type=sa.Text()), server_default="{}", nullable=False),
         sa.Column("attempt", sa.Integer(), server_default=sa.text("0"), nullable=False),
@@ -104,7 +106,10 @@ def upgrade() -> None:
         sa.Column("model_started", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("lease_until", sa.DateTime(timezone=True), nullable=True),
         sa.Column("run_after", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("timeout_s", sa.Double(), nullable=False),
         sa.Column("published_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("published_lane", sa.SmallInteger(), nullable=True),
         sa.Column("last_seq", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("error", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
@@ -120,6 +125,13 @@ def upgrade() -> None:
         ),
         sa.ForeignKeyConstraint(["owner_id"], ["owners.id"], name=op.f("fk_jobs_owner_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
+    )
+    op.create_index(
+        "ix_jobs_deadlines",
+        "jobs",
+        ["expires_at"],
+        unique=False,
+        postgresql_where=sa.text("state = 'queued' and expires_at is not null"),
     )
     op.create_index(
         "ix_jobs_leases", "jobs", ["lease_until"], unique=False, postgresql_where=sa.text("state = 'processing'")
@@ -140,7 +152,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_jobs_waiting",
         "jobs",
-        ["model", "lane", "created_at"],
+        ["model", "lane", "owner_id", "created_at", "id"],
         unique=False,
         postgresql_where=sa.text("state = 'queued' and published_at is null"),
     )
@@ -187,7 +199,7 @@ def upgrade() -> None:
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("perceptual_hash", sa.BigInteger(), nullable=False),
         sa.Column("caption", sa.Text(), nullable=True),
-        sa.Column("tags", sa.ARRAY(sa.Text()), server_default="{}", nullable=False),
+        sa.Column("tags", postgresql.ARRAY(sa.Text()), server_default="{}", nullable=False),
         sa.Column("source", sa.Text(), nullable=True),
         sa.Column("licence", sa.Text(), nullable=True),
         sa.Column("attributes", postgresql.JSONB(astext_type=sa.Text()), server_default="{}", nullable=False),
@@ -288,6 +300,9 @@ def downgrade() -> None:
     )
     op.drop_index(op.f("ix_jobs_owner_id"), table_name="jobs")
     op.drop_index("ix_jobs_leases", table_name="jobs", postgresql_where=sa.text("state = 'processing'"))
+    op.drop_index(
+        "ix_jobs_deadlines", table_name="jobs", postgresql_where=sa.text("state = 'queued' and expires_at is not null")
+    )
     op.drop_table("jobs")
     op.drop_table("collections")
     op.drop_index(op.f("ix_api_keys_owner_id"), table_name="api_keys")

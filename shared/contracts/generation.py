@@ -52,6 +52,12 @@ class GenerateRequest(Contract):
     format: ImageFormat = ImageFormat.PNG
     quality: int = Field(90, ge=1, le=100, description="JPEG and WebP")
     lane: Lane = Lane.NORMAL
+    expires_in_s: float | None = Field(
+        None, gt=0, le=30 * 86_400, description="longest wait until the model starts; then the job is `expired`"
+    )
+    timeout_s: float | None = Field(
+        None, gt=0, le=86_400, description="longest run from there; then `failed` with `job_timeout`"
+    )
     metadata: Metadata = Field(default_factory=dict, description="echoed wherever the job is shown")
     dry_run: bool = Field(False, description="resolve and answer, queue nothing")
 

@@ -18,7 +18,6 @@ from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
 from shared.db import paging
 from shared.db.models import Generation, GenerationReference, Job, JobEvent
 from shared.errors import BaseAppException, JobCrashedError, JobStateError, ResourceNotFoundError
-from shared.metrics import JOBS_FINISHED
 
 FINAL = [state for state in JobState if state.is_final]
 
@@ -50,9 +49,14 @@ def insert(
     lane: Lane,
     parameters: GenerationParameters,
     metadata: dict[str, str],
+    timeout_s: float,
+    expires_in_s: float | None = None,
     retry_of: UUID | None = None,
 ) -> Job:
-    """A new `queued` job and the first event of its story."""
+    """A new `queued` job and the first event of its story.
+
+    timeout_s: longest run from the start of the model's work. expires_in_s: longest wait for it.
+    """
     job = Job(
         id=uuid4(),
         owner_id=owner_id,
@@ -60,6 +64,9 @@ def insert(
         state=JobState.QUEUED,
         lane=lane.rank,
         model=parameters.model,
+        images=len(parameters.seeds),
+        timeout_s=timeout_s,
+        expires_at=None if expires_in_s is None else func.now() + timedelta(seconds=expires_in_s),
         parameters=parameters.model_dump(mode="json"),
         job_metadata=metadata,
         retry_of=retry_of,
@@ -70,43 +77,6 @@ def insert(
     session.add(JobEvent(job_id=job.id, seq=1, type=EventType.QUEUED, data={}))
     session.flush()
     return job
-
-
-def feed(session: Session, model: str, *, window: int) -> list[UUID]:
-    """Mark as published the next jobs of `model`, best lane and oldest first, until `window` are out; their ids.
-
-    The caller commits, then publishes them. A crash in between is repaired by the reconciler, which finds them
-    absent from the broker.
-    """
-    # One feeder per model at a time: two would each see the same room and fill it twice.
-    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"feed:{model}", 0))))
-    out = session.scalar(
-        select(func.count()).where(Job.model == model, Job.state == JobState.QUEUED, Job.published_at.is_not(None))
-    )
-    room = window - (out or 0)
-    if room <= 0:
-        return []
-    chosen = (
-        select(Job.id)
-        .where(
-            Job.model == model,
-            Job.state == JobState.QUEUED,
-            Job.published_at.is_(None),
-            or_(Job.run_after.is_(None), Job.run_after <= func.now()),
-        )
-        .order_by(Job.lane, Job.created_at, Job.id)
-        .limit(room)
-        .with_for_update(skip_locked=True)
-        .subquery()
-    )
-    statement = (
-        update(Job)
-        .where(Job.id.in_(select(chosen.c.id)))
-        .values(published_at=func.now())
-        .returning(Job.id, Job.lane, Job.created_at)
-    )
-    rows = session.execute(statement).all()
-    return [row.id for row in sorted(rows, key=lambda row: (row.lane, row.created_at, row.id))]
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -158,6 +128,7 @@ def claim(session: Session, job_id: UUID, *, worker: str, lease_s: float) -> tup
         Job.id == job_id,
         Job.state == JobState.QUEUED,
         or_(Job.run_after.is_(None), Job.run_after <= func.now()),
+        _not_expired(),
         event=EventType.STARTED,
         data={"worker": worker},
         state=JobState.PROCESSING,
@@ -188,13 +159,19 @@ def still_owned(session: Session, claims: Iterable[Claim]) -> set[UUID]:
 
 def resolved(session: Session, claim: Claim, resolution: dict[str, Any]) -> bool:
     """Record what the attempt will do: the mode and the references, and why."""
-    return _transition(session, _owned([claim]), event=EventType.RESOLVED, data=resolution, resolution=resolution)
+    changed = _transition(session, _owned([claim]), event=EventType.RESOLVED, data=resolution, resolution=resolution)
+    return bool(changed)
 
 
 def model_started(session: Session, claim: Claim) -> bool:
-    """From here on a lost lease counts as a crash: the model's work may be what ended the process."""
-    statement = update(Job).where(_owned([claim])).values(model_started=True).returning(Job.id)
+    """From here on a lost lease counts as a crash, and the job's wait is over: False also when that took too long."""
+    statement = update(Job).where(_owned([claim]), _not_expired()).values(model_started=True).returning(Job.id)
     return session.scalar(statement) is not None
+
+
+def expire(session: Session, claim: Claim) -> bool:
+    """End an attempt whose model work did not begin in time; False when its time is not over."""
+    return _end(session, and_(_owned([claim]), ~_not_expired()), JobState.EXPIRED, data={})
 
 
 def finish(session: Session, claim: Claim, outputs: Sequence[Output], *, timings: dict[str, float]) -> bool:
@@ -225,19 +202,19 @@ def retry_later(session: Session, claim: Claim, error: BaseAppException, *, dela
     if job.transient_retries >= most:
         return fail(session, claim, error)
     wait_s = delay_s * 2**job.transient_retries
-    return _requeue(
+    requeued = _requeue(
         session,
         _owned([claim]),
         data={"reason": error.code, "wait_s": wait_s},
         transient_retries=Job.transient_retries + 1,
         run_after=_from_now(wait_s),
     )
+    return bool(requeued)
 
 
 def hand_back(session: Session, claims: Iterable[Claim]) -> int:
     """Return unfinished attempts to the queue at once, as on shutdown; how many were still owned."""
-    # Each one needs its own event number, so this is a statement per job; a worker holds few.
-    return sum(_requeue(session, _owned([claim]), data={"reason": "shutdown"}) for claim in claims)
+    return len(_requeue(session, _owned(claims), data={"reason": "shutdown"}))
 
 
 # --- what users and operators do ----------------------------------------------------------------------------------
@@ -303,6 +280,13 @@ def take_back_expired(session: Session, *, max_crashes: int, limit: int = 100) -
     return [job.id for job in lost]
 
 
+def end_expired(session: Session, *, limit: int = 1000) -> list[UUID]:
+    """Queued jobs that have waited longer than they allow: `expired`."""
+    overdue = select(Job.id).where(Job.state == JobState.QUEUED, Job.expires_at <= func.now())
+    overdue = overdue.order_by(Job.expires_at).limit(limit).with_for_update(skip_locked=True)
+    return _end_all(session, Job.id.in_(overdue.scalar_subquery()), JobState.EXPIRED, data={})
+
+
 def published(session: Session, *, older_than_s: float) -> list[tuple[UUID, str]]:
     """Jobs that should be in the broker or about to be claimed: (id, model)."""
     statement = select(Job.id, Job.model).where(
@@ -313,7 +297,11 @@ def published(session: Session, *, older_than_s: float) -> list[tuple[UUID, str]
 
 def unpublish(session: Session, job_ids: Sequence[UUID]) -> None:
     """Give jobs that the broker lost their place in the queue again."""
-    session.execute(update(Job).where(Job.id.in_(job_ids), Job.state == JobState.QUEUED).values(published_at=None))
+    session.execute(
+        update(Job)
+        .where(Job.id.in_(job_ids), Job.state == JobState.QUEUED)
+        .values(published_at=None, published_lane=None)
+    )
 
 
 def queued_by_model(session: Session) -> dict[str, int]:
@@ -348,10 +336,20 @@ def _from_now(seconds: float) -> ColumnElement[Any]:
     return func.clock_timestamp() + timedelta(seconds=seconds)
 
 
+def _not_expired() -> ColumnElement[bool]:
+    return or_(Job.expires_at.is_(None), Job.expires_at > func.clock_timestamp())
+
+
 def _end(
     session: Session, condition: ColumnElement[bool], state: JobState, *, data: dict[str, Any], **values: Any
 ) -> bool:
-    ended = _transition(
+    return bool(_end_all(session, condition, state, data=data, **values))
+
+
+def _end_all(
+    session: Session, condition: ColumnElement[bool], state: JobState, *, data: dict[str, Any], **values: Any
+) -> list[UUID]:
+    return _transition(
         session,
         condition,
         event=EventType(state.value),
@@ -359,15 +357,13 @@ def _end(
         state=state,
         lease_until=None,
         published_at=None,
+        published_lane=None,
         finished_at=func.now(),
         **values,
     )
-    if ended:
-        JOBS_FINISHED.labels(state.value).inc()
-    return ended
 
 
-def _requeue(session: Session, condition: ColumnElement[bool], *, data: dict[str, Any], **values: Any) -> bool:
+def _requeue(session: Session, condition: ColumnElement[bool], *, data: dict[str, Any], **values: Any) -> list[UUID]:
     return _transition(
         session,
         condition,
@@ -376,6 +372,7 @@ def _requeue(session: Session, condition: ColumnElement[bool], *, data: dict[str
         state=JobState.QUEUED,
         lease_until=None,
         published_at=None,
+        published_lane=None,
         worker=None,
         **values,
     )
@@ -383,8 +380,8 @@ def _requeue(session: Session, condition: ColumnElement[bool], *, data: dict[str
 
 def _transition(
     session: Session, *conditions: ColumnElement[bool], event: EventType, data: dict[str, Any], **values: Any
-) -> bool:
-    """Change one row if it is as expected and add the event, numbered by that same statement."""
+) -> list[UUID]:
+    """Change the rows that are as expected and add to each its event, numbered by that same statement; their ids."""
     statement = (
         update(Job)
         .where(*conditions)
@@ -392,8 +389,6 @@ def _transition(
         .returning(Job.id, Job.last_seq)
         .execution_options(synchronize_session=False)
     )
-    row = session.execute(statement).one_or_none()
-    if row is None:
-        return False
-    session.add(JobEvent(job_id=row.id, seq=row.last_seq, type=event, data=data))
-    return True
+    rows = session.execute(statement).all()
+    session.add_all(JobEvent(job_id=row.id, seq=row.last_seq, type=event, data=data) for row in rows)
+    return [row.id for row in rows]

@@ -159,11 +159,14 @@ class Job(Base):
             "ix_jobs_waiting",
             "model",
             "lane",
+            "owner_id",
             "created_at",
+            "id",
             postgresql_where=text("state = 'queued' and published_at is null"),
         ),
         Index("ix_jobs_published", "model", postgresql_where=text("state = 'queued' and published_at is not null")),
         Index("ix_jobs_leases", "lease_until", postgresql_where=text("state = 'processing'")),
+        Index("ix_jobs_deadlines", "expires_at", postgresql_where=text("state = 'queued' and expires_at is not null")),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -172,6 +175,7 @@ class Job(Base):
     state: Mapped[str] = mapped_column(server_default="queued")
     lane: Mapped[int] = mapped_column(SmallInteger)
     model: Mapped[str]
+    images: Mapped[int] = mapped_column(Integer)
     parameters: Mapped[dict[str, Any]]
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
     retry_of: Mapped[UUID | None]  # no foreign key: the job that it tries again may be deleted
@@ -185,7 +189,10 @@ class Job(Base):
     model_started: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     lease_until: Mapped[datetime | None]
     run_after: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None]
+    timeout_s: Mapped[float]
     published_at: Mapped[datetime | None]
+    published_lane: Mapped[int | None] = mapped_column(SmallInteger)
 
     last_seq: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     error: Mapped[dict[str, Any] | None]

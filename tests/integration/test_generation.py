@@ -297,16 +297,28 @@ def test_a_fault_ends_the_attempt_as_its_kind_demands(
     assert "secret" not in str(job.error)
 
 
-def test_a_job_that_runs_longer_than_allowed_fails_with_job_timeout(
-    session: Session, models: Models, model: Watched, settings: Settings
+def test_a_job_that_runs_longer_than_it_allows_fails_with_job_timeout(
+    session: Session, models: Models, leases: Leases, model: Watched
 ) -> None:
     model.cost_s = 20
-    job = submit(session, num_inference_steps=100)
-    hasty = settings.model_copy(update={"jobs": settings.jobs.model_copy(update={"timeout_s": 0.3})})
-    with Leases(hasty.jobs) as leases:
-        outcome = generation.run(job.id, models=models, leases=leases, settings=hasty, worker="test")
-    assert outcome is Outcome.FAILED
+    job = submit(session, num_inference_steps=100, timeout_s=0.3)
+    assert run(job.id, models, leases) is Outcome.FAILED
     assert (reload(session, job).error or {})["code"] == "job_timeout"
+
+
+def test_a_job_whose_time_to_start_is_over_when_the_model_is_free_expires_undrawn(
+    session: Session, models: Models, leases: Leases, model: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(session, expires_in_s=60)
+
+    def slow_resolution(*_: object, **__: object) -> None:
+        session.execute(text("update jobs set expires_at = now() - interval '1 second'"))
+        session.commit()
+
+    monkeypatch.setattr("worker_service.attempt.Attempt.resolved", slow_resolution)
+    assert run(job.id, models, leases) is Outcome.EXPIRED
+    assert reload(session, job).state == JobState.EXPIRED
+    assert model.asked == []
 
 
 def test_an_image_whose_bytes_are_damaged_fails_with_a_code_and_the_others_are_embedded(

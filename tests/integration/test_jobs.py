@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import func, select, update
@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState, Lane
 from shared.db import jobs
+from shared.db.feed import next_jobs
 from shared.db.jobs import Claim, Output
 from shared.db.models import Generation, GenerationReference, Job, JobEvent
 from shared.db.session import session_scope
@@ -35,6 +36,10 @@ def state(session: Session, job: Job) -> str:
 def let_lease_expire(session: Session, job: Job) -> None:
     past = func.now() - timedelta(seconds=1)
     session.execute(update(Job).where(Job.id == job.id).values(lease_until=past))
+
+
+def feed(session: Session, *, model: str = "cheap", window: int = 2, starving_s: float = 1e6) -> list[UUID]:
+    return [each.job_id for each in next_jobs(session, model, window=window, starving_s=starving_s)]
 
 
 def an_output(job: Job, index: int = 0) -> Output:
@@ -155,7 +160,7 @@ def test_a_passing_fault_waits_longer_each_time_and_fails_in_the_end(session: Se
         session.refresh(job)
         assert job.state == JobState.QUEUED
         assert jobs.claim(session, job.id, worker="w", lease_s=30) is None, "not due yet"
-        assert jobs.feed(session, job.model, window=10) == [], "and not published before it is due"
+        assert feed(session, window=10) == [], "and not published before it is due"
         waits.append(jobs.events(session, job.id, after=job.last_seq - 1)[0].data["wait_s"])
         session.execute(update(Job).where(Job.id == job.id).values(run_after=func.now()))
     assert waits == [4, 8, 16]
@@ -183,22 +188,82 @@ def test_events_are_numbered_without_gaps(session: Session) -> None:
 
 
 def test_the_window_is_fed_by_lane_then_age_and_never_overfilled(session: Session) -> None:
-    low, old, new, high = (make_job(session, lane=lane) for lane in (Lane.LOW, Lane.NORMAL, Lane.NORMAL, Lane.HIGH))
-    age(session, [low, old, new, high])
-    assert jobs.feed(session, "cheap", window=2) == [high.id, old.id]
-    assert jobs.feed(session, "cheap", window=2) == []
-    claim(session, high)
-    assert jobs.feed(session, "cheap", window=2) == [new.id]
-    assert jobs.feed(session, "other", window=2) == []
+    old, new, newest = make_job(session), make_job(session), make_job(session)
+    age(session, [old, new, newest])
+    assert feed(session) == [old.id, new.id]
+    assert feed(session) == []
+    claim(session, old)
+    assert feed(session) == [newest.id]
+    assert feed(session, model="other") == []
+
+
+def test_a_better_lane_finds_room_beside_a_full_window_and_a_worse_one_does_not(session: Session) -> None:
+    published = [make_job(session), make_job(session)]
+    assert set(feed(session)) == {job.id for job in published}
+    low, high = make_job(session, lane=Lane.LOW), make_job(session, lane=Lane.HIGH)
+    assert feed(session) == [high.id]
+    assert feed(session) == []
+    for job in (*published, high):
+        claim(session, job)
+    assert feed(session) == [low.id]
+
+
+def test_owners_share_the_window_however_many_jobs_they_have(session: Session) -> None:
+    many = [make_job(session, owner="many", lane=Lane.BULK) for _ in range(20)]
+    age(session, many)
+    few = [make_job(session, owner="few", lane=Lane.BULK) for _ in range(3)]
+    chosen = feed(session, window=6)
+    assert [job.id in chosen for job in few] == [True, True, True]
+    assert [job.id for job in many if job.id in chosen] == [job.id for job in many[:3]]
+
+
+def test_an_owner_whose_images_are_in_flight_lets_others_go_first(session: Session) -> None:
+    claim(session, make_job(session, owner="busy", seeds=[1, 2, 3, 4]))
+    busy, idle = make_job(session, owner="busy"), make_job(session, owner="idle")
+    age(session, [busy, idle])
+    assert feed(session, window=1) == [idle.id]
+
+
+def test_a_lane_that_starves_under_a_steady_stream_gets_one_job_ahead_of_it(session: Session) -> None:
+    bulk = [make_job(session, lane=Lane.BULK) for _ in range(2)]
+    stream = [make_job(session, lane=Lane.HIGH) for _ in range(6)]
+    age(session, [*bulk, *stream])  # they have waited for about 100 s
+    assert bulk[0].id not in feed(session, window=2, starving_s=1000)
+    for job in stream[:2]:
+        claim(session, job)
+    (promoted, _) = next_jobs(session, "cheap", window=2, starving_s=50)
+    assert (promoted.job_id, promoted.lane) == (bulk[0].id, Lane.HIGH.rank)
+    claim(session, bulk[0])
+    assert bulk[1].id not in feed(session, window=2, starving_s=50), "one at a time"
+
+
+def test_a_job_that_waits_longer_than_it_allows_expires_and_is_neither_published_nor_claimed(session: Session) -> None:
+    job = make_job(session, expires_in_s=0.001)
+    session.commit()
+    assert feed(session) == []
+    assert jobs.claim(session, job.id, worker="w", lease_s=30) is None
+    assert jobs.end_expired(session) == [job.id]
+    assert state(session, job) == JobState.EXPIRED
+    assert story(session, job) == ["queued", "expired"]
+
+
+def test_a_claimed_job_whose_model_does_not_begin_in_time_expires_too(session: Session) -> None:
+    job = make_job(session, expires_in_s=60)
+    held = claim(session, job)
+    assert not jobs.expire(session, held), "its time is not over"
+    session.execute(update(Job).values(expires_at=func.now() - timedelta(seconds=1)))
+    assert not jobs.model_started(session, held)
+    assert jobs.expire(session, held)
+    assert state(session, job) == JobState.EXPIRED
 
 
 def test_a_job_missing_from_the_broker_is_published_again(session: Session) -> None:
     job = make_job(session)
-    assert jobs.feed(session, "cheap", window=2) == [job.id]
+    assert feed(session) == [job.id]
     assert jobs.published(session, older_than_s=-1) == [(job.id, "cheap")]
     jobs.unpublish(session, [job.id])
     assert jobs.waiting_models(session) == ["cheap"]
-    assert jobs.feed(session, "cheap", window=2) == [job.id]
+    assert feed(session) == [job.id]
 
 
 def test_the_queue_position_counts_the_jobs_that_go_first(session: Session) -> None:
