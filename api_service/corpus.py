@@ -181,7 +181,8 @@ def _add(
 def _clean(name: str | None) -> str | None:
     """The last part of a client's file name, without what no file name should hold."""
     last = PurePosixPath((name or "").replace("\\", "/")).name
-    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "", last)[-FILENAME_LENGTH:].strip() or None
+    clean = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "", last)[-FILENAME_LENGTH:].strip()
+    return clean if clean.strip(".") else None
 
 
 def _ring() -> None:

@@ -64,6 +64,8 @@ class Documented(OpenAPI):
         super().generate_spec_json()  # type: ignore[no-untyped-call]
         document = self.spec_json
         components = document["components"]
+        if components.get("securitySchemes") is None:
+            components.pop("securitySchemes", None)
         for model in (Problem, DryRunView, SearchRequest, UploadFields):
             schema = get_model_schema(model)
             components["schemas"].update(schema.pop("$defs", {}))

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg2
 import pytest
 import redis
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
 from sqlalchemy.orm import Session
 
 from ops.local.stack import DATABASE, LocalStack
@@ -43,16 +43,20 @@ def postgres_url(servers: LocalStack) -> Iterator[str]:
     """The SQLAlchemy URL of an empty, migrated database that only this test uses."""
     template = make_url(servers.environment()["AFTERIMAGE_DATABASE__URL"])
     name = f"test_{next(_copies)}"
+    _administer(template, f"CREATE DATABASE {name} TEMPLATE {DATABASE} STRATEGY FILE_COPY")
+    yield template.set(database=name).render_as_string(hide_password=False)
+    _administer(template, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _administer(server: URL, statement: str) -> None:
+    # A connection for each statement: a test may have restarted the server in between.
     admin = psycopg2.connect(
-        host=template.host, port=template.port, user=template.username, password=template.password, dbname="postgres"
+        host=server.host, port=server.port, user=server.username, password=server.password, dbname="postgres"
     )
     try:
         admin.autocommit = True
         with admin.cursor() as cursor:
-            cursor.execute(f"CREATE DATABASE {name} TEMPLATE {DATABASE} STRATEGY FILE_COPY")
-        yield template.set(database=name).render_as_string(hide_password=False)
-        with admin.cursor() as cursor:
-            cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            cursor.execute(statement)
     finally:
         admin.close()
 

@@ -29,7 +29,8 @@ def client(settings: Settings) -> Iterator[Client]:
     """A client of the API in this process, on this test's servers."""
     app = create_app(settings)
     yield app.test_client()
-    progress.subscriber().close()
+    if progress.subscriber.cache_info().currsize:
+        progress.subscriber().close()
     app.extensions["decoder"].close()
 
 

@@ -1,0 +1,136 @@
+"""The OpenAPI document and Swagger UI: whole, true, and at hand without a network."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from openapi_spec_validator import validate
+
+from tests.integration.conftest import API, Client
+
+METHODS = ("get", "post", "patch", "delete", "put")
+
+
+@pytest.fixture
+def document(client: Client) -> dict[str, Any]:
+    answer = client.get(f"{API}/openapi.json")
+    assert answer.status_code == 200
+    return dict(answer.json)
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for route, path_item in document["paths"].items():
+        for method in METHODS:
+            if method in path_item:
+                yield method, route, path_item[method]
+
+
+def test_the_document_is_valid_openapi_3_1(document: dict[str, Any]) -> None:
+    assert document["openapi"].startswith("3.1")
+    validate(document)
+
+
+def test_every_reference_in_it_leads_somewhere(document: dict[str, Any]) -> None:
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            if isinstance(node.get("$ref"), str):
+                yield node["$ref"]
+            for value in node.values():
+                yield from references(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from references(value)
+
+    for reference in set(references(document)):
+        target: Any = document
+        for part in reference.removeprefix("#/").split("/"):
+            assert part in target, reference
+            target = target[part]
+
+
+def test_operations_have_ids_that_a_generated_client_can_use(document: dict[str, Any]) -> None:
+    ids = [operation["operationId"] for _, _, operation in operations(document)]
+    assert len(set(ids)) == len(ids) >= 25
+    assert all(re.fullmatch(r"[a-z][A-Za-z]+", name) for name in ids)
+    assert all(operation["summary"] and operation["tags"] for _, _, operation in operations(document))
+
+
+def test_every_route_of_the_api_is_documented_and_the_other_way_round(client: Client, document: dict[str, Any]) -> None:
+    served = {
+        (method.lower(), re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
+        for rule in client.application.url_map.iter_rules()
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+        if rule.rule.startswith(API) and rule.endpoint != "document"
+    }
+    assert {(method, route) for method, route, _ in operations(document)} == served
+
+
+def test_every_endpoint_that_the_seed_names_is_there(document: dict[str, Any]) -> None:
+    wanted = {
+        ("get", "/health"),
+        ("post", "/search"),
+        ("post", "/generate"),
+        ("post", "/rag/generate"),
+        ("get", "/rag/search"),
+        ("post", "/upload"),
+        ("get", "/images"),
+        ("get", "/images/{image_id}"),
+        ("delete", "/images/{image_id}"),
+        ("get", "/stats"),
+    }
+    assert {(method, API + route) for method, route in wanted} <= {(m, r) for m, r, _ in operations(document)}
+
+
+def test_errors_are_described_once_and_named_by_every_operation(document: dict[str, Any]) -> None:
+    described = document["components"]["responses"]
+    for method, route, operation in operations(document):
+        errors = {status: answer for status, answer in operation["responses"].items() if status[0] in "45d"}
+        assert "500" in errors, route
+        for status, answer in errors.items():
+            health = "health" in route and status == "503"
+            assert health or answer["$ref"].split("/")[-1] in described, (method, route, status)
+        if operation.get("requestBody"):
+            assert {"400", "413", "415", "422"} <= set(errors), route
+        if "{" in route:
+            assert "404" in errors
+    for response in described.values():
+        assert response["content"]["application/problem+json"]["schema"]["$ref"].endswith("/Problem")
+
+
+def test_the_examples_in_it_are_accepted(client: Client, document: dict[str, Any]) -> None:
+    for route, status in [("/generate", 202), ("/rag/generate", 202), ("/search", 503)]:
+        content = document["paths"][API + route]["post"]["requestBody"]["content"]
+        answer = client.post(API + route, json=content["application/json"]["example"])
+        assert answer.status_code == status, answer.text
+
+
+def test_swagger_ui_needs_nothing_from_the_network(client: Client) -> None:
+    start = client.get("/docs", follow_redirects=True)
+    assert start.status_code == 200
+    assert not re.search(r"""(?:src|href)=["'](?:https?:)?//""", start.text)
+    assert "openapi.json" in start.text
+    for asset in re.findall(r"""(?:src|href)="([^"]+)""", start.text):
+        answer = client.get(f"/docs/{asset}")
+        assert answer.status_code == 200, asset
+        answer.close()
+
+
+def test_without_docs_there_is_no_swagger_ui(settings: Any) -> None:
+    from api_service.app import create_app
+
+    closed = settings.model_copy(update={"security": settings.security.model_copy(update={"docs_enabled": False})})
+    client = create_app(closed).test_client()
+    assert client.get("/docs").status_code == 404
+    assert client.get("/docs/swagger").status_code == 404
+
+
+def test_an_unexpected_fault_shows_nothing_of_itself(client: Client) -> None:
+    def crash() -> None:
+        raise RuntimeError("secret detail")
+
+    client.application.view_functions["document"] = crash
+    answer = client.get(f"{API}/openapi.json")
+    assert (answer.status_code, answer.json["code"]) == (500, "internal_error")
+    assert "secret" not in answer.text
+    assert "Traceback" not in answer.text

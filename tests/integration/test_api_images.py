@@ -1,0 +1,267 @@
+"""The corpus over HTTP: upload, list, look, change, delete."""
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from PIL import Image as Picture
+from sqlalchemy.orm import Session
+
+from shared import queue
+from shared.db import owners, spaces
+from shared.db.images import vector_of
+from shared.db.models import Collection, Generation, GenerationReference, Image
+from shared.settings import Settings
+from tests.factories import SHARED_COLLECTION, make_image, make_job
+from tests.integration.conftest import API, Client, picture
+
+VECTOR = [1.0] + [0.0] * 15
+
+
+def upload(client: Client, *files: bytes, name: str = "image.png", **fields: Any) -> Any:
+    sent = [(io.BytesIO(data), name) for data in files]
+    return client.post(f"{API}/upload", data={"file": sent, **fields}, content_type="multipart/form-data")
+
+
+def uploaded(client: Client, data: bytes, **fields: Any) -> dict[str, Any]:
+    answer = upload(client, data, **fields)
+    assert answer.status_code == 201, answer.text
+    return dict(answer.json["images"][0])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_an_uploaded_image_comes_back_with_what_was_said_of_it(client: Client, kind: str) -> None:
+    data = picture("teal", size=(300, 200), kind=kind)
+    image = uploaded(
+        client,
+        data,
+        name="holiday photo.bin",
+        caption="123",
+        tags="sea, sky,sea,",
+        licence="CC0",
+        source="me",
+        attributes='{"camera": "x100"}',
+    )
+    assert image["caption"] == "123", "a number in a form stays the text that it is"
+    assert image["tags"] == ["sea", "sky"]
+    assert (image["licence"], image["source"], image["attributes"]) == ("CC0", "me", {"camera": "x100"})
+    assert (image["format"], image["width"], image["height"]) == (kind.lower(), 300, 200)
+    assert image["sha256"] == hashlib.sha256(data).hexdigest()
+    assert (image["state"], image["collection"]) == ("pending", "shared")
+    assert client.get(image["url"]).json == image
+
+    content = client.get(image["content_url"])
+    assert content.content_type == f"image/{kind.lower()}"
+    assert f'filename="holiday photo.{kind.lower()}"' in content.headers["Content-Disposition"]
+    assert len(content.data) == image["size_bytes"] == content.content_length
+    assert Picture.open(io.BytesIO(content.data)).size == (300, 200)
+    thumbnail = client.get(image["thumbnail_url"])
+    assert thumbnail.content_type == "image/webp"
+    assert max(Picture.open(io.BytesIO(thumbnail.data)).size) <= 256
+
+
+def test_what_never_changes_is_cached_for_good_and_not_sent_twice(client: Client) -> None:
+    image = uploaded(client, picture())
+    for url in (image["content_url"], image["thumbnail_url"]):
+        first = client.get(url)
+        assert "immutable" in first.headers["Cache-Control"]
+        again = client.get(url, headers={"If-None-Match": first.headers["ETag"]})
+        assert (again.status_code, again.data) == (304, b"")
+        assert again.headers["ETag"] == first.headers["ETag"]
+        assert client.get(url, headers={"If-None-Match": '"another"'}).status_code == 200
+        head = client.head(url)
+        assert (head.status_code, head.data) == (200, b"")
+    etags = {client.get(image[name]).headers["ETag"] for name in ("content_url", "thumbnail_url")}
+    assert len(etags) == 2
+    assert not any(etag.startswith("W/") for etag in etags)
+
+
+def test_many_files_of_one_request_are_all_kept_and_their_workers_are_rung(client: Client, settings: Settings) -> None:
+    answer = upload(client, *(picture(colour) for colour in ("red", "green", "blue")), tags=["a", "b"])
+    assert (answer.status_code, answer.json["created"], answer.json["existing"]) == (201, 3, 0)
+    assert {tuple(image["tags"]) for image in answer.json["images"]} == {("a", "b")}
+    assert queue.broker().llen(queue.EMBED_IMAGES_QUEUE) == 1
+
+
+def test_the_same_content_again_is_answered_with_the_image_there_is(client: Client) -> None:
+    first = uploaded(client, picture(), caption="first")
+    again = upload(client, picture(), caption="second")
+    assert (again.status_code, again.json["created"], again.json["existing"]) == (200, 0, 1)
+    assert again.json["images"] == [first]
+    twice = upload(client, picture("blue"), picture("blue")).json
+    assert (twice["created"], twice["existing"]) == (1, 1)
+    assert twice["images"][0] == twice["images"][1]
+
+
+def test_an_own_collection_is_made_at_first_use_and_holds_its_own_image_of_the_same_content(client: Client) -> None:
+    shared = uploaded(client, picture())
+    own = uploaded(client, picture(), collection="holidays")
+    assert (own["collection"], own["sha256"]) == ("holidays", shared["sha256"])
+    assert own["id"] != shared["id"]
+    listed = client.get(f"{API}/images", query_string={"collection": "holidays"}).json["items"]
+    assert [image["id"] for image in listed] == [own["id"]]
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ("../../etc/passwd.png", "passwd.png"),
+        ("pictures/cat.png", "cat.png"),
+        ("für Zoë ✓.png", "für Zoë ✓.png"),
+        ("..", None),
+        ("x" * 300 + ".png", "x" * 196 + ".png"),
+    ],
+)
+def test_a_file_name_is_reduced_to_its_harmless_last_part(client: Client, sent: str, kept: str | None) -> None:
+    image = uploaded(client, picture(), name=sent)
+    assert image["filename"] == kept
+    content = client.get(image["content_url"])
+    assert content.status_code == 200
+    assert "\n" not in content.headers["Content-Disposition"]
+
+
+def test_images_are_listed_newest_first_by_page_and_filter(client: Client) -> None:
+    made = [uploaded(client, picture(colour), tags=colour, licence="CC0") for colour in ("red", "green", "blue")]
+    ids = [image["id"] for image in made][::-1]
+    first = client.get(f"{API}/images?limit=2").json
+    second = client.get(f"{API}/images", query_string={"limit": 2, "cursor": first["next_cursor"]}).json
+    assert [image["id"] for image in first["items"] + second["items"]] == ids
+    assert second["next_cursor"] is None
+    assert [image["id"] for image in client.get(f"{API}/images?tag=green").json["items"]] == [ids[1]]
+    assert len(client.get(f"{API}/images?licence=CC0&state=pending").json["items"]) == 3
+    assert client.get(f"{API}/images?licence=MIT").json["items"] == []
+
+
+def test_a_change_touches_only_the_fields_it_names(client: Client, session: Session) -> None:
+    image = uploaded(client, picture(), caption="before", tags="a", source="me")
+    version = session.get_one(Collection, SHARED_COLLECTION).version
+    changed = client.patch(image["url"], json={"caption": "after", "tags": ["b", "c"], "source": None}).json
+    assert changed == {**image, "caption": "after", "tags": ["b", "c"], "source": None}
+    assert client.patch(image["url"], json={"tags": None, "attributes": None}).json["tags"] == []
+    assert client.patch(image["url"], json={}).json["caption"] == "after"
+    session.rollback()
+    assert session.get_one(Collection, SHARED_COLLECTION).version > version, "cached searches must not survive it"
+
+
+def test_a_deleted_image_is_gone_at_once_with_its_vector_while_its_bytes_wait_for_the_sweeper(
+    client: Client, session: Session, settings: Settings
+) -> None:
+    image = uploaded(client, picture())
+    row = make_image(session, vector=VECTOR)
+    space = spaces.find_active(session)
+    assert space is not None
+    session.commit()
+    for deleted in (image["id"], str(row.id)):
+        assert client.delete(f"{API}/images/{deleted}").status_code == 204
+        for route in ("", "/content", "/thumbnail"):
+            assert client.get(f"{API}/images/{deleted}{route}").status_code == 404
+        assert client.delete(f"{API}/images/{deleted}").status_code == 404
+    session.rollback()
+    assert vector_of(session, space, row.id) is None
+    blobs = Path(settings.storage.url.removeprefix("file://"))
+    assert list(blobs.rglob(f"{image['sha256']}*"))
+
+
+def test_somebody_elses_image_is_as_absent_as_one_that_never_was(client: Client, session: Session) -> None:
+    theirs = owners.ensure_collection(session, "theirs", owner_id=owners.ensure(session, "other"))
+    image = make_image(session, collection_id=theirs.id)
+    session.commit()
+    for method, route in [("GET", ""), ("PATCH", ""), ("DELETE", ""), ("GET", "/content"), ("GET", "/thumbnail")]:
+        answer = client.open(f"{API}/images/{image.id}{route}", method=method, json={})
+        assert answer.status_code == 404, (method, route)
+    assert client.get(f"{API}/images", query_string={"collection": "theirs"}).status_code == 422
+    session.rollback()
+    assert session.get(Image, image.id) is not None
+
+
+def test_an_image_whose_bytes_are_lost_is_a_404_and_no_broken_200(client: Client, session: Session) -> None:
+    image = make_image(session)
+    session.commit()
+    answer = client.get(f"{API}/images/{image.id}/content")
+    assert (answer.status_code, answer.json["code"]) == (404, "not_found")
+
+
+def test_the_outputs_that_used_an_image_are_listed_also_after_its_deletion(client: Client, session: Session) -> None:
+    image = make_image(session)
+    outputs = [_output(session, reference=image.id), _output(session, reference=uuid4())]
+    session.commit()
+    for _ in range(2):
+        listed = client.get(f"{API}/images/{image.id}/generations").json["items"]
+        assert [output["id"] for output in listed] == [str(outputs[0])]
+        assert listed[0]["references"][0]["image_id"] == str(image.id)
+        client.delete(f"{API}/images/{image.id}")
+
+
+def _output(session: Session, *, reference: UUID, owner: str = "local") -> UUID:
+    job = make_job(session, owner=owner)
+    generation = Generation(
+        id=uuid4(),
+        job_id=job.id,
+        owner_id=job.owner_id,
+        index=0,
+        seed=1,
+        format="png",
+        blob_key="outputs/x.png",
+        thumbnail_key="outputs/x.webp",
+        width=32,
+        height=32,
+        size_bytes=10,
+        sha256="0" * 64,
+        pixels_sha256="0" * 64,
+        provenance={"prompt": "a red apple"},
+    )
+    session.add(generation)
+    session.flush()
+    session.add(
+        GenerationReference(
+            generation_id=generation.id,
+            position=0,
+            image_id=reference,
+            sha256="1" * 64,
+            similarity=0.5,
+            weight=1.0,
+            pinned=False,
+        )
+    )
+    session.flush()
+    return generation.id
+
+
+# --- outputs ------------------------------------------------------------------------------------------------------
+
+
+def test_outputs_are_listed_shown_and_deleted_by_their_owner_alone(client: Client, session: Session) -> None:
+    mine = [_output(session, reference=uuid4()) for _ in range(3)]
+    theirs = _output(session, reference=uuid4(), owner="other")
+    session.commit()
+    page = client.get(f"{API}/generations?limit=2").json
+    rest = client.get(f"{API}/generations", query_string={"cursor": page["next_cursor"]}).json
+    assert {item["id"] for item in page["items"] + rest["items"]} == {str(output) for output in mine}
+    shown = client.get(f"{API}/generations/{mine[0]}").json
+    assert shown["provenance"] == {"prompt": "a red apple"}
+    assert client.get(f"{API}/jobs/{shown['job_id']}").json["outputs"] == [shown]
+    for route in ("", "/content", "/thumbnail"):
+        assert client.get(f"{API}/generations/{theirs}{route}").status_code == 404
+    assert client.delete(f"{API}/generations/{theirs}").status_code == 404
+    assert client.delete(f"{API}/generations/{mine[0]}").status_code == 204
+    assert client.get(f"{API}/generations/{mine[0]}").status_code == 404
+    assert client.get(f"{API}/jobs/{shown['job_id']}").json["outputs"] == []
+
+
+def test_the_file_of_an_output_is_served_as_stored(client: Client, session: Session) -> None:
+    from shared.storage import get_blobs
+
+    output = _output(session, reference=uuid4())
+    session.commit()
+    get_blobs().put("outputs/x.png", b"0123456789", media_type="image/png")
+    get_blobs().put("outputs/x.webp", b"small", media_type="image/webp")
+    content = client.get(f"{API}/generations/{output}/content")
+    assert (content.data, content.content_type, content.headers["ETag"]) == (
+        b"0123456789",
+        "image/png",
+        '"' + "0" * 64 + '"',
+    )
+    assert client.get(f"{API}/generations/{output}/thumbnail").data == b"small"
