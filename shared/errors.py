@@ -209,6 +209,12 @@ class InvalidCursorError(ValidationError):
     status = 400
 
 
+class ForbiddenTargetError(ValidationError):
+    """This service does not call that URL."""
+
+    code = "forbidden_target"
+
+
 class InvalidImageError(ValidationError):
     """The file is not an image that this service accepts."""
 

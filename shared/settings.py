@@ -260,6 +260,14 @@ class APISettings(Section):
     max_waiters: int = Field(16, ge=0, le=1000, description="long-polls and streams one process holds at a time")
 
 
+class WebhookSettings(Section):
+    timeout_s: float = Field(15, gt=0, le=60, description="longest wait for a receiver")
+    allow_http: bool = Field(False, description="accept targets without TLS")
+    allow_private: bool = Field(False, description="accept targets on private, loopback and link-local addresses")
+    per_host: int = Field(2, ge=1, le=100, description="deliveries to one host at a time: a dead one slows nobody")
+    secret_overlap_s: float = Field(86_400, ge=0, description="how long a rotated secret signs beside the new one")
+
+
 class WorkerSettings(Section):
     concurrency: int = Field(16, ge=1, le=512, description="jobs one worker process walks through at a time")
     generator: str | None = Field(None, description="which generator this process serves; none: the default one")
@@ -303,6 +311,7 @@ class Settings(BaseSettings):
     model: ModelSettings = Field(default_factory=ModelSettings)
     retrieval: RetrievalSettings = RetrievalSettings()
     api: APISettings = APISettings()
+    webhooks: WebhookSettings = WebhookSettings()
     worker: WorkerSettings = WorkerSettings()
     logging: LoggingSettings = LoggingSettings()
     metrics: MetricsSettings = MetricsSettings()

@@ -96,6 +96,7 @@ def upgrade() -> None:
         sa.Column("images", sa.Integer(), nullable=False),
         sa.Column("parameters", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
         sa.Column("metadata", postgresql.JSONB(astext_type=sa.Text()), server_default="{}", nullable=False),
+        sa.Column("webhook", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("retry_of", sa.Uuid(), nullable=True),
         sa.Column("resolution", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("timings", postgresql.JSONB(astext_type=sa.Text()), server_default="{}", nullable=False),
@@ -156,6 +157,19 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("state = 'queued' and published_at is null"),
     )
+    op.create_table(
+        "webhook_secrets",
+        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("owner_id", sa.Uuid(), nullable=False),
+        sa.Column("secret", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["owner_id"], ["owners.id"], name=op.f("fk_webhook_secrets_owner_id"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_webhook_secrets")),
+    )
+    op.create_index(op.f("ix_webhook_secrets_owner_id"), "webhook_secrets", ["owner_id"], unique=False)
     op.create_table(
         "generations",
         sa.Column("id", sa.Uuid(), nullable=False),
@@ -260,6 +274,49 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("generation_id", "position", name=op.f("pk_generation_references")),
     )
     op.create_index(op.f("ix_generation_references_image_id"), "generation_references", ["image_id"], unique=False)
+    op.create_table(
+        "webhook_deliveries",
+        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("owner_id", sa.Uuid(), nullable=False),
+        sa.Column("job_id", sa.Uuid(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), nullable=False),
+        sa.Column("url", sa.Text(), nullable=False),
+        sa.Column("host", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), server_default="pending", nullable=False),
+        sa.Column("attempts", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("due_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("lease_until", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("last_status", sa.Integer(), nullable=True),
+        sa.Column("last_error", sa.Text(), nullable=True),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("delivered_at", sa.DateTime(timezone=True), nullable=True),
+        sa.CheckConstraint("state in ('pending', 'delivered', 'failed')", name=op.f("ck_webhook_deliveries_state")),
+        sa.ForeignKeyConstraint(
+            ["job_id", "seq"],
+            ["job_events.job_id", "job_events.seq"],
+            name=op.f("fk_webhook_deliveries_job_id_seq"),
+            ondelete="CASCADE",
+        ),
+        sa.ForeignKeyConstraint(
+            ["owner_id"], ["owners.id"], name=op.f("fk_webhook_deliveries_owner_id"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_webhook_deliveries")),
+        sa.UniqueConstraint("job_id", "seq", name=op.f("uq_webhook_deliveries_job_id_seq")),
+    )
+    op.create_index(
+        "ix_webhook_deliveries_due",
+        "webhook_deliveries",
+        ["due_at"],
+        unique=False,
+        postgresql_where=sa.text("state = 'pending'"),
+    )
+    op.create_index(
+        "ix_webhook_deliveries_leases",
+        "webhook_deliveries",
+        ["host", "lease_until"],
+        unique=False,
+        postgresql_where=sa.text("lease_until is not null"),
+    )
     op.execute(f"insert into owners (id, name) values ('{SYSTEM_OWNER}', 'system')")
     op.execute(
         "insert into collections (id, owner_id, name, shared) "
@@ -275,6 +332,15 @@ def downgrade() -> None:
             loop execute format('drop table %I', t); end loop;
         end $$
     """)
+    op.drop_index(
+        "ix_webhook_deliveries_leases",
+        table_name="webhook_deliveries",
+        postgresql_where=sa.text("lease_until is not null"),
+    )
+    op.drop_index(
+        "ix_webhook_deliveries_due", table_name="webhook_deliveries", postgresql_where=sa.text("state = 'pending'")
+    )
+    op.drop_table("webhook_deliveries")
     op.drop_index(op.f("ix_generation_references_image_id"), table_name="generation_references")
     op.drop_table("generation_references")
     op.drop_table("job_events")
@@ -290,6 +356,8 @@ def downgrade() -> None:
     op.drop_table("images")
     op.drop_index(op.f("ix_generations_owner_id"), table_name="generations")
     op.drop_table("generations")
+    op.drop_index(op.f("ix_webhook_secrets_owner_id"), table_name="webhook_secrets")
+    op.drop_table("webhook_secrets")
     op.drop_index(
         "ix_jobs_waiting", table_name="jobs", postgresql_where=sa.text("state = 'queued' and published_at is null")
     )

@@ -8,7 +8,7 @@ from uuid import UUID
 from pydantic import Field, model_validator
 
 from shared.contracts.common import Contract, ImageFormat, Metadata, Name, Prompt, Seed, Text
-from shared.contracts.jobs import JobKind, Lane
+from shared.contracts.jobs import EventType, JobKind, Lane
 from shared.contracts.search import ImageFilter
 
 
@@ -30,6 +30,17 @@ class Mode(StrEnum):
     @property
     def uses_initial_image(self) -> bool:
         return self in (Mode.IMG2IMG, Mode.IMAGE_PROMPT_IMG2IMG)
+
+
+class Webhook(Contract):
+    """Whom to tell of a job, signed by Standard Webhooks with the owner's secret."""
+
+    url: Annotated[Text, Field(min_length=8, max_length=2000)] = Field(
+        examples=["https://example.com/hooks/afterimage"]
+    )
+    events: Annotated[list[EventType], Field(min_length=1, max_length=len(EventType))] = Field(
+        default_factory=lambda: [event for event in EventType if event.ends_job], description="which events to send"
+    )
 
 
 class GenerateRequest(Contract):
@@ -58,6 +69,7 @@ class GenerateRequest(Contract):
     timeout_s: float | None = Field(
         None, gt=0, le=86_400, description="longest run from there; then `failed` with `job_timeout`"
     )
+    webhook: Webhook | None = None
     metadata: Metadata = Field(default_factory=dict, description="echoed wherever the job is shown")
     dry_run: bool = Field(False, description="resolve and answer, queue nothing")
 

@@ -142,6 +142,10 @@ class EventType(StrEnum):
     EXPIRED = "expired"
     DEAD = "dead"
 
+    @property
+    def ends_job(self) -> bool:
+        return any(state.is_final and state.value == self.value for state in JobState)
+
 
 class EventView(Contract):
     seq: int = Field(ge=1)

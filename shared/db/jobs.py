@@ -13,9 +13,9 @@ from uuid import UUID, uuid4
 from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from shared.contracts.generation import GenerationParameters
+from shared.contracts.generation import GenerationParameters, Webhook
 from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
-from shared.db import paging
+from shared.db import paging, webhooks
 from shared.db.models import Generation, GenerationReference, Job, JobEvent
 from shared.errors import BaseAppException, JobCrashedError, JobStateError, ResourceNotFoundError
 
@@ -51,6 +51,7 @@ def insert(
     metadata: dict[str, str],
     timeout_s: float,
     expires_in_s: float | None = None,
+    webhook: Webhook | None = None,
     retry_of: UUID | None = None,
 ) -> Job:
     """A new `queued` job and the first event of its story.
@@ -69,12 +70,13 @@ def insert(
         expires_at=None if expires_in_s is None else func.now() + timedelta(seconds=expires_in_s),
         parameters=parameters.model_dump(mode="json"),
         job_metadata=metadata,
+        webhook=None if webhook is None else webhook.model_dump(mode="json"),
         retry_of=retry_of,
         last_seq=1,
     )
     session.add(job)
     session.flush()  # the event's foreign key needs the row
-    session.add(JobEvent(job_id=job.id, seq=1, type=EventType.QUEUED, data={}))
+    _tell(session, EventType.QUEUED, {}, [job])
     session.flush()
     return job
 
@@ -386,9 +388,18 @@ def _transition(
         update(Job)
         .where(*conditions)
         .values(**values, last_seq=Job.last_seq + 1)
-        .returning(Job.id, Job.last_seq)
+        .returning(Job.id, Job.owner_id, Job.last_seq, Job.webhook)
         .execution_options(synchronize_session=False)
     )
     rows = session.execute(statement).all()
-    session.add_all(JobEvent(job_id=row.id, seq=row.last_seq, type=event, data=data) for row in rows)
+    _tell(session, event, data, rows)
     return [row.id for row in rows]
+
+
+def _tell(session: Session, event: EventType, data: dict[str, Any], rows: Iterable[Any]) -> None:
+    """Add the event to each job's story, and to the outbox of those whose webhook asks for it."""
+    for row in rows:
+        session.add(JobEvent(job_id=row.id, seq=row.last_seq, type=event, data=data))
+        if row.webhook is not None and event in row.webhook["events"]:
+            session.flush()  # the delivery's foreign key needs the event
+            webhooks.enqueue(session, row.id, row.last_seq, owner_id=row.owner_id, url=row.webhook["url"])

@@ -14,6 +14,7 @@ from sqlalchemy import (
     DateTime,
     Double,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -178,6 +179,7 @@ class Job(Base):
     images: Mapped[int] = mapped_column(Integer)
     parameters: Mapped[dict[str, Any]]
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
+    webhook: Mapped[dict[str, Any] | None]
     retry_of: Mapped[UUID | None]  # no foreign key: the job that it tries again may be deleted
     resolution: Mapped[dict[str, Any] | None]
     timings: Mapped[dict[str, float]] = mapped_column(server_default="{}")
@@ -211,6 +213,46 @@ class JobEvent(Base):
     type: Mapped[str]
     at: Mapped[datetime] = mapped_column(server_default=func.now())
     data: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+
+
+class WebhookSecret(Base):
+    """What signs an owner's webhooks. After a rotation the old one signs too, until it expires."""
+
+    __tablename__ = "webhook_secrets"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    owner_id: Mapped[UUID] = mapped_column(ForeignKey("owners.id", ondelete="CASCADE"), index=True)
+    secret: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+
+
+class WebhookDelivery(Base):
+    """One event on its way to one receiver: written with the event, so that neither exists without the other."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("state in ('pending', 'delivered', 'failed')", name="state"),
+        ForeignKeyConstraint(["job_id", "seq"], ["job_events.job_id", "job_events.seq"], ondelete="CASCADE"),
+        UniqueConstraint("job_id", "seq"),
+        Index("ix_webhook_deliveries_due", "due_at", postgresql_where=text("state = 'pending'")),
+        Index("ix_webhook_deliveries_leases", "host", "lease_until", postgresql_where=text("lease_until is not null")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    owner_id: Mapped[UUID] = mapped_column(ForeignKey("owners.id", ondelete="CASCADE"))
+    job_id: Mapped[UUID]
+    seq: Mapped[int] = mapped_column(BigInteger)
+    url: Mapped[str]
+    host: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default="pending")
+    attempts: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    due_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    lease_until: Mapped[datetime | None]
+    last_status: Mapped[int | None] = mapped_column(Integer)
+    last_error: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    delivered_at: Mapped[datetime | None]
 
 
 class Generation(Base):

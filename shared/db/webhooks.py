@@ -1,0 +1,151 @@
+"""The outbox of webhooks: what is still to be told to whom, and how the telling went."""
+
+import base64
+import secrets
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session, aliased
+
+from shared.db.models import Job, JobEvent, WebhookDelivery, WebhookSecret
+from shared.errors import ResourceNotFoundError
+
+RETRY_AFTER_S = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600)
+"""Waits between tries, about 18 hours in all: the schedule that Standard Webhooks recommends, without its last step.
+https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md"""
+
+
+def enqueue(session: Session, job_id: UUID, seq: int, *, owner_id: UUID, url: str) -> None:
+    """Put an event of a job into the outbox, due at once."""
+    host = urlsplit(url).hostname or ""
+    session.add(WebhookDelivery(id=uuid4(), owner_id=owner_id, job_id=job_id, seq=seq, url=url, host=host))
+
+
+def any_due(session: Session) -> bool:
+    """Is there a delivery that could be tried now?"""
+    due = select(WebhookDelivery.id).where(WebhookDelivery.state == "pending", WebhookDelivery.due_at <= func.now())
+    return session.scalar(due.limit(1)) is not None
+
+
+def claim_due(session: Session, *, lease_s: float, per_host: int) -> tuple[WebhookDelivery, JobEvent, Job] | None:
+    """Take the delivery that is due longest, unless its host already has `per_host` in flight."""
+    other = aliased(WebhookDelivery)
+    in_flight = select(func.count()).where(other.host == WebhookDelivery.host, other.lease_until > func.now())
+    chosen = (
+        select(WebhookDelivery.id)
+        .where(
+            WebhookDelivery.state == "pending",
+            WebhookDelivery.due_at <= func.now(),
+            or_(WebhookDelivery.lease_until.is_(None), WebhookDelivery.lease_until < func.now()),
+            in_flight.scalar_subquery() < per_host,
+        )
+        .order_by(WebhookDelivery.due_at)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    statement = (
+        update(WebhookDelivery)
+        .where(WebhookDelivery.id == chosen.scalar_subquery())
+        .values(lease_until=func.clock_timestamp() + timedelta(seconds=lease_s), attempts=WebhookDelivery.attempts + 1)
+        .returning(WebhookDelivery)
+        .execution_options(synchronize_session=False)
+    )
+    delivery = session.scalar(statement)
+    if delivery is None:
+        return None
+    event = session.get_one(JobEvent, (delivery.job_id, delivery.seq))
+    return delivery, event, session.get_one(Job, delivery.job_id)
+
+
+def delivered(session: Session, delivery: WebhookDelivery, *, status: int) -> None:
+    _settle(session, delivery, state="delivered", delivered_at=func.now(), last_status=status, last_error=None)
+
+
+def failed(
+    session: Session,
+    delivery: WebhookDelivery,
+    *,
+    error: str,
+    status: int | None = None,
+    retry_after_s: float = 0,
+    final: bool = False,
+) -> None:
+    """Note a try that failed; it is tried again later, unless it is `final` or was the last one."""
+    if final or delivery.attempts > len(RETRY_AFTER_S):
+        _settle(session, delivery, state="failed", last_status=status, last_error=error)
+        return
+    wait_s = max(RETRY_AFTER_S[delivery.attempts - 1], min(retry_after_s, 86_400))
+    due_at = func.now() + timedelta(seconds=wait_s)
+    _settle(session, delivery, state="pending", due_at=due_at, last_status=status, last_error=error)
+
+
+def _settle(session: Session, delivery: WebhookDelivery, **values: object) -> None:
+    # Of two workers that tried the same delivery only the later claim may say how it went.
+    mine = update(WebhookDelivery).where(
+        WebhookDelivery.id == delivery.id, WebhookDelivery.attempts == delivery.attempts
+    )
+    session.execute(mine.values(lease_until=None, **values).execution_options(synchronize_session=False))
+
+
+# --- what owners see and do ---------------------------------------------------------------------------------------
+
+
+def of_job(session: Session, job_id: UUID) -> list[tuple[WebhookDelivery, JobEvent]]:
+    """The delivery log of a job, in the order of its events."""
+    statement = (
+        select(WebhookDelivery, JobEvent)
+        .join(JobEvent, (JobEvent.job_id == WebhookDelivery.job_id) & (JobEvent.seq == WebhookDelivery.seq))
+        .where(WebhookDelivery.job_id == job_id)
+        .order_by(WebhookDelivery.seq)
+    )
+    return [(row[0], row[1]) for row in session.execute(statement)]
+
+
+def redeliver(session: Session, delivery_id: UUID, *, owner_id: UUID) -> None:
+    """Make a delivery due again, with its whole schedule before it. It keeps its id: receivers know it by that.
+
+    Raises:
+        ResourceNotFoundError
+    """
+    statement = (
+        update(WebhookDelivery)
+        .where(WebhookDelivery.id == delivery_id, WebhookDelivery.owner_id == owner_id)
+        .values(state="pending", due_at=func.now(), attempts=0, lease_until=None)
+        .returning(WebhookDelivery.id)
+    )
+    if session.scalar(statement) is None:
+        raise ResourceNotFoundError("There is no such delivery.", delivery_id=str(delivery_id))
+
+
+def signing_secrets(session: Session, owner_id: UUID) -> Sequence[str]:
+    """The owner's valid secrets, newest first; one is made on first sight."""
+    valid = (
+        select(WebhookSecret.secret)
+        .where(
+            WebhookSecret.owner_id == owner_id,
+            or_(WebhookSecret.expires_at.is_(None), WebhookSecret.expires_at > func.now()),
+        )
+        .order_by(WebhookSecret.created_at.desc())
+    )
+    return session.scalars(valid).all() or [_add_secret(session, owner_id)]
+
+
+def rotate_secret(session: Session, owner_id: UUID, *, overlap_s: float) -> tuple[str, datetime]:
+    """A new secret for the owner, and until when the ones before it sign beside it."""
+    until = session.scalars(select(func.now() + timedelta(seconds=overlap_s))).one()
+    session.execute(
+        update(WebhookSecret)
+        .where(WebhookSecret.owner_id == owner_id, WebhookSecret.expires_at.is_(None))
+        .values(expires_at=until)
+    )
+    return _add_secret(session, owner_id), until
+
+
+def _add_secret(session: Session, owner_id: UUID) -> str:
+    secret = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+    session.add(WebhookSecret(id=uuid4(), owner_id=owner_id, secret=secret))
+    session.flush()
+    return secret
