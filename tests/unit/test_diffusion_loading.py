@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -22,7 +23,7 @@ from shared.errors import (
 from shared.settings import GeneratorDefaults, GeneratorSettings, IPAdapterSettings, ModelSettings
 from tests import small_pipelines
 from tests.unit.test_diffusion_batches import DIFFERENT, PIPELINES, REQUEST, ROUNDING, distance, draw, reference
-from worker_service import schedulers
+from worker_service import loading, schedulers
 from worker_service.diffusion import Diffusion
 
 Loaded = Callable[[str], Diffusion]
@@ -285,6 +286,20 @@ def test_a_model_trained_from_pure_noise_is_offered_only_schedulers_that_start_t
 
 def test_no_scheduler_to_choose_from_draws_noise_of_its_own() -> None:
     assert "DPMSolverSDEScheduler" not in {class_name for class_name, _ in schedulers.ALLOWED.values()}
+
+
+def test_a_process_that_loads_offline_asks_no_hub_again(loaded: Loaded) -> None:
+    loaded("sd15")
+    assert huggingface_hub.is_offline_mode()
+
+
+def test_the_settings_decide_the_threads_of_a_model_process(model_settings: ModelSettings) -> None:
+    before = torch.get_num_threads()
+    loading.prepare_process(model_settings.model_copy(update={"threads": before + 1}))
+    assert torch.get_num_threads() == before + 1
+    loading.prepare_process(model_settings.model_copy(update={"threads": 0}))
+    assert torch.get_num_threads() == before + 1
+    torch.set_num_threads(before)
 
 
 def test_a_request_that_says_nothing_gets_the_settings_defaults(small_models: Path) -> None:

@@ -13,7 +13,7 @@ from shared.errors import ImageGenerationError, ReferenceUnavailableError
 from tests.unit.test_diffusion_batches import DIFFERENT, REQUEST, ROUNDING, distance, draw, noting, reference
 from worker_service import conditioning, schedulers
 from worker_service.diffusion import Diffusion
-from worker_service.image_request import ImageRequest, Reference
+from worker_service.image_request import ImageRequest, Interrupted, Reference
 
 Loaded = Callable[[str], Diffusion]
 PROMPTED = replace(REQUEST, mode=Mode.IMAGE_PROMPT, references=(reference(1),))
@@ -208,3 +208,11 @@ def test_rows_that_the_pipeline_would_mix_are_refused(loaded: Loaded) -> None:
         pytest.raises(ImageGenerationError, match="runs 2 rows, the image prompt has 4"),
     ):
         drawn_by_diffusers(model, PROMPTED, **two_rows.arguments())
+
+
+def test_no_hook_of_a_call_outlives_it(loaded: Loaded) -> None:
+    model = loaded("sd15")
+    draw(model, PROMPTED)
+    with pytest.raises(Interrupted):
+        model.generate([PROMPTED], lambda step, steps: False)
+    assert not model.text_to_image.unet.encoder_hid_proj._forward_pre_hooks
