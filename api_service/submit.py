@@ -17,6 +17,7 @@ from shared.contracts.generation import (
     Mode,
     PinnedReference,
     RagGenerateRequest,
+    Webhook,
     seeds_from,
 )
 from shared.contracts.jobs import JobKind, JobState, JobView, Lane
@@ -32,6 +33,7 @@ from shared.errors import (
     UnsupportedParameterError,
     UnsupportedSizeError,
 )
+from shared.outbound import check_url
 from shared.settings import GeneratorSettings, Settings, get_settings
 
 
@@ -89,6 +91,7 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
             parameters=parameters,
             metadata=old.job_metadata,
             timeout_s=old.timeout_s,
+            webhook=None if old.webhook is None else Webhook.model_validate(old.webhook),
             retry_of=old.id,
         )
         session.refresh(job)
@@ -113,6 +116,8 @@ class _Retrieval:
 
 def _submit(kind: JobKind, request: GenerateRequest, retrieval: _Retrieval, *, caller: Caller) -> JobView | DryRunView:
     with session_scope() as session:
+        if request.webhook is not None:
+            check_url(request.webhook.url, get_settings().webhooks)
         parameters = _resolved(session, request, retrieval, caller=caller, settings=get_settings())
         if request.dry_run:
             return DryRunView(kind=kind, parameters=parameters)
@@ -127,6 +132,7 @@ def _submit(kind: JobKind, request: GenerateRequest, retrieval: _Retrieval, *, c
             metadata=request.metadata,
             timeout_s=min(request.timeout_s or longest_s, longest_s),
             expires_in_s=request.expires_in_s,
+            webhook=request.webhook,
         )
         session.refresh(job)
         view = views.job(session, job)

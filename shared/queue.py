@@ -27,8 +27,11 @@ GENERATE = "afterimage.generate"
 EMBED_QUERY = "afterimage.embed_query"
 EMBED_PENDING = "afterimage.embed_pending"
 
+DELIVER_WEBHOOKS = "afterimage.deliver_webhooks"
+
 EMBED_QUERIES_QUEUE = "embed.queries"
 EMBED_IMAGES_QUEUE = "embed.images"
+IO_QUEUE = "io"
 
 
 LANES = range(len(Lane))
@@ -127,6 +130,15 @@ def publish_embed_pending() -> None:
     _send(EMBED_PENDING, EMBED_IMAGES_QUEUE, args=[])
 
 
+def publish_deliver_webhooks() -> None:
+    """Tell the io workers that something is due.
+
+    Raises:
+        BrokerUnavailableError
+    """
+    _send(DELIVER_WEBHOOKS, IO_QUEUE, args=[])
+
+
 def publish_embed_query(reply_key: str, payload: dict[str, Any], *, expires_s: float) -> None:
     """Ask for the vector of a query; the answer is pushed to the list `reply_key`.
 
@@ -147,6 +159,14 @@ def feed(model: str) -> None:
         publish_jobs(model, published)
     except (BrokerUnavailableError, DatabaseError) as error:
         logger.warning("feed_failed", extra={"model": model, "cause": error.code})
+
+
+def ring_for_webhooks() -> None:
+    """Tell the io workers that something may be due. A fault here fails no caller: the reconciler rings again."""
+    try:
+        publish_deliver_webhooks()
+    except BrokerUnavailableError as error:
+        logger.warning("ring_failed", extra={"cause": error.code})
 
 
 def _send(task: str, queue: str, **options: Any) -> None:

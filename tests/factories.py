@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sqlalchemy.orm import Session
 
-from shared.contracts.generation import GenerationParameters, Mode
+from shared.contracts.generation import GenerationParameters, Mode, Webhook
 from shared.contracts.jobs import JobKind, JobState, Lane
 from shared.contracts.search import ImageFilter
 from shared.db import images, jobs, owners, spaces
@@ -57,6 +57,7 @@ def make_job(
     lane: Lane = Lane.NORMAL,
     timeout_s: float = 60,
     expires_in_s: float | None = None,
+    webhook: Webhook | None = None,
     **parameters: Any,
 ) -> Job:
     """A job in its first states as the product itself brings it there; the caller commits."""
@@ -69,6 +70,7 @@ def make_job(
         metadata={},
         timeout_s=timeout_s,
         expires_in_s=expires_in_s,
+        webhook=webhook,
     )
     if state is JobState.QUEUED:
         return job

@@ -138,6 +138,8 @@ def claimed(job_id: UUID, *, leases: Leases, settings: JobSettings, worker: str)
             logger.info("job_ended", extra={"outcome": attempt.outcome.value})
             publish_changed(job_id)
             queue.feed(job.model)
+            if job.webhook is not None:
+                queue.ring_for_webhooks()
 
 
 @contextmanager

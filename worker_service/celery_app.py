@@ -1,4 +1,4 @@
-"""Celery's side of a worker: the tasks, bound to what the process loaded, and its life from start to a clean end."""
+"""A worker process as Celery and the other processes see it, from start to a clean end."""
 
 import logging
 import os
@@ -7,30 +7,19 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import UUID
 
-from celery import Celery, Task
-from celery.exceptions import Ignore, Reject
+from celery import Celery
 from celery.signals import worker_shutting_down
 
 from shared import queue
 from shared.db import workers
 from shared.db.session import session_scope
-from shared.embedding_query import answer
 from shared.errors import DatabaseError
 from shared.settings import Settings
-from worker_service import embedding, generation
-from worker_service.attempt import Outcome
-from worker_service.leases import Leases
-from worker_service.models import Embedder, Models
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
-
-
-class JobFailedError(Exception):
-    """The job ended `failed`, so its task does too, and Flower tells the truth."""
 
 
 @dataclass
@@ -45,6 +34,10 @@ class WorkerProcess:
     @property
     def id(self) -> str:
         return f"{self.kind}{f'.{self.model}' if self.model else ''}-{os.getpid()}@{socket.gethostname()}"
+
+    def app(self) -> Celery:
+        """A Celery application for this process's tasks."""
+        return queue.configure(Celery("afterimage"), self.settings.queue)
 
     def announce(self, state: str) -> None:
         with session_scope() as session:
@@ -100,56 +93,3 @@ class WorkerProcess:
             )
         finally:
             self.withdraw()
-
-
-def serve_generate(process: WorkerProcess, models: Models, leases: Leases) -> None:
-    """Serve the jobs of one generator."""
-    app = queue.configure(Celery("afterimage"), process.settings.queue)
-
-    @app.task(name=queue.GENERATE, bind=True, throws=(JobFailedError,))
-    def generate(task: Task[[str], None], job_id: str) -> None:
-        """Run one job; safe to deliver twice."""
-        if process.stopping.is_set():
-            raise Reject("shutting down", requeue=True)
-        outcome = generation.run(
-            UUID(job_id), models=models, leases=leases, settings=process.settings, worker=process.id
-        )
-        if outcome is Outcome.FAILED:
-            raise JobFailedError(job_id)
-        if outcome is not Outcome.SUCCEEDED:
-            raise Ignore
-
-    def finish_or_hand_back() -> None:
-        if not leases.wait_until_empty(process.settings.jobs.shutdown_grace_s):
-            logger.info("jobs_handed_back", extra={"jobs": leases.hand_back()})
-
-    process.serve(app, [queue.generate_queue(models.name)], on_stop=finish_or_hand_back)
-
-
-def serve_embed(process: WorkerProcess, embedder: Embedder) -> None:
-    """Serve queries first, then images that wait for their vectors."""
-    app = queue.configure(Celery("afterimage"), process.settings.queue)
-    draining = threading.Semaphore(2)
-
-    @app.task(name=queue.EMBED_QUERY)
-    def embed_query(reply_key: str, payload: dict[str, Any]) -> None:
-        """Answer a query whose asker waits."""
-        answer(
-            reply_key,
-            payload,
-            space_digest=embedder.space.digest,
-            embed=lambda items: embedder.embed(items, lane=embedding.QUERY_LANE),
-        )
-
-    @app.task(name=queue.EMBED_PENDING)
-    def embed_pending() -> None:
-        """Embed whatever waits; many rings are one."""
-        # Two drain the table: one decodes while the other's batch is in the model. More would only hold threads.
-        if not draining.acquire(blocking=False):
-            raise Ignore
-        try:
-            embedding.embed_pending(embedder, stopping=process.stopping.is_set)
-        finally:
-            draining.release()
-
-    process.serve(app, [queue.EMBED_QUERIES_QUEUE, queue.EMBED_IMAGES_QUEUE], on_stop=lambda: None)

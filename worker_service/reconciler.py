@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from uuid import UUID
 
 import orjson
@@ -18,7 +18,7 @@ from sqlalchemy import func, select
 
 from shared import logging as logs
 from shared import metrics, queue
-from shared.db import images, jobs
+from shared.db import images, jobs, webhooks
 from shared.db.session import session_scope
 from shared.errors import BaseAppException, BrokerUnavailableError, DatabaseError
 from shared.metrics import increment_counter, set_gauge
@@ -64,6 +64,7 @@ class Reconciler:
         with session_scope() as session:
             waiting = jobs.waiting_models(session)
             images_wait = images.any_pending(session)
+            webhooks_wait = webhooks.any_due(session)
             queued = jobs.queued_by_model(session)
         for model in {*queued, *self._models_told}:
             set_gauge("queue_depth", queued.get(model, 0), labels={"queue": model})
@@ -71,7 +72,9 @@ class Reconciler:
         for model in waiting:
             queue.feed(model)
         if images_wait:
-            self._ring_for_images()
+            _ring(queue.EMBED_IMAGES_QUEUE, queue.publish_embed_pending)
+        if webhooks_wait:
+            _ring(queue.IO_QUEUE, queue.publish_deliver_webhooks)
         self._last_tick = time.monotonic()
 
     def _forgive_after_a_gap(self) -> None:
@@ -97,12 +100,14 @@ class Reconciler:
             return []
         return [job_id for model, ids in by_model.items() for job_id in ids if str(job_id) not in listed[model]]
 
-    def _ring_for_images(self) -> None:
-        try:
-            if queue.broker().llen(queue.EMBED_IMAGES_QUEUE) == 0:
-                queue.publish_embed_pending()
-        except (redis.RedisError, BrokerUnavailableError):
-            logger.warning("broker_unavailable")
+
+def _ring(name: str, publish: Callable[[], None]) -> None:
+    """Ring a doorbell that nobody has rung already."""
+    try:
+        if queue.broker().llen(name) == 0:
+            publish()
+    except (redis.RedisError, BrokerUnavailableError) as error:
+        logger.warning("broker_unavailable", extra={"cause": str(error)})
 
 
 def _listed_jobs(model: str) -> set[str]:

@@ -32,6 +32,8 @@ def any_due(session: Session) -> bool:
 
 def claim_due(session: Session, *, lease_s: float, per_host: int) -> tuple[WebhookDelivery, JobEvent, Job] | None:
     """Take the delivery that is due longest, unless its host already has `per_host` in flight."""
+    # One claim at a time: two would each count the other's host as idle.
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("webhook_deliveries", 0))))
     other = aliased(WebhookDelivery)
     in_flight = select(func.count()).where(other.host == WebhookDelivery.host, other.lease_until > func.now())
     chosen = (
@@ -44,7 +46,6 @@ def claim_due(session: Session, *, lease_s: float, per_host: int) -> tuple[Webho
         )
         .order_by(WebhookDelivery.due_at)
         .limit(1)
-        .with_for_update(skip_locked=True)
     )
     statement = (
         update(WebhookDelivery)

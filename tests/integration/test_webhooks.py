@@ -1,0 +1,218 @@
+"""Webhooks against real receivers on this machine."""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
+from standardwebhooks import Webhook as Verifier
+from standardwebhooks import WebhookVerificationError
+
+from shared.contracts.generation import Webhook
+from shared.contracts.jobs import EventType
+from shared.db import jobs, webhooks
+from shared.db.models import Job, WebhookDelivery
+from shared.errors import ImageGenerationError
+from shared.settings import Settings, WebhookSettings
+from tests.factories import make_job
+from tests.stack import wait_until
+from worker_service.webhooks import deliver_due
+
+HERE = WebhookSettings(allow_http=True, allow_private=True, timeout_s=2)
+
+
+@dataclass
+class Receiver:
+    """A receiver that answers what the test tells it, and keeps what it got."""
+
+    url: str = ""
+    answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+    release: threading.Event = field(default_factory=threading.Event)
+    hanging: bool = False
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            receiver.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
+            if receiver.hanging:
+                receiver.release.wait(20)
+            status, headers = receiver.answers.pop(0) if receiver.answers else (204, {})
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        receiver.url = f"http://localhost:{server.server_port}/hook"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield receiver
+        receiver.release.set()
+        server.shutdown()
+        thread.join()
+
+
+def ended_job(session: Session, url: str, **webhook: Any) -> Job:
+    """A job that has failed, with a webhook."""
+    job = make_job(session, webhook=Webhook(url=url, **webhook))
+    taken = jobs.claim(session, job.id, worker="w", lease_s=30)
+    assert taken is not None
+    jobs.fail(session, taken[0], ImageGenerationError())
+    session.commit()
+    return job
+
+
+def deliver(settings: WebhookSettings = HERE) -> int:
+    return deliver_due(settings, stopping=lambda: False)
+
+
+def only(session: Session) -> WebhookDelivery:
+    session.expire_all()
+    return session.scalars(select(WebhookDelivery)).one()
+
+
+def test_the_end_of_a_job_is_told_once_thin_and_signed(session: Session, receiver: Receiver) -> None:
+    job = ended_job(session, receiver.url)
+    assert deliver() == 1
+    assert deliver() == 0
+    ((headers, body),) = receiver.got
+    (secret,) = webhooks.signing_secrets(session, job.owner_id)
+    told = Verifier(secret).verify(body, headers)
+    assert told["type"] == "job.failed"
+    assert told["data"]["job_id"] == str(job.id)
+    assert headers["host"].startswith("localhost:"), "connected by address, in the name of the host"
+    assert only(session).state == "delivered"
+    with pytest.raises(WebhookVerificationError):
+        Verifier("whsec_" + "A" * 43 + "=").verify(body, headers)
+
+
+def test_only_the_events_asked_for_are_told_in_order(session: Session, receiver: Receiver) -> None:
+    ended_job(session, receiver.url, events=[EventType.STARTED, EventType.FAILED])
+    deliver()
+    assert [json.loads(body)["type"] for _, body in receiver.got] == ["job.started", "job.failed"]
+
+
+def test_while_a_secret_is_rotated_both_sign(session: Session, receiver: Receiver) -> None:
+    job = ended_job(session, receiver.url)
+    (old,) = webhooks.signing_secrets(session, job.owner_id)
+    new, _ = webhooks.rotate_secret(session, job.owner_id, overlap_s=3600)
+    session.commit()
+    deliver()
+    ((headers, body),) = receiver.got
+    for secret in (old, new):
+        Verifier(secret).verify(body, headers)
+
+
+def test_a_secret_signs_no_more_once_its_overlap_is_over(session: Session, receiver: Receiver) -> None:
+    job = ended_job(session, receiver.url)
+    (old,) = webhooks.signing_secrets(session, job.owner_id)
+    webhooks.rotate_secret(session, job.owner_id, overlap_s=0)
+    session.commit()
+    deliver()
+    ((headers, body),) = receiver.got
+    with pytest.raises(WebhookVerificationError):
+        Verifier(old).verify(body, headers)
+
+
+def test_a_refused_delivery_is_tried_again_later_under_the_same_id(session: Session, receiver: Receiver) -> None:
+    ended_job(session, receiver.url)
+    receiver.answers = [(500, {}), (302, {"location": "http://localhost/elsewhere"})]
+    for wait_s in webhooks.RETRY_AFTER_S[:2]:
+        deliver()
+        assert deliver() == 0, "not due yet"
+        delivery = only(session)
+        assert (delivery.due_at - delivery.created_at).total_seconds() == pytest.approx(wait_s, abs=5)
+        session.execute(text("update webhook_deliveries set due_at = now()"))
+        session.commit()
+    deliver()
+    assert only(session).state == "delivered"
+    assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
+    assert len(receiver.got) == 3
+
+
+def test_a_receiver_may_ask_for_more_time_or_for_no_more(session: Session, receiver: Receiver) -> None:
+    ended_job(session, receiver.url)
+    receiver.answers = [(429, {"retry-after": "1000"}), (410, {})]
+    deliver()
+    delivery = only(session)
+    assert (delivery.due_at - delivery.created_at).total_seconds() == pytest.approx(1000, abs=5)
+    session.execute(text("update webhook_deliveries set due_at = now()"))
+    session.commit()
+    deliver()
+    assert only(session).state == "failed"
+
+
+def test_a_delivery_fails_after_the_last_try_and_can_be_made_due_by_hand(session: Session, receiver: Receiver) -> None:
+    job = ended_job(session, receiver.url)
+    for _ in range(len(webhooks.RETRY_AFTER_S) + 1):
+        receiver.answers = [(500, {})]
+        session.execute(text("update webhook_deliveries set due_at = now()"))
+        session.commit()
+        deliver()
+    assert only(session).state == "failed"
+    webhooks.redeliver(session, only(session).id, owner_id=job.owner_id)
+    session.commit()
+    deliver()
+    assert only(session).state == "delivered"
+
+
+@pytest.mark.usefixtures("settings")
+def test_a_receiver_that_hangs_holds_at_most_its_share_and_slows_nobody(session: Session, receiver: Receiver) -> None:
+    receiver.hanging = True
+    for _ in range(3):
+        ended_job(session, receiver.url)
+    other = ended_job(session, "http://127.0.0.1:1/closed")
+    session.commit()
+    workers = [threading.Thread(target=deliver, args=(HERE.model_copy(update={"timeout_s": 10}),)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    wait_until(lambda: len(receiver.got) == 2, timeout_s=10, what="two deliveries in flight")
+
+    def tried() -> bool:
+        session.expire_all()
+        statement = select(WebhookDelivery.last_error).where(WebhookDelivery.job_id == other.id)
+        return session.scalar(statement) == "ConnectError"
+
+    wait_until(tried, timeout_s=10, what="the other host's delivery to be tried")
+    assert len(receiver.got) == 2
+    receiver.release.set()
+    for worker in workers:
+        worker.join()
+    assert len(receiver.got) == 3
+
+
+@pytest.mark.parametrize(
+    "settings_of_operator",
+    [WebhookSettings(), WebhookSettings(allow_http=True), WebhookSettings(allow_private=True)],
+    ids=["default", "http", "private"],
+)
+def test_a_target_that_is_not_allowed_is_never_called(
+    session: Session, receiver: Receiver, settings_of_operator: WebhookSettings
+) -> None:
+    ended_job(session, receiver.url)
+    deliver(settings_of_operator)
+    assert receiver.got == []
+    assert only(session).last_error is not None
+
+
+def test_an_unknown_secret_is_never_logged(
+    session: Session, receiver: Receiver, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = ended_job(session, receiver.url)
+    receiver.answers = [(500, {})]
+    deliver()
+    for secret in webhooks.signing_secrets(session, job.owner_id):
+        assert secret not in caplog.text

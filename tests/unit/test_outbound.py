@@ -1,0 +1,64 @@
+"""Which addresses that users name are called."""
+
+import pytest
+
+from shared import outbound
+from shared.errors import ForbiddenTargetError
+from shared.settings import WebhookSettings
+
+DEFAULT = WebhookSettings()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://93.184.216.34/",
+        "ftp://93.184.216.34/",
+        "https:///path",
+        "https://user@93.184.216.34/",
+        "https://user:secret@93.184.216.34/",
+        "https://93.184.216.34:99999/",
+        "https://127.0.0.1/",
+        "https://10.1.2.3/",
+        "https://172.16.0.1/",
+        "https://192.168.1.1/",
+        "https://169.254.169.254/latest/meta-data",
+        "https://100.64.0.1/",
+        "https://0.0.0.0/",
+        "https://224.0.0.1/",
+        "https://[::1]/",
+        "https://[fe80::1]/",
+        "https://[fd00::1]/",
+        "https://[::ffff:127.0.0.1]/",
+        "https://[64:ff9b::7f00:1]/",
+        "https://[2002:7f00:1::]/",
+    ],
+)
+def test_a_target_that_is_not_public_https_is_refused_without_looking_it_up(url: str) -> None:
+    with pytest.raises(ForbiddenTargetError):
+        outbound.check_url(url, DEFAULT)
+
+
+def test_a_public_target_is_accepted_and_connected_to_by_its_address() -> None:
+    target = outbound.resolve("https://93.184.216.34/hook?a=1", DEFAULT)
+    assert str(target.url) == "https://93.184.216.34/hook?a=1"
+    assert target.host == "93.184.216.34"
+
+
+@pytest.mark.parametrize("name", ["localhost", "localhost.", "0x7f000001", "2130706433", "127.1"])
+def test_a_name_for_a_private_address_is_refused_when_it_is_resolved(name: str) -> None:
+    with pytest.raises(ForbiddenTargetError):
+        outbound.resolve(f"https://{name}/", DEFAULT)
+
+
+def test_a_host_that_resolves_to_a_public_and_a_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [(2, 1, 6, "", ("93.184.216.34", 443)), (2, 1, 6, "", ("10.0.0.1", 443))]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: answers)
+    with pytest.raises(ForbiddenTargetError):
+        outbound.resolve("https://example.com/", DEFAULT)
+
+
+def test_an_operator_may_allow_private_targets_and_plain_http() -> None:
+    target = outbound.resolve("http://localhost:8080/hook", WebhookSettings(allow_http=True, allow_private=True))
+    assert target.host == "localhost:8080"
+    assert target.url.port == 8080
