@@ -25,6 +25,7 @@ from shared.contracts.search import (
 )
 from shared.db import images, spaces, workers
 from shared.db.images import Vector
+from shared.db.models import Collection
 from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.embedding_query import Answer, embed_image, embed_texts
@@ -56,6 +57,10 @@ def images_like(request: SearchRequest, *, caller: Caller, decoder: UploadDecode
         space = _active_space(session)
         collection = corpus.named(session, request.filter.collection, caller=caller, field="body.filter.collection")
         stored = _stored_vector(session, space, request.image_id, caller=caller) if request.image_id else None
+    key = _answer_key(request, space, collection)
+    remembered = get_cache_manager().get(key)
+    if remembered is not None:
+        return SearchResponse.model_validate_json(remembered)
     parts = [] if stored is None else [stored]
     if request.image is not None:
         parts.append(_unit(_in_space(embed_image(_query_image(request.image, decoder)), space)))
@@ -79,13 +84,15 @@ def images_like(request: SearchRequest, *, caller: Caller, decoder: UploadDecode
     found = [each for each in nearest.found if request.threshold is None or each.similarity >= request.threshold]
     if request.diversity:
         found = retrieval.diversify(found, k=request.k, diversity=request.diversity)
-    return SearchResponse(
+    response = SearchResponse(
         results=[views.neighbour(each) for each in found],
         requested=request.k,
         shortfall=request.k - len(found),
         embedding_space=space.digest,
         exact=nearest.exact,
     )
+    get_cache_manager().set(key, response.model_dump_json().encode())
+    return response
 
 
 def references_for(query: RagSearchQuery, *, caller: Caller) -> RagSearchResponse:
@@ -153,6 +160,12 @@ def text_vector(text: str, space: Space) -> Vector:
     vector = _unit(_in_space(embed_texts([text]), space))
     get_cache_manager().set(key, vector, ttl=get_settings().cache.embedding_ttl_s)
     return vector
+
+
+def _answer_key(request: SearchRequest, space: Space, collection: Collection) -> str:
+    """Holds the collection's version as Postgres has it, so that no change of an image can be missed."""
+    asked = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+    return f"search:{space.digest}:{collection.id}:{collection.version}:{asked}"
 
 
 def _active_space(session: Session) -> Space:

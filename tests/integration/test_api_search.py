@@ -13,12 +13,14 @@ from uuid import UUID, uuid4
 import numpy as np
 import pytest
 from PIL import Image as Picture
+from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from shared import embedding_query, queue
 from shared.contracts.service import Capabilities
 from shared.db import workers
 from shared.db.images import Vector
+from shared.db.models import Image
 from shared.db.spaces import Space
 from shared.errors import EmbeddingError
 from tests.factories import DIM, make_image, make_space
@@ -109,6 +111,19 @@ def test_the_vector_of_a_text_is_asked_for_once(client: Client, session: Session
         first = search(client, query="red")
     assert len(answered) == 1
     assert found(search(client, query="red")) == found(first), "no worker is there any more"
+
+
+def test_an_answer_is_remembered_until_its_collection_changes(client: Client, session: Session, space: Space) -> None:
+    image = make_image(session, vector=towards(a0=1), caption="before")
+    session.commit()
+    with embed_worker(space):
+        first = search(client, query="red").json
+    session.execute(update(Image).values(caption="behind the product's back"))
+    session.commit()
+    assert search(client, query="red").json == first
+    assert search(client, query="red", k=3).json != first
+    client.patch(f"{API}/images/{image.id}", json={"caption": "after"})
+    assert search(client, query="red").json["results"][0]["caption"] == "after"
 
 
 def test_an_image_is_looked_for_as_base64_and_as_a_file(client: Client, session: Session, space: Space) -> None:

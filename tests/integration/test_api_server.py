@@ -184,6 +184,22 @@ def test_many_long_polls_of_one_process_all_hear_the_end(server: Server, http: h
     assert [answer["state"] for answer in answers] == ["canceled"] * 12
 
 
+def test_the_metrics_tell_what_was_done(server: Server, http: httpx.Client) -> None:
+    submit(http)
+    http.get("/jobs/not-an-id")
+    metrics = httpx.get(f"{server.url}/metrics").text
+    for line in (
+        'api_requests_total{method="POST",route="/api/v1/generate",status="202"} 1.0',
+        'api_requests_total{method="GET",route="/api/v1/jobs/<job_id>",status="422"} 1.0',
+        'api_request_duration_seconds_count{method="POST",route="/api/v1/generate"} 1.0',
+        'jobs_submitted_total{kind="generate"} 1.0',
+        "api_requests_active 1.0",
+        "database_connections_active 0.0",
+    ):
+        assert line in metrics, line
+    assert "database_query_duration_seconds_count 0.0" not in metrics
+
+
 # --- outages ------------------------------------------------------------------------------------------------------
 
 
