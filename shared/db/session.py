@@ -10,12 +10,11 @@ from typing import Any
 
 import psycopg2
 from psycopg2 import extensions
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
-from shared import metrics
 from shared.errors import DatabaseConnectionError, DatabaseQueryError
 from shared.metrics import observe_database
 from shared.settings import DatabaseSettings, get_settings
