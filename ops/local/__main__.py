@@ -117,7 +117,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "say": partial(print, flush=True),
         "durable": not arguments.volatile,
         "servers_only": arguments.servers_only,
-        "instances": {"api": arguments.api, "embed": arguments.embed, "generate": arguments.generate},
+        "instances": {"api": arguments.api, "embed": arguments.embed, "generate": arguments.generate, "io": arguments.io},
     }
 
 
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--var", type=Path, default=REPOSITORY / "var", help="folder of the stack's data")
     parser.add_argument("--servers-only", action="store_true", help="only Postgres and the two Valkeys")
     parser.add_argument("--volatile", action="store_true", help="faster, and forgets data in a power cut")
-    for kind in ("api", "embed", "generate"):
+    for kind in ("api", "embed", "generate", "io"):
         parser.add_argument(f"--{kind}", type=int, default=1, metavar="N", help=f"number of {kind} processes")
     return parser
 

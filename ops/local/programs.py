@@ -45,7 +45,7 @@ def app(settings: Settings, memory: Memory, instances: Mapping[str, int]) -> lis
     """The product's own processes.
 
     Args:
-        instances: how many of a kind (`api`, `embed`, `generate`), one each where it says nothing. The second of a
+        instances: how many of a kind (`api`, `embed`, `generate`, `io`), one each where it says nothing. The second of a
             kind is called `api-2`, of the generator `starter` `generate-starter-2`.
     """
     programs = [
@@ -65,6 +65,9 @@ def app(settings: Settings, memory: Memory, instances: Mapping[str, int]) -> lis
         _worker(settings, memory, name, "generate", "--model", model, serves=("generate", model))
         for model in settings.model.generators
         for name in _numbered(f"generate-{model}", instances.get("generate", 1))
+    ]
+    programs += [
+        _worker(settings, memory, name, "io", serves=("io", None)) for name in _numbered("io", instances.get("io", 1))
     ]
     reconciler = _python("-m", "worker_service.reconciler")
     return [
