@@ -1,0 +1,61 @@
+"""How sure the figures are: bootstrap over concepts.
+
+A concept, not an image, is what is drawn from a population, so concepts are resampled and the seeds of one stay
+together. Arms are compared concept by concept: resampling the differences is the paired bootstrap.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+Floats = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its percentile interval."""
+
+    mean: float
+    low: float
+    high: float
+    concepts: int
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """Of two arms over the same concepts."""
+
+    win_rate: float
+    """Share of concepts in which the first arm is better; a tie counts half."""
+
+
+def estimate(values: Floats, *, seed: int = 0) -> Estimate | None:
+    """Mean and interval of one value per concept, shape (n,); NaN means not measured. None when none was."""
+    measured = values[~np.isnan(values)]
+    if not len(measured):
+        return None
+    low, high = _interval(measured, seed)
+    return Estimate(mean=float(measured.mean()), low=low, high=high, concepts=len(measured))
+
+
+def difference(a: Floats, b: Floats, *, seed: int = 0) -> Difference | None:
+    """How much more `a` is than `b`, concept by concept, shapes (n,); a concept counts when both were measured."""
+    measured = (a - b)[~np.isnan(a - b)]
+    if not len(measured):
+        return None
+    low, high = _interval(measured, seed)
+    wins = (measured > 0) + 0.5 * (measured == 0)
+    return Difference(
+        mean=float(measured.mean()), low=low, high=high, concepts=len(measured), win_rate=float(wins.mean())
+    )
+
+
+def _interval(values: Floats, seed: int) -> tuple[float, float]:
+    picks = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(values[picks].mean(axis=1), [tail, 100 - tail])
+    return float(low), float(high)
