@@ -13,6 +13,8 @@ from typing import Any
 from ops.local.stack import REPOSITORY, AlreadyRunningError, LocalStack, StackError
 from shared.errors import ConfigurationError
 
+KINDS = ("api", "embed", "generate", "io")
+
 
 def main() -> int:
     arguments = _arguments(sys.argv[1:])
@@ -117,7 +119,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "say": partial(print, flush=True),
         "durable": not arguments.volatile,
         "servers_only": arguments.servers_only,
-        "instances": {"api": arguments.api, "embed": arguments.embed, "generate": arguments.generate, "io": arguments.io},
+        "instances": {kind: getattr(arguments, kind) for kind in KINDS},
     }
 
 
@@ -131,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--var", type=Path, default=REPOSITORY / "var", help="folder of the stack's data")
     parser.add_argument("--servers-only", action="store_true", help="only Postgres and the two Valkeys")
     parser.add_argument("--volatile", action="store_true", help="faster, and forgets data in a power cut")
-    for kind in ("api", "embed", "generate", "io"):
+    for kind in KINDS:
         parser.add_argument(f"--{kind}", type=int, default=1, metavar="N", help=f"number of {kind} processes")
     return parser
 

@@ -45,8 +45,8 @@ def app(settings: Settings, memory: Memory, instances: Mapping[str, int]) -> lis
     """The product's own processes.
 
     Args:
-        instances: how many of a kind (`api`, `embed`, `generate`, `io`), one each where it says nothing. The second of a
-            kind is called `api-2`, of the generator `starter` `generate-starter-2`.
+        instances: how many of a kind (`api`, `embed`, `generate`, `io`), one each where it says nothing. The second
+            of a kind is called `api-2`, of the generator `starter` `generate-starter-2`.
     """
     programs = [
         Program(
