@@ -7,7 +7,6 @@ here runs where it is called and expects files that this module wrote.
 import hashlib
 import io
 import multiprocessing
-import os
 import queue
 import re
 import signal
@@ -20,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape, unescape
 
@@ -38,6 +37,7 @@ from shared.errors import (
     InvalidOutputError,
     UnsupportedImageTypeError,
 )
+from shared.processes import end_with_parent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -355,6 +355,9 @@ class UploadDecoder:
         self._idle: queue.LifoQueue[ProcessPoolExecutor | None] = queue.LifoQueue()
         for _ in range(settings.decoder_processes):
             self._idle.put(None)
+        # A process that multiprocessing started, as servers start theirs, joins its own children before it would tell
+        # a pool to end them, and so would never end. This comes before that, and before the pool's queues close (10).
+        self._at_exit = Finalize(None, self.close, exitpriority=20)
 
     def decode(self, data: bytes) -> DecodedImage:
         """Like `decode_upload`, with the limits of the settings.
@@ -393,6 +396,7 @@ class UploadDecoder:
         if self._closed.is_set():
             return
         self._closed.set()
+        self._at_exit.cancel()
         for _ in range(self._settings.decoder_processes):
             pool = self._idle.get()
             if pool is not None:
@@ -410,21 +414,13 @@ class UploadDecoder:
 def _prepare_child(settings: "APISettings") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     warnings.filterwarnings("ignore", module="PIL")  # remarks on strangers' metadata, which is dropped anyway
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     with suppress(ImportError, ValueError, OSError):  # no such limit on this system, or a lower one already
         import resource
 
         # Decoded, flattened and encoded copies take up to 32 bytes per pixel at once, beside the interpreter.
         memory = 512 * 2**20 + 4 * settings.max_upload_bytes + 32 * settings.max_upload_pixels
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot say goodbye, and a pool's child would wait for it forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def _decode_in_child(data: bytes, settings: "APISettings") -> DecodedImage:

@@ -1,6 +1,7 @@
 """Decoding what strangers upload, with real bad bytes; encoding what models draw."""
 
 import io
+import multiprocessing
 import os
 import signal
 import struct
@@ -606,6 +607,20 @@ def test_a_killed_parent_leaves_no_child(tmp_path: Any) -> None:
     deadline = time.monotonic() + 10
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the child outlived its parent"
+
+
+def _decode_once(data: bytes) -> None:
+    UploadDecoder(APISettings()).decode(data)
+
+
+def test_a_process_of_a_server_ends_although_it_has_decoded() -> None:
+    # Such a process leaves by another door than a program: it joins its children first.
+    worker = multiprocessing.get_context("spawn").Process(target=_decode_once, args=(encoded(picture(), "PNG"),))
+    worker.start()
+    worker.join(20)
+    ended = worker.exitcode
+    worker.kill()
+    assert ended == 0
 
 
 def test_a_child_has_limited_memory(decoder: UploadDecoder) -> None:
