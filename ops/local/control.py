@@ -1,7 +1,7 @@
 """The processes of a running stack by name, through supervisor's own interface."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from signal import SIGCONT, SIGKILL, SIGSTOP, Signals
 from typing import Any, NamedTuple
 from xmlrpc.client import Fault, ServerProxy
@@ -28,7 +28,7 @@ class Control:
     Raises (all methods but `is_running`):
         ConnectionError, FileNotFoundError: the stack does not run.
         KeyError: no process has that name.
-        xmlrpc.client.Fault: supervisor refused, e.g. a signal to a process that does not run.
+        ProcessLookupError, xmlrpc.client.Fault: the process does not run, or runs already.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -97,16 +97,17 @@ class Control:
         self._signal_tree(name, SIGCONT)
 
     def _signal_tree(self, name: str, number: Signals) -> None:
-        process = psutil.Process(self.pid(name))
-        for each in [process, *process.children(recursive=True)]:
-            each.send_signal(number)
+        pid = self.pid(name)
+        if pid is None:
+            raise ProcessLookupError(f"{name} does not run")
+        _signal(psutil.Process(pid), number)
 
     def shut_down(self) -> int:
         """Ask supervisor to stop everything and then itself; returns its process id at once."""
         with self._supervisor() as supervisor:
             pid = int(supervisor.getPID())
+            _signal(psutil.Process(pid), SIGCONT)  # what is frozen would ignore SIGTERM
             try:
-                supervisor.signalAllProcesses(str(int(SIGCONT)))  # a frozen process would ignore SIGTERM
                 supervisor.shutdown()
             except Fault as fault:
                 if "SHUTDOWN_STATE" not in fault.faultString:  # somebody else asked already
@@ -118,3 +119,10 @@ class Control:
         transport = SupervisorTransport(serverurl=f"unix://{self.layout.control_socket()}")
         with ServerProxy("http://localhost", transport=transport) as proxy:
             yield proxy.supervisor
+
+
+def _signal(process: psutil.Process, number: Signals) -> None:
+    """Send a signal to a process and to all that it has started."""
+    for each in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            each.send_signal(number)

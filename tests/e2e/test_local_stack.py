@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,22 @@ def test_a_killed_server_comes_back(servers_stack: LocalStack, name: str) -> Non
     killed = servers_stack.control.pid(name)
     servers_stack.control.kill(name)
     wait_until(lambda: servers_stack.control.pid(name) not in (None, killed), timeout_s=20, what=f"a new {name}")
+
+
+def test_a_frozen_stack_is_stopped_at_once(servers_stack: LocalStack) -> None:
+    with closing(_postgres(servers_stack)):
+        for name in ("postgres", "queue", "cache"):
+            servers_stack.control.freeze(name)
+        started = time.monotonic()
+        servers_stack.stop()
+    assert time.monotonic() - started < 20  # Postgres alone would be waited for 30 s if its sessions stayed frozen
+    assert _nothing_is_left_of(servers_stack)
+
+
+def test_what_does_not_run_cannot_be_frozen(servers_stack: LocalStack) -> None:
+    servers_stack.control.stop("cache")
+    with pytest.raises(ProcessLookupError):
+        servers_stack.control.freeze("cache")
 
 
 def test_a_folder_has_one_stack_at_a_time(servers_stack: LocalStack) -> None:
@@ -267,7 +285,7 @@ def test_a_server_refuses_a_stranger(servers_stack: LocalStack) -> None:
 
 # --- the whole stack ----------------------------------------------------------------------------------------------
 
-PRODUCT = ["api", "embed", "generate-cheap", "reconciler", "flower"]
+PRODUCT = ["api", "embed", "generate-cheap", "io", "reconciler", "flower"]
 
 
 @pytest.mark.parametrize("name", PRODUCT)
@@ -299,7 +317,7 @@ def _status(url: str, **options: Any) -> int:
         return 0
 
 
-@pytest.mark.parametrize("name", ["embed", "generate-cheap", "reconciler"])
+@pytest.mark.parametrize("name", ["embed", "generate-cheap", "io", "reconciler"])
 def test_every_process_without_http_shows_its_metrics(stack: RunningStack, name: str) -> None:
     url = f"http://127.0.0.1:{Memory.recall(stack.layout).ports[f'metrics-{name}']}/metrics"
     wait_until(lambda: _status(url) == 200, timeout_s=60, what=f"the metrics of {name}")
