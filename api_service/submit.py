@@ -1,9 +1,11 @@
 """Submitting work, without HTTP: what decides the result is resolved here, once, and kept with the job."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
+import orjson
 from sqlalchemy.orm import Session
 
 from api_service import corpus, views
@@ -23,7 +25,7 @@ from shared.contracts.generation import (
 from shared.contracts.jobs import JobKind, JobState, JobView, Lane
 from shared.contracts.search import ImageFilter
 from shared.contracts.service import Capabilities
-from shared.db import images, jobs, spaces, workers
+from shared.db import idempotency, images, jobs, spaces, workers
 from shared.db.session import session_scope
 from shared.errors import (
     JobStateError,
@@ -37,17 +39,26 @@ from shared.outbound import check_url
 from shared.settings import GeneratorSettings, Settings, get_settings
 
 
-def generation(request: GenerateRequest, *, caller: Caller) -> JobView | DryRunView:
+@dataclass(frozen=True)
+class Submitted:
+    """An accepted job. `replayed`: its key was known, and this is the answer of then."""
+
+    view: JobView
+    replayed: bool = False
+
+
+def generation(request: GenerateRequest, *, caller: Caller, key: str | None = None) -> Submitted | DryRunView:
     """Queue images from a prompt alone.
 
     Raises:
         ModelNotFoundError, UnsupportedSizeError, UnsupportedParameterError: the model cannot do that.
+        IdempotencyKeyReusedError: `key` came with another request in the last 24 hours.
         QueueFullError, DatabaseConnectionError
     """
-    return _submit(JobKind.GENERATE, request, _Retrieval(mode=Mode.NONE), caller=caller)
+    return _submit(JobKind.GENERATE, request, _Retrieval(mode=Mode.NONE), caller=caller, key=key)
 
 
-def rag_generation(request: RagGenerateRequest, *, caller: Caller) -> JobView | DryRunView:
+def rag_generation(request: RagGenerateRequest, *, caller: Caller, key: str | None = None) -> Submitted | DryRunView:
     """Queue images conditioned on what the corpus remembers, or on pinned references.
 
     Raises:
@@ -65,7 +76,7 @@ def rag_generation(request: RagGenerateRequest, *, caller: Caller) -> JobView | 
         ip_adapter_scale=request.ip_adapter_scale,
         strength=request.strength,
     )
-    return _submit(JobKind.RAG_GENERATE, request, retrieval, caller=caller)
+    return _submit(JobKind.RAG_GENERATE, request, retrieval, caller=caller, key=key)
 
 
 def retry(job_id: UUID, *, caller: Caller) -> JobView:
@@ -114,15 +125,24 @@ class _Retrieval:
     strength: float | None = None
 
 
-def _submit(kind: JobKind, request: GenerateRequest, retrieval: _Retrieval, *, caller: Caller) -> JobView | DryRunView:
+def _submit(
+    kind: JobKind, request: GenerateRequest, retrieval: _Retrieval, *, caller: Caller, key: str | None
+) -> Submitted | DryRunView:
+    settings = get_settings()
     with session_scope() as session:
         if request.webhook is not None:
-            check_url(request.webhook.url, get_settings().webhooks)
-        parameters = _resolved(session, request, retrieval, caller=caller, settings=get_settings())
+            check_url(request.webhook.url, settings.webhooks)
+        if key is not None and not request.dry_run:
+            known = idempotency.begin(
+                session, owner_id=caller.owner_id, route=kind, key=key, fingerprint=_fingerprint(request)
+            )
+            if known is not None:
+                return Submitted(JobView.model_validate(known), replayed=True)
+        parameters = _resolved(session, request, retrieval, caller=caller, settings=settings)
         if request.dry_run:
             return DryRunView(kind=kind, parameters=parameters)
         _refuse_when_full(session)
-        longest_s = get_settings().jobs.timeout_s
+        longest_s = settings.jobs.timeout_s
         job = jobs.insert(
             session,
             owner_id=caller.owner_id,
@@ -136,11 +156,18 @@ def _submit(kind: JobKind, request: GenerateRequest, retrieval: _Retrieval, *, c
         )
         session.refresh(job)
         view = views.job(session, job)
-    metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})
+        if key is not None:
+            answer = view.model_dump(mode="json")
+            idempotency.remember(session, answer, owner_id=caller.owner_id, route=kind, key=key)
     # After the commit: no worker may look for a row that is not there yet. A broker that is away fails nothing, the
     # row is the outbox.
     queue.feed(view.model)
-    return view
+    return Submitted(view)
+
+
+def _fingerprint(request: GenerateRequest) -> str:
+    """Equal for requests that mean the same, however they were written: it is taken after the defaults."""
+    return hashlib.sha256(orjson.dumps(request.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def _resolved(

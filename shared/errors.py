@@ -202,6 +202,12 @@ class MalformedBodyError(ValidationError):
     status = 400
 
 
+class IdempotencyKeyReusedError(ValidationError):
+    """This Idempotency-Key was sent with another request before."""
+
+    code = "idempotency_key_reused"
+
+
 class InvalidCursorError(ValidationError):
     """The page cursor is not one that this service gave out."""
 

@@ -18,7 +18,7 @@ from sqlalchemy import func, select
 
 from shared import logging as logs
 from shared import metrics, queue
-from shared.db import images, jobs, webhooks
+from shared.db import idempotency, images, jobs, webhooks
 from shared.db.session import session_scope
 from shared.errors import BaseAppException, BrokerUnavailableError, DatabaseError
 from shared.metrics import increment_counter, set_gauge
@@ -55,6 +55,7 @@ class Reconciler:
                     increment_counter("leases_expired_total", len(lost))
                     logger.warning("leases_expired", extra={"jobs": [str(job_id) for job_id in lost]})
             jobs.end_expired(session)
+            idempotency.forget_old(session)
             published = jobs.published(session, older_than_s=UNCLAIMED_S)
             missing = self._missing_from_broker(published)
             if missing:

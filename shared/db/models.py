@@ -203,6 +203,20 @@ class Job(Base):
     finished_at: Mapped[datetime | None]
 
 
+class IdempotencyKey(Base):
+    """What an `Idempotency-Key` has already led to. No foreign key: the answer outlives the job."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index(None, "created_at"),)
+
+    owner_id: Mapped[UUID] = mapped_column(ForeignKey("owners.id", ondelete="CASCADE"), primary_key=True)
+    route: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str]
+    answer: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
 class JobEvent(Base):
     """The story of a job, numbered from 1 without gaps."""
 
