@@ -51,7 +51,7 @@ def app(settings: Settings, memory: Memory, instances: Mapping[str, int]) -> lis
     programs = [
         Program(
             name,
-            [*_python("-m", "ops.local.alone"), *_python("-m", "api_service")],
+            _python("-m", "api_service"),
             stop_wait_s=15,  # it gives its own requests 10 s
             environment={"AFTERIMAGE_API__PORT": str(memory.port(name))},
         )
