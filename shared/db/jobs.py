@@ -18,6 +18,7 @@ from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
 from shared.db import paging, webhooks
 from shared.db.models import Generation, GenerationReference, Job, JobEvent
 from shared.errors import BaseAppException, JobCrashedError, JobStateError, ResourceNotFoundError
+from shared.metrics import JOBS_FINISHED
 
 FINAL = [state for state in JobState if state.is_final]
 
@@ -351,7 +352,7 @@ def _end(
 def _end_all(
     session: Session, condition: ColumnElement[bool], state: JobState, *, data: dict[str, Any], **values: Any
 ) -> list[UUID]:
-    return _transition(
+    ended = _transition(
         session,
         condition,
         event=EventType(state.value),
@@ -363,6 +364,8 @@ def _end_all(
         finished_at=func.now(),
         **values,
     )
+    JOBS_FINISHED.labels(state.value).inc(len(ended))
+    return ended
 
 
 def _requeue(session: Session, condition: ColumnElement[bool], *, data: dict[str, Any], **values: Any) -> list[UUID]:

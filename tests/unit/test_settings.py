@@ -1,12 +1,13 @@
 """Where settings come from, and how a wrong one is told."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic_core import PydanticUndefined
 
 from shared.errors import ConfigurationError
@@ -97,8 +98,8 @@ def test_the_defaults_point_at_this_machine_only() -> None:
 def test_no_default_is_a_secret_that_ships() -> None:
     for section in sections():
         for name, field in section.model_fields.items():
-            if "password" in name or "secret" in name:
-                assert field.default in (None, PydanticUndefined)
+            if field.annotation in (str, SecretStr) and re.search("password|secret|token|key", name):
+                assert field.default in (None, PydanticUndefined, ""), name
 
 
 # --- sources ------------------------------------------------------------------------------------------------------
