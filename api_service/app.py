@@ -11,7 +11,7 @@ from flask_openapi3_swagger.plugins import RegisterPlugin as SwaggerUI
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from api_service import problems, waiting
-from api_service.caller import keyless_caller
+from api_service.caller import authenticated
 from api_service.document import Documented
 from api_service.routes.generation import generation
 from api_service.routes.images import images
@@ -43,6 +43,7 @@ def create_app(settings: Settings | None = None) -> Documented:
     app = Documented(
         __name__,
         info=Info(title="Afterimage", version=VERSION, description="Generates images from what it remembers."),
+        security_schemes={"apiKey": {"type": "http", "scheme": "bearer"}},
         doc_ui=False,
         static_folder=None,
     )
@@ -89,7 +90,7 @@ def _begin() -> None:
 def _authenticate() -> None:
     """Say on whose behalf the request acts; only what is named here is for everybody."""
     if request.endpoint not in PUBLIC_ENDPOINTS and request.blueprint not in PUBLIC_BLUEPRINTS:
-        g.caller = keyless_caller()
+        g.caller = authenticated(request)
 
 
 def _finish(response: Response) -> Response:

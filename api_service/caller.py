@@ -1,14 +1,19 @@
-"""Who is asking."""
+"""Who is asking, and whether they may."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 from uuid import UUID
 
-from shared.db import owners
+from flask import Request
+
+from shared.db import keys, owners
 from shared.db.session import session_scope
+from shared.errors import AuthenticationError, AuthorizationError
 from shared.settings import get_settings
 
-ALL_SCOPES = frozenset({"generate", "search", "corpus:write", "admin"})
+SCOPES = {"generation": "generate", "jobs": "generate", "outputs": "generate", "search": "search"}
+"""What an API key must allow for the operations of a resource; images depend on the method, the rest needs any key."""
+READING = ("GET", "HEAD", "OPTIONS")
 
 
 @dataclass(frozen=True)
@@ -19,13 +24,35 @@ class Caller:
     scopes: frozenset[str]
 
 
-def keyless_caller() -> Caller:
-    """The default owner with every right: who acts where API keys are off.
+def authenticated(request: Request) -> Caller:
+    """The owner of the request's API key, or, where keys are off, the default owner with every right.
 
     Raises:
+        AuthenticationError: no key, or one that is not valid (any more).
+        AuthorizationError: the key lacks the scope that the operation needs.
         DatabaseConnectionError
     """
-    return Caller(_owner_id(get_settings().security.default_owner), ALL_SCOPES)
+    security = get_settings().security
+    if not security.require_api_keys:
+        return Caller(_owner_id(security.default_owner), frozenset(keys.SCOPES))
+    kind, _, secret = request.headers.get("Authorization", "").partition(" ")
+    if kind.lower() != "bearer" or not secret:
+        raise AuthenticationError
+    with session_scope() as session:
+        key = keys.find_valid(session, secret.strip())
+    if key is None:
+        raise AuthenticationError
+    needed = scope_of(request)
+    if needed is not None and needed not in key.scopes:
+        raise AuthorizationError(f"This API key lacks the scope {needed!r}.", scope=needed)
+    return Caller(key.owner_id, frozenset(key.scopes))
+
+
+def scope_of(request: Request) -> str | None:
+    """The scope that the request's operation needs; None for any valid key."""
+    if request.blueprint == "images":
+        return "search" if request.method in READING else "corpus:write"
+    return SCOPES.get(request.blueprint or "")
 
 
 @lru_cache(maxsize=8)

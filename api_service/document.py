@@ -17,6 +17,8 @@ RESPONSES = "#/components/responses/"
 
 ERRORS = {
     HTTPStatus.BAD_REQUEST: ("BadRequest", "The request cannot be read: `malformed_body`, `invalid_cursor`."),
+    HTTPStatus.UNAUTHORIZED: ("Unauthorized", "A valid API key is needed: `Authorization: Bearer ...`."),
+    HTTPStatus.FORBIDDEN: ("Forbidden", "The API key lacks the scope that this needs."),
     HTTPStatus.NOT_FOUND: ("NotFound", "There is nothing under that id, or it is somebody else's."),
     HTTPStatus.CONFLICT: ("Conflict", "The job's state does not allow this: `job_state_conflict`."),
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("TooLarge", "The body, or an image in it, is over the limit."),
@@ -50,6 +52,7 @@ FILES = {
     "getImageThumbnail": [ImageFormat.WEBP.media_type],
     "getGenerationThumbnail": [ImageFormat.WEBP.media_type],
 }
+OPEN = ("getHealth", "getLiveness", "getReadiness")
 STATE_CHANGES = ("cancelJob", "retryJob", "deleteJob")
 
 
@@ -64,8 +67,6 @@ class Documented(OpenAPI):
         super().generate_spec_json()  # type: ignore[no-untyped-call]
         document = self.spec_json
         components = document["components"]
-        if components.get("securitySchemes") is None:
-            components.pop("securitySchemes", None)
         for model in (Problem, DryRunView, SearchRequest, UploadFields):
             schema = get_model_schema(model)
             components["schemas"].update(schema.pop("$defs", {}))
@@ -83,6 +84,8 @@ def _error(description: str) -> dict[str, Any]:
 
 def _complete(operation: dict[str, Any], route: str) -> None:
     name = operation["operationId"]
+    if name not in OPEN:
+        operation["security"] = [{"apiKey": []}]
     responses = operation["responses"]
     responses.pop("422")  # flask_openapi3's own, in a format that is not ours
     if name in FILES:
@@ -98,7 +101,7 @@ def _complete(operation: dict[str, Any], route: str) -> None:
                 "description": "The ended job after `Prefer: wait`, or what a `dry_run` would run.",
                 "content": {"application/json": {"schema": {"anyOf": either}}},
             }
-            operation["parameters"] = [*operation.get("parameters", []), _PREFER]
+            operation["parameters"] = [*operation.get("parameters", []), _PREFER, _IDEMPOTENCY_KEY]
         case "getJob":
             operation["parameters"].append(_PREFER)
         case "streamJobEvents":
@@ -129,6 +132,8 @@ def _errors_of(operation: dict[str, Any], route: str) -> list[HTTPStatus]:
     statuses = [HTTPStatus.INTERNAL_SERVER_ERROR]
     if operation["operationId"] != "getLiveness":
         statuses.append(HTTPStatus.SERVICE_UNAVAILABLE)
+    if operation["operationId"] not in OPEN:
+        statuses += [HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN]
     if operation.get("parameters") or operation.get("requestBody"):
         statuses += [HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY]
     if "{" in route:
@@ -146,6 +151,13 @@ _PREFER = {
     "schema": {"type": "string"},
     "description": "`wait=N`: wait up to N seconds for the end of the job (RFC 7240)",
     "example": "wait=20",
+}
+_IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+    "description": "a repeated request with the same key gets the first one's answer",
+    "example": "order-17",
 }
 _LAST_EVENT_ID = {
     "name": "Last-Event-ID",

@@ -48,6 +48,8 @@ def of_ours(error: BaseAppException) -> Response:
         errors=getattr(own, "errors", ()),
         context=own.context,
     )
+    if own.status == HTTPStatus.UNAUTHORIZED:
+        response.headers["WWW-Authenticate"] = "Bearer"
     if own.retry_after_s is not None:
         response.headers["Retry-After"] = str(own.retry_after_s)
     return response

@@ -1,0 +1,89 @@
+"""API keys: 256 random bits, of which only the SHA-256 is kept, so that a stolen database opens nothing."""
+
+import hashlib
+import hmac
+import secrets
+from datetime import timedelta
+from uuid import UUID, uuid4
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
+
+from shared.db.models import ApiKey, Owner
+from shared.errors import ResourceNotFoundError
+
+SCOPES = ("generate", "search", "corpus:write", "admin")
+TOKEN_PREFIX = "aft_"
+
+
+def create(
+    session: Session, owner_id: UUID, *, name: str, scopes: frozenset[str], expires_in_s: float | None = None
+) -> tuple[ApiKey, str]:
+    """A new key of the owner, and its secret, which is never to be seen again.
+
+    Raises:
+        ValueError: an unknown scope.
+    """
+    if unknown := scopes - set(SCOPES):
+        raise ValueError(f"unknown scopes: {', '.join(sorted(unknown))}")
+    secret = TOKEN_PREFIX + secrets.token_urlsafe(32)
+    key = ApiKey(
+        id=uuid4(),
+        owner_id=owner_id,
+        name=name,
+        prefix=secret[: len(TOKEN_PREFIX) + 6],
+        secret_sha256=_digest(secret),
+        scopes=sorted(scopes),
+        expires_at=None if expires_in_s is None else func.now() + timedelta(seconds=expires_in_s),
+    )
+    session.add(key)
+    session.flush()
+    return key, secret
+
+
+def find_valid(session: Session, secret: str) -> ApiKey | None:
+    """The key of that secret; None when there is none, or it was revoked, has expired, or its owner is disabled."""
+    digest = _digest(secret)
+    statement = (
+        select(ApiKey)
+        .join(Owner, Owner.id == ApiKey.owner_id)
+        .where(ApiKey.secret_sha256 == digest, ApiKey.revoked_at.is_(None), Owner.disabled_at.is_(None))
+        .where(or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()))
+    )
+    key = session.scalar(statement)
+    # The index compares digests, which tell nothing of the secret; this only keeps the habit.
+    return key if key is not None and hmac.compare_digest(key.secret_sha256, digest) else None
+
+
+def rotate(session: Session, key_id: UUID, *, overlap_s: float) -> tuple[ApiKey, str]:
+    """A new key with the rights of the old one, which stays valid for `overlap_s` more seconds.
+
+    Raises:
+        ResourceNotFoundError
+    """
+    old = session.get(ApiKey, key_id)
+    if old is None:
+        raise ResourceNotFoundError("There is no such key.", key_id=str(key_id))
+    end = session.scalars(select(func.now() + timedelta(seconds=overlap_s))).one()
+    old.expires_at = min(end, old.expires_at or end)
+    return create(session, old.owner_id, name=old.name, scopes=frozenset(old.scopes))
+
+
+def revoke(session: Session, key_id: UUID) -> None:
+    """Make a key useless from this commit on.
+
+    Raises:
+        ResourceNotFoundError
+    """
+    statement = update(ApiKey).where(ApiKey.id == key_id).values(revoked_at=func.now()).returning(ApiKey.id)
+    if session.scalar(statement) is None:
+        raise ResourceNotFoundError("There is no such key.", key_id=str(key_id))
+
+
+def listed(session: Session) -> list[tuple[ApiKey, Owner]]:
+    statement = select(ApiKey, Owner).join(Owner, Owner.id == ApiKey.owner_id).order_by(Owner.name, ApiKey.created_at)
+    return [(row[0], row[1]) for row in session.execute(statement)]
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()

@@ -1,0 +1,133 @@
+"""API keys: nobody gets in without one, and nobody further than his scopes."""
+
+import io
+from collections.abc import Iterator
+from uuid import UUID
+
+import pytest
+from flask.testing import FlaskClient
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
+
+from api_service.app import create_app
+from scripts.admin import main as admin
+from shared import progress
+from shared.db import keys, owners
+from shared.db.models import ApiKey
+from shared.settings import Settings, get_settings
+from tests.factories import make_job
+from tests.integration.conftest import API, picture
+
+
+@pytest.fixture
+def guarded(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlaskClient]:
+    """The API with keys required."""
+    monkeypatch.setenv("AFTERIMAGE_SECURITY__REQUIRE_API_KEYS", "true")
+    get_settings.cache_clear()
+    app = create_app(get_settings())
+    yield app.test_client()
+    progress.subscriber().close()
+    app.extensions["decoder"].close()
+
+
+def a_key(session: Session, *scopes: str, owner: str = "team") -> dict[str, str]:
+    _, secret = keys.create(session, owners.ensure(session, owner), name="test", scopes=frozenset(scopes))
+    session.commit()
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def operations(client: FlaskClient) -> list[tuple[str, str, str]]:
+    paths = client.get(f"{API}/openapi.json").get_json()["paths"]
+    return [(method, path, op["operationId"]) for path, ops in paths.items() for method, op in ops.items()]
+
+
+def test_every_operation_but_the_probes_asks_for_a_key(guarded: FlaskClient) -> None:
+    some_id = "00000000-0000-4000-8000-00000000abcd"
+    open_to_all = set()
+    for method, path, name in operations(guarded):
+        for parameter in ("job_id", "image_id", "generation_id"):
+            path = path.replace(f"{{{parameter}}}", some_id)
+        answer = guarded.open(path, method=method.upper())
+        if answer.status_code != 401:
+            open_to_all.add(name)
+        else:
+            assert answer.get_json()["code"] == "authentication_required"
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert open_to_all == {"getHealth", "getLiveness", "getReadiness"}
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Bearer aft_wrong", "Basic YTpi", "aft_x"])
+def test_what_is_no_valid_key_opens_nothing(guarded: FlaskClient, header: str) -> None:
+    assert guarded.get(f"{API}/jobs", headers={"Authorization": header}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "update api_keys set revoked_at = now()",
+        "update api_keys set expires_at = now()",
+        "update owners set disabled_at = now() where name = 'team'",
+    ],
+)
+def test_a_key_ends_with_its_revocation_its_expiry_and_its_owner(
+    guarded: FlaskClient, session: Session, ending: str
+) -> None:
+    key = a_key(session, "generate")
+    assert guarded.get(f"{API}/jobs", headers=key).status_code == 200
+    session.execute(text(ending))
+    session.commit()
+    assert guarded.get(f"{API}/jobs", headers=key).status_code == 401
+
+
+def test_a_scope_opens_its_own_operations_only(guarded: FlaskClient, session: Session) -> None:
+    generate, search = a_key(session, "generate"), a_key(session, "search")
+    write = a_key(session, "corpus:write")
+
+    def upload(key: dict[str, str]) -> int:
+        form = {"file": (io.BytesIO(picture()), "a.png")}
+        return guarded.post(f"{API}/upload", data=form, headers=key).status_code
+
+    assert guarded.post(f"{API}/generate", json={"prompt": "a cat"}, headers=generate).status_code == 202
+    assert guarded.get(f"{API}/images", headers=search).status_code == 200
+    assert upload(write) == 201
+    refused = guarded.post(f"{API}/generate", json={"prompt": "a cat"}, headers=search)
+    assert (refused.status_code, refused.get_json()["code"]) == (403, "forbidden")
+    assert guarded.get(f"{API}/images", headers=generate).status_code == 403
+    assert upload(search) == 403
+    assert guarded.get(f"{API}/models", headers=search).status_code == 200
+
+
+def test_owners_do_not_see_each_other(guarded: FlaskClient, session: Session) -> None:
+    mine, theirs = a_key(session, "generate", owner="mine"), a_key(session, "generate", owner="theirs")
+    job = make_job(session, owner="mine")
+    session.commit()
+    assert guarded.get(f"{API}/jobs/{job.id}", headers=mine).status_code == 200
+    for method, path in (("get", ""), ("post", "/cancel"), ("post", "/retry"), ("delete", ""), ("get", "/events")):
+        answer = guarded.open(f"{API}/jobs/{job.id}{path}", method=method.upper(), headers=theirs)
+        assert answer.status_code == 404
+    assert guarded.get(f"{API}/jobs", headers=theirs).get_json()["items"] == []
+
+
+def test_an_operator_makes_lists_rotates_and_revokes_keys(
+    guarded: FlaskClient, session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["admin", *arguments])
+        admin()
+        return capsys.readouterr().out
+
+    def status(secret: str) -> int:
+        return guarded.get(f"{API}/jobs", headers={"Authorization": f"Bearer {secret}"}).status_code
+
+    run("create-owner", "team")
+    key_id, secret = run("create-key", "team", "--name", "laptop", "--scopes", "generate").split()
+    assert status(secret) == 200
+    listed = run("list-keys")
+    assert key_id[:8] in listed
+    assert secret not in listed
+    new_id, new_secret = run("rotate-key", key_id, "--overlap-s", "0").split()
+    assert [status(secret), status(new_secret)] == [401, 200]
+    run("revoke-key", new_id)
+    assert status(new_secret) == 401
+    stored = session.scalars(select(ApiKey.secret_sha256).where(ApiKey.id == UUID(new_id))).one()
+    assert new_secret.encode() not in stored
