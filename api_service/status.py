@@ -10,8 +10,9 @@ from shared.contracts.jobs import JobState
 from shared.contracts.service import ModelsResponse, ModelView, StatsView
 from shared.db import spaces, workers
 from shared.db.models import Generation, Image, Job
-from shared.db.session import get_engine, session_scope
+from shared.db.session import session_scope
 from shared.metrics import recent_operations
+from shared.pools import pool_statistics
 from shared.settings import get_settings
 
 
@@ -56,7 +57,7 @@ def stats() -> StatsView:
                 for worker in workers.live(session)
             ],
             cache=get_cache_manager().stats(),
-            pools={"database": _pool()},
+            pools=pool_statistics(),
             embedding_spaces=[
                 {"digest": space.digest, "model": space.model, "dim": space.dim, "active": active, "vectors": vectors}
                 for space, active, vectors in spaces.listed(session)
@@ -67,8 +68,3 @@ def stats() -> StatsView:
 
 def _counted(session: Session, statement: Any) -> dict[str, int]:
     return {str(name): count for name, count in session.execute(statement)}
-
-
-def _pool() -> dict[str, int]:
-    pool: Any = get_engine().pool  # a QueuePool, whose counters the base class does not name
-    return {"size": pool.size(), "in_use": pool.checkedout(), "idle": pool.checkedin(), "overflow": pool.overflow()}
