@@ -1,10 +1,10 @@
 """What every request and response shares."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
 
 class Contract(BaseModel):
@@ -21,7 +21,22 @@ def _no_control_characters(text: str) -> str:
     return text
 
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_no_control_characters)]
+def _in_utc(moment: datetime) -> datetime:
+    # Postgres reads offsets up to 16 hours only; ISO 8601 allows 24.
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie in the years 1 to 9999 in UTC") from None
+
+
+Text = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True),
+    AfterValidator(_no_control_characters),
+    Field(json_schema_extra={"pattern": r"^[^\u0000-\u0008\u000b-\u001f\u007f]*$"}),
+]
+Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+"""A point in time, in UTC whatever offset it came with."""
 Prompt = Annotated[Text, Field(min_length=1, max_length=2000)]
 Tag = Annotated[Text, Field(min_length=1, max_length=64)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
@@ -76,8 +91,3 @@ class Page(Contract, Generic[Item]):
 class PageQuery(Contract):
     limit: int = Field(20, ge=1, le=100)
     cursor: str | None = Field(None, max_length=200)
-
-
-class TimeRange(Contract):
-    after: datetime | None = None
-    before: datetime | None = None

@@ -5,9 +5,9 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
-from shared.contracts.common import Contract, Metadata, PageQuery
+from shared.contracts.common import Contract, Metadata, Moment, PageQuery
 
 
 class JobKind(StrEnum):
@@ -114,8 +114,8 @@ class JobView(Contract):
 class JobQuery(PageQuery):
     state: JobState | None = None
     kind: JobKind | None = None
-    created_after: AwareDatetime | None = None
-    created_before: AwareDatetime | None = None
+    created_after: Moment | None = None
+    created_before: Moment | None = None
 
 
 class JobWait(Contract):

@@ -4,9 +4,9 @@ from datetime import datetime
 from typing import Annotated, Self
 from uuid import UUID
 
-from pydantic import AwareDatetime, Field, model_validator
+from pydantic import Field, model_validator
 
-from shared.contracts.common import Contract, Name, Prompt, Tag, Text
+from shared.contracts.common import Contract, Moment, Name, Prompt, Tag, Text
 
 
 class ImageFilter(Contract):
@@ -19,8 +19,8 @@ class ImageFilter(Contract):
     attributes: Annotated[
         dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=200)]], Field(max_length=16)
     ] = Field(default_factory=dict, description="all of these name and value pairs")
-    created_after: AwareDatetime | None = None
-    created_before: AwareDatetime | None = None
+    created_after: Moment | None = None
+    created_before: Moment | None = None
 
 
 class SearchRequest(Contract):

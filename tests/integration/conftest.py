@@ -1,6 +1,7 @@
 """The API for tests: in this process through Flask's client, or as the real server."""
 
 import io
+import json
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from PIL import Image
 
 from api_service.app import create_app
 from ops.local.stack import REPOSITORY
-from shared import progress
+from shared import progress, queue
 from shared.settings import Settings
 from tests.stack import wait_until
 
@@ -63,6 +64,12 @@ def _answers(url: str) -> bool:
         return httpx.get(f"{url}/health/live", timeout=1).is_success
     except httpx.TransportError:
         return False
+
+
+def messages(queue_name: str) -> list[Any]:
+    """What waits in a Celery queue, each of whose priorities is a list of its own."""
+    keys = queue.broker().scan_iter(f"{queue_name}*", _type="list")
+    return [json.loads(message) for key in keys for message in queue.broker().lrange(key, 0, -1)]
 
 
 def picture(colour: str = "red", *, size: tuple[int, int] = (64, 48), kind: str = "PNG") -> bytes:

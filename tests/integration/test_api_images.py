@@ -16,7 +16,7 @@ from shared.db.images import vector_of
 from shared.db.models import Collection, Generation, GenerationReference, Image
 from shared.settings import Settings
 from tests.factories import SHARED_COLLECTION, make_image, make_job
-from tests.integration.conftest import API, Client, picture
+from tests.integration.conftest import API, Client, messages, picture
 
 VECTOR = [1.0] + [0.0] * 15
 
@@ -83,7 +83,7 @@ def test_many_files_of_one_request_are_all_kept_and_their_workers_are_rung(clien
     answer = upload(client, *(picture(colour) for colour in ("red", "green", "blue")), tags=["a", "b"])
     assert (answer.status_code, answer.json["created"], answer.json["existing"]) == (201, 3, 0)
     assert {tuple(image["tags"]) for image in answer.json["images"]} == {("a", "b")}
-    assert queue.broker().llen(queue.EMBED_IMAGES_QUEUE) == 1
+    assert len(messages(queue.EMBED_IMAGES_QUEUE)) == 1
 
 
 def test_the_same_content_again_is_answered_with_the_image_there_is(client: Client) -> None:

@@ -13,11 +13,10 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shared import queue
 from shared.db.models import Collection, Generation, Image, Job, JobEvent
 from shared.settings import Settings
 from tests.factories import make_image, make_space
-from tests.integration.conftest import API, Client, picture
+from tests.integration.conftest import API, Client, messages, picture
 
 # Werkzeug's test client keeps large bodies in temporary files, and leaves those to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -60,7 +59,7 @@ def _everything(session: Session, settings: Settings) -> dict[str, Any]:
     }
     folder = Path(settings.storage.url.removeprefix("file://"))
     counts["blobs"] = sorted(str(path) for path in folder.rglob("*") if path.is_file())
-    counts["queues"] = [queue.broker().llen(name) for name in ("generate.cheap", "embed.queries", "embed.images")]
+    counts["messages"] = messages("generate.") + messages("embed.")
     return counts
 
 
@@ -270,6 +269,7 @@ def test_a_wrong_query_parameter_is_named(subtests: pytest.Subtests, client: Cli
         ("/jobs", "state=gone", "query.state"),
         ("/jobs", "created_after=yesterday", "query.created_after"),
         ("/jobs", "created_after=2026-01-01T00:00:00", "query.created_after"),
+        ("/jobs", "created_before=0001-01-01T00:00:00%2B23:59", "query.created_before"),
         ("/jobs", "surprise=1", "query.surprise"),
         ("/images", "collection=NO", "query.collection"),
         ("/images", "collection=made-up", "query.collection"),
@@ -297,6 +297,7 @@ def test_a_cursor_that_was_not_given_out_is_refused(subtests: pytest.Subtests, c
         "é",
         "AAAA",
         base64.urlsafe_b64encode(b"2026-01-01 x").decode(),
+        base64.urlsafe_b64encode(b"0001-01-01T00:00:00+23:59 " + str(uuid4()).encode()).decode(),
         base64.urlsafe_b64encode(b"2026-01-01T00:00:00 " + str(uuid4()).encode()).decode(),
     ]:
         for route in ["/jobs", "/images", "/generations", f"/images/{uuid4()}/generations"]:
