@@ -36,6 +36,9 @@ down: $(READY) ## stop the local stack; its data stays in var/
 test: $(READY) ## run the whole test suite on real servers  (T=tests/unit for a part)
 	$(PY) -m pytest $(T)
 
+eval: $(READY) ## does retrieval help? figures, a chart and sheets into out/eval/  (EVAL=--quick, EVAL=--help)
+	$(PY) -m scripts.evaluate $(EVAL)
+
 lint: $(READY) ## style, types and import rules
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -62,4 +65,4 @@ clean: ## stop the stack, remove .venv and every cache; var/ and out/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo up down test lint docs lock clean
+.PHONY: help setup demo up down test eval lint docs lock clean

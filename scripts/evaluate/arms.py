@@ -89,7 +89,7 @@ def requests(cases: Sequence[Case], arm: Arm, *, model: ImageModel, store: Store
         used = case.references[arm]
         mode, _ = resolve_mode(
             model.capabilities,
-            Mode.NONE if arm is Arm.NONE else Mode.AUTO,
+            Mode.AUTO,
             references=len(used),
             captions=sum(reference.found.image.caption is not None for reference in used),
         )
