@@ -17,7 +17,7 @@ from shared.contracts.jobs import EventView, JobState, JobView
 from shared.db import jobs
 from shared.db.session import session_scope
 from shared.errors import DatabaseConnectionError, ResourceNotFoundError, TooManyStreamsError
-from shared.progress import subscriber
+from shared.progress import close_subscriber, subscriber
 from shared.settings import get_settings
 
 HEARTBEAT_S = 15.0
@@ -73,7 +73,7 @@ def end_with_process() -> None:
     def wait_for_signal(told: socket.socket, _tell: socket.socket) -> None:
         # Both ends live as long as this thread; one that is collected would close and end the wait at once.
         told.recv(1)
-        subscriber().close()
+        close_subscriber()
 
     threading.Thread(target=wait_for_signal, args=(told, tell), name="end-with-process", daemon=True).start()
 

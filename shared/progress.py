@@ -226,10 +226,26 @@ class Subscriber:
             watch.hear(None)
 
 
-@cache
 def subscriber() -> Subscriber:
     """The subscription of this process, started at first use."""
+    with _building:
+        return _subscriber()
+
+
+_building = threading.Lock()
+"""`cache` alone would let two threads that come first together start one each."""
+
+
+@cache
+def _subscriber() -> Subscriber:
     return Subscriber(get_settings().queue)
+
+
+def close_subscriber() -> None:
+    """End the subscription of this process, if there is one."""
+    with _building:
+        if _subscriber.cache_info().currsize:
+            _subscriber().close()
 
 
 def _connect(settings: QueueSettings) -> redis.Redis:

@@ -30,8 +30,7 @@ def client(settings: Settings) -> Iterator[Client]:
     """A client of the API in this process, on this test's servers."""
     app = create_app(settings)
     yield app.test_client()
-    if progress.subscriber.cache_info().currsize:
-        progress.subscriber().close()
+    progress.close_subscriber()
     app.extensions["decoder"].close()
 
 
