@@ -45,8 +45,10 @@ def fetched(cache: Path) -> Path:
         command = ["npm", "pack", "--silent", "--fetch-retries=0", f"{TWEMOJI.name}@{TWEMOJI.version}"]
         try:
             subprocess.run(command, cwd=cache, check=True, capture_output=True, timeout=FETCH_TIMEOUT_S)
-        except (OSError, subprocess.SubprocessError) as error:
-            raise UnseenStyleUnavailableError(f"{TWEMOJI.name} could not be fetched with npm: {error}") from error
+        except FileNotFoundError as error:
+            raise UnseenStyleUnavailableError(f"npm, which fetches {TWEMOJI.name}, is not installed") from error
+        except subprocess.SubprocessError as error:
+            raise UnseenStyleUnavailableError(f"npm could not fetch {TWEMOJI.name}; is there a network?") from error
     return unpacked(TWEMOJI, cache)
 
 
