@@ -1,10 +1,12 @@
 """docker-compose.yml, the Dockerfile, Prometheus and Grafana agree with the code that they start and watch."""
 
+import ast
 import importlib.util
 import json
 import re
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,38 @@ def test_an_image_installs_a_subset_of_the_tested_versions(kind: str) -> None:
 def test_only_the_worker_image_holds_torch(kind: str) -> None:
     names = {pin.split("==")[0] for pin in _pins(ROOT / "ops" / "docker" / f"{kind}.lock")}
     assert not names & {"torch", "torchvision", "diffusers", "transformers", "open-clip-torch"}
+
+
+_OURS_AS_PACKAGES = {"api_service", "worker_service", "shared", "migrations", "scripts", "ops", "starter"}
+RUN_BY = {
+    "api": [
+        *("api_service", "shared", "migrations", "scripts/admin.py"),
+        *(f"worker_service/{name}.py" for name in ("__main__", "celery_app", "io_worker", "webhooks", "reconciler")),
+    ],
+    "worker": ["worker_service", "shared"],
+    "flower": ["ops/flower"],
+}
+
+
+def _imported(source: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("kind", RUN_BY)
+def test_an_image_holds_everything_that_its_code_imports(kind: str) -> None:
+    paths = [ROOT / name for name in RUN_BY[kind]]
+    files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
+    providers = packages_distributions()
+    needed = {name for file in files for name in _imported(file) if name in providers} - _OURS_AS_PACKAGES
+    held = {pin.split("==")[0] for pin in _pins(ROOT / "ops" / "docker" / f"{kind}.lock")}
+    missing = {name for name in needed if not held & {canonicalize_name(provider) for provider in providers[name]}}
+    assert missing == set()
 
 
 def test_no_lock_names_a_registry_or_a_folder() -> None:
