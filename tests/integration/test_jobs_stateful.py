@@ -1,0 +1,232 @@
+"""The job table under random interleavings of two workers, a user and the reconciler, on real Postgres.
+
+A plain model of the promises runs beside it; after every step both must tell the same.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID, uuid4
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from shared.contracts.jobs import JobState
+from shared.db import jobs
+from shared.db.feed import next_jobs
+from shared.db.jobs import Claim, Output
+from shared.db.models import Generation, Job
+from shared.errors import ImageGenerationError, StorageError
+from tests.factories import make_job
+
+MAX_CRASHES = 3
+MAX_RETRIES = 2
+WINDOW = 2
+
+
+@dataclass
+class Expected:
+    """What must be true of one job."""
+
+    owner_id: UUID
+    state: JobState = JobState.QUEUED
+    attempt: int = 0
+    crashes: int = 0
+    retries: int = 0
+    in_model: bool = False
+    lease_over: bool = False
+    events: int = 1
+    outputs_of: int | None = None
+    waiting_until_due: bool = False
+
+    def owned_by(self, claim: Claim) -> bool:
+        return self.state is JobState.PROCESSING and self.attempt == claim.attempt
+
+    def moves(self, state: JobState) -> None:
+        self.state = state
+        self.events += 1
+        self.lease_over = False
+
+
+class JobTable(RuleBasedStateMachine):
+    """Rules are what may happen; a claim stays in the bundle when its worker is gone, as a late worker's would."""
+
+    ids = Bundle("ids")
+    claims = Bundle("claims")
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+        self.expected: dict[UUID, Expected] = {}
+
+    def teardown(self) -> None:
+        self.session.rollback()
+
+    @initialize(target=ids)
+    def first_job(self) -> UUID:
+        return self._submit()
+
+    @rule(target=ids)
+    def submit(self) -> UUID:
+        return self._submit()
+
+    def _submit(self) -> UUID:
+        job = make_job(self.session)
+        self.expected[job.id] = Expected(owner_id=job.owner_id)
+        return job.id
+
+    @rule()
+    def feed(self) -> None:
+        out = self.session.scalar(
+            select(func.count()).where(Job.state == JobState.QUEUED, Job.published_at.is_not(None))
+        )
+        published = next_jobs(self.session, "cheap", window=WINDOW, starving_s=1e6)
+        assert (out or 0) + len(published) <= WINDOW
+        for each in published:
+            assert self.expected[each.job_id].state is JobState.QUEUED
+            assert not self.expected[each.job_id].waiting_until_due
+
+    @rule(target=claims, job_id=ids, worker=st.sampled_from(["w1", "w2"]))
+    def delivered(self, job_id: UUID, worker: str) -> Claim:
+        """A message arrives, for the first time or again."""
+        expected = self.expected[job_id]
+        taken = jobs.claim(self.session, job_id, worker=worker, lease_s=30)
+        may = expected.state is JobState.QUEUED and not expected.waiting_until_due
+        assert (taken is not None) == may
+        if taken is None:
+            return Claim(job_id, -1)  # the claim of nobody: nothing may ever succeed with it
+        expected.moves(JobState.PROCESSING)
+        expected.attempt += 1
+        expected.in_model = False
+        assert taken[0] == Claim(job_id, expected.attempt)
+        return taken[0]
+
+    @rule(claim=claims)
+    def heartbeat(self, claim: Claim) -> None:
+        expected = self.expected[claim.job_id]
+        renewed = jobs.renew(self.session, [claim], lease_s=30)
+        assert renewed == ({claim.job_id} if expected.owned_by(claim) else set())
+        assert jobs.still_owned(self.session, [claim]) == renewed
+        if renewed:
+            expected.lease_over = False
+
+    @rule(claim=claims)
+    def model_begins(self, claim: Claim) -> None:
+        expected = self.expected[claim.job_id]
+        assert jobs.model_started(self.session, claim) == expected.owned_by(claim)
+        expected.in_model |= expected.owned_by(claim)
+
+    @rule(claim=claims)
+    def finish(self, claim: Claim) -> None:
+        expected = self.expected[claim.job_id]
+        generation = self._generation(claim)
+        done = jobs.finish(self.session, claim, [Output(generation, [])], timings={})
+        assert done == expected.owned_by(claim)
+        if done:
+            expected.moves(JobState.SUCCEEDED)
+            expected.outputs_of = claim.attempt
+
+    @rule(claim=claims)
+    def fail(self, claim: Claim) -> None:
+        expected = self.expected[claim.job_id]
+        failed = jobs.fail(self.session, claim, ImageGenerationError())
+        assert failed == expected.owned_by(claim)
+        if failed:
+            expected.moves(JobState.FAILED)
+
+    @rule(claim=claims)
+    def meet_a_passing_fault(self, claim: Claim) -> None:
+        expected = self.expected[claim.job_id]
+        changed = jobs.retry_later(self.session, claim, StorageError(), delay_s=60, most=MAX_RETRIES)
+        assert changed == expected.owned_by(claim)
+        if changed and expected.retries == MAX_RETRIES:
+            expected.moves(JobState.FAILED)
+        elif changed:
+            expected.moves(JobState.QUEUED)
+            expected.retries += 1
+            expected.waiting_until_due = True
+
+    @rule(job_id=ids)
+    def become_due(self, job_id: UUID) -> None:
+        self.session.execute(update(Job).where(Job.id == job_id).values(run_after=func.now()))
+        self.expected[job_id].waiting_until_due = False
+
+    @rule(claim=claims)
+    def hand_back(self, claim: Claim) -> None:
+        expected = self.expected[claim.job_id]
+        assert jobs.hand_back(self.session, [claim]) == int(expected.owned_by(claim))
+        if expected.owned_by(claim):
+            expected.moves(JobState.QUEUED)
+
+    @rule(job_id=ids)
+    def cancel(self, job_id: UUID) -> None:
+        expected = self.expected[job_id]
+        canceled = jobs.cancel(self.session, job_id, owner_id=expected.owner_id)
+        assert canceled == (not expected.state.is_final)
+        if canceled:
+            expected.moves(JobState.CANCELED)
+
+    @rule(job_id=ids)
+    def fall_silent(self, job_id: UUID) -> None:
+        past = func.clock_timestamp() - timedelta(seconds=1)
+        lapsed = update(Job).where(Job.id == job_id, Job.state == JobState.PROCESSING).values(lease_until=past)
+        self.session.execute(lapsed)
+        self.expected[job_id].lease_over = self.expected[job_id].state is JobState.PROCESSING
+
+    @rule()
+    def reconcile(self) -> None:
+        over = {job_id for job_id, expected in self.expected.items() if expected.lease_over}
+        assert set(jobs.take_back_expired(self.session, max_crashes=MAX_CRASHES)) == over
+        for job_id in over:
+            expected = self.expected[job_id]
+            expected.crashes += expected.in_model
+            expected.moves(JobState.DEAD if expected.crashes >= MAX_CRASHES else JobState.QUEUED)
+
+    @invariant()
+    def the_table_is_as_promised(self) -> None:
+        self.session.expire_all()
+        for job_id, expected in self.expected.items():
+            job = self.session.get_one(Job, job_id)
+            assert (job.state, job.attempt, job.crashes) == (expected.state, expected.attempt, expected.crashes)
+            assert (job.finished_at is not None) == expected.state.is_final
+            events = jobs.events(self.session, job_id, after=0)
+            assert [event.seq for event in events] == list(range(1, expected.events + 1))
+            made = self.session.scalars(select(Generation.blob_key).where(Generation.job_id == job_id)).all()
+            assert made == ([] if expected.outputs_of is None else [f"attempt {expected.outputs_of}"])
+
+    def _generation(self, claim: Claim) -> Generation:
+        return Generation(
+            id=uuid4(),
+            job_id=claim.job_id,
+            owner_id=self.expected[claim.job_id].owner_id,
+            index=0,
+            seed=1,
+            format="png",
+            blob_key=f"attempt {claim.attempt}",
+            thumbnail_key="t",
+            width=1,
+            height=1,
+            size_bytes=1,
+            sha256="00",
+            pixels_sha256="00",
+            provenance={},
+        )
+
+
+def test_the_promises_hold_under_any_interleaving(session: Session) -> None:
+    class OnThisDatabase(JobTable):
+        def __init__(self) -> None:
+            super().__init__(session)
+
+    run_state_machine_as_test(
+        OnThisDatabase,
+        settings=settings(
+            max_examples=40,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
+    )
