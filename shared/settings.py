@@ -205,7 +205,7 @@ def _starter_generator() -> dict[str, GeneratorSettings]:
             source=folder,
             ip_adapter=IPAdapterSettings(source=folder, conditions_on="embedding_space"),
             defaults=GeneratorDefaults(
-                width=64, height=64, num_inference_steps=20, guidance_scale=3.0, ip_adapter_scale=1.0
+                width=64, height=64, num_inference_steps=16, guidance_scale=3.0, ip_adapter_scale=1.0
             ),
             any_size=False,
             max_batch_size=8,
@@ -233,8 +233,13 @@ class ModelSettings(Section):
 
 class RetrievalSettings(Section):
     default_k: int = Field(4, ge=1, le=16, description="references looked for when the request does not say")
-    min_similarity: float = Field(0.2, ge=-1, le=1, description="cosine below which a reference is not used")
-    duplicate_similarity: float = Field(0.97, ge=0, le=1, description="cosine above which two results are one")
+    min_similarity: float = Field(
+        0.4,
+        ge=-1,
+        le=1,
+        description="cosine below which a reference is not used; fits the starter CLIP, other "
+        "CLIPs need their own: about 0.22 for those of OpenAI and LAION",
+    )
     weight_temperature: float = Field(0.1, gt=0, le=10, description="softmax temperature from similarity to weight")
     ef_search: int = Field(100, ge=10, le=1000, description="candidates the index looks at; more finds better, slower")
     exact_below: int = Field(10_000, ge=0, description="scan exactly when the filter leaves fewer rows than this")
