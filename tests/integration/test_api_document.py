@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from openapi_spec_validator import validate
 
+from api_service.problems import HTTP_CODES
+from ops.local.stack import REPOSITORY
+from shared.errors import BaseAppException
 from tests.integration.conftest import API, Client
 
 METHODS = ("get", "post", "patch", "delete", "put")
@@ -134,3 +137,15 @@ def test_an_unexpected_fault_shows_nothing_of_itself(client: Client) -> None:
     assert (answer.status_code, answer.json["code"]) == (500, "internal_error")
     assert "secret" not in answer.text
     assert "Traceback" not in answer.text
+
+
+def test_the_page_on_errors_lists_every_code_with_its_status() -> None:
+    def tree(kind: type[BaseAppException]) -> Iterator[type[BaseAppException]]:
+        yield kind
+        for child in kind.__subclasses__():
+            yield from tree(child)
+
+    ours = {kind.code: kind.status for kind in tree(BaseAppException) if kind.__module__ == "shared.errors"}
+    page = (REPOSITORY / "docs" / "api.md").read_text()
+    listed = {code: int(status) for code, status in re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.MULTILINE)}
+    assert listed == {code: int(status) for status, code in HTTP_CODES.items()} | ours
