@@ -240,6 +240,7 @@ class RetrievalSettings(Section):
         description="cosine below which a reference is not used; fits the starter CLIP, other "
         "CLIPs need their own: about 0.22 for those of OpenAI and LAION",
     )
+    duplicate_similarity: float = Field(0.95, ge=0, le=1, description="cosine above which two results are one")
     weight_temperature: float = Field(0.1, gt=0, le=10, description="softmax temperature from similarity to weight")
     ef_search: int = Field(100, ge=10, le=1000, description="candidates the index looks at; more finds better, slower")
     exact_below: int = Field(10_000, ge=0, description="scan exactly when the filter leaves fewer rows than this")
