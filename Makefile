@@ -11,7 +11,7 @@ READY := .venv/.ready
 PROMPT ?= a red apple with a bite
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install exactly what requirements.lock names, into .venv (done by every other target too)
 
@@ -45,6 +45,10 @@ lint: $(READY) ## style, types and import rules
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
+train-starter: $(READY) ## train the starter models from nothing into starter/models/ (many hours; resumes from var/training)
+	$(PY) -m starter.train all
+	$(PY) -m starter.train export
+
 docs: $(READY) ## write docs/settings.md from the settings
 	$(PY) -m scripts.document_settings
 
@@ -65,4 +69,4 @@ clean: ## stop the stack, remove .venv and every cache; var/ and out/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo up down test eval lint docs lock clean
+.PHONY: help setup demo up down test eval lint train-starter docs lock clean
