@@ -7,6 +7,7 @@ Images that the collection already has are skipped, so an interrupted run is sim
 """
 
 import argparse
+import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
@@ -31,6 +32,10 @@ class Sample:
     data: bytes
     fields: dict[str, Any]
 
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,8 +53,8 @@ def index(api: httpx.Client, corpus: Path, *, collection: str, console: Console)
     Raises:
         httpx.HTTPStatusError: the API refused an image.
     """
-    known = set(indexed_filenames(api, collection))
-    samples = [sample for sample in read_samples(corpus) if sample.filename not in known]
+    known = set(indexed_digests(api, collection))
+    samples = [sample for sample in read_samples(corpus) if sample.sha256 not in known]
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if samples:
         with (
@@ -85,11 +90,11 @@ def read_samples(corpus: Path) -> Iterator[Sample]:
                 yield Sample(filename, data, described.pop(path.stem))
 
 
-def indexed_filenames(api: httpx.Client, collection: str) -> Iterator[str]:
+def indexed_digests(api: httpx.Client, collection: str) -> Iterator[str]:
     query = {"collection": collection, "limit": "100"}
     while True:
         page = api.get("/images", params=query).raise_for_status().json()
-        yield from (image["filename"] for image in page["items"])
+        yield from (image["sha256"] for image in page["items"])
         if page["next_cursor"] is None:
             return
         query["cursor"] = page["next_cursor"]

@@ -37,7 +37,8 @@ SECRETS_IN_TEXT = [
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 CONTROL_IN_TRACEBACK = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 TRACEBACKS = ("exception", "stack")
-# Libraries whose INFO lines tell of each request, statement or message; httpx's contain whole URLs, Celery's repeat each job's own line.
+# Libraries whose INFO lines tell of each request, statement or message; httpx's contain whole URLs,
+# Celery's repeat each job's own line.
 QUIET = (
     "botocore",
     "celery.app.trace",
