@@ -47,7 +47,6 @@ lint: $(READY) ## style, types and import rules
 
 train-starter: $(READY) ## train the starter models from nothing into starter/models/ (many hours; resumes from var/training)
 	$(PY) -m starter.train all
-	$(PY) -m starter.train export
 
 docs: $(READY) ## write docs/settings.md from the settings
 	$(PY) -m scripts.document_settings
