@@ -13,6 +13,8 @@ from shared.logging import configure as configure_logging
 from shared.settings import Settings, get_settings
 
 TARGET = "api_service.app:served_app"
+CONNECTIONS = 1024
+"""What one process holds open at a time; `threads` of them are served."""
 STOP_WAIT_S = 10
 """Requests in work get this long to end; waits and streams end by themselves."""
 
@@ -51,8 +53,9 @@ def serve(settings: Settings) -> None:
         port=settings.api.port,
         workers=settings.api.workers,
         blocking_threads=settings.api.threads,
-        # What comes beyond waits in the kernel instead of in the process.
-        backpressure=settings.api.threads,
+        # It counts connections, idle ones included: were it the number of threads, as many idle clients would lock
+        # everybody else out.
+        backpressure=CONNECTIONS,
         respawn_failed_workers=True,
         workers_kill_timeout=STOP_WAIT_S,
         websockets=False,

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -144,6 +144,17 @@ def test_a_client_that_left_frees_its_place(server: Server, http: httpx.Client) 
 def _stream_status(http: httpx.Client, job_id: str) -> int:
     with http.stream("GET", f"/jobs/{job_id}/events") as answer:
         return answer.status_code
+
+
+def test_idle_connections_lock_nobody_out_and_hold_no_stop_up(server: Server) -> None:
+    with ExitStack() as clients:
+        for _ in range(100):  # three times the threads
+            idle = clients.enter_context(httpx.Client(timeout=5))
+            assert idle.get(f"{server.url}/health/live").is_success
+        server.process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - started < 8
 
 
 def test_a_stop_is_not_held_up_by_streams_and_waits(server: Server, http: httpx.Client) -> None:
