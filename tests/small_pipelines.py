@@ -44,13 +44,13 @@ IMAGE_ENCODER_DIM = 20
 """Length of the image encoder's vectors that the SDXL adapter takes."""
 
 
-def save_clip(folder: Path, *, seed: int = 0) -> None:
+def save_clip(folder: Path, *, seed: int = 0, dim: int = CLIP_DIM) -> None:
     """An open_clip folder for `local-dir:`."""
     torch.manual_seed(seed)
     tokenizer = _clip_tokenizer(context=24)
     tokenizer.save_pretrained(folder)
     model_cfg: dict[str, Any] = {
-        "embed_dim": CLIP_DIM,
+        "embed_dim": dim,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
         "text_cfg": {
             "context_length": 24,
@@ -63,7 +63,7 @@ def save_clip(folder: Path, *, seed: int = 0) -> None:
     }
     vision = open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"])
     text = open_clip.CLIPTextCfg(**model_cfg["text_cfg"])
-    model = open_clip.CLIP(embed_dim=CLIP_DIM, vision_cfg=vision, text_cfg=text)
+    model = open_clip.CLIP(embed_dim=dim, vision_cfg=vision, text_cfg=text)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}})

@@ -22,6 +22,7 @@ class CheapGenerator:
     capabilities: Capabilities
     defaults: GeneratorDefaults
     cost_s: float
+    reference_dim: int | None = None
 
     @classmethod
     def load(cls, name: str, settings: ModelSettings) -> "CheapGenerator":

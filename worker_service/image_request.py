@@ -80,6 +80,10 @@ class ImageModel(Protocol):
     capabilities: Capabilities
     defaults: GeneratorDefaults
 
+    @property
+    def reference_dim(self) -> int | None:
+        """Length that the references' vectors must have; none when the model conditions on no vectors."""
+
     def warm_up(self) -> None:
         """Pay the first call's costs before a job does."""
 

@@ -12,6 +12,7 @@ from shared.contracts.service import Capabilities
 from shared.db import spaces, workers
 from shared.db.session import session_scope
 from shared.db.spaces import Space
+from shared.errors import ModelLoadError, ModelNotFoundError
 from shared.metrics import increment_counter, time_operation
 from shared.settings import GeneratorSettings, Settings
 from worker_service.batcher import Batcher, CheckIn
@@ -84,13 +85,21 @@ class Models:
         Raises:
             ModelNotFoundError, ModelLoadError
         """
+        generator = settings.model.generators.get(name)
+        if generator is None:
+            raise ModelNotFoundError(model=name)
         embedder = Embedder.load(settings)
-        generator = settings.model.generators[name]
         with time_operation("model_load", model=name):
             image_model: ImageModel = (CheapGenerator if generator.kind == "cheap" else Diffusion).load(
                 name, settings.model
             )
             image_model.warm_up()
+        if image_model.reference_dim not in (None, embedder.space.dim):
+            raise ModelLoadError(
+                f"The IP-Adapter of {name!r} takes vectors of length {image_model.reference_dim}, and the CLIP "
+                f"{embedder.name!r} makes {embedder.space.dim}: it is not the adapter's encoder, so set "
+                'ip_adapter.conditions_on to "image".'
+            )
         with session_scope() as session:
             workers.publish_capabilities(session, name, image_model.capabilities)
         logger.info("generator_loaded", extra={"model": name, "modes": image_model.capabilities.modes})

@@ -16,12 +16,12 @@ from shared.contracts.jobs import JobState
 from shared.db import images, jobs, outputs, spaces
 from shared.db.models import Generation, Job
 from shared.db.models import Image as ImageRow
-from shared.errors import ModelError, StorageError
+from shared.errors import ModelError, ModelLoadError, StorageError
 from shared.imaging import decode_upload, read_record
 from shared.settings import ModelSettings, Settings, get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key
 from tests.factories import SHARED_COLLECTION, make_job
-from tests.small_pipelines import save_clip
+from tests.small_pipelines import CLIP_DIM, save_clip, save_sd15
 from worker_service import embedding, generation
 from worker_service.attempt import Outcome
 from worker_service.batcher import Batcher
@@ -352,3 +352,18 @@ def test_blobs_of_outputs_name_their_attempt(session: Session, models: Models, l
     run(job.id, models, leases)
     (made,) = outputs.of_jobs(session, [job.id])[job.id]
     assert made.blob_key == f"outputs/{job.id}/1/0.png"
+
+
+def test_a_clip_that_is_not_the_adapters_encoder_is_refused_when_the_worker_starts(
+    settings: Settings, tmp_path: Path
+) -> None:
+    save_clip(tmp_path / "clip", dim=CLIP_DIM + 8)
+    save_sd15(tmp_path / "sd15")
+    adapter = {"source": str(tmp_path / "sd15"), "conditions_on": "embedding_space"}
+    model = {
+        "clip": {"model": f"local-dir:{tmp_path / 'clip'}"},
+        "generators": {"sd15": {"source": str(tmp_path / "sd15"), "ip_adapter": adapter}},
+        "default_generator": "sd15",
+    }
+    with pytest.raises(ModelLoadError, match="conditions_on"):
+        Models.load("sd15", settings.model_copy(update={"model": ModelSettings.model_validate(model)}))
