@@ -1,9 +1,10 @@
-"""`python -m starter.train STAGE`: train one stage from its last checkpoint on, or `export` what there is.
+"""`python -m starter.train STAGE`: train one stage from its last checkpoint on, or `all`, or `export`, or `measure`.
 
-Order: clip and autoencoder (in any order), generator (needs both), judge, export.
+Order: clip and autoencoder (in any order), then queries (needs clip) and generator (needs both), judge, export.
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import TypeVar
 import torch
 
 from starter.train.autoencoder import AutoencoderStage
-from starter.train.clip import JUDGE, RETRIEVER, ClipShape, ClipStage
+from starter.train.clip import JUDGE, RETRIEVER, ClipShape, ClipStage, image_vectors
 from starter.train.dataset import load_dataset
 from starter.train.export import export_clip, export_generator, replace_folder
 from starter.train.generator import GeneratorStage
 from starter.train.loop import Plan, Stage, best_checkpoint, load_checkpoint, train
+from starter.train.measure import NONSENSE, recall, reconstruction_psnr, similarity_ranges, text_vectors
 from starter.train.plot import plot_losses
+from starter.train.queries import QueryStage
 from starter.train.texts import vocabulary_texts
 from starter.train.tokens import learn_tokenizer, load_tokenizer
 
@@ -39,6 +42,12 @@ def judge(folder: Path) -> ClipStage:
     return clip(folder, JUDGE, "judge")
 
 
+def queries(folder: Path) -> QueryStage:
+    """Needs the best CLIP in `folder`; trains a copy of it, so that the generator's text encoder stays as it was."""
+    retriever = trained(clip(folder), folder)
+    return QueryStage(retriever.dataset, retriever.module, retriever.tokenizer)
+
+
 def autoencoder(folder: Path) -> AutoencoderStage:
     return AutoencoderStage(load_dataset())
 
@@ -49,8 +58,18 @@ def generator(folder: Path) -> GeneratorStage:
     return GeneratorStage(retriever.dataset, retriever.module, retriever.tokenizer, pixels.module)
 
 
+RECIPE: dict[str, tuple[int, int]] = {
+    "clip": (740, 240),
+    "autoencoder": (2200, 650),
+    "queries": (1150, 150),
+    "generator": (20_000, 1_000),
+    "judge": (700, 200),
+}
+"""Stage -> steps at the constant rate, steps of cool-down, in the order in which they need each other."""
+
 STAGES: dict[str, Callable[[Path], Stage]] = {
     "clip": clip,
+    "queries": queries,
     "judge": judge,
     "autoencoder": autoencoder,
     "generator": generator,
@@ -70,36 +89,76 @@ def export(folder: Path, out: Path) -> None:
     """Write clip/, judge/ and generator/ into `out`, each replaced as a whole."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as partial:
-        for name in ("clip", "judge"):
-            if best_checkpoint(folder / name).exists():
-                stage = trained(clip(folder) if name == "clip" else judge(folder), folder)
-                export_clip(stage.module, stage.shape, stage.tokenizer, Path(partial) / name)
-                replace_folder(Path(partial) / name, out / name)
+        retriever = trained(queries(folder), folder)
+        export_clip(retriever.module, RETRIEVER, retriever.tokenizer, Path(partial) / "clip")
+        replace_folder(Path(partial) / "clip", out / "clip")
+        if best_checkpoint(folder / "judge").exists():
+            second = trained(judge(folder), folder)
+            export_clip(second.module, JUDGE, second.tokenizer, Path(partial) / "judge")
+            replace_folder(Path(partial) / "judge", out / "judge")
         if best_checkpoint(folder / "generator").exists():
             painter = trained(generator(folder), folder)
             export_generator(painter, Path(partial) / "generator")
             replace_folder(Path(partial) / "generator", out / "generator")
 
 
+def measure(folder: Path) -> dict[str, object]:
+    """The figures of the model card, of the trained checkpoints in `folder`."""
+    dataset = load_dataset()
+    retriever = trained(queries(folder), folder)
+    names = text_vectors(retriever.module, retriever.tokenizer, dataset.names)
+    nonsense = text_vectors(retriever.module, retriever.tokenizer, list(NONSENSE))
+    store = image_vectors(retriever.module, dataset.pixels)
+    pixels = trained(autoencoder(folder), folder).module
+    return {
+        "retrieval": recall(names, store, dataset.concept),
+        "text_image_cosine": similarity_ranges(names, nonsense, store, dataset.concept),
+        "autoencoder": {
+            "psnr_db": reconstruction_psnr(pixels, dataset.pixels[dataset.held_out]),
+            "psnr_db_train": reconstruction_psnr(pixels, dataset.pixels[~dataset.held_out][::8]),
+        },
+    }
+
+
+def run(name: str, folder: Path, *, steps: int | None, cooldown: int | None, minutes: float) -> None:
+    """Train stage `name`; steps and cool-down default to the recipe's."""
+    recipe_steps, recipe_cooldown = RECIPE[name]
+    plan = Plan(
+        steps=recipe_steps if steps is None else steps,
+        cooldown=recipe_cooldown if cooldown is None else cooldown,
+        minutes=minutes,
+    )
+    stage = STAGES[name](folder)
+    train(stage, folder / stage.name, plan)
+    plot_losses(folder / stage.name)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=[*STAGES, "export"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=[*RECIPE, "all", "export", "measure"])
     parser.add_argument("--folder", type=Path, default=Path("var/training"), help="checkpoints and logs")
     parser.add_argument("--out", type=Path, default=MODELS, help="where `export` writes")
-    parser.add_argument("--steps", type=int, default=0, help="stop when the stage has this many in all")
-    parser.add_argument("--cooldown", type=int, default=0, help="then decay the rate for this many steps")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="or stop after this time")
+    parser.add_argument("--steps", type=int, help="stop when the stage has this many in all (default: the recipe's)")
+    parser.add_argument("--cooldown", type=int, help="then decay the rate for this many steps (default: the recipe's)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="or stop each stage after this time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    if arguments.stage == "export":
-        export(arguments.folder, arguments.out)
+    if arguments.stage == "measure":
+        print(json.dumps(measure(arguments.folder), indent=2))
         return
-    stage = STAGES[arguments.stage](arguments.folder)
-    plan = Plan(steps=arguments.steps, cooldown=arguments.cooldown, minutes=arguments.minutes)
-    train(stage, arguments.folder / stage.name, plan)
-    plot_losses(arguments.folder / stage.name)
+    for name in RECIPE if arguments.stage == "all" else [arguments.stage]:
+        if name != "export":
+            run(
+                name,
+                arguments.folder,
+                steps=arguments.steps,
+                cooldown=arguments.cooldown,
+                minutes=arguments.minutes,
+            )
+    if arguments.stage in ("all", "export"):
+        export(arguments.folder, arguments.out)
 
 
 if __name__ == "__main__":

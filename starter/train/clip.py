@@ -88,6 +88,15 @@ def encode_text(model: Any, ids: Tensor) -> Tensor:
     return pooled
 
 
+@torch.no_grad()
+def image_vectors(clip: Any, pixels: Tensor) -> Tensor:
+    """uint8 (N, 3, S, S) -> L2-normalised float32 (N, E)."""
+    clip.eval()
+    return torch.cat(
+        [F.normalize(clip.encode_image(to_unit(batch)).float(), dim=-1) for batch in torch.split(pixels, 128)]
+    )
+
+
 def contrast(a: Tensor, b: Tensor, logit_scale: Tensor, wrong_b: Tensor | None = None) -> Tensor:
     """Symmetric InfoNCE (arXiv:2103.00020); row i of `a` belongs to row i of `b`; both L2-normalised (B, E).
 

@@ -103,6 +103,8 @@ def train(stage: Stage, folder: Path, plan: Plan) -> int:
         save_checkpoint(stage, folder / CHECKPOINT, optimizer, done)
         if plan.cooldown and not stop.requested:
             for index in tqdm(range(plan.cooldown), desc=f"{stage.name} cool-down", mininterval=10):
+                if stop.requested:
+                    return done  # half a cool-down is worth nothing: the checkpoint is what there is
                 rate = stage.learning_rate * (1 - (index / plan.cooldown) ** 0.5)  # "1-sqrt"
                 figures = run_step(stage, optimizer, done + index, rate, plan)
                 if (index + 1) % plan.log_every == 0:

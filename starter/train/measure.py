@@ -29,15 +29,6 @@ NONSENSE = (
 
 
 @torch.no_grad()
-def image_vectors(clip: Any, pixels: Tensor) -> Tensor:
-    """uint8 (N, 3, S, S) -> L2-normalised float32 (N, E)."""
-    clip.eval()
-    return torch.cat(
-        [F.normalize(clip.encode_image(to_unit(batch)).float(), dim=-1) for batch in torch.split(pixels, 128)]
-    )
-
-
-@torch.no_grad()
 def text_vectors(clip: Any, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """L2-normalised float32 (N, E)."""
     clip.eval()

@@ -16,12 +16,13 @@ from transformers import CLIPTokenizer
 from starter.train import loop
 from starter.train.adapter import OneProductAttention, conditioning
 from starter.train.autoencoder import AutoencoderStage
-from starter.train.clip import ClipShape, ClipStage, encode_text, tokenize
+from starter.train.clip import ClipShape, ClipStage, encode_text, image_vectors, tokenize
 from starter.train.dataset import Dataset, load_dataset, to_unit
 from starter.train.export import export_clip, export_generator
 from starter.train.generator import LATENT_PX, REFERENCES, GeneratorStage
 from starter.train.loop import Plan, Stage, train
 from starter.train.plot import plot_losses
+from starter.train.queries import QueryStage
 from starter.train.texts import vocabulary_texts
 from starter.train.tokens import END, PAD, learn_tokenizer
 
@@ -100,6 +101,15 @@ def test_clip_learns_and_its_folder_loads_through_open_clip(
         images = to_unit(dataset.pixels[:2])
         ours: Any = stage.module
         torch.testing.assert_close(model.encode_image(images), ours.encode_image(images), atol=0.02, rtol=0.02)
+
+
+def test_queries_teach_the_text_tower_and_leave_the_image_vectors(
+    dataset: Dataset, tokenizer: CLIPTokenizer, tmp_path: Path
+) -> None:
+    clip = small_clip(dataset, tokenizer).module
+    before = image_vectors(clip, dataset.pixels)
+    assert_learns(QueryStage(dataset, clip, tokenizer, batch=16, learning_rate=1e-2), tmp_path, steps=24)
+    assert torch.equal(image_vectors(clip, dataset.pixels), before)
 
 
 def test_the_autoencoder_learns(dataset: Dataset, tmp_path: Path) -> None:
