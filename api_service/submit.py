@@ -159,6 +159,7 @@ def _submit(
         if key is not None:
             answer = view.model_dump(mode="json")
             idempotency.remember(session, answer, owner_id=caller.owner_id, route=kind, key=key)
+    metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})
     # After the commit: no worker may look for a row that is not there yet. A broker that is away fails nothing, the
     # row is the outbox.
     queue.feed(view.model)
