@@ -26,6 +26,12 @@ from tests.stack import RunningStack, running_stack
 _copies = count(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first: a mistake shows in seconds, and whole stacks do not idle beside the rest of the run."""
+    folders = ["unit", "integration"]
+    items.sort(key=lambda item: folders.index(item.path.parent.name) if item.path.parent.name in folders else 2)
+
+
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     """Postgres with a migrated database, and two Valkeys. `servers.control` kills, freezes and thaws them."""
