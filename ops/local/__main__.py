@@ -15,6 +15,8 @@ from shared.errors import ConfigurationError
 
 KINDS = ("api", "embed", "generate", "io")
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def main() -> int:
     arguments = _arguments(sys.argv[1:])
@@ -46,8 +48,10 @@ def run(stack: LocalStack, arguments: argparse.Namespace) -> int:
     """
     if arguments.program and stack.is_up:
         return _call(stack, arguments.program)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    for number in STOP_SIGNALS:
+        # SIGINT too: shells start background commands with it ignored, and a stack must still be stoppable by it.
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # ignored: nohup asked for it
+            signal.signal(number, _interrupt)
     try:
         stack.start(attached=True, **_options(arguments))
         if arguments.program:
@@ -58,7 +62,7 @@ def run(stack: LocalStack, arguments: argparse.Namespace) -> int:
         print("Stopping ...", flush=True)
         return 130 if arguments.program else 0
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave half of it running
         stack.stop()
     return 0
