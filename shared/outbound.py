@@ -32,10 +32,13 @@ def check_url(url: str, settings: WebhookSettings) -> str:
     Raises:
         ForbiddenTargetError: no https, user information in it, or a literal address that is not public.
     """
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-    except ValueError as error:
+        # What connects reads more strictly than what splits, and the look-up of a name more strictly still.
+        httpx.URL(url)
+        (host or "").encode("idna")
+    except (ValueError, httpx.InvalidURL) as error:
         raise ForbiddenTargetError("The URL is not valid.") from error
     schemes = ("https", "http") if settings.allow_http else ("https",)
     if parts.scheme not in schemes:

@@ -39,6 +39,28 @@ def test_a_target_that_is_not_public_https_is_refused_without_looking_it_up(url:
         outbound.check_url(url, DEFAULT)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://[::1",
+        "https://[v1.x]/",
+        "https://\u2102\u2100.com/",
+        "https://\u200b/",
+        "https://a..b/",
+        f"https://{'a' * 64}.com/",
+        "https://example.com/a\nb",
+    ],
+)
+def test_an_address_that_cannot_be_read_is_refused_instead_of_breaking_its_delivery(url: str) -> None:
+    with pytest.raises(ForbiddenTargetError):
+        outbound.check_url(url, DEFAULT)
+
+
+@pytest.mark.parametrize("host", ["example.com", "example.com.", "b\u00fccher.example", "xn--bcher-kva.example"])
+def test_a_name_is_accepted_without_looking_it_up(host: str) -> None:
+    assert outbound.check_url(f"https://{host}:8443/a?b=c", DEFAULT) == host
+
+
 def test_a_public_target_is_accepted_and_connected_to_by_its_address() -> None:
     target = outbound.resolve("https://93.184.216.34/hook?a=1", DEFAULT)
     assert str(target.url) == "https://93.184.216.34/hook?a=1"
