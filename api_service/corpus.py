@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from uuid import UUID
@@ -57,7 +58,7 @@ def upload(
     # 3. All rows in one transaction.
     with session_scope() as session:
         collection = _writable(session, fields.collection, caller=caller)
-        rows = [_add(session, collection, image, file, fields) for file, image in zip(files, decoded, strict=True)]
+        rows = _add_all(session, collection, list(zip(files, decoded, strict=True)), fields)
         response = UploadResponse(
             images=[views.image(row, collection.name) for row, _ in rows],
             created=sum(new for _, new in rows),
@@ -153,6 +154,16 @@ def _writable(session: Session, name: str, *, caller: Caller) -> Collection:
     if name == SHARED:
         return images.get_collection(session, name, owner_id=caller.owner_id)
     return owners.ensure_collection(session, name, owner_id=caller.owner_id)
+
+
+def _add_all(
+    session: Session, collection: Collection, sent: Sequence[tuple[UploadedFile, DecodedImage]], fields: UploadFields
+) -> list[tuple[Image, bool]]:
+    """A row for each file, in the order they were sent, and whether it is new."""
+    # Added in the order of their content: two uploads of the same files would otherwise wait for each other's rows.
+    order = sorted(range(len(sent)), key=lambda index: sent[index][1].sha256)
+    rows = {index: _add(session, collection, sent[index][1], sent[index][0], fields) for index in order}
+    return [rows[index] for index in range(len(sent))]
 
 
 def _add(

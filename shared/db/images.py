@@ -50,11 +50,15 @@ def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, b
         .on_conflict_do_nothing(index_elements=["collection_id", "sha256"])
         .returning(Image)
     )
-    image = session.scalar(statement)
-    if image is not None:
-        return image, True
     existing = select(Image).where(Image.collection_id == collection_id, Image.sha256 == columns["sha256"])
-    return session.scalars(existing).one(), False
+    while True:
+        image = session.scalar(statement)
+        if image is not None:
+            return image, True
+        image = session.scalar(existing)
+        if image is not None:
+            return image, False
+        # Deleted between the two statements: now there is room for it.
 
 
 def get(session: Session, image_id: UUID, *, owner_id: UUID) -> tuple[Image, Collection]:

@@ -2,12 +2,14 @@
 
 import hashlib
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from PIL import Image as Picture
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from shared import queue
@@ -17,6 +19,7 @@ from shared.db.models import Collection, Generation, GenerationReference, Image
 from shared.settings import Settings
 from tests.factories import SHARED_COLLECTION, make_image, make_job
 from tests.integration.conftest import API, Client, messages, picture
+from tests.stack import wait_until
 
 VECTOR = [1.0] + [0.0] * 15
 
@@ -94,6 +97,27 @@ def test_the_same_content_again_is_answered_with_the_image_there_is(client: Clie
     twice = upload(client, picture("blue"), picture("blue")).json
     assert (twice["created"], twice["existing"]) == (1, 1)
     assert twice["images"][0] == twice["images"][1]
+
+
+def test_two_uploads_of_the_same_files_in_another_order_do_not_lock_each_other_out(
+    client: Client, session: Session
+) -> None:
+    files = sorted([picture("red"), picture("blue")], key=lambda data: hashlib.sha256(data).hexdigest())
+    first, second = (hashlib.sha256(data).hexdigest() for data in files)
+    make_image(session, sha256=first)
+    with ThreadPoolExecutor(1) as executor:
+        answer = executor.submit(upload, client, *reversed(files))
+        wait_until(lambda: _waits_for_a_lock(session), timeout_s=2, what="the upload to meet the other's row")
+        make_image(session, sha256=second)
+        session.commit()
+        assert answer.result().status_code == 200
+    assert [image["sha256"] for image in answer.result().json["images"]] == [second, first], "in the order sent"
+
+
+def _waits_for_a_lock(session: Session) -> bool:
+    # Not pg_stat_activity, which a transaction reads once.
+    waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+    return bool(session.scalar(waiting))
 
 
 def test_an_own_collection_is_made_at_first_use_and_holds_its_own_image_of_the_same_content(client: Client) -> None:

@@ -5,7 +5,7 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-from sqlalchemy import func, select, text, update
+from sqlalchemy import event, func, select, text, update
 from sqlalchemy.orm import Session
 
 from shared import retrieval
@@ -14,6 +14,7 @@ from shared.contracts.search import ImageFilter
 from shared.db import images, owners, spaces
 from shared.db.images import Nearest, Vector
 from shared.db.models import Collection, Image
+from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.errors import ReferenceUnavailableError, ResourceNotFoundError
 from shared.settings import RetrievalSettings
@@ -136,6 +137,20 @@ def test_equal_content_is_one_image_per_collection(session: Session) -> None:
     assert make_image(session, sha256="ab" * 32).id == first.id
     other = owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "somebody"))
     assert make_image(session, sha256="ab" * 32, collection_id=other.id).id != first.id
+
+
+def test_an_image_deleted_while_its_content_is_added_again_is_added_anew(session: Session) -> None:
+    old = make_image(session, sha256="ab" * 32).id
+    session.commit()
+
+    def delete_it_meanwhile(*_: object) -> None:
+        with session_scope() as other:
+            images.remove(other, other.get_one(Image, old))
+
+    # Between the statement that finds the content taken and the one that looks who has it.
+    connection = session.connection()
+    event.listen(connection, "after_cursor_execute", delete_it_meanwhile, once=True)
+    assert make_image(session, sha256="ab" * 32).id != old
 
 
 def test_a_waiting_image_is_claimed_once_and_again_when_its_worker_went_silent(session: Session) -> None:
