@@ -11,7 +11,7 @@ import pydantic
 from flask import Request
 from pydantic import BaseModel
 from werkzeug.datastructures import MultiDict
-from werkzeug.exceptions import UnsupportedMediaType
+from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
 
 from api_service import problems
 from shared.errors import MalformedBodyError
@@ -32,12 +32,16 @@ def body(model: type[Model], request: Request) -> Model:
 
     Raises:
         UnsupportedMediaType: the body does not claim to be JSON.
-        MalformedBodyError: it is not.
+        RequestEntityTooLarge
+        MalformedBodyError: it is not JSON.
         ValidationError
     """
     if not request.is_json:
         raise UnsupportedMediaType("The body must be JSON, sent with Content-Type: application/json.")
     data = request.get_data()
+    if request.content_length is None and len(data) == request.max_content_length:
+        # Werkzeug cuts a chunked body at the limit and says nothing.
+        raise RequestEntityTooLarge
     if not data:
         raise MalformedBodyError("The body is empty.")
     try:

@@ -399,6 +399,18 @@ def test_a_body_over_the_limit_is_refused(client: Client, settings: Settings) ->
     problem(answer, 413, "body_too_large")
 
 
+def test_a_body_without_a_stated_length_is_refused_at_the_limit_too(client: Client, settings: Settings) -> None:
+    valid_up_to_the_limit = b'{"prompt": "a"}'.ljust(settings.api.max_body_bytes) + b"and more"
+    answer = client.post(
+        f"{API}/generate",
+        input_stream=io.BytesIO(valid_up_to_the_limit),
+        content_type="application/json",
+        headers={"Transfer-Encoding": "chunked"},
+        environ_overrides={"wsgi.input_terminated": True},
+    )
+    problem(answer, 413, "body_too_large")
+
+
 def test_text_fields_of_a_form_have_a_limit_of_their_own(client: Client) -> None:
     problem(upload(client, picture(), caption="x" * 600_000), 413, "body_too_large")
 
