@@ -149,6 +149,13 @@ def claim_pending(session: Session, *, limit: int, lease_s: float) -> list[Image
     return list(session.scalars(statement))
 
 
+def release_pending(session: Session, image_ids: Sequence[UUID]) -> None:
+    """Let others claim these images again at once."""
+    session.execute(
+        update(Image).where(Image.id.in_(image_ids), Image.state == ImageState.PENDING).values(lease_until=None)
+    )
+
+
 def any_pending(session: Session) -> bool:
     """Is there an image that waits for a vector and that no worker holds?"""
     statement = select(Image.id).where(

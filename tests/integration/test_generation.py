@@ -8,10 +8,11 @@ from uuid import UUID
 import numpy as np
 import pytest
 from PIL import Image
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.generation import Mode, PinnedReference
+from shared.contracts.images import ImageState
 from shared.contracts.jobs import JobState
 from shared.db import images, jobs, outputs, spaces
 from shared.db.models import Generation, Job
@@ -83,6 +84,13 @@ def run(job_id: UUID, models: Models, leases: Leases) -> Outcome:
 
 def remember(session: Session, models: Models, colour: str, caption: str) -> UUID:
     """Put a picture into the corpus as an upload does, and embed it as a worker does."""
+    image = put(session, colour, caption)
+    assert embedding.embed_pending(models.embedder, stopping=lambda: False) == 1
+    return image.id
+
+
+def put(session: Session, colour: str, caption: str) -> ImageRow:
+    """Put a picture into the corpus as an upload does."""
     file = io.BytesIO()
     Image.new("RGB", (40, 40), colour).save(file, "PNG")
     decoded = decode_upload(file.getvalue(), max_bytes=10**6, max_pixels=10**6)
@@ -103,8 +111,7 @@ def remember(session: Session, models: Models, colour: str, caption: str) -> UUI
         caption=caption,
     )
     session.commit()
-    assert embedding.embed_pending(models.embedder, stopping=lambda: False) == 1
-    return image.id
+    return image
 
 
 def reload(session: Session, job: Job) -> Job:
@@ -367,3 +374,28 @@ def test_a_clip_that_is_not_the_adapters_encoder_is_refused_when_the_worker_star
     }
     with pytest.raises(ModelLoadError, match="conditions_on"):
         Models.load("sd15", settings.model_copy(update={"model": ModelSettings.model_validate(model)}))
+
+
+def test_an_image_that_the_store_cannot_give_holds_up_no_other(
+    session: Session, models: Models, settings: Settings
+) -> None:
+    unreadable, *others = (put(session, colour, colour) for colour in ("red", "green", "blue"))
+    blob = Path(settings.storage.url.removeprefix("file://")) / unreadable.blob_key
+    data = blob.read_bytes()
+    blob.unlink()
+    blob.symlink_to(blob)
+
+    def searchable(*, rings: int) -> list[UUID]:
+        for _ in range(rings):
+            embedding.embed_pending(models.embedder, stopping=lambda: False)
+        session.rollback()
+        ready = select(ImageRow.id).where(ImageRow.state == ImageState.READY).order_by(ImageRow.created_at)
+        return list(session.scalars(ready))
+
+    assert searchable(rings=2) == [image.id for image in others]
+
+    blob.unlink()
+    blob.write_bytes(data)
+    session.execute(update(ImageRow).values(lease_until=None))
+    session.commit()
+    assert searchable(rings=1) == [unreadable.id, *(image.id for image in others)], "a fault that passed harms nothing"
