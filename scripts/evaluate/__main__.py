@@ -126,9 +126,12 @@ def _arguments() -> tuple[Options, Path, Sequence[str]]:
     given = parser.parse_args()
     if not given.corpus.exists():
         parser.error(f"there is no {given.corpus}")
+    from_hub = given.judge.startswith("hf-hub:")
+    if not from_hub and not Path(given.judge).is_dir():
+        parser.error(f"there is no judge in {given.judge}; name another one with --judge")
     options = Options(
         corpus=given.corpus,
-        judge=given.judge if given.judge.startswith("hf-hub:") else f"local-dir:{given.judge}",
+        judge=given.judge if from_hub else f"local-dir:{given.judge}",
         model=given.model,
         concepts=given.concepts or (QUICK_CONCEPTS if given.quick else CONCEPTS),
         seeds=given.seeds or SEEDS,
