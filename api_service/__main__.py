@@ -11,6 +11,7 @@ from granian.server import Server
 from shared.errors import ConfigurationError
 from shared.logging import configure as configure_logging
 from shared.settings import Settings, get_settings
+from shared.storage import get_blobs
 
 TARGET = "api_service.app:served_app"
 CONNECTIONS = 1024
@@ -29,6 +30,7 @@ GRANIAN_LOGGING = {
 def main() -> int:
     try:
         settings = get_settings()
+        get_blobs()  # a wrong `storage.url` is told now, not to the first client who uploads
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -21,6 +22,8 @@ from pydantic_settings import (
     SettingsError,
     TomlConfigSettingsSource,
 )
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from shared.errors import ConfigurationError
 
@@ -40,15 +43,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# The parsers' own words may repeat a password.
+UNREADABLE_URL = "cannot be read as a URL: is the port a number, and is every / and @ of a password percent-encoded?"
+
+
 def _psycopg2_url(url: SecretStr) -> SecretStr:
     if not url.get_secret_value().startswith("postgresql+psycopg2://"):
         raise ValueError("must start with postgresql+psycopg2://")
+    try:
+        make_url(url.get_secret_value())
+    except (ValueError, ArgumentError):
+        raise ValueError(UNREADABLE_URL) from None
     return url
 
 
 def _redis_url(url: SecretStr) -> SecretStr:
     if not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
         raise ValueError("must start with redis://, rediss:// or unix://")
+    try:
+        urlsplit(url.get_secret_value()).port  # noqa: B018 - parsed when asked for
+    except ValueError:
+        raise ValueError(UNREADABLE_URL) from None
     return url
 
 

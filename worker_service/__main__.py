@@ -8,6 +8,7 @@ from shared import logging as logs
 from shared import metrics
 from shared.errors import BaseAppException
 from shared.settings import get_settings
+from shared.storage import get_blobs
 
 
 def main() -> None:
@@ -17,6 +18,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         settings = get_settings()
+        get_blobs()  # a wrong `storage.url` is told now, not by the first job
         logs.configure(settings, service=f"worker.{arguments.kind}")
         metrics.serve(settings.metrics)
         # By name, so that an io worker never loads torch.

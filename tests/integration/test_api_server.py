@@ -70,6 +70,17 @@ def test_a_wrong_setting_stops_the_start_with_one_line_per_mistake() -> None:
     assert "queue.window" in done.stderr
 
 
+@pytest.mark.parametrize("process", [["api_service"], ["worker_service", "io"]])
+def test_a_blob_store_that_cannot_be_opened_stops_the_start(process: list[str]) -> None:
+    environment = {**os.environ, "AFTERIMAGE_STORAGE__URL": "ftp://host/blobs"}
+    done = subprocess.run(
+        [sys.executable, "-m", *process], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "storage.url" in line
+
+
 class Listener:
     """Reads a job's stream in a thread and keeps its lines with the time of their arrival."""
 

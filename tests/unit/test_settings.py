@@ -184,6 +184,9 @@ def test_every_mistake_has_one_line_with_its_place(monkeypatch: pytest.MonkeyPat
     ("variable", "value"),
     [
         ("AFTERIMAGE_DATABASE__URL", f"mysql://user:{SECRET}@host/db"),
+        ("AFTERIMAGE_DATABASE__URL", f"postgresql+psycopg2://user:{SECRET}@host:port/db"),
+        ("AFTERIMAGE_QUEUE__URL", f"redis://:{SECRET}@host:port/0"),
+        ("AFTERIMAGE_QUEUE__URL", f"redis://:{SECRET}/of-it@host/0"),
         ("AFTERIMAGE_CACHE__URL", SECRET),
         ("AFTERIMAGE_DATABASE__PASSWORD", SECRET),
         ("AFTERIMAGE_STORAGE__OPTIONS", f'["{SECRET}"]'),
