@@ -58,7 +58,7 @@ def blob(key: str, *, etag: str, media_type: str, size_bytes: int | None, filena
     headers = Headers()
     headers["Cache-Control"] = "private, max-age=31536000, immutable"
     headers.set("Content-Disposition", "inline", filename=filename)
-    if request.if_none_match.contains(etag):
+    if request.if_none_match.contains_weak(etag):
         response = Response(status=304, headers=headers)
     else:
         # Opened before the headers leave, so that a missing blob is a 404 and not a broken 200.
