@@ -13,7 +13,7 @@ from api_service import problems, views
 from api_service.caller import Caller
 from shared import metrics, queue
 from shared.contracts.common import ImageFormat, Page
-from shared.contracts.images import ImagePatch, ImageQuery, ImageView, UploadFields, UploadResponse
+from shared.contracts.images import ImagePatch, ImageQuery, ImageState, ImageView, UploadFields, UploadResponse
 from shared.db import images, owners
 from shared.db.models import Collection, Image
 from shared.db.session import session_scope
@@ -66,7 +66,7 @@ def upload(
         )
     metrics.increment_counter("uploads_total", response.created, {"outcome": "created"})
     metrics.increment_counter("uploads_total", response.existing, {"outcome": "existing"})
-    if response.created:
+    if any(image.state is ImageState.PENDING for image in response.images):
         _ring()
     return response
 

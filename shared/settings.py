@@ -27,6 +27,9 @@ from sqlalchemy.exc import ArgumentError
 
 from shared.errors import ConfigurationError
 
+NOT_SECTIONS = ("environment", "config_file", "url", "stack")
+"""What else may stand behind `AFTERIMAGE_`; the last two are what a local stack tells the processes around it."""
+
 STARTER = Path(__file__).resolve().parent.parent / "starter"
 
 
@@ -356,7 +359,7 @@ class Settings(BaseSettings):
             if isinstance(source, EnvSettingsSource):
                 unknown += [name.upper() for name in source.env_vars if not _is_known(name, settings_cls)]
         if unknown:
-            raise ConfigurationError("\n".join(f"{name}: there is no such section" for name in sorted(set(unknown))))
+            raise ConfigurationError("\n".join(f"{name}: there is no such setting" for name in sorted(set(unknown))))
         return init_settings, env_settings, dotenv_settings, file_secret_settings, toml
 
     @model_validator(mode="after")
@@ -379,10 +382,11 @@ class Settings(BaseSettings):
 
 
 def _is_known(variable: str, settings_cls: type[BaseSettings]) -> bool:
-    """Whether an environment variable is none of ours or names a section; without `__` it may be some tool's."""
-    if not variable.startswith("afterimage_") or "__" not in variable:
+    """Whether an environment variable is none of ours, or one that something reads."""
+    if not variable.startswith("afterimage_"):
         return True
-    return variable.removeprefix("afterimage_").partition("__")[0] in settings_cls.model_fields
+    section, separator, _ = variable.removeprefix("afterimage_").partition("__")
+    return section in (settings_cls.model_fields if separator else NOT_SECTIONS)
 
 
 def load_settings(**overrides: object) -> Settings:

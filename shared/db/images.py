@@ -43,7 +43,10 @@ class Nearest:
 
 
 def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, bool]:
-    """Add an image in state `pending`, or find the one of the same content; True when it is new."""
+    """Add an image in state `pending`, or find the one of the same content; True when it is new.
+
+    One that has failed is tried again: its bytes have just been stored anew.
+    """
     statement = (
         upsert(Image)
         .values(id=uuid4(), collection_id=collection_id, state=ImageState.PENDING, **columns)
@@ -57,6 +60,9 @@ def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, b
             return image, True
         image = session.scalar(existing)
         if image is not None:
+            if image.state == ImageState.FAILED:
+                image.state, image.error_code = ImageState.PENDING, None
+                session.flush()
             return image, False
         # Deleted between the two statements: now there is room for it.
 

@@ -153,6 +153,14 @@ def test_an_image_deleted_while_its_content_is_added_again_is_added_anew(session
     assert make_image(session, sha256="ab" * 32).id != old
 
 
+def test_an_image_that_failed_is_tried_again_when_it_is_uploaded_again(session: Session) -> None:
+    image = make_image(session, sha256="ab" * 32)
+    images.embedding_failed(session, image.id, code="invalid_image")
+    again = make_image(session, sha256="ab" * 32)
+    assert (again.id, again.state, again.error_code) == (image.id, "pending", None)
+    assert images.any_pending(session)
+
+
 def test_a_waiting_image_is_claimed_once_and_again_when_its_worker_went_silent(session: Session) -> None:
     image = make_image(session)
     assert images.any_pending(session)

@@ -212,7 +212,10 @@ def test_secrets_are_not_shown_by_printing_settings(monkeypatch: pytest.MonkeyPa
     assert SECRET not in f"{settings!r}{settings}{settings.model_dump()}{settings.model_dump_json()}"
 
 
-@pytest.mark.parametrize("name", ["AFTERIMAGE_DATABSE__URL", "AFTERIMAGE_API__PROT", "AFTERIMAGE_API__PORT__X"])
+@pytest.mark.parametrize(
+    "name",
+    ["AFTERIMAGE_DATABSE__URL", "AFTERIMAGE_API__PROT", "AFTERIMAGE_API__PORT__X", "AFTERIMAGE_REQUIRE_API_KEYS"],
+)
 def test_a_misspelt_variable_is_a_mistake(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
     (line,) = mistakes()
@@ -222,7 +225,7 @@ def test_a_misspelt_variable_is_a_mistake(monkeypatch: pytest.MonkeyPatch, name:
 
 def test_a_misspelt_variable_in_a_dotenv_file_is_a_mistake() -> None:
     Path(".env").write_text("AFTERIMAGE_DATABSE__URL=x\n")
-    assert mistakes() == ["AFTERIMAGE_DATABSE__URL: there is no such section"]
+    assert mistakes() == ["AFTERIMAGE_DATABSE__URL: there is no such setting"]
 
 
 def test_variables_of_tools_around_the_product_are_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +235,7 @@ def test_variables_of_tools_around_the_product_are_no_mistake(monkeypatch: pytes
 
 def test_a_misspelt_name_in_the_config_file_is_a_mistake() -> None:
     Path("afterimage.toml").write_text('enviroment = "test"\n[api]\nport = 1\n[databse]\nurl = "x"\n')
-    assert mistakes() == ["databse: there is no such section", "enviroment: there is no such section"]
+    assert mistakes() == ["databse: there is no such setting", "enviroment: there is no such setting"]
     Path("afterimage.toml").write_text("[api]\nprot = 1\n")
     assert mistakes() == ["api.prot: Extra inputs are not permitted"]
 
