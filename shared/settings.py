@@ -223,7 +223,7 @@ def _starter_generator() -> dict[str, GeneratorSettings]:
             source=folder,
             ip_adapter=IPAdapterSettings(source=folder, conditions_on="embedding_space"),
             defaults=GeneratorDefaults(
-                width=64, height=64, num_inference_steps=16, guidance_scale=3.0, ip_adapter_scale=1.0
+                width=64, height=64, num_inference_steps=16, guidance_scale=2.5, ip_adapter_scale=1.0
             ),
             any_size=False,
             max_batch_size=8,
@@ -252,7 +252,7 @@ class ModelSettings(Section):
 class RetrievalSettings(Section):
     default_k: int = Field(4, ge=1, le=16, description="references looked for when the request does not say")
     min_similarity: float = Field(
-        0.4,
+        0.42,
         ge=-1,
         le=1,
         description="cosine below which a reference is not used; fits the starter CLIP, other "
