@@ -15,7 +15,7 @@ from shared.contracts.jobs import UsedReference
 from shared.db.jobs import Output
 from shared.db.models import Generation, GenerationReference
 from shared.db.spaces import Space
-from shared.errors import ReferenceDeletedError, ResourceNotFoundError
+from shared.errors import InvalidImageError, ReferenceDeletedError, ResourceNotFoundError
 from shared.imaging import encode_image, open_image, pixels_sha256, thumbnail
 from shared.storage import get_blobs, output_key, output_thumbnail_key
 from worker_service.attempt import Attempt
@@ -43,6 +43,7 @@ def load_references(references: Sequence[retrieval.Reference], *, with_pixels: b
 
     Raises:
         ReferenceDeletedError: an image went away between retrieval and here.
+        InvalidImageError: its stored bytes are damaged.
         StorageError
     """
     return [
@@ -62,6 +63,9 @@ def _pixels(reference: retrieval.Reference) -> Image.Image:
         return open_image(get_blobs().get(reference.found.image.blob_key))
     except ResourceNotFoundError as error:
         raise ReferenceDeletedError(image_ids=[str(reference.found.image.id)]) from error
+    except InvalidImageError as error:
+        message = "The stored image of a reference is damaged."
+        raise InvalidImageError(message, image_ids=[str(reference.found.image.id)]) from error
 
 
 def store(

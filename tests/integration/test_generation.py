@@ -187,6 +187,16 @@ def test_img2img_gets_the_pixels_of_its_reference(
     assert image.getpixel((0, 0)) == (255, 0, 0)
 
 
+def test_a_reference_whose_bytes_are_damaged_is_named(session: Session, models: Models, leases: Leases) -> None:
+    pinned = remember(session, models, "red", "a red square")
+    get_blobs().put(session.get_one(ImageRow, pinned).blob_key, b"not an image", media_type="image/png")
+    job = submit(session, mode=Mode.IMG2IMG, references=[PinnedReference(image_id=pinned)])
+    assert run(job.id, models, leases) is Outcome.FAILED
+    error = reload(session, job).error
+    assert error is not None
+    assert (error["code"], error["context"]) == ("invalid_image", {"image_ids": [str(pinned)]})
+
+
 def test_a_pinned_reference_deleted_after_the_submit_fails_the_job_by_name(
     session: Session, models: Models, leases: Leases
 ) -> None:
