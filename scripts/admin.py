@@ -1,10 +1,11 @@
-"""Operator commands: owners and API keys.
+"""Operator commands: owners, API keys, webhook secrets.
 
     python -m scripts.admin create-owner team-a
     python -m scripts.admin create-key team-a --name laptop --scopes generate,search
     python -m scripts.admin list-keys
     python -m scripts.admin rotate-key KEY_ID --overlap-s 86400
     python -m scripts.admin revoke-key KEY_ID
+    python -m scripts.admin rotate-webhook-secret team-a
 
 It speaks to the database that the settings name. A secret is printed once, at creation, and kept nowhere.
 """
@@ -16,11 +17,13 @@ from uuid import UUID
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
-from shared.db import keys, owners
+from shared.db import keys, owners, webhooks
 from shared.db.models import ApiKey, Owner
 from shared.db.session import session_scope
 from shared.errors import BaseAppException, ResourceNotFoundError
+from shared.settings import get_settings
 
 
 def main() -> None:
@@ -39,6 +42,8 @@ def main() -> None:
     command.add_argument("--overlap-s", type=float, default=86_400)
     command = commands.add_parser("revoke-key", help="end a key at once")
     command.add_argument("key_id", type=UUID)
+    command = commands.add_parser("rotate-webhook-secret", help="print a new secret; the old one signs for a while too")
+    command.add_argument("owner")
     arguments = parser.parse_args()
     try:
         _run(arguments)
@@ -53,13 +58,10 @@ def _run(arguments: argparse.Namespace) -> None:
             case "create-owner":
                 print(owners.ensure(session, arguments.name))
             case "create-key":
-                owner_id = session.scalar(select(Owner.id).where(Owner.name == arguments.owner))
-                if owner_id is None:
-                    raise ResourceNotFoundError(f"There is no owner {arguments.owner!r}: make it with create-owner.")
                 days = arguments.expires_in_days
                 key, secret = keys.create(
                     session,
-                    owner_id,
+                    _owner_id(session, arguments.owner),
                     name=arguments.name,
                     scopes=frozenset(arguments.scopes.split(",")),
                     expires_in_s=None if days is None else days * 86_400,
@@ -72,6 +74,17 @@ def _run(arguments: argparse.Namespace) -> None:
                 print(f"{key.id}\n{secret}")
             case "revoke-key":
                 keys.revoke(session, arguments.key_id)
+            case "rotate-webhook-secret":
+                overlap_s = get_settings().webhooks.secret_overlap_s
+                secret, _ = webhooks.rotate_secret(session, _owner_id(session, arguments.owner), overlap_s=overlap_s)
+                print(secret)
+
+
+def _owner_id(session: Session, name: str) -> UUID:
+    owner_id = session.scalar(select(Owner.id).where(Owner.name == name))
+    if owner_id is None:
+        raise ResourceNotFoundError(f"There is no owner {name!r}: make it with create-owner.")
+    return owner_id
 
 
 def _show(listed: list[tuple[ApiKey, Owner]]) -> None:

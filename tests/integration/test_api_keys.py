@@ -129,5 +129,6 @@ def test_an_operator_makes_lists_rotates_and_revokes_keys(
     assert [status(secret), status(new_secret)] == [401, 200]
     run("revoke-key", new_id)
     assert status(new_secret) == 401
+    assert run("rotate-webhook-secret", "team").startswith("whsec_")
     stored = session.scalars(select(ApiKey.secret_sha256).where(ApiKey.id == UUID(new_id))).one()
     assert new_secret.encode() not in stored
