@@ -330,6 +330,13 @@ def test_a_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
         decode(_claiming(*size))
 
 
+@pytest.mark.parametrize("extra", [{}, {"exif": b"Exif\0\0"}], ids=["simple", "extended"])
+def test_a_lossless_webp_keeps_every_pixel(extra: dict[str, bytes]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (33, 47, 3), dtype=np.uint8)
+    decoded = decode(encoded(Image.fromarray(noise), "WEBP", lossless=True, **extra))
+    assert np.array_equal(pixels_of(decoded.data), noise)
+
+
 def test_a_webp_bomb_is_refused() -> None:
     data = bytearray(encoded(Image.new("RGBA", (8, 8), (1, 2, 3, 4)), "WEBP", exif=Image.Exif().tobytes() or b"x"))
     assert data[12:16] == b"VP8X"
