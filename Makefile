@@ -23,7 +23,7 @@ $(READY): requirements.lock pyproject.toml
 	$(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
-demo: $(READY) ## start a stack, index the starter corpus, generate one image into out/  (PROMPT="...")
+demo: $(READY) ## start a stack, index the starter corpus, generate images into out/  (PROMPT="...")
 	@$(PY) -m ops.local run -- sh -c '$(PY) -m scripts.demo "$$PROMPT" --url "$$AFTERIMAGE_URL"'
 demo: export PROMPT := $(PROMPT)
 

@@ -38,8 +38,9 @@ def test_the_blocks_of_the_readme_run_as_printed(starter_stack: RunningStack, tm
     script = "set -euo pipefail\nmake() { :; }\n" + "\n".join(blocks)
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "lighthouse-at-night.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "green-heart.png").read_bytes().startswith(b"\x89PNG")
     assert '"code"' not in done.stdout, "no call was refused"
+    assert done.stdout.count('"caption":"a green heart"') >= 3, "found by words, by its picture, and in the plan"
 
 
 def test_an_upload_is_found_by_text_and_by_image_within_two_seconds_and_never_after_its_deletion(api: Api) -> None:
