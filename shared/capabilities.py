@@ -91,17 +91,18 @@ def check_parameters(
 
 
 def resolve_mode(
-    capabilities: Capabilities, mode: Mode, *, references: int, captions: int | None = None
+    capabilities: Capabilities, mode: Mode, *, references: int, captions: int | None = None, pinned: bool = False
 ) -> tuple[Mode, str]:
     """The mode to work in, never `auto`, and a sentence that says why.
 
     references: how many passed the relevance gate or are pinned. captions: how many of those have a caption; none
-    when that is not known.
+    when that is not known. pinned: the request named them.
 
     Raises:
         UnsupportedModeError: the explicit mode is not one of the model's.
     """
     check_parameters(capabilities, mode=mode)
+    given = "the request pinned references" if pinned else "relevant references were found"
     if mode is Mode.NONE:
         return Mode.NONE, "The request asked for no references."
     if references == 0:
@@ -109,9 +110,9 @@ def resolve_mode(
     if mode is not Mode.AUTO:
         return mode, "The request asked for this mode."
     if supports(capabilities, Mode.IMAGE_PROMPT):
-        return Mode.IMAGE_PROMPT, "The model takes image prompts, and relevant references were found."
+        return Mode.IMAGE_PROMPT, f"The model takes image prompts, and {given}."
     if supports(capabilities, Mode.REFERENCE):
-        return Mode.REFERENCE, "The model takes several reference images, and relevant references were found."
+        return Mode.REFERENCE, f"The model takes several reference images, and {given}."
     if captions == 0 or not supports(capabilities, Mode.CAPTION):
         return Mode.NONE, "The model takes no image prompts, and no relevant reference has a caption."
     return Mode.CAPTION, "The model takes no image prompts, so the captions of the relevant references are used."

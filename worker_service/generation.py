@@ -44,6 +44,7 @@ def run(job_id: UUID, *, models: Models, leases: Leases, settings: Settings, wor
             job.parameters.mode,
             references=len(used),
             captions=sum(reference.found.image.caption is not None for reference in used),
+            pinned=bool(job.parameters.references),
         )
         job.resolved(outputs.resolution(mode, reason, references, space=models.space))
 

@@ -176,6 +176,15 @@ def test_no_memory_that_is_near_enough_means_the_prompt_alone_and_says_so(
     assert model.asked[0].references == ()
 
 
+def test_pinned_references_are_given_as_the_reason(session: Session, models: Models, leases: Leases) -> None:
+    pinned = remember(session, models, "red", "a red square")
+    job = submit(session, references=[PinnedReference(image_id=pinned)], min_similarity=1.0)
+    run(job.id, models, leases)
+    resolution = reload(session, job).resolution
+    assert resolution is not None
+    assert (resolution["mode"], "pinned" in resolution["reason"]) == ("image_prompt", True)
+
+
 def test_img2img_gets_the_pixels_of_its_reference(
     session: Session, models: Models, leases: Leases, model: Watched
 ) -> None:
