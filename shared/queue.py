@@ -5,7 +5,6 @@ Messages carry ids only. The broker is a doorbell: what is true stands in Postgr
 
 import logging
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -26,13 +25,11 @@ logger = logging.getLogger(__name__)
 GENERATE = "afterimage.generate"
 EMBED_QUERY = "afterimage.embed_query"
 EMBED_PENDING = "afterimage.embed_pending"
-
 DELIVER_WEBHOOKS = "afterimage.deliver_webhooks"
 
 EMBED_QUERIES_QUEUE = "embed.queries"
 EMBED_IMAGES_QUEUE = "embed.images"
 IO_QUEUE = "io"
-
 
 LANES = range(len(Lane))
 LANE_SEPARATOR = ":"
@@ -145,9 +142,7 @@ def publish_embed_query(reply_key: str, payload: dict[str, Any], *, expires_s: f
     Raises:
         BrokerUnavailableError
     """
-    _send(
-        EMBED_QUERY, EMBED_QUERIES_QUEUE, args=[reply_key, payload], expires=timedelta(seconds=expires_s).seconds or 1
-    )
+    _send(EMBED_QUERY, EMBED_QUERIES_QUEUE, args=[reply_key, payload], expires=max(1, int(expires_s)))
 
 
 def feed(model: str) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 from uuid import UUID
 
@@ -47,17 +48,22 @@ class Attempt:
         self.owner_id = job.owner_id
         self.lane = job.lane if job.published_lane is None else job.published_lane
         self.crashes = job.crashes
-        self.parameters = GenerationParameters.model_validate(job.parameters)
         self.number = held.claim.attempt
         self.check_in = held.check_in
         self.outcome = Outcome.LOST
+        self._job = job
         self._held = held
         self._settings = settings
         self._timings: dict[str, float] = {}
         self._timeout_s = job.timeout_s
-        held.images = len(self.parameters.seeds)
+        held.images = job.images
         self.waited_s = (job.started_at - job.created_at).total_seconds() if job.started_at else 0.0
         self._timings["wait"] = self.waited_s
+
+    @cached_property
+    def parameters(self) -> GenerationParameters:
+        """Read on first use, inside the story: a row that this release cannot read fails its job, and holds nothing."""
+        return GenerationParameters.model_validate(self._job.parameters)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

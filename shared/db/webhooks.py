@@ -94,17 +94,6 @@ def _settle(session: Session, delivery: WebhookDelivery, **values: object) -> No
 # --- what owners see and do ---------------------------------------------------------------------------------------
 
 
-def of_job(session: Session, job_id: UUID) -> list[tuple[WebhookDelivery, JobEvent]]:
-    """The delivery log of a job, in the order of its events."""
-    statement = (
-        select(WebhookDelivery, JobEvent)
-        .join(JobEvent, (JobEvent.job_id == WebhookDelivery.job_id) & (JobEvent.seq == WebhookDelivery.seq))
-        .where(WebhookDelivery.job_id == job_id)
-        .order_by(WebhookDelivery.seq)
-    )
-    return [(row[0], row[1]) for row in session.execute(statement)]
-
-
 def redeliver(session: Session, delivery_id: UUID, *, owner_id: UUID) -> None:
     """Make a delivery due again, with its whole schedule before it. It keeps its id: receivers know it by that.
 

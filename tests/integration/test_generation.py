@@ -323,6 +323,17 @@ def test_a_fault_ends_the_attempt_as_its_kind_demands(
     assert "secret" not in str(job.error)
 
 
+def test_a_row_that_this_release_cannot_read_fails_its_job_and_is_not_held(
+    session: Session, models: Models, leases: Leases
+) -> None:
+    job = submit(session)
+    session.execute(text("update jobs set parameters = '{}'"))
+    session.commit()
+    assert run(job.id, models, leases) is Outcome.FAILED
+    assert reload(session, job).state == JobState.FAILED
+    assert leases.wait_until_empty(0)
+
+
 def test_a_job_that_runs_longer_than_it_allows_fails_with_job_timeout(
     session: Session, models: Models, leases: Leases, model: Watched
 ) -> None:
