@@ -61,7 +61,7 @@ lock: ## resolve pyproject.toml afresh into requirements.lock and the locks of t
 	echo 'setuptools>=80' | $(COMPILE) --upgrade --all-extras --output-file requirements.lock
 	echo 'setuptools>=80' | $(SUBSET) ops/docker/api.lock --extra api
 	echo 'setuptools>=80' | $(SUBSET) ops/docker/worker.lock --extra worker
-	printf 'setuptools>=80\nflower\n' | $(SUBSET) ops/docker/flower.lock
+	printf 'setuptools>=80\nflower\n' | $(SUBSET) ops/docker/flower.lock --extra server
 
 clean: ## stop the stack, remove .venv and every cache; var/ and out/ stay
 	@if test -x $(PY); then $(PY) -m ops.local down; fi

@@ -1,0 +1,1 @@
+"""A typed client of the service; needs neither torch nor the server."""
