@@ -27,8 +27,9 @@ from sqlalchemy.exc import ArgumentError
 
 from shared.errors import ConfigurationError
 
-NOT_SECTIONS = ("environment", "config_file", "url", "stack")
-"""What else may stand behind `AFTERIMAGE_`; the last two are what a local stack tells the processes around it."""
+NOT_SECTIONS = ("environment", "config_file", "url", "stack", "api_key")
+"""What else may stand behind `AFTERIMAGE_`: `url` and `stack` are what a local stack tells the processes around it,
+`url` and `api_key` are what a client reads."""
 
 STARTER = Path(__file__).resolve().parent.parent / "starter"
 

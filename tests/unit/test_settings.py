@@ -230,6 +230,7 @@ def test_a_misspelt_variable_in_a_dotenv_file_is_a_mistake() -> None:
 
 def test_variables_of_tools_around_the_product_are_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_URL", "http://127.0.0.1:8000")
+    monkeypatch.setenv("AFTERIMAGE_API_KEY", "what a client sends")
     assert load_settings().environment is Environment.LOCAL
 
 
