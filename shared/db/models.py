@@ -168,6 +168,8 @@ class Job(Base):
         Index("ix_jobs_published", "model", postgresql_where=text("state = 'queued' and published_at is not null")),
         Index("ix_jobs_leases", "lease_until", postgresql_where=text("state = 'processing'")),
         Index("ix_jobs_deadlines", "expires_at", postgresql_where=text("state = 'queued' and expires_at is not null")),
+        # Holds all that the counts of a bulk ask for.
+        Index("ix_jobs_bulk", "bulk_id", "state", "finished_at", postgresql_where=text("bulk_id is not null")),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -181,6 +183,7 @@ class Job(Base):
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
     webhook: Mapped[dict[str, Any] | None]
     retry_of: Mapped[UUID | None]  # no foreign key: the job that it tries again may be deleted
+    bulk_id: Mapped[UUID | None] = mapped_column(ForeignKey("bulks.id", ondelete="SET NULL"))
     resolution: Mapped[dict[str, Any] | None]
     timings: Mapped[dict[str, float]] = mapped_column(server_default="{}")
 
@@ -201,6 +204,84 @@ class Job(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+
+
+class Bulk(Base):
+    """Many generations sent as one stream of lines. Its items become jobs when their turn comes."""
+
+    __tablename__ = "bulks"
+    __table_args__ = (
+        CheckConstraint(
+            "state in ('receiving', 'running', 'paused', 'completed', 'canceled', 'refused', 'abandoned')", name="state"
+        ),
+        CheckConstraint("(state in ('receiving', 'running', 'paused')) = (finished_at is null)", name="finished"),
+        Index(None, "owner_id", text("created_at desc"), text("id desc")),
+        Index("ix_bulks_open", "state", "owner_id", postgresql_where=text("finished_at is null")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    owner_id: Mapped[UUID] = mapped_column(ForeignKey("owners.id", ondelete="CASCADE"))
+    name: Mapped[str | None]
+    state: Mapped[str] = mapped_column(server_default="receiving")
+    lane: Mapped[int] = mapped_column(SmallInteger)
+    on_invalid: Mapped[str]
+    defaults: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    webhook: Mapped[dict[str, Any] | None]
+    bulk_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
+    models: Mapped[list[str]] = mapped_column(server_default="{}")  # those that its items name
+    announced: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # items that the sender said will come
+
+    received_lines: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    digest: Mapped[bytes] = mapped_column(server_default=text("''::bytea"))
+    total: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    invalid: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    received_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class BulkItem(Base):
+    """One valid line of a bulk, resolved as a job would be. `job_id` is none until its turn has come."""
+
+    __tablename__ = "bulk_items"
+    __table_args__ = (
+        Index(
+            "uq_bulk_items_custom_id",
+            "bulk_id",
+            "custom_id",
+            unique=True,
+            postgresql_where=text("custom_id is not null"),
+        ),
+        Index("ix_bulk_items_waiting", "bulk_id", "model", "line", postgresql_where=text("job_id is null")),
+    )
+
+    bulk_id: Mapped[UUID] = mapped_column(ForeignKey("bulks.id", ondelete="CASCADE"), primary_key=True)
+    line: Mapped[int] = mapped_column(Integer, primary_key=True)
+    custom_id: Mapped[str | None]
+    kind: Mapped[str]
+    model: Mapped[str]
+    images: Mapped[int] = mapped_column(Integer)
+    parameters: Mapped[dict[str, Any]]
+    item_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
+    timeout_s: Mapped[float]
+    expires_in_s: Mapped[float | None]
+    job_id: Mapped[UUID | None]  # no foreign key: the job may be deleted, and must not be made again then
+    retry_of: Mapped[UUID | None]
+
+
+class BulkLineError(Base):
+    """A line of a bulk that is no item, and why."""
+
+    __tablename__ = "bulk_line_errors"
+
+    bulk_id: Mapped[UUID] = mapped_column(ForeignKey("bulks.id", ondelete="CASCADE"), primary_key=True)
+    line: Mapped[int] = mapped_column(Integer, primary_key=True)
+    custom_id: Mapped[str | None]
+    code: Mapped[str]
+    detail: Mapped[str]
+    errors: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default="[]")
 
 
 class IdempotencyKey(Base):
@@ -249,14 +330,16 @@ class WebhookDelivery(Base):
         CheckConstraint("state in ('pending', 'delivered', 'failed')", name="state"),
         ForeignKeyConstraint(["job_id", "seq"], ["job_events.job_id", "job_events.seq"], ondelete="CASCADE"),
         UniqueConstraint("job_id", "seq"),
+        CheckConstraint("(job_id is null) = (body is not null)", name="body"),
         Index("ix_webhook_deliveries_due", "due_at", postgresql_where=text("state = 'pending'")),
         Index("ix_webhook_deliveries_leases", "host", "lease_until", postgresql_where=text("lease_until is not null")),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     owner_id: Mapped[UUID] = mapped_column(ForeignKey("owners.id", ondelete="CASCADE"))
-    job_id: Mapped[UUID]
-    seq: Mapped[int] = mapped_column(BigInteger)
+    job_id: Mapped[UUID | None]
+    seq: Mapped[int | None] = mapped_column(BigInteger)
+    body: Mapped[dict[str, Any] | None]  # what to tell when it is not about a job
     url: Mapped[str]
     host: Mapped[str]
     state: Mapped[str] = mapped_column(server_default="pending")
