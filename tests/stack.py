@@ -43,16 +43,21 @@ class RunningStack(LocalStack):
 
 @contextmanager
 def running_stack(
-    var: Path, *, environment: Mapping[str, str], options: tuple[str, ...] = ()
+    var: Path, *, environment: Mapping[str, str], options: tuple[str, ...] = (), durable: bool = False
 ) -> Iterator[RunningStack]:
     """Start `python -m ops.local run` and stop it with SIGTERM, whatever happens in between.
 
     Args:
         options: more arguments of the command, such as `("--api", "2", "--embed", "2")`.
+        durable: Postgres keeps what it has committed even when it is killed; slower.
     """
     with tempfile.TemporaryFile() as output:
         command = subprocess.Popen(
-            [sys.executable, "-m", "ops.local", "run", "--var", str(var), "--volatile", *options],
+            [
+                *(sys.executable, "-m", "ops.local", "run", "--var", str(var)),
+                *(() if durable else ("--volatile",)),
+                *options,
+            ],
             cwd=REPOSITORY,
             env={**clean_environment(), **environment},
             stdin=subprocess.DEVNULL,

@@ -122,6 +122,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "say": partial(print, flush=True),
         "durable": not arguments.volatile,
         "servers_only": arguments.servers_only,
+        "worker_module": arguments.worker_module,
         "instances": {kind: getattr(arguments, kind) for kind in KINDS},
     }
 
@@ -136,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--var", type=Path, default=REPOSITORY / "var", help="folder of the stack's data")
     parser.add_argument("--servers-only", action="store_true", help="only Postgres and the two Valkeys")
     parser.add_argument("--volatile", action="store_true", help="faster, and forgets data in a power cut")
+    parser.add_argument(
+        "--worker-module", default="worker_service", metavar="MODULE", help="for tests: run this as the workers"
+    )
     for kind in KINDS:
         parser.add_argument(f"--{kind}", type=int, default=1, metavar="N", help=f"number of {kind} processes")
     return parser

@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from io import StringIO
 from typing import Literal
 
@@ -41,13 +42,17 @@ def servers(layout: Layout) -> list[Program]:
     ]
 
 
-def app(settings: Settings, memory: Memory, instances: Mapping[str, int]) -> list[Program]:
+def app(
+    settings: Settings, memory: Memory, instances: Mapping[str, int], *, worker_module: str = "worker_service"
+) -> list[Program]:
     """The product's own processes.
 
     Args:
         instances: how many of a kind (`api`, `embed`, `generate`, `io`), one each where it says nothing. The second
             of a kind is called `api-2`, of the generator `starter` `generate-starter-2`.
+        worker_module: what `python -m` runs as a worker; takes the arguments of `worker_service`.
     """
+    worker = partial(_worker, settings, memory, worker_module)
     programs = [
         Program(
             name,
@@ -58,17 +63,14 @@ def app(settings: Settings, memory: Memory, instances: Mapping[str, int]) -> lis
         for name in _numbered("api", instances.get("api", 1))
     ]
     programs += [
-        _worker(settings, memory, name, "embed", serves=("embed", None))
-        for name in _numbered("embed", instances.get("embed", 1))
+        worker(name, "embed", serves=("embed", None)) for name in _numbered("embed", instances.get("embed", 1))
     ]
     programs += [
-        _worker(settings, memory, name, "generate", "--model", model, serves=("generate", model))
+        worker(name, "generate", "--model", model, serves=("generate", model))
         for model in settings.model.generators
         for name in _numbered(f"generate-{model}", instances.get("generate", 1))
     ]
-    programs += [
-        _worker(settings, memory, name, "io", serves=("io", None)) for name in _numbered("io", instances.get("io", 1))
-    ]
+    programs += [worker(name, "io", serves=("io", None)) for name in _numbered("io", instances.get("io", 1))]
     reconciler = _python("-m", "worker_service.reconciler")
     return [
         *programs,
@@ -77,10 +79,12 @@ def app(settings: Settings, memory: Memory, instances: Mapping[str, int]) -> lis
     ]
 
 
-def _worker(settings: Settings, memory: Memory, name: str, *arguments: str, serves: tuple[str, str | None]) -> Program:
+def _worker(
+    settings: Settings, memory: Memory, module: str, name: str, *arguments: str, serves: tuple[str, str | None]
+) -> Program:
     return Program(
         name,
-        _python("-m", "worker_service", *arguments),
+        _python("-m", module, *arguments),
         # The worker ends itself hard 15 s after its grace time.
         stop_wait_s=int(settings.jobs.shutdown_grace_s) + 20,
         environment=_metrics(memory, name),

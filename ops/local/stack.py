@@ -103,6 +103,7 @@ class LocalStack:
         attached: bool = False,
         servers_only: bool = False,
         instances: Mapping[str, int] | None = None,
+        worker_module: str = "worker_service",
         say: Callable[[str], None] = print,
     ) -> None:
         """Start everything and return when it is ready to work; on failure nothing is left running.
@@ -111,8 +112,9 @@ class LocalStack:
             durable: false is faster and forgets data in a power cut; for tests.
             attached: the stack ends when the calling process does, even by SIGKILL (Linux with util-linux).
             servers_only: Postgres and the two Valkeys alone, with an empty database.
+            instances: how many `api`, `embed`, `generate` and `io` processes; one each where it says nothing.
+            worker_module: runs in place of `worker_service`; for tests that make workers fail from inside.
             say: told what happens, one line at a time.
-            instances: how many `api`, `embed` and `generate` processes; one each where it says nothing.
 
         Raises:
             StackError: it already runs, or something did not become ready in time.
@@ -128,7 +130,11 @@ class LocalStack:
             try:
                 memory = self._memory
                 memory.forget_taken_ports()
-                app = [] if servers_only else programs.app(load_settings(), memory, instances or {})
+                app = (
+                    []
+                    if servers_only
+                    else programs.app(load_settings(), memory, instances or {}, worker_module=worker_module)
+                )
                 self._start_servers(app, memory, durable=durable, attached=attached, say=say)
                 if app:
                     self.migrate()
