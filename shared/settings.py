@@ -298,6 +298,16 @@ class WorkerSettings(Section):
     generator: str | None = Field(None, description="which generator this process serves; none: the default one")
 
 
+class WatchdogSettings(Section):
+    """After how long without progress a model call ends its process; leases then bring the jobs back."""
+
+    load_s: float = Field(3600, gt=0, le=86_400, description="loading one model, downloads included")
+    warm_up_s: float = Field(900, gt=0, le=86_400, description="the first call of a loaded model")
+    embed_s: float = Field(300, gt=0, le=86_400, description="one batch of the embedding model")
+    step_s: float = Field(300, gt=0, le=86_400, description="one denoising step of a batch; the first includes prompts")
+    decode_s: float = Field(300, gt=0, le=86_400, description="from a batch's last step to its pictures")
+
+
 class LoggingSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="the least that is logged")
     format: Literal["auto", "json", "console"] = Field("auto", description="auto: console locally, JSON elsewhere")
@@ -338,6 +348,7 @@ class Settings(BaseSettings):
     api: APISettings = APISettings()
     webhooks: WebhookSettings = WebhookSettings()
     worker: WorkerSettings = WorkerSettings()
+    watchdog: WatchdogSettings = WatchdogSettings()
     logging: LoggingSettings = LoggingSettings()
     metrics: MetricsSettings = MetricsSettings()
     security: SecuritySettings = SecuritySettings()
