@@ -86,6 +86,11 @@ IMAGE_GENERATION_DURATION = Histogram(
 GENERATION_BATCH_SIZE = Histogram(
     "generation_batch_size", "Images in one call of a model.", ["model"], buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 )
+GENERATION_MEMORY_SAVED = Counter(
+    "generation_memory_saved_total",
+    "Model calls that did not fit in memory and were repeated in a way that needs less.",
+    ["model", "by"],
+)
 MODEL_LOAD_DURATION = Histogram(
     "model_load_duration_seconds", "Loading and warming one model.", ["model"], buckets=LONG
 )
