@@ -104,13 +104,18 @@ class Image(Base):
         Index(None, "attributes", postgresql_using="gin", postgresql_ops={"attributes": "jsonb_path_ops"}),
         # The outbox of the embedding work: what is stored and has no vector yet.
         Index("ix_images_pending", "created_at", postgresql_where=text("state = 'pending'")),
+        Index(
+            "ix_images_leases",
+            "lease_until",
+            postgresql_where=text("state = 'pending' and lease_until is not null"),
+        ),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     collection_id: Mapped[UUID] = mapped_column(ForeignKey("collections.id", ondelete="CASCADE"))
     state: Mapped[str] = mapped_column(server_default="pending")
     error_code: Mapped[str | None]
-    sha256: Mapped[str]
+    sha256: Mapped[str] = mapped_column(index=True)
     blob_key: Mapped[str]
     thumbnail_key: Mapped[str]
     format: Mapped[str]
@@ -125,6 +130,10 @@ class Image(Base):
     attributes: Mapped[dict[str, str]] = mapped_column(server_default="{}")
     filename: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    crashes: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    model_started: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     lease_until: Mapped[datetime | None]
 
 
@@ -166,7 +175,9 @@ class Job(Base):
             postgresql_where=text("state = 'queued' and published_at is null"),
         ),
         Index("ix_jobs_published", "model", postgresql_where=text("state = 'queued' and published_at is not null")),
+        Index("ix_jobs_queued", "model", "lane", "created_at", "id", postgresql_where=text("state = 'queued'")),
         Index("ix_jobs_leases", "lease_until", postgresql_where=text("state = 'processing'")),
+        Index("ix_jobs_finished", "finished_at", postgresql_where=text("finished_at is not null")),
         Index("ix_jobs_deadlines", "expires_at", postgresql_where=text("state = 'queued' and expires_at is not null")),
         # Holds all that the counts of a bulk ask for.
         Index("ix_jobs_bulk", "bulk_id", "state", "finished_at", postgresql_where=text("bulk_id is not null")),
@@ -302,6 +313,7 @@ class JobEvent(Base):
     """The story of a job, numbered from 1 without gaps."""
 
     __tablename__ = "job_events"
+    __table_args__ = (Index(None, "at"),)
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     seq: Mapped[int] = mapped_column(BigInteger, primary_key=True)
@@ -332,6 +344,7 @@ class WebhookDelivery(Base):
         UniqueConstraint("job_id", "seq"),
         CheckConstraint("(job_id is null) = (body is not null)", name="body"),
         Index("ix_webhook_deliveries_due", "due_at", postgresql_where=text("state = 'pending'")),
+        Index("ix_webhook_deliveries_settled", "created_at", postgresql_where=text("state <> 'pending'")),
         Index("ix_webhook_deliveries_leases", "host", "lease_until", postgresql_where=text("lease_until is not null")),
     )
 
@@ -359,6 +372,7 @@ class Generation(Base):
     __table_args__ = (
         UniqueConstraint("job_id", "index"),
         Index(None, "owner_id", text("created_at desc"), text("id desc")),
+        Index(None, "created_at"),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -391,6 +405,25 @@ class GenerationReference(Base):
     weight: Mapped[float]
     pinned: Mapped[bool] = mapped_column(Boolean)
     caption: Mapped[str | None]
+
+
+class BlobClaim(Base):
+    """Blobs that an upload is about to name in rows: the sweeper spares them. Gone when the rows are there."""
+
+    __tablename__ = "blob_claims"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    keys: Mapped[list[str]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Chore(Base):
+    """When a piece of housekeeping last began, whichever process did it."""
+
+    __tablename__ = "chores"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Worker(Base):
