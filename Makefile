@@ -39,6 +39,10 @@ test: $(READY) ## run the whole test suite on real servers  (T=tests/unit for a 
 eval: $(READY) ## does retrieval help? figures, a chart and sheets into out/eval/  (EVAL=--quick, EVAL=--help)
 	$(PY) -m scripts.evaluate $(EVAL)
 
+bench: $(READY) ## the figures behind what is said of caching, pooling and typing, each with its conditions
+	@$(PY) -m ops.local run --generate 0 -- sh -c '$(PY) -m scripts.index_images starter/corpus.tar --url "$$AFTERIMAGE_URL" \
+		&& $(PY) -m benchmarks.search_cache && $(PY) -m benchmarks.connection_pool && $(PY) -m benchmarks.typing_coverage'
+
 lint: $(READY) ## style, types and import rules
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -68,4 +72,4 @@ clean: ## stop the stack, remove .venv and every cache; var/ and out/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo up down test eval lint train-starter docs lock clean
+.PHONY: help setup demo up down test eval bench lint train-starter docs lock clean

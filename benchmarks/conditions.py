@@ -1,0 +1,27 @@
+"""What a figure was measured on: without it a figure means nothing."""
+
+import os
+import platform
+from importlib.metadata import version
+
+PACKAGES = ("flask", "granian", "celery", "redis", "sqlalchemy", "psycopg2-binary", "torch")
+
+
+def conditions() -> dict[str, str]:
+    """Processor, cores, load and versions, at the moment of the call."""
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "load average": f"{os.getloadavg()[0]:.1f}",
+        "python": platform.python_version(),
+        "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+    }
+
+
+def report(title: str, figures: dict[str, object], **measured_with: object) -> None:
+    """Print a benchmark's figures under its conditions."""
+    print(f"# {title}")
+    for name, value in {**conditions(), **measured_with}.items():
+        print(f"  {name}: {value}")
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,42 @@
+"""How much of the product is typed?
+
+    .venv/bin/python -m benchmarks.typing_coverage
+
+Runs mypy as `make lint` does (strict, over everything) and counts from its own report: functions with complete
+annotations, and the lines on which an error is allowed (`type: ignore`), nearly all of them where a library is untyped.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.conditions import report
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        check = subprocess.run(
+            [sys.executable, "-m", "mypy", "--linecount-report", folder, "--cache-dir", folder],
+            capture_output=True,
+            text=True,
+        )
+        # One line a module, the first of them the sum: lines, annotated lines, functions, annotated functions, name.
+        total, *modules = (Path(folder) / "linecount.txt").read_text().splitlines()
+    functions, annotated = (int(number) for number in total.split()[2:4])
+    ignored = sum(
+        line.count("# type: ignore")
+        for path in subprocess.check_output(["git", "ls-files", "*.py"], text=True).splitlines()
+        for line in Path(path).read_text().splitlines()
+    )
+    figures: dict[str, object] = {
+        "mypy --strict": check.stdout.strip().splitlines()[-1],
+        "functions with complete annotations": f"{annotated} of {functions}",
+        "lines with an ignored error": ignored,
+    }
+    report("Typed code", figures, modules=len(modules))
+    raise SystemExit(check.returncode)
+
+
+if __name__ == "__main__":
+    main()
