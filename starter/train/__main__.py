@@ -7,6 +7,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,10 +53,10 @@ def autoencoder(folder: Path) -> AutoencoderStage:
     return AutoencoderStage(load_dataset())
 
 
-def generator(folder: Path) -> GeneratorStage:
+def generator(folder: Path, *, compiled: bool = False) -> GeneratorStage:
     """Needs the best CLIP and autoencoder in `folder`, which stay as they are from now on."""
     retriever, pixels = trained(clip(folder), folder), trained(autoencoder(folder), folder)
-    return GeneratorStage(retriever.dataset, retriever.module, retriever.tokenizer, pixels.module)
+    return GeneratorStage(retriever.dataset, retriever.module, retriever.tokenizer, pixels.module, compiled=compiled)
 
 
 RECIPE: dict[str, tuple[int, int]] = {
@@ -72,7 +73,7 @@ STAGES: dict[str, Callable[[Path], Stage]] = {
     "queries": queries,
     "judge": judge,
     "autoencoder": autoencoder,
-    "generator": generator,
+    "generator": partial(generator, compiled=True),
 }
 
 
@@ -88,18 +89,18 @@ def trained(stage: AnyStage, folder: Path) -> AnyStage:
 def export(folder: Path, out: Path) -> None:
     """Write clip/, judge/ and generator/ into `out`, each replaced as a whole."""
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out) as partial:
+    with tempfile.TemporaryDirectory(dir=out) as new:
         retriever = trained(queries(folder), folder)
-        export_clip(retriever.module, RETRIEVER, retriever.tokenizer, Path(partial) / "clip")
-        replace_folder(Path(partial) / "clip", out / "clip")
+        export_clip(retriever.module, RETRIEVER, retriever.tokenizer, Path(new) / "clip")
+        replace_folder(Path(new) / "clip", out / "clip")
         if best_checkpoint(folder / "judge").exists():
             second = trained(judge(folder), folder)
-            export_clip(second.module, JUDGE, second.tokenizer, Path(partial) / "judge")
-            replace_folder(Path(partial) / "judge", out / "judge")
+            export_clip(second.module, JUDGE, second.tokenizer, Path(new) / "judge")
+            replace_folder(Path(new) / "judge", out / "judge")
         if best_checkpoint(folder / "generator").exists():
             painter = trained(generator(folder), folder)
-            export_generator(painter, Path(partial) / "generator")
-            replace_folder(Path(partial) / "generator", out / "generator")
+            export_generator(painter, Path(new) / "generator")
+            replace_folder(Path(new) / "generator", out / "generator")
 
 
 def measure(folder: Path) -> dict[str, object]:

@@ -82,6 +82,7 @@ def train(stage: Stage, folder: Path, plan: Plan) -> int:
         lr=stage.learning_rate,
         betas=stage.betas,
         eps=1e-8,
+        fused=True,
     )
     done = load_checkpoint(stage, folder / CHECKPOINT, optimizer)
     deadline = time.monotonic() + plan.minutes * 60
