@@ -59,7 +59,7 @@ class ClipShape:
 
 
 RETRIEVER = ClipShape()
-JUDGE = ClipShape(width=160, layers=6, head_width=40, text_width=128, text_heads=4, text_layers=3, embed_dim=192)
+JUDGE = ClipShape(width=160, layers=5, head_width=40, text_width=128, text_heads=4, text_layers=3, embed_dim=192)
 
 
 def build_clip(shape: ClipShape, vocab_size: int) -> nn.Module:
