@@ -179,6 +179,40 @@ class QueueFullError(JobError):
     retry_after_s = 30
 
 
+class BulkError(BaseAppException):
+    """The bulk cannot do that."""
+
+    code = "bulk_error"
+    status = 409
+
+
+class BulkStateError(BulkError):
+    """The bulk's state does not allow this."""
+
+    code = "bulk_state_conflict"
+
+
+class BulkOffsetError(BulkError):
+    """The bulk has received another number of lines, or other lines."""
+
+    code = "bulk_offset_mismatch"
+
+
+class BulkTooLargeError(BulkError):
+    """The bulk has more items than this service accepts in one."""
+
+    code = "bulk_too_large"
+    status = 413
+
+
+class BulkQuotaError(BulkError):
+    """The unfinished bulks of this owner have as many items as they may."""
+
+    code = "bulk_quota_exceeded"
+    status = 429
+    retry_after_s = 60
+
+
 # --- requests -----------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +234,12 @@ class MalformedBodyError(ValidationError):
 
     code = "malformed_body"
     status = 400
+
+
+class BulkInvalidError(ValidationError):
+    """The bulk has lines that are no valid items, so nothing of it runs."""
+
+    code = "bulk_invalid"
 
 
 class IdempotencyKeyReusedError(ValidationError):

@@ -285,6 +285,18 @@ class APISettings(Section):
     max_waiters: int = Field(16, ge=0, le=1000, description="long-polls and streams one process holds at a time")
 
 
+class BulkSettings(Section):
+    max_items: int = Field(100_000, ge=1, le=1_000_000, description="items of one bulk, invalid lines included")
+    max_body_bytes: int = Field(512 * 2**20, ge=1024, description="one request that sends lines of a bulk")
+    max_line_bytes: int = Field(64 * 1024, ge=1024, le=2**20, description="one line of a bulk")
+    chunk_lines: int = Field(500, ge=1, le=10_000, description="lines stored at a time while a bulk is received")
+    max_receiving: int = Field(4, ge=1, le=512, description="requests that send lines, per API process at a time")
+    receive_timeout_s: float = Field(60, gt=0, le=3600, description="longest wait for a sender's next bytes")
+    max_open: int = Field(100, ge=1, description="unfinished bulks of one owner")
+    max_open_items: int = Field(500_000, ge=1, description="items of all unfinished bulks of one owner")
+    abandoned_after_s: float = Field(86_400, gt=0, description="a bulk whose lines stop coming is given up after this")
+
+
 class WebhookSettings(Section):
     timeout_s: float = Field(15, gt=0, le=60, description="longest wait for a receiver")
     allow_http: bool = Field(False, description="accept targets without TLS")
@@ -346,6 +358,7 @@ class Settings(BaseSettings):
     model: ModelSettings = Field(default_factory=ModelSettings)
     retrieval: RetrievalSettings = RetrievalSettings()
     api: APISettings = APISettings()
+    bulks: BulkSettings = BulkSettings()
     webhooks: WebhookSettings = WebhookSettings()
     worker: WorkerSettings = WorkerSettings()
     watchdog: WatchdogSettings = WatchdogSettings()

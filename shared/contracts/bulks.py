@@ -57,6 +57,9 @@ class BulkOptions(Contract):
     items: int | None = Field(
         None, ge=1, description="how many will come, to have room for them reserved, or to be told at once"
     )
+    expires_in_s: float | None = Field(
+        None, gt=0, le=30 * 86_400, description="from its completion on; items that wait longer are `expired`"
+    )
     webhook: BulkWebhook | None = None
     metadata: Metadata = Field(default_factory=dict, description="echoed wherever the bulk is shown")
 
@@ -67,15 +70,19 @@ class BulkHeader(Contract):
     bulk: BulkOptions
 
 
+OF_THE_BULK = ("lane", "webhook", "expires_in_s", "dry_run")
+"""Fields of a request that hold for a bulk as a whole, so that no line may name them."""
+
+
 class BulkGenerateItem(GenerateRequest):
-    """A line that asks for images from a prompt alone. `lane`, `webhook` and `dry_run` belong to the bulk."""
+    """A line that asks for images from a prompt alone."""
 
     kind: Literal[JobKind.GENERATE]
     custom_id: CustomId | None = Field(None, description="the caller's own name of the item, unique in the bulk")
 
 
 class BulkRagGenerateItem(RagGenerateRequest):
-    """A line that asks for retrieval-augmented images. `lane`, `webhook` and `dry_run` belong to the bulk."""
+    """A line that asks for retrieval-augmented images."""
 
     kind: Literal[JobKind.RAG_GENERATE] = JobKind.RAG_GENERATE
     custom_id: CustomId | None = Field(None, description="the caller's own name of the item, unique in the bulk")
@@ -124,7 +131,7 @@ class BulkView(Contract):
     metadata: Metadata
     received_lines: int = Field(description="lines stored for good; a resumed stream goes on with the next one")
     digest: str = Field(
-        description="of these lines: d(0) is empty, d(n) = SHA-256(d(n-1) + line n without its line end), in hex"
+        description="of these lines: d(0) is empty, d(n) = SHA-256(d(n-1) + line n without its line feed), in hex"
     )
     total: int = Field(description="valid items")
     invalid: int = Field(description="invalid lines: see `errors_url`")
@@ -133,6 +140,7 @@ class BulkView(Contract):
     estimated_end: datetime | None = None
     created_at: datetime
     started_at: datetime | None = Field(None, description="when it was complete")
+    expires_at: datetime | None = None
     finished_at: datetime | None = None
     url: str
     items_url: str

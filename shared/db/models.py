@@ -241,15 +241,18 @@ class Bulk(Base):
     bulk_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
     models: Mapped[list[str]] = mapped_column(server_default="{}")  # those that its items name
     announced: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # items that the sender said will come
+    expires_in_s: Mapped[float | None]
 
     received_lines: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     digest: Mapped[bytes] = mapped_column(server_default=text("''::bytea"))
     total: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     invalid: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    fed: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # items that have become jobs
 
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     received_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None]  # no item becomes a job after that
     finished_at: Mapped[datetime | None]
 
 
@@ -277,7 +280,6 @@ class BulkItem(Base):
     parameters: Mapped[dict[str, Any]]
     item_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
     timeout_s: Mapped[float]
-    expires_in_s: Mapped[float | None]
     job_id: Mapped[UUID | None]  # no foreign key: the job may be deleted, and must not be made again then
     retry_of: Mapped[UUID | None]
 
