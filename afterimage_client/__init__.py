@@ -1,1 +1,80 @@
-"""A typed client of the service; needs neither torch nor the server."""
+"""A typed client of the service; needs neither torch nor the server.
+
+from pathlib import Path
+from afterimage_client import Afterimage, RagGenerateRequest
+
+with Afterimage("http://127.0.0.1:8000") as service:
+    job = service.jobs.submit(RagGenerateRequest(prompt="a red apple with a bite", seed=7))
+    job = service.jobs.wait(job, on_update=print)
+    for output in job.outputs:
+        service.outputs.download(output, Path(f"out/{output.seed}.{output.format}"))
+"""
+
+from afterimage_client.client import Afterimage
+from afterimage_client.errors import (
+    AfterimageError,
+    AuthenticationError,
+    ConflictError,
+    CorruptDownloadError,
+    IdempotencyKeyReusedError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+    ProblemError,
+    QueueFullError,
+    RateLimitedError,
+    ServerError,
+    TooManyStreamsError,
+    UnavailableError,
+    UnreachableError,
+    WaitTimeoutError,
+)
+from afterimage_client.images import ImageFile
+from afterimage_client.jobs import Update
+from shared.contracts.generation import GenerateRequest, Mode, PinnedReference, RagGenerateRequest
+from shared.contracts.images import ImagePatch, ImageState, ImageView, UploadFields, UploadResponse
+from shared.contracts.jobs import EventView, JobKind, JobState, JobView, Lane, OutputView, Progress
+from shared.contracts.search import ImageFilter, RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
+
+__all__ = [
+    "Afterimage",
+    "AfterimageError",
+    "AuthenticationError",
+    "ConflictError",
+    "CorruptDownloadError",
+    "EventView",
+    "GenerateRequest",
+    "IdempotencyKeyReusedError",
+    "ImageFile",
+    "ImageFilter",
+    "ImagePatch",
+    "ImageState",
+    "ImageView",
+    "InvalidRequestError",
+    "JobKind",
+    "JobState",
+    "JobView",
+    "Lane",
+    "Mode",
+    "NotFoundError",
+    "OutputView",
+    "PermissionDeniedError",
+    "PinnedReference",
+    "ProblemError",
+    "Progress",
+    "QueueFullError",
+    "RagGenerateRequest",
+    "RagSearchQuery",
+    "RagSearchResponse",
+    "RateLimitedError",
+    "SearchRequest",
+    "SearchResponse",
+    "ServerError",
+    "TooManyStreamsError",
+    "UnavailableError",
+    "UnreachableError",
+    "Update",
+    "UploadFields",
+    "UploadResponse",
+    "WaitTimeoutError",
+]
