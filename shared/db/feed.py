@@ -42,6 +42,7 @@ CANDIDATES = text(
             and lane = waiting.lane and owner_id = waiting.owner_id
             and (run_after is null or run_after <= now())
             and (expires_at is null or expires_at > now())
+            and (bulk_id is null or exists (select from bulks where bulks.id = bulk_id and bulks.state = 'running'))
         order by created_at, id limit :most
     ) oldest
     """

@@ -10,13 +10,14 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, exists, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
+from shared.contracts.bulks import BulkState
 from shared.contracts.generation import GenerationParameters, Webhook
 from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
 from shared.db import paging, webhooks
-from shared.db.models import Generation, GenerationReference, Job, JobEvent
+from shared.db.models import Bulk, Generation, GenerationReference, Job, JobEvent
 from shared.errors import BaseAppException, JobCrashedError, JobStateError, ResourceNotFoundError
 from shared.metrics import JOBS_FINISHED
 
@@ -125,13 +126,14 @@ def events(session: Session, job_id: UUID, *, after: int, limit: int = 1000) -> 
 
 
 def claim(session: Session, job_id: UUID, *, worker: str, lease_s: float) -> tuple[Claim, Job] | None:
-    """Take a queued job for `lease_s` seconds; None when it is owned, finished, unknown or not due yet."""
+    """Take a queued job for `lease_s` seconds; None when it is owned, finished, unknown, paused or not due yet."""
     taken = _transition(
         session,
         Job.id == job_id,
         Job.state == JobState.QUEUED,
         or_(Job.run_after.is_(None), Job.run_after <= func.now()),
         _not_expired(),
+        _bulk_runs(),
         event=EventType.STARTED,
         data={"worker": worker},
         state=JobState.PROCESSING,
@@ -231,6 +233,11 @@ def cancel(session: Session, job_id: UUID, *, owner_id: UUID) -> bool:
         JobState.CANCELED,
         data={},
     )
+
+
+def cancel_bulk(session: Session, bulk_id: UUID) -> list[UUID]:
+    """End every job of a bulk that has not ended; their ids."""
+    return _end_all(session, and_(Job.bulk_id == bulk_id, Job.state.not_in(FINAL)), JobState.CANCELED, data={})
 
 
 def delete(session: Session, job: Job) -> None:
@@ -341,6 +348,11 @@ def _from_now(seconds: float) -> ColumnElement[Any]:
 
 def _not_expired() -> ColumnElement[bool]:
     return or_(Job.expires_at.is_(None), Job.expires_at > func.clock_timestamp())
+
+
+def _bulk_runs() -> ColumnElement[bool]:
+    """The job belongs to no bulk, or to one that is not paused or over. `shared.db.feed` asks the same in SQL."""
+    return or_(Job.bulk_id.is_(None), exists().where(Bulk.id == Job.bulk_id, Bulk.state == BulkState.RUNNING))
 
 
 def _end(
