@@ -10,6 +10,7 @@ with Afterimage("http://127.0.0.1:8000") as service:
         service.outputs.download(output, Path(f"out/{output.seed}.{output.format}"))
 """
 
+from afterimage_client.bulks import BulkMismatchError, header_line
 from afterimage_client.client import Afterimage
 from afterimage_client.errors import (
     AfterimageError,
@@ -31,6 +32,7 @@ from afterimage_client.errors import (
 )
 from afterimage_client.images import ImageFile
 from afterimage_client.jobs import Update
+from shared.contracts.bulks import BulkItemView, BulkOptions, BulkState, BulkView, ItemState, OnInvalid
 from shared.contracts.generation import GenerateRequest, Mode, PinnedReference, RagGenerateRequest
 from shared.contracts.images import ImagePatch, ImageState, ImageView, UploadFields, UploadResponse
 from shared.contracts.jobs import EventView, JobKind, JobState, JobView, Lane, OutputView, Progress
@@ -40,6 +42,11 @@ __all__ = [
     "Afterimage",
     "AfterimageError",
     "AuthenticationError",
+    "BulkItemView",
+    "BulkMismatchError",
+    "BulkOptions",
+    "BulkState",
+    "BulkView",
     "ConflictError",
     "CorruptDownloadError",
     "EventView",
@@ -51,12 +58,14 @@ __all__ = [
     "ImageState",
     "ImageView",
     "InvalidRequestError",
+    "ItemState",
     "JobKind",
     "JobState",
     "JobView",
     "Lane",
     "Mode",
     "NotFoundError",
+    "OnInvalid",
     "OutputView",
     "PermissionDeniedError",
     "PinnedReference",
@@ -77,4 +86,5 @@ __all__ = [
     "UploadFields",
     "UploadResponse",
     "WaitTimeoutError",
+    "header_line",
 ]

@@ -7,6 +7,7 @@ from typing import Self
 
 import httpx
 
+from afterimage_client.bulks import Bulks
 from afterimage_client.connection import Connection, parsed
 from afterimage_client.images import Images
 from afterimage_client.jobs import Jobs
@@ -66,6 +67,7 @@ class Afterimage:
         self.jobs = Jobs(self._connection)
         self.outputs = Outputs(self._connection)
         self.images = Images(self._connection)
+        self.bulks = Bulks(self._connection)
 
     def search(self, request: SearchRequest) -> SearchResponse:
         """Find images of the corpus by words, by an image, or by both."""

@@ -92,14 +92,15 @@ class Connection:
             UnreachableError: no answer came.
         """
 
-        def attempt() -> httpx.Response:
-            with transport_errors_named(method, path):
-                response = self.http.request(method, path, **options)
-            if not response.is_success:
-                raise error_of(response)
-            return response
+        return self.again_while_passing(lambda: self.send_once(method, path, **options), repeatable=repeatable)
 
-        return self.again_while_passing(attempt, repeatable=repeatable)
+    def send_once(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """As `send`, in one try."""
+        with transport_errors_named(method, path):
+            response = self.http.request(method, path, **options)
+        if not response.is_success:
+            raise error_of(response)
+        return response
 
     def get(self, answer: type[Model], path: str, **options: Any) -> Model:
         return parsed(answer, self.send("GET", path, **options))
@@ -123,14 +124,13 @@ class Connection:
 
     def pages(self, item: type[Model], path: str, query: Mapping[str, Any]) -> Iterator[Model]:
         """Everything in a list, page by page, as it is asked for."""
-        cursor: str | None = None
+        given = {name: value for name, value in query.items() if value is not None}
         while True:
-            given = {name: value for name, value in query.items() if value is not None}
-            page = self.get(Page[item], path, params=given | ({"cursor": cursor} if cursor else {}))  # type: ignore[valid-type]
+            page = self.get(Page[item], path, params=given)  # type: ignore[valid-type]
             yield from page.items
-            cursor = page.next_cursor
-            if cursor is None:
+            if page.next_cursor is None:
                 return
+            given["cursor"] = page.next_cursor
 
     def open(self, method: str, path: str, **options: Any) -> httpx.Response:
         """One try of a request; the successful answer is still unread, and its reader closes it.
