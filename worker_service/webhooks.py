@@ -10,7 +10,7 @@ from standardwebhooks import Webhook
 
 from shared import outbound
 from shared.db import webhooks
-from shared.db.models import Job, JobEvent, WebhookDelivery
+from shared.db.models import WebhookDelivery
 from shared.db.session import session_scope
 from shared.errors import ForbiddenTargetError
 from shared.metrics import increment_counter
@@ -31,27 +31,10 @@ def deliver_due(settings: WebhookSettings, *, stopping: Callable[[], bool]) -> i
             secrets = webhooks.signing_secrets(session, claimed[0].owner_id) if claimed else ()
         if claimed is None:
             break
-        delivery, event, job = claimed
-        _try(delivery, body_of(job, event), list(secrets), settings)
+        delivery, body = claimed
+        _try(delivery, orjson.dumps(body), list(secrets), settings)
         tried += 1
     return tried
-
-
-def body_of(job: Job, event: JobEvent) -> bytes:
-    """A thin body: what happened and where to look, never the result itself."""
-    return orjson.dumps(
-        {
-            "type": f"job.{event.type}",
-            "timestamp": event.at.isoformat(),
-            "data": {
-                "job_id": str(job.id),
-                "seq": event.seq,
-                "event": event.data,
-                "metadata": job.job_metadata,
-                "url": f"/api/v1/jobs/{job.id}",
-            },
-        }
-    )
 
 
 def signed_headers(delivery_id: str, body: bytes, secrets: list[str], *, now: datetime) -> dict[str, str]:

@@ -4,6 +4,7 @@ import base64
 import secrets
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
@@ -24,14 +25,20 @@ def enqueue(session: Session, job_id: UUID, seq: int, *, owner_id: UUID, url: st
     session.add(WebhookDelivery(id=uuid4(), owner_id=owner_id, job_id=job_id, seq=seq, url=url, host=host))
 
 
+def enqueue_body(session: Session, body: dict[str, Any], *, owner_id: UUID, url: str) -> None:
+    """Put something that is not about a job into the outbox, due at once."""
+    host = urlsplit(url).hostname or ""
+    session.add(WebhookDelivery(id=uuid4(), owner_id=owner_id, body=body, url=url, host=host))
+
+
 def any_due(session: Session) -> bool:
     """Is there a delivery that could be tried now?"""
     due = select(WebhookDelivery.id).where(WebhookDelivery.state == "pending", WebhookDelivery.due_at <= func.now())
     return session.scalar(due.limit(1)) is not None
 
 
-def claim_due(session: Session, *, lease_s: float, per_host: int) -> tuple[WebhookDelivery, JobEvent, Job] | None:
-    """Take the delivery that is due longest, unless its host already has `per_host` in flight."""
+def claim_due(session: Session, *, lease_s: float, per_host: int) -> tuple[WebhookDelivery, dict[str, Any]] | None:
+    """Take the delivery that is due longest, unless its host already has `per_host` in flight; with what to tell."""
     # One claim at a time: two would each count the other's host as idle.
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("webhook_deliveries", 0))))
     other = aliased(WebhookDelivery)
@@ -57,8 +64,25 @@ def claim_due(session: Session, *, lease_s: float, per_host: int) -> tuple[Webho
     delivery = session.scalar(statement)
     if delivery is None:
         return None
+    if delivery.body is not None:
+        return delivery, delivery.body
     event = session.get_one(JobEvent, (delivery.job_id, delivery.seq))
-    return delivery, event, session.get_one(Job, delivery.job_id)
+    return delivery, _body(session.get_one(Job, delivery.job_id), event)
+
+
+def _body(job: Job, event: JobEvent) -> dict[str, Any]:
+    """A thin body: what happened and where to look, never the result itself."""
+    return {
+        "type": f"job.{event.type}",
+        "timestamp": event.at.isoformat(),
+        "data": {
+            "job_id": str(job.id),
+            "seq": event.seq,
+            "event": event.data,
+            "metadata": job.job_metadata,
+            "url": f"/api/v1/jobs/{job.id}",
+        },
+    }
 
 
 def delivered(session: Session, delivery: WebhookDelivery, *, status: int) -> None:
