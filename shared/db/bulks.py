@@ -1,0 +1,433 @@
+"""Bulks: receiving their lines, making jobs of their items when the turn comes, and counting how far they are.
+
+Items wait in a table of their own. Of each running bulk a few dozen are jobs that wait, so that whatever looks at
+waiting jobs sees few rows however long bulks are, and pausing or canceling one touches few rows too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import orjson
+from sqlalchemy import Row, and_, case, delete, func, select, text, update
+from sqlalchemy.orm import Session
+
+from shared.contracts.bulks import BulkCounts, BulkItemQuery, BulkOptions, BulkQuery, BulkState, ItemState, LineQuery
+from shared.contracts.jobs import JobState
+from shared.db import jobs, paging, webhooks
+from shared.db.models import Bulk, BulkItem, BulkLineError, Job
+from shared.errors import BulkStateError, ResourceNotFoundError
+
+RATE_S = 60
+"""The rate is that of the last minute."""
+RETRIED = (JobState.FAILED, JobState.DEAD, JobState.EXPIRED)
+SWEPT_ROWS = 5000
+"""Items of a bulk that never ran are removed so many at a time."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a bulk is. rate_per_s: items ended per second, none while that cannot be said."""
+
+    counts: BulkCounts
+    rate_per_s: float | None
+
+
+# --- receiving ----------------------------------------------------------------------------------------------------
+
+
+def create(session: Session, options: BulkOptions, *, owner_id: UUID, received_lines: int, digest: bytes) -> Bulk:
+    """A bulk that receives. `received_lines` of it, with that digest, were its header."""
+    bulk = Bulk(
+        id=uuid4(),
+        owner_id=owner_id,
+        name=options.name,
+        state=BulkState.RECEIVING,
+        lane=options.lane.rank,
+        on_invalid=options.on_invalid,
+        defaults=options.defaults,
+        webhook=None if options.webhook is None else options.webhook.model_dump(mode="json"),
+        bulk_metadata=options.metadata,
+        announced=options.items or 0,
+        expires_in_s=options.expires_in_s,
+        received_lines=received_lines,
+        digest=digest,
+    )
+    session.add(bulk)
+    session.flush()
+    session.refresh(bulk)
+    return bulk
+
+
+def open_of(session: Session, owner_id: UUID, *, lock: bool = False) -> tuple[int, int]:
+    """An owner's unfinished bulks, and the items that they have or have announced.
+
+    lock: until the end of the transaction nobody else counts with a lock, so that two cannot take the same room.
+    """
+    if lock:
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"bulks:{owner_id}", 0))))
+    items = func.coalesce(func.sum(func.greatest(Bulk.announced, Bulk.total + Bulk.invalid)), 0)
+    counted = session.execute(
+        select(func.count(), items).where(Bulk.owner_id == owner_id, Bulk.finished_at.is_(None))
+    ).one()
+    return counted[0], int(counted[1])
+
+
+def lines_of(session: Session, bulk_id: UUID, custom_ids: Sequence[str]) -> dict[str, int]:
+    """Which of these names the bulk already has, and in which line."""
+    statement = select(BulkItem.custom_id, BulkItem.line).where(
+        BulkItem.bulk_id == bulk_id, BulkItem.custom_id.in_(custom_ids)
+    )
+    return {str(name): line for name, line in session.execute(statement)}
+
+
+INSERT_ITEMS = text(
+    """
+    insert into bulk_items (bulk_id, line, custom_id, kind, model, images, parameters, metadata, timeout_s)
+    select :bulk_id, line, custom_id, kind, model, images, parameters, metadata, timeout_s
+    from jsonb_to_recordset(cast(:rows as jsonb)) as row(
+        line int, custom_id text, kind text, model text, images int, parameters jsonb, metadata jsonb, timeout_s float8
+    )
+    """
+)
+INSERT_ERRORS = text(
+    """
+    insert into bulk_line_errors (bulk_id, line, custom_id, code, detail, errors)
+    select :bulk_id, line, custom_id, code, detail, errors
+    from jsonb_to_recordset(cast(:rows as jsonb)) as row(
+        line int, custom_id text, code text, detail text, errors jsonb
+    )
+    """
+)
+"""Psycopg2 cannot COPY while a callback bounds its waits. One JSON value for hundreds of rows is as quick."""
+
+
+def append(
+    session: Session,
+    bulk: Bulk,
+    *,
+    received_lines: int,
+    digest: bytes,
+    items: Sequence[Mapping[str, Any]],
+    errors: Sequence[Mapping[str, Any]],
+) -> None:
+    """Store what a chunk of lines has come to; the bulk's row is locked by the caller.
+
+    items, errors: columns by name, where values that are JSON already may be `orjson.Fragment`.
+    """
+    for statement, rows in ((INSERT_ITEMS, items), (INSERT_ERRORS, errors)):
+        if rows:
+            session.execute(statement, {"bulk_id": bulk.id, "rows": orjson.dumps(rows).decode()})
+    bulk.models = sorted({*bulk.models, *(item["model"] for item in items)})
+    bulk.received_lines, bulk.digest = received_lines, digest
+    bulk.total += len(items)
+    bulk.invalid += len(errors)
+    bulk.received_at = func.now()
+    session.flush()
+
+
+def start(session: Session, bulk: Bulk) -> None:
+    """The lines are complete: from now on items become jobs."""
+    bulk.state = BulkState.RUNNING
+    bulk.started_at = func.now()
+    if bulk.expires_in_s is not None:
+        bulk.expires_at = func.now() + timedelta(seconds=bulk.expires_in_s)
+    session.flush()
+    session.refresh(bulk)
+
+
+def refuse(session: Session, bulk: Bulk) -> None:
+    bulk.state, bulk.finished_at = BulkState.REFUSED, func.now()
+    session.flush()
+    session.refresh(bulk)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def get(session: Session, bulk_id: UUID, *, owner_id: UUID, lock: bool = False) -> Bulk:
+    """
+    lock: nobody else changes it until the end of the transaction.
+
+    Raises:
+        ResourceNotFoundError: there is none, or it belongs to somebody else.
+    """
+    statement = select(Bulk).where(Bulk.id == bulk_id, Bulk.owner_id == owner_id)
+    bulk = session.scalar(statement.with_for_update() if lock else statement)
+    if bulk is None:
+        raise ResourceNotFoundError("There is no such bulk.", bulk_id=str(bulk_id))
+    return bulk
+
+
+def page(session: Session, query: BulkQuery, *, owner_id: UUID) -> tuple[list[Bulk], str | None]:
+    """An owner's bulks, newest first."""
+    statement = select(Bulk).where(Bulk.owner_id == owner_id)
+    if query.state is not None:
+        statement = statement.where(Bulk.state == query.state)
+    return paging.page(
+        session, statement, created_at=Bulk.created_at, id=Bulk.id, cursor=query.cursor, limit=query.limit
+    )
+
+
+def progress(session: Session, bulks: Sequence[Bulk]) -> dict[UUID, Progress]:
+    """How far each of these is. Reads the index of its jobs alone."""
+    counted = session.execute(PROGRESS, {"ids": [bulk.id for bulk in bulks], "rate_s": RATE_S}).all()
+    of_bulk: dict[UUID, list[Row[Any]]] = {bulk.id: [] for bulk in bulks}
+    for row in counted:
+        of_bulk[row.id].append(row)
+    return {bulk.id: _progress(bulk, of_bulk[bulk.id]) for bulk in bulks}
+
+
+PROGRESS = text(
+    """
+    select bulks.id, bulks.fed, extract(epoch from now() - bulks.started_at) as runs_s, by_state.*
+    from bulks cross join lateral (
+        select state, count(*) as jobs, count(*) filter (where finished_at > now() - :rate_s * interval '1 s') as lately
+        from jobs where bulk_id = bulks.id group by state
+    ) by_state
+    where bulks.id = any(:ids)
+    """
+)
+"""One statement, so that no item is seen both as a job and as waiting for one."""
+
+
+def _progress(bulk: Bulk, rows: Sequence[Row[Any]]) -> Progress:
+    fed = rows[0].fed if rows else bulk.fed
+    counts = {row.state: row.jobs for row in rows}
+    waiting = state_without_job(bulk)
+    counts[waiting] = counts.get(waiting, 0) + bulk.total - fed
+    counts[ItemState.DELETED] = fed - sum(row.jobs for row in rows)
+    rate_per_s = None
+    if bulk.state == BulkState.RUNNING and rows:
+        rate_per_s = sum(row.lately for row in rows) / min(RATE_S, max(float(rows[0].runs_s), 1))
+    return Progress(BulkCounts(**counts), rate_per_s)
+
+
+def state_without_job(bulk: Bulk) -> ItemState:
+    """What an item of the bulk is that has not become a job."""
+    if bulk.state in (BulkState.CANCELED, BulkState.REFUSED, BulkState.ABANDONED):
+        return ItemState.CANCELED
+    # Items of a bulk that completed without them had come too late.
+    return ItemState.EXPIRED if bulk.state == BulkState.COMPLETED else ItemState.QUEUED
+
+
+def items(session: Session, bulk: Bulk, query: BulkItemQuery) -> tuple[list[tuple[BulkItem, Job | None]], int | None]:
+    """A page of items with their jobs in the order of lines, and the line behind which the next page starts."""
+    state = case(
+        (BulkItem.job_id.is_(None), state_without_job(bulk).value),
+        (Job.id.is_(None), ItemState.DELETED.value),
+        else_=Job.state,
+    )
+    statement = (
+        select(BulkItem, Job)
+        .outerjoin(Job, Job.id == BulkItem.job_id)
+        .where(BulkItem.bulk_id == bulk.id, BulkItem.line > (query.cursor or 0))
+    )
+    if query.state is not None:
+        statement = statement.where(state == query.state.value)
+    rows = session.execute(statement.order_by(BulkItem.line).limit(query.limit + 1)).all()
+    found: list[tuple[BulkItem, Job | None]] = [(item, job) for item, job in rows[: query.limit]]
+    return found, found[-1][0].line if len(rows) > query.limit else None
+
+
+def line_errors(session: Session, bulk_id: UUID, query: LineQuery) -> tuple[list[BulkLineError], int | None]:
+    """A page of invalid lines, and the line behind which the next page starts."""
+    statement = select(BulkLineError).where(BulkLineError.bulk_id == bulk_id, BulkLineError.line > (query.cursor or 0))
+    rows = list(session.scalars(statement.order_by(BulkLineError.line).limit(query.limit + 1)))
+    return rows[: query.limit], rows[query.limit - 1].line if len(rows) > query.limit else None
+
+
+# --- what owners do -----------------------------------------------------------------------------------------------
+
+
+def pause(session: Session, bulk: Bulk) -> None:
+    """Start nothing more of it: while it does not run, neither are its items fed nor its jobs claimed.
+
+    Raises:
+        BulkStateError: it is not running.
+    """
+    if bulk.state not in (BulkState.RUNNING, BulkState.PAUSED):
+        raise BulkStateError("Only a running bulk can be paused.", state=bulk.state)
+    # The messages of those that are published will be taken for nothing.
+    waiting = select(Job.id).where(Job.bulk_id == bulk.id, Job.state == JobState.QUEUED)
+    jobs.unpublish(session, session.scalars(waiting).all())
+    bulk.state = BulkState.PAUSED
+    session.flush()
+
+
+def resume(session: Session, bulk: Bulk) -> None:
+    """
+    Raises:
+        BulkStateError: it is not paused.
+    """
+    if bulk.state not in (BulkState.RUNNING, BulkState.PAUSED):
+        raise BulkStateError("Only a paused bulk can be resumed.", state=bulk.state)
+    bulk.state = BulkState.RUNNING
+    session.flush()
+
+
+def cancel(session: Session, bulk: Bulk) -> list[UUID]:
+    """End the bulk and every job of it that has not ended; the ids of those.
+
+    Raises:
+        BulkStateError: it has ended otherwise.
+    """
+    if bulk.state == BulkState.CANCELED:
+        return []
+    if bulk.finished_at is not None:
+        raise BulkStateError("The bulk has already ended.", state=bulk.state)
+    ended = jobs.cancel_bulk(session, bulk.id)
+    _end(session, bulk, BulkState.CANCELED)
+    return ended
+
+
+def retry_failed(session: Session, bulk: Bulk, *, ended_before: datetime, most: int) -> int:
+    """Give up to `most` items that failed, expired or died by then another job each, and run the bulk again; how many.
+
+    Their jobs of before stay, but leave the bulk; the new ones name them in `retry_of`.
+
+    Raises:
+        BulkStateError: it has not started, or was canceled.
+    """
+    if bulk.state not in (BulkState.RUNNING, BulkState.PAUSED, BulkState.COMPLETED):
+        raise BulkStateError("Only a bulk that runs or has completed can be tried again.", state=bulk.state)
+    parameters = {"bulk_id": bulk.id, "states": list(RETRIED), "before": ended_before, "most": most}
+    retried: int = session.execute(RETRY, parameters).scalar_one()
+    if retried or (bulk.state == BulkState.COMPLETED and bulk.fed < bulk.total):
+        bulk.fed -= retried
+        bulk.expires_at = None
+        if bulk.state == BulkState.COMPLETED:
+            bulk.state, bulk.finished_at = BulkState.RUNNING, None
+        session.flush()
+    return retried
+
+
+RETRY = text(
+    """
+    with gone as (
+        update jobs set bulk_id = null where id in (
+            select id from jobs
+            where bulk_id = :bulk_id and state = any(:states) and finished_at < :before limit :most
+        )
+        returning id
+    ), waiting as (
+        update bulk_items set job_id = null, retry_of = gone.id
+        from gone where bulk_items.bulk_id = :bulk_id and bulk_items.job_id = gone.id
+        returning 1
+    )
+    select count(*) from waiting
+    """
+)
+
+
+# --- feeding ------------------------------------------------------------------------------------------------------
+
+
+FEED = text(
+    """
+    with next as (
+        select line from bulk_items
+        where bulk_id = :bulk_id and model = :model and job_id is null
+        order by line limit :most
+    ), fed as (
+        update bulk_items item set job_id = gen_random_uuid()
+        from next where item.bulk_id = :bulk_id and item.line = next.line
+        returning item.*
+    ), made as (
+        insert into jobs (
+            id, owner_id, bulk_id, kind, state, lane, model, images, parameters, metadata, timeout_s, expires_at,
+            retry_of, last_seq
+        )
+        select fed.job_id, bulk.owner_id, bulk.id, fed.kind, 'queued', bulk.lane, fed.model, fed.images,
+            fed.parameters, fed.metadata, fed.timeout_s, bulk.expires_at, fed.retry_of, 1
+        from fed join bulks bulk on bulk.id = fed.bulk_id
+        order by fed.line
+        returning id
+    ), told as (
+        insert into job_events (job_id, seq, type, data) select id, 1, 'queued', '{}' from made
+    )
+    select count(*) from made
+    """
+)
+"""As `jobs.insert` does it, for many."""
+
+
+def top_up(session: Session, model: str, *, window: int) -> None:
+    """Make jobs of the next items of running bulks, so that at least `window` of each wait for the model."""
+    running = and_(Bulk.state == BulkState.RUNNING, Bulk.models.contains([model]))
+    for bulk_id in session.scalars(select(Bulk.id).where(running)).all():
+        queued = select(Job.id).where(Job.bulk_id == bulk_id, Job.state == JobState.QUEUED, Job.model == model)
+        waiting = session.scalar(select(func.count()).select_from(queued.limit(window).subquery())) or 0
+        if waiting < window:
+            # Whoever holds the row is feeding another model of it, or stops it; what is missed now, the next end of a
+            # job makes up for, or the reconciler.
+            locked = select(Bulk).where(Bulk.id == bulk_id, running).with_for_update(skip_locked=True)
+            bulk = session.scalar(locked.execution_options(populate_existing=True))
+            if bulk is not None:
+                _feed(session, bulk, model, most=2 * window - waiting)
+
+
+def _feed(session: Session, bulk: Bulk, model: str, *, most: int) -> None:
+    now = session.scalars(select(func.now())).one()
+    expired = bulk.expires_at is not None and bulk.expires_at <= now
+    made = 0
+    if bulk.fed < bulk.total and not expired:
+        made = session.execute(FEED, {"bulk_id": bulk.id, "model": model, "most": most}).scalar_one()
+        bulk.fed += made
+        session.flush()
+    if made == 0 and (bulk.fed == bulk.total or expired):
+        alive = select(Job.id).where(Job.bulk_id == bulk.id, Job.state.in_((JobState.QUEUED, JobState.PROCESSING)))
+        if session.scalar(alive.limit(1)) is None:
+            _end(session, bulk, BulkState.COMPLETED)
+
+
+def _end(session: Session, bulk: Bulk, state: BulkState) -> None:
+    bulk.state, bulk.finished_at = state, func.now()
+    session.flush()
+    session.refresh(bulk)
+    if bulk.webhook is not None:
+        body = told(bulk, progress(session, [bulk])[bulk.id].counts)
+        webhooks.enqueue_body(session, body, owner_id=bulk.owner_id, url=bulk.webhook["url"])
+
+
+def told(bulk: Bulk, counts: BulkCounts) -> dict[str, Any]:
+    """A thin body: that the bulk has ended, how, and where to look."""
+    return {
+        "type": f"bulk.{bulk.state}",
+        "timestamp": bulk.finished_at and bulk.finished_at.isoformat(),
+        "data": {
+            "bulk_id": str(bulk.id),
+            "name": bulk.name,
+            "total": bulk.total,
+            "counts": counts.model_dump(),
+            "metadata": bulk.bulk_metadata,
+            "url": f"/api/v1/bulks/{bulk.id}",
+        },
+    }
+
+
+# --- what the reconciler does -------------------------------------------------------------------------------------
+
+
+def running_models(session: Session) -> set[str]:
+    """Models that running bulks have items for: each may have one to feed, or be through."""
+    statement = select(func.unnest(Bulk.models)).where(Bulk.state == BulkState.RUNNING).distinct()
+    return set(session.scalars(statement))
+
+
+def sweep(session: Session, *, abandoned_after_s: float) -> None:
+    """Give up bulks whose lines stopped coming, and remove items that will never run, some at a time."""
+    stale = and_(
+        Bulk.state == BulkState.RECEIVING, Bulk.received_at < func.now() - timedelta(seconds=abandoned_after_s)
+    )
+    session.execute(update(Bulk).where(stale).values(state=BulkState.ABANDONED, finished_at=func.now()))
+    never_ran = select(Bulk.id).where(Bulk.state.in_((BulkState.REFUSED, BulkState.ABANDONED)))
+    some = (
+        select(BulkItem.bulk_id, BulkItem.line)
+        .where(BulkItem.bulk_id.in_(never_ran), BulkItem.job_id.is_(None))
+        .limit(SWEPT_ROWS)
+        .subquery()
+    )
+    session.execute(delete(BulkItem).where(BulkItem.bulk_id == some.c.bulk_id, BulkItem.line == some.c.line))
