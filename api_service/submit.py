@@ -1,7 +1,7 @@
 """Submitting work, without HTTP: what decides the result is resolved here, once, and kept with the job."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -26,6 +26,7 @@ from shared.contracts.jobs import JobKind, JobState, JobView, Lane
 from shared.contracts.search import ImageFilter
 from shared.contracts.service import Capabilities
 from shared.db import idempotency, images, jobs, spaces, workers
+from shared.db.models import ModelRecord
 from shared.db.session import session_scope
 from shared.errors import (
     JobStateError,
@@ -55,7 +56,7 @@ def generation(request: GenerateRequest, *, caller: Caller, key: str | None = No
         IdempotencyKeyReusedError: `key` came with another request in the last 24 hours.
         QueueFullError, DatabaseConnectionError
     """
-    return _submit(JobKind.GENERATE, request, _Retrieval(mode=Mode.NONE), caller=caller, key=key)
+    return _submit(JobKind.GENERATE, request, retrieval_of(request), caller=caller, key=key)
 
 
 def rag_generation(request: RagGenerateRequest, *, caller: Caller, key: str | None = None) -> Submitted | DryRunView:
@@ -67,16 +68,7 @@ def rag_generation(request: RagGenerateRequest, *, caller: Caller, key: str | No
         ReferenceUnavailableError: a pinned image is not there, not the caller's, or not searchable yet.
         ValidationError: there is no such collection.
     """
-    retrieval = _Retrieval(
-        mode=request.mode,
-        k=request.similar_examples_count,
-        min_similarity=request.min_similarity,
-        where=request.filter,
-        pinned=request.pinned,
-        ip_adapter_scale=request.ip_adapter_scale,
-        strength=request.strength,
-    )
-    return _submit(JobKind.RAG_GENERATE, request, retrieval, caller=caller, key=key)
+    return _submit(JobKind.RAG_GENERATE, request, retrieval_of(request), caller=caller, key=key)
 
 
 def retry(job_id: UUID, *, caller: Caller) -> JobView:
@@ -113,7 +105,7 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
 
 
 @dataclass(frozen=True)
-class _Retrieval:
+class Retrieval:
     """The part of a request that is about references; None where the service decides."""
 
     mode: Mode
@@ -125,8 +117,22 @@ class _Retrieval:
     strength: float | None = None
 
 
+def retrieval_of(request: GenerateRequest) -> Retrieval:
+    if not isinstance(request, RagGenerateRequest):
+        return Retrieval(mode=Mode.NONE)
+    return Retrieval(
+        mode=request.mode,
+        k=request.similar_examples_count,
+        min_similarity=request.min_similarity,
+        where=request.filter,
+        pinned=request.pinned,
+        ip_adapter_scale=request.ip_adapter_scale,
+        strength=request.strength,
+    )
+
+
 def _submit(
-    kind: JobKind, request: GenerateRequest, retrieval: _Retrieval, *, caller: Caller, key: str | None
+    kind: JobKind, request: GenerateRequest, retrieval: Retrieval, *, caller: Caller, key: str | None
 ) -> Submitted | DryRunView:
     settings = get_settings()
     with session_scope() as session:
@@ -172,24 +178,39 @@ def _fingerprint(request: GenerateRequest) -> str:
 
 
 def _resolved(
-    session: Session, request: GenerateRequest, retrieval: _Retrieval, *, caller: Caller, settings: Settings
+    session: Session, request: GenerateRequest, retrieval: Retrieval, *, caller: Caller, settings: Settings
 ) -> GenerationParameters:
-    """The request with nothing left open."""
+    """The request with nothing left open, and everything there that it names."""
+    parameters = resolved(request, retrieval, settings=settings, capabilities=workers.capabilities(session))
+    if retrieval.mode is not Mode.NONE:
+        corpus.named(session, retrieval.where.collection, caller=caller, field="body.filter.collection")
+        _check_pinned(session, retrieval.pinned, caller=caller)
+    return parameters
+
+
+def resolved(
+    request: GenerateRequest,
+    retrieval: Retrieval,
+    *,
+    settings: Settings,
+    capabilities: Mapping[str, tuple[Capabilities, ModelRecord]],
+) -> GenerationParameters:
+    """The request with nothing left open. Whether the collection and the images it names exist is not asked here.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModeError, UnsupportedSizeError, UnsupportedParameterError
+    """
     name = request.model or settings.model.default_generator
     generator = settings.model.generators.get(name)
     if generator is None:
         raise ModelNotFoundError(model=name, models=sorted(settings.model.generators))
     defaults = generator.defaults
     width, height = request.width or defaults.width, request.height or defaults.height
-    known = workers.capabilities(session).get(name)
+    known = capabilities.get(name)
     _check(request, retrieval, generator, known[0] if known else None, width=width, height=height)
 
-    if retrieval.mode is not Mode.NONE:
-        corpus.named(session, retrieval.where.collection, caller=caller, field="body.filter.collection")
-        _check_pinned(session, retrieval.pinned, caller=caller)
-        wanted = retrieval.k if retrieval.k is not None else settings.retrieval.default_k
-    else:
-        wanted = 0
+    wanted = retrieval.k if retrieval.k is not None else settings.retrieval.default_k
+    searched = retrieval.mode is not Mode.NONE and not retrieval.pinned
     return GenerationParameters(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt or None,
@@ -207,7 +228,7 @@ def _resolved(
         mode=retrieval.mode,
         ip_adapter_scale=_first(retrieval.ip_adapter_scale, defaults.ip_adapter_scale),
         strength=_first(retrieval.strength, defaults.strength),
-        k=0 if retrieval.pinned else min(wanted, generator.max_references),
+        k=min(wanted, generator.max_references) if searched else 0,
         min_similarity=_first(retrieval.min_similarity, settings.retrieval.min_similarity),
         filter=retrieval.where,
         references=list(retrieval.pinned),
@@ -220,7 +241,7 @@ def _first(asked: float | None, default: float) -> float:
 
 def _check(
     request: GenerateRequest,
-    retrieval: _Retrieval,
+    retrieval: Retrieval,
     generator: GeneratorSettings,
     capabilities: Capabilities | None,
     *,

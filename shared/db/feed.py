@@ -13,6 +13,7 @@ from sqlalchemy import Row, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState, Lane
+from shared.db import bulks
 from shared.db.models import Job
 
 LOWEST = len(Lane) - 1
@@ -69,6 +70,7 @@ def next_jobs(session: Session, model: str, *, window: int, starving_s: float) -
     """
     # One feeder per model at a time: two would each see the same room and fill it twice.
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"feed:{model}", 0))))
+    bulks.top_up(session, model, window=window)
     in_flight = session.execute(
         select(Job.owner_id, Job.lane, Job.published_lane, Job.state, func.count(), func.sum(Job.images))
         .where(
