@@ -95,6 +95,12 @@ class EmbeddingUnavailableError(EmbeddingError):
     retry_after_s = 2
 
 
+class EmbeddingCrashedError(EmbeddingError):
+    """Embedding the image ended the process again and again."""
+
+    code = "embedding_crashed"
+
+
 class ImageGenerationError(BaseAppException):
     """The image could not be generated."""
 

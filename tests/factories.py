@@ -13,6 +13,7 @@ from shared.contracts.generation import GenerationParameters, Mode, Webhook
 from shared.contracts.jobs import JobKind, JobState, Lane
 from shared.contracts.search import ImageFilter
 from shared.db import images, jobs, owners, spaces
+from shared.db.images import ImageClaim
 from shared.db.models import Image, Job
 from shared.db.spaces import Space
 
@@ -123,7 +124,11 @@ def make_image(
         projection = np.asarray(vector, np.float32)
         norm = np.linalg.norm(projection)
         images.embedded(
-            session, space or make_space(session), [image.id], (projection / norm)[None], np.array([norm], np.float32)
+            session,
+            space or make_space(session),
+            [ImageClaim.of(image)],
+            (projection / norm)[None],
+            np.array([norm], np.float32),
         )
         session.refresh(image)
     return image

@@ -1,5 +1,6 @@
 """The embed worker: CLIP for queries whose asker waits, then for images that wait for their vectors."""
 
+import logging
 import threading
 from typing import Any
 
@@ -10,7 +11,11 @@ from shared.embedding_query import answer
 from shared.settings import Settings
 from worker_service import embedding
 from worker_service.celery_app import WorkerProcess
+from worker_service.image_leases import ImageLeases
 from worker_service.models import Embedder
+from worker_service.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 def serve(settings: Settings) -> None:
@@ -21,14 +26,17 @@ def serve(settings: Settings) -> None:
     """
     process = WorkerProcess("embed", None, settings)
     process.announce("loading")
-    embedder = Embedder.load(settings)
-    _consume(process, embedder)
-    embedder.close(settings.jobs.shutdown_grace_s)
+    with Watchdog(settings.watchdog) as watchdog:
+        embedder = Embedder.load(settings, watchdog)
+        with ImageLeases(settings.jobs) as leases:
+            _consume(process, embedder, leases)
+        embedder.close(settings.jobs.shutdown_grace_s)
 
 
-def _consume(process: WorkerProcess, embedder: Embedder) -> None:
+def _consume(process: WorkerProcess, embedder: Embedder, leases: ImageLeases) -> None:
     app = process.app()
-    draining = threading.Semaphore(2)
+    images = embedding.ImageEmbedding(embedder, leases)
+    draining = threading.Semaphore(embedding.AT_ONCE)
 
     @app.task(name=queue.EMBED_QUERY)
     def embed_query(reply_key: str, payload: dict[str, Any]) -> None:
@@ -43,12 +51,15 @@ def _consume(process: WorkerProcess, embedder: Embedder) -> None:
     @app.task(name=queue.EMBED_PENDING)
     def embed_pending() -> None:
         """Embed whatever waits; many rings are one."""
-        # Two drain the table: one decodes while the other's batch is in the model. More would only hold threads.
         if not draining.acquire(blocking=False):
             raise Ignore
         try:
-            embedding.embed_pending(embedder, stopping=process.stopping.is_set)
+            images.drain(stopping=process.stopping.is_set)
         finally:
             draining.release()
 
-    process.serve(app, [queue.EMBED_QUERIES_QUEUE, queue.EMBED_IMAGES_QUEUE], on_stop=lambda: None)
+    def finish_or_hand_back() -> None:
+        if not leases.wait_until_empty(process.settings.jobs.shutdown_grace_s):
+            logger.info("images_handed_back", extra={"images": leases.hand_back()})
+
+    process.serve(app, [queue.EMBED_QUERIES_QUEUE, queue.EMBED_IMAGES_QUEUE], on_stop=finish_or_hand_back)

@@ -1,81 +1,127 @@
 """What an embed worker does: vectors for waiting images, and for queries whose asker waits."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from uuid import UUID
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
 
 from shared.db import images
+from shared.db.images import ImageClaim
 from shared.db.models import Image as ImageRow
 from shared.db.session import session_scope
 from shared.errors import BaseAppException, EmbeddingError, InvalidImageError, ResourceNotFoundError, StorageError
 from shared.imaging import open_image
 from shared.storage import get_blobs
+from worker_service.image_leases import ImageLeases
 from worker_service.models import Embedder
 
 logger = logging.getLogger(__name__)
 
 QUERY_LANE, IMAGE_LANE = 0, 1
 CHUNK = 32
-LEASE_S = 60.0
+AT_ONCE = 2
+"""Chunks in work: one is decoded while the other's batch is in the model. More would only hold threads and memory."""
 
 
-def embed_pending(embedder: Embedder, *, stopping: Callable[[], bool]) -> int:
-    """Embed images that wait for a vector until none is left or the process stops; how many became searchable.
+class ImageEmbedding:
+    """Embeds the images that wait in their table. One per process, for any number of threads."""
 
-    When the blob store fails it ends early: the image that could not be read waits for its lease, so that it holds up
-    nobody for ever, and the others wait for the next ring.
-    """
-    done = 0
-    while not stopping():
-        with session_scope() as session:
-            claimed = images.claim_pending(session, limit=CHUNK, lease_s=LEASE_S)
-        if not claimed:
-            break
-        pictures, unread = _read(claimed)
-        if pictures:
-            done += _embed(embedder, pictures)
-        if unread is not None:
+    def __init__(self, embedder: Embedder, leases: ImageLeases) -> None:
+        self._embedder = embedder
+        self._leases = leases
+        self._entry = threading.Lock()
+        self._places = threading.BoundedSemaphore(AT_ONCE)
+
+    def drain(self, *, stopping: Callable[[], bool]) -> int:
+        """Embed until no image waits or the process stops; how many became searchable.
+
+        When the blob store fails it ends early: the image that could not be read waits for its lease, so that it holds
+        up nobody for ever, and the others wait for the next ring.
+        """
+        done = 0
+        while not stopping():
             with session_scope() as session:
-                images.release_pending(session, unread)
-            break
-    return done
+                claimed = images.claim_pending(session, limit=CHUNK, lease_s=self._leases.lease_s)
+            if not claimed:
+                break
+            with self._leases.holding([ImageClaim.of(row) for row in claimed]):
+                files, unread = _read(claimed)
+                if files:
+                    done += self._embed_files(files, alone=claimed[0].crashes > 0)
+                if unread is not None:
+                    with session_scope() as session:
+                        images.hand_back(session, unread)
+                    break
+        return done
+
+    def _embed_files(self, files: Mapping[ImageClaim, bytes], *, alone: bool) -> int:
+        with self._place(alone=alone):
+            # Decoding is part of it: damaged bytes can end a process as well as a model can.
+            with session_scope() as session:
+                owned = images.model_started(session, files)
+            pictures = _decode({claim: data for claim, data in files.items() if claim.image_id in owned})
+            return self._embed(pictures) if pictures else 0
+
+    @contextmanager
+    def _place(self, *, alone: bool) -> Iterator[None]:
+        """Work beside another chunk; `alone`, for an image that may bring the process down, beside none.
+
+        So whoever is lost with an image that kills its process three times was beside it only once.
+        """
+        places = AT_ONCE if alone else 1
+        with self._entry:  # two that each held one place and wanted all would wait for ever
+            for _ in range(places):
+                self._places.acquire()
+        try:
+            yield
+        finally:
+            self._places.release(places)
+
+    def _embed(self, pictures: Mapping[ImageClaim, Image.Image]) -> int:
+        claims = list(pictures)
+        try:
+            vectors = self._embedder.embed(list(pictures.values()), lane=IMAGE_LANE)
+        except EmbeddingError as error:
+            if len(claims) == 1:
+                _failed(claims[0], error)
+                return 0
+            # One of them is at fault: alone, each can only fail itself.
+            return sum(self._embed({claim: pictures[claim]}) for claim in claims)
+        norms = np.linalg.norm(vectors, axis=1)
+        with session_scope() as session:
+            stored = images.embedded(session, self._embedder.space, claims, vectors / norms[:, None], norms)
+        logger.info("images_embedded", extra={"images": len(stored)})
+        return len(stored)
 
 
-def _read(rows: Sequence[ImageRow]) -> tuple[dict[UUID, Image.Image], Sequence[UUID] | None]:
-    """The pictures by image id; and, when the store failed, the ids behind the one it failed at, else None."""
-    pictures = {}
+def _read(rows: Sequence[ImageRow]) -> tuple[dict[ImageClaim, bytes], Sequence[ImageClaim] | None]:
+    """The files by claim; and, when the store failed, the claims behind the one it failed at, else None."""
+    files = {}
     for position, row in enumerate(rows):
         try:
-            pictures[row.id] = open_image(get_blobs().get(row.blob_key))
-        except (InvalidImageError, ResourceNotFoundError) as error:
-            _failed(row.id, error)
+            files[ImageClaim.of(row)] = get_blobs().get(row.blob_key)
+        except ResourceNotFoundError as error:
+            _failed(ImageClaim.of(row), error)
         except StorageError as error:
             logger.warning("image_unreadable", extra={"image_id": str(row.id), "cause": error.code}, exc_info=True)
-            return pictures, [later.id for later in rows[position + 1 :]]
-    return pictures, None
+            return files, [ImageClaim.of(later) for later in rows[position + 1 :]]
+    return files, None
 
 
-def _embed(embedder: Embedder, pictures: Mapping[UUID, Image.Image]) -> int:
-    ids = list(pictures)
-    try:
-        vectors = embedder.embed(list(pictures.values()), lane=IMAGE_LANE)
-    except EmbeddingError as error:
-        if len(ids) == 1:
-            _failed(ids[0], error)
-            return 0
-        # One of them is at fault: alone, each can only fail itself.
-        return sum(_embed(embedder, {image_id: pictures[image_id]}) for image_id in ids)
-    norms = np.linalg.norm(vectors, axis=1)
+def _decode(files: Mapping[ImageClaim, bytes]) -> dict[ImageClaim, Image.Image]:
+    pictures = {}
+    for claim, data in files.items():
+        try:
+            pictures[claim] = open_image(data)
+        except InvalidImageError as error:
+            _failed(claim, error)
+    return pictures
+
+
+def _failed(claim: ImageClaim, error: BaseAppException) -> None:
+    logger.warning("image_failed", extra={"image_id": str(claim.image_id), "cause": error.code})
     with session_scope() as session:
-        images.embedded(session, embedder.space, ids, vectors / norms[:, None], norms)
-    logger.info("images_embedded", extra={"images": len(ids)})
-    return len(ids)
-
-
-def _failed(image_id: UUID, error: BaseAppException) -> None:
-    logger.warning("image_failed", extra={"image_id": str(image_id), "cause": error.code})
-    with session_scope() as session:
-        images.embedding_failed(session, image_id, code=error.code)
+        images.embedding_failed(session, claim, code=error.code)

@@ -18,6 +18,7 @@ from sqlalchemy import func, select
 
 from shared import logging as logs
 from shared import metrics, queue
+from shared.contracts.images import ImageState
 from shared.db import idempotency, images, jobs, webhooks
 from shared.db.session import session_scope
 from shared.errors import BaseAppException, BrokerUnavailableError, DatabaseError
@@ -54,6 +55,11 @@ class Reconciler:
                 if lost:
                     increment_counter("leases_expired_total", len(lost))
                     logger.warning("leases_expired", extra={"jobs": [str(job_id) for job_id in lost]})
+                silent = images.take_back_expired(session, max_crashes=self._settings.max_crashes)
+                if silent:
+                    increment_counter("image_leases_expired_total", len(silent))
+                    failed = [str(image_id) for image_id, state in silent if state is ImageState.FAILED]
+                    logger.warning("image_leases_expired", extra={"images": len(silent), "failed": failed})
             jobs.end_expired(session)
             idempotency.forget_old(session)
             published = jobs.published(session, older_than_s=UNCLAIMED_S)

@@ -1,14 +1,28 @@
 """Corpus queries: adding, listing, embedding and finding images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 from uuid import UUID, uuid4
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Select, delete, func, literal, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Select,
+    and_,
+    case,
+    cast,
+    delete,
+    func,
+    literal,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
@@ -17,10 +31,22 @@ from shared.contracts.search import ImageFilter
 from shared.db import paging
 from shared.db.models import Collection, Image
 from shared.db.spaces import Space
-from shared.errors import ResourceNotFoundError
+from shared.errors import EmbeddingCrashedError, ResourceNotFoundError
 from shared.metrics import RETRIEVAL_SIMILARITY, time_operation
 
 Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ImageClaim:
+    """The right to say what became of an image: holds as long as no other attempt takes it over."""
+
+    image_id: UUID
+    attempt: int
+
+    @classmethod
+    def of(cls, image: Image) -> Self:
+        return cls(image.id, image.attempt)
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,7 @@ def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, b
         .returning(Image)
     )
     existing = select(Image).where(Image.collection_id == collection_id, Image.sha256 == columns["sha256"])
+    existing = existing.execution_options(populate_existing=True)
     while True:
         image = session.scalar(statement)
         if image is not None:
@@ -61,7 +88,7 @@ def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, b
         image = session.scalar(existing)
         if image is not None:
             if image.state == ImageState.FAILED:
-                image.state, image.error_code = ImageState.PENDING, None
+                image.state, image.error_code, image.crashes = ImageState.PENDING, None, 0
                 session.flush()
             return image, False
         # Deleted between the two statements: now there is room for it.
@@ -137,56 +164,72 @@ def touch(session: Session, collection_id: UUID) -> None:
 
 
 def claim_pending(session: Session, *, limit: int, lease_s: float) -> list[Image]:
-    """Take up to `limit` images that wait for a vector, oldest first, for `lease_s` seconds."""
-    waiting = (
-        select(Image.id)
-        .where(Image.state == ImageState.PENDING, or_(Image.lease_until.is_(None), Image.lease_until < func.now()))
-        .order_by(Image.created_at)
+    """Take up to `limit` images that wait for a vector, oldest first, for `lease_s` seconds.
+
+    One whose work has brought its process down before comes alone.
+    """
+    waiting = session.execute(
+        select(Image.id, Image.crashes)
+        .where(_unclaimed())
+        .order_by(Image.created_at, Image.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
-        .subquery()
-    )
+    ).all()
+    if not waiting:
+        return []
+    chosen = waiting[:1] if waiting[0].crashes else [row for row in waiting if not row.crashes]
     statement = (
         update(Image)
-        .where(Image.id.in_(select(waiting.c.id)))
-        .values(lease_until=func.clock_timestamp() + timedelta(seconds=lease_s))
+        .where(Image.id.in_([row.id for row in chosen]))
+        .values(attempt=Image.attempt + 1, model_started=False, lease_until=_from_now(lease_s))
         .returning(Image)
+        .execution_options(populate_existing=True)
     )
-    return list(session.scalars(statement))
+    return sorted(session.scalars(statement), key=lambda image: (image.created_at, image.id))
 
 
-def release_pending(session: Session, image_ids: Sequence[UUID]) -> None:
-    """Let others claim these images again at once."""
-    session.execute(
-        update(Image).where(Image.id.in_(image_ids), Image.state == ImageState.PENDING).values(lease_until=None)
-    )
+def renew(session: Session, claims: Iterable[ImageClaim], *, lease_s: float) -> set[UUID]:
+    """Extend the leases of these images; the ids still owned."""
+    statement = update(Image).where(_owned(claims)).values(lease_until=_from_now(lease_s)).returning(Image.id)
+    return set(session.scalars(statement.execution_options(synchronize_session=False)))
+
+
+def model_started(session: Session, claims: Iterable[ImageClaim]) -> set[UUID]:
+    """From here on a lost lease counts as a crash of these images; the ids still owned."""
+    statement = update(Image).where(_owned(claims)).values(model_started=True).returning(Image.id)
+    return set(session.scalars(statement.execution_options(synchronize_session=False)))
+
+
+def hand_back(session: Session, claims: Iterable[ImageClaim]) -> int:
+    """Let others claim these images at once; how many were still owned."""
+    statement = update(Image).where(_owned(claims)).values(lease_until=None, model_started=False).returning(Image.id)
+    return len(session.scalars(statement.execution_options(synchronize_session=False)).all())
 
 
 def any_pending(session: Session) -> bool:
     """Is there an image that waits for a vector and that no worker holds?"""
-    statement = select(Image.id).where(
-        Image.state == ImageState.PENDING, or_(Image.lease_until.is_(None), Image.lease_until < func.now())
-    )
-    return session.scalar(statement.limit(1)) is not None
+    return session.scalar(select(Image.id).where(_unclaimed()).limit(1)) is not None
 
 
-def embedded(session: Session, space: Space, image_ids: Sequence[UUID], vectors: Vector, norms: Vector) -> None:
-    """Store vectors and make their images searchable; images deleted meanwhile are left out.
+def embedded(
+    session: Session, space: Space, claims: Sequence[ImageClaim], vectors: Vector, norms: Vector
+) -> list[UUID]:
+    """Store vectors and make their images searchable; the ids of those that were still owned.
 
     vectors: shape (n, space.dim), float32, L2-normalised. norms: shape (n,), lengths before normalisation.
     """
     # Locked, so that a concurrent delete comes wholly before (no row, no vector) or wholly after (both go).
-    alive = session.execute(
-        select(Image.id, Image.collection_id).where(Image.id.in_(image_ids)).order_by(Image.id).with_for_update()
+    owned = session.execute(
+        select(Image.id, Image.collection_id).where(_owned(claims)).order_by(Image.id).with_for_update()
     ).all()
-    collections = {row.id: row.collection_id for row in alive}
+    collections = {row.id: row.collection_id for row in owned}
     rows = [
-        {"image_id": image_id, "embedding": vector.tolist(), "norm": float(norm)}
-        for image_id, vector, norm in zip(image_ids, vectors, norms, strict=True)
-        if image_id in collections
+        {"image_id": claim.image_id, "embedding": vector.tolist(), "norm": float(norm)}
+        for claim, vector, norm in zip(claims, vectors, norms, strict=True)
+        if claim.image_id in collections
     ]
     if not rows:
-        return
+        return []
     insert = upsert(space.table)
     session.execute(
         insert.on_conflict_do_update(
@@ -203,12 +246,58 @@ def embedded(session: Session, space: Space, image_ids: Sequence[UUID], vectors:
     )
     for collection_id in sorted(set(collections.values())):
         touch(session, collection_id)
+    return list(collections)
 
 
-def embedding_failed(session: Session, image_id: UUID, *, code: str) -> None:
-    session.execute(
-        update(Image).where(Image.id == image_id).values(state=ImageState.FAILED, error_code=code, lease_until=None)
+def embedding_failed(session: Session, claim: ImageClaim, *, code: str) -> bool:
+    """End an image `failed`; False when it was not owned any more."""
+    statement = (
+        update(Image)
+        .where(_owned([claim]))
+        .values(state=ImageState.FAILED, error_code=code, lease_until=None)
+        .returning(Image.id)
     )
+    return session.scalar(statement.execution_options(synchronize_session=False)) is not None
+
+
+def take_back_expired(session: Session, *, max_crashes: int, limit: int = 1000) -> list[tuple[UUID, ImageState]]:
+    """Images whose worker went silent wait again, or are `failed` after `max_crashes` during model work."""
+    silent = (
+        select(Image.id)
+        .where(Image.state == ImageState.PENDING, Image.lease_until < func.clock_timestamp())
+        .order_by(Image.lease_until)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    crashes = Image.crashes + cast(Image.model_started, Integer)
+    statement = (
+        update(Image)
+        .where(Image.id.in_(silent.scalar_subquery()))
+        .values(
+            crashes=crashes,
+            state=case((crashes >= max_crashes, ImageState.FAILED), else_=ImageState.PENDING),
+            error_code=case((crashes >= max_crashes, EmbeddingCrashedError.code)),
+            model_started=False,
+            lease_until=None,
+        )
+        .returning(Image.id, Image.state)
+        .execution_options(synchronize_session=False)
+    )
+    return [(row.id, ImageState(row.state)) for row in session.execute(statement)]
+
+
+def _unclaimed() -> ColumnElement[bool]:
+    # An expired lease is not enough: `take_back_expired` is the one way back, and counts.
+    return and_(Image.state == ImageState.PENDING, Image.lease_until.is_(None))
+
+
+def _owned(claims: Iterable[ImageClaim]) -> ColumnElement[bool]:
+    pairs = [(claim.image_id, claim.attempt) for claim in claims]
+    return and_(tuple_(Image.id, Image.attempt).in_(pairs), Image.state == ImageState.PENDING)
+
+
+def _from_now(seconds: float) -> ColumnElement[Any]:
+    return func.clock_timestamp() + timedelta(seconds=seconds)
 
 
 # --- finding ------------------------------------------------------------------------------------------------------

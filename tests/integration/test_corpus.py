@@ -12,7 +12,7 @@ from shared import retrieval
 from shared.contracts.generation import PinnedReference
 from shared.contracts.search import ImageFilter
 from shared.db import images, owners, spaces
-from shared.db.images import Nearest, Vector
+from shared.db.images import ImageClaim, Nearest, Vector
 from shared.db.models import Collection, Image
 from shared.db.session import session_scope
 from shared.db.spaces import Space
@@ -128,7 +128,7 @@ def test_a_vector_that_arrives_after_its_image_was_deleted_is_dropped(session: S
     space = make_space(session)
     image = make_image(session)
     images.remove(session, image)
-    images.embedded(session, space, [image.id], axis(0)[None], np.ones(1, np.float32))
+    assert images.embedded(session, space, [ImageClaim.of(image)], axis(0)[None], np.ones(1, np.float32)) == []
     assert session.scalar(select(func.count()).select_from(space.table)) == 0
 
 
@@ -155,20 +155,95 @@ def test_an_image_deleted_while_its_content_is_added_again_is_added_anew(session
 
 def test_an_image_that_failed_is_tried_again_when_it_is_uploaded_again(session: Session) -> None:
     image = make_image(session, sha256="ab" * 32)
-    images.embedding_failed(session, image.id, code="invalid_image")
+    session.execute(update(Image).values(crashes=3))
+    assert images.embedding_failed(session, ImageClaim.of(image), code="invalid_image")
     again = make_image(session, sha256="ab" * 32)
-    assert (again.id, again.state, again.error_code) == (image.id, "pending", None)
+    assert (again.id, again.state, again.error_code, again.crashes) == (image.id, "pending", None, 0)
     assert images.any_pending(session)
 
 
-def test_a_waiting_image_is_claimed_once_and_again_when_its_worker_went_silent(session: Session) -> None:
+def test_a_waiting_image_is_claimed_once_and_again_when_it_was_taken_back_from_a_silent_worker(
+    session: Session,
+) -> None:
     image = make_image(session)
     assert images.any_pending(session)
-    assert [i.id for i in images.claim_pending(session, limit=5, lease_s=30)] == [image.id]
+    first = claim(session, image)
     assert images.claim_pending(session, limit=5, lease_s=30) == []
     assert not images.any_pending(session)
-    session.execute(update(Image).values(lease_until=func.now() - timedelta(seconds=1)))
-    assert [i.id for i in images.claim_pending(session, limit=5, lease_s=30)] == [image.id]
+    let_leases_expire(session)
+    assert images.renew(session, [first], lease_s=30) == {image.id}
+    assert images.take_back_expired(session, max_crashes=3) == [], "renewed in time"
+    let_leases_expire(session)
+    assert images.take_back_expired(session, max_crashes=3) == [(image.id, "pending")]
+    assert claim(session, image).attempt == first.attempt + 1
+
+
+def test_an_attempt_at_an_image_that_was_taken_over_can_write_nothing(session: Session) -> None:
+    space, image = make_space(session), make_image(session)
+    first = claim(session, image)
+    let_leases_expire(session)
+    images.take_back_expired(session, max_crashes=3)
+    second = claim(session, image)
+
+    assert images.renew(session, [first], lease_s=30) == set()
+    assert images.model_started(session, [first]) == set()
+    assert not images.embedding_failed(session, first, code="embedding_failed")
+    assert images.embedded(session, space, [first], axis(0)[None], np.ones(1, np.float32)) == []
+    assert images.hand_back(session, [first]) == 0
+    assert images.embedded(session, space, [second], axis(0)[None], np.ones(1, np.float32)) == [image.id]
+
+
+def test_only_crashes_during_model_work_count_and_the_third_fails_the_image(session: Session) -> None:
+    image = make_image(session)
+    for crashed_in_model, expected in [(False, 0), (True, 1), (True, 2)]:
+        held = claim(session, image)
+        if crashed_in_model:
+            assert images.model_started(session, [held]) == {image.id}
+        let_leases_expire(session)
+        assert images.take_back_expired(session, max_crashes=3) == [(image.id, "pending")]
+        session.refresh(image)
+        assert image.crashes == expected
+    images.model_started(session, [claim(session, image)])
+    let_leases_expire(session)
+    assert images.take_back_expired(session, max_crashes=3) == [(image.id, "failed")]
+    session.refresh(image)
+    assert (image.state, image.error_code, image.lease_until) == ("failed", "embedding_crashed", None)
+    assert not images.any_pending(session)
+
+
+def test_an_image_that_crashed_a_process_is_claimed_alone_in_its_turn(session: Session) -> None:
+    some = [make_image(session) for _ in range(4)]
+    for position, image in enumerate(some):
+        session.execute(
+            update(Image)
+            .where(Image.id == image.id)
+            .values(created_at=func.now() + timedelta(seconds=position), crashes=int(position == 1))
+        )
+    claimed = [[image.id for image in images.claim_pending(session, limit=3, lease_s=30)] for _ in range(3)]
+    assert claimed == [[some[0].id, some[2].id], [some[1].id], [some[3].id]]
+
+
+def test_images_handed_back_can_be_claimed_at_once_and_did_not_crash(session: Session) -> None:
+    image = make_image(session)
+    held = claim(session, image)
+    images.model_started(session, [held])
+    assert images.hand_back(session, [held]) == 1
+    claim(session, image)
+    let_leases_expire(session)
+    images.take_back_expired(session, max_crashes=3)
+    session.refresh(image)
+    assert image.crashes == 0
+
+
+def claim(session: Session, image: Image) -> ImageClaim:
+    (claimed,) = images.claim_pending(session, limit=5, lease_s=30)
+    assert claimed.id == image.id
+    return ImageClaim.of(claimed)
+
+
+def let_leases_expire(session: Session) -> None:
+    past = func.now() - timedelta(seconds=1)
+    session.execute(update(Image).where(Image.lease_until.is_not(None)).values(lease_until=past))
 
 
 def test_a_space_is_registered_once_and_the_first_one_is_active(session: Session) -> None:

@@ -47,6 +47,7 @@ PUBLISHED = {
     "model_load_failed": 500,
     "out_of_memory": 500,
     "embedding_failed": 500,
+    "embedding_crashed": 500,
     "embedding_unavailable": 503,
     "generation_failed": 500,
     "mode_not_supported": 422,

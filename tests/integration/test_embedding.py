@@ -1,0 +1,183 @@
+"""Embedding waiting images: what becomes of them when their worker, their bytes or a place beside others is bad."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from uuid import UUID
+
+import numpy as np
+import pytest
+from PIL import Image
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from shared.contracts.images import ImageState
+from shared.db import images
+from shared.db.models import Image as ImageRow
+from shared.db.session import session_scope
+from shared.db.spaces import Space
+from shared.errors import DatabaseConnectionError
+from shared.settings import JobSettings, Settings
+from shared.storage import get_blobs
+from tests.factories import DIM, make_image, make_space
+from tests.integration.conftest import picture
+from tests.stack import wait_until
+from worker_service.embedding import ImageEmbedding
+from worker_service.image_leases import ImageLeases
+from worker_service.models import Embedder
+
+
+class SlowEmbedder(Embedder):
+    """Answers when told to, and remembers how many calls ran at the same time."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.go = threading.Event()
+        self.sizes: list[int] = []
+        self.running = 0
+        self.most_running = 0
+        self._lock = threading.Lock()
+
+    def embed(self, items: Sequence[str] | Sequence[Image.Image], *, lane: int = 0) -> np.ndarray:
+        with self._lock:
+            self.sizes.append(len(items))
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+        assert self.go.wait(30)
+        with self._lock:
+            self.running -= 1
+        return np.ones((len(items), DIM), np.float32)
+
+
+@pytest.fixture
+def embedder(session: Session) -> SlowEmbedder:
+    space = make_space(session)
+    session.commit()
+    return SlowEmbedder(space)
+
+
+@pytest.fixture
+def leases(settings: Settings) -> Iterator[ImageLeases]:
+    with ImageLeases(JobSettings(lease_s=2, heartbeat_s=0.1)) as leases:
+        yield leases
+
+
+def waiting_image(session: Session, *, crashes: int = 0) -> ImageRow:
+    image = make_image(session)
+    get_blobs().put(image.blob_key, picture(), media_type="image/png")
+    session.execute(
+        update(ImageRow).where(ImageRow.id == image.id).values(crashes=crashes, created_at=func.clock_timestamp())
+    )
+    session.commit()
+    return image
+
+
+def start(work: ImageEmbedding) -> threading.Thread:
+    """Drain the table in a thread, as a ring makes a worker do."""
+    thread = threading.Thread(target=work.drain, kwargs={"stopping": lambda: False})
+    thread.start()
+    return thread
+
+
+def states() -> dict[UUID, str]:
+    with session_scope() as session:
+        return {row.id: row.state for row in session.execute(select(ImageRow.id, ImageRow.state))}
+
+
+def test_an_image_is_held_as_long_as_its_model_call_takes(
+    session: Session, embedder: SlowEmbedder, leases: ImageLeases
+) -> None:
+    image = waiting_image(session)
+    thread = start(ImageEmbedding(embedder, leases))
+    wait_until(lambda: embedder.running, timeout_s=20, what="the model to work")
+
+    def lease_left_s() -> float:
+        left = func.extract("epoch", ImageRow.lease_until - func.clock_timestamp())
+        with session_scope() as scope:
+            return float(scope.scalars(select(left).where(ImageRow.id == image.id)).one() or 0)
+
+    session.execute(update(ImageRow).values(lease_until=func.now() + timedelta(milliseconds=200)))
+    session.commit()
+    wait_until(lambda: lease_left_s() > 1, timeout_s=10, what="a renewal")
+    embedder.go.set()
+    thread.join(20)
+    assert states() == {image.id: "ready"}
+    assert leases.wait_until_empty(0)
+
+
+def test_an_image_that_crashed_a_process_is_embedded_beside_no_other(
+    session: Session, embedder: SlowEmbedder, leases: ImageLeases
+) -> None:
+    innocent = [waiting_image(session) for _ in range(2)]
+    suspect = waiting_image(session, crashes=1)
+    innocent += [waiting_image(session) for _ in range(2)]
+    work = ImageEmbedding(embedder, leases)
+    threads = [start(work)]
+    wait_until(lambda: embedder.running, timeout_s=20, what="the innocent to be in the model")
+    threads.append(start(work))
+    wait_until(lambda: claimed(suspect.id), timeout_s=20, what="the suspect to be claimed")
+    with session_scope() as scope:
+        assert not scope.get_one(ImageRow, suspect.id).model_started, "a crash of the others is not its own"
+    embedder.go.set()
+    for thread in threads:
+        thread.join(20)
+    assert set(states().values()) == {"ready"}
+    assert sorted(embedder.sizes) == [1, 4]
+    assert embedder.most_running == 1
+
+
+def claimed(image_id: UUID) -> bool:
+    with session_scope() as session:
+        return session.get_one(ImageRow, image_id).lease_until is not None
+
+
+def test_an_image_whose_process_dies_in_the_model_every_time_ends_failed_and_its_first_neighbours_do_not(
+    session: Session, settings: Settings
+) -> None:
+    """A killed process is one whose leases nobody renews or hands back: here, claims that are simply dropped."""
+    poison, *others = (waiting_image(session) for _ in range(3))
+    for _ in range(10):
+        with session_scope() as scope:
+            rows = images.claim_pending(scope, limit=5, lease_s=30)
+            claims = [images.ImageClaim.of(row) for row in rows]
+            images.model_started(scope, claims)
+            if poison.id not in {claim.image_id for claim in claims}:
+                vectors = np.ones((len(claims), DIM), np.float32)
+                images.embedded(scope, make_space(scope), claims, vectors, vectors[:, 0])
+            scope.execute(update(ImageRow).where(ImageRow.lease_until.is_not(None)).values(lease_until=func.now()))
+        with session_scope() as scope:
+            images.take_back_expired(scope, max_crashes=settings.jobs.max_crashes)
+    assert states() == {poison.id: "failed", **{other.id: "ready" for other in others}}
+
+
+def test_images_of_a_worker_that_could_not_reach_the_database_are_handed_back_and_did_not_crash(
+    session: Session, leases: ImageLeases
+) -> None:
+    image = waiting_image(session)
+    with session_scope() as scope:
+        (row,) = images.claim_pending(scope, limit=1, lease_s=60)
+        claim = images.ImageClaim.of(row)
+        images.model_started(scope, [claim])
+    with pytest.raises(DatabaseConnectionError), leases.holding([claim]):
+        raise DatabaseConnectionError
+    wait_until(lambda: not claimed(image.id), timeout_s=10, what="the image to be handed back")
+    with session_scope() as scope:
+        assert scope.get_one(ImageRow, image.id).crashes == 0
+
+
+def test_an_image_that_the_store_cannot_give_waits_for_its_lease_and_holds_up_no_other(
+    session: Session, settings: Settings, embedder: SlowEmbedder, leases: ImageLeases
+) -> None:
+    unreadable, other = waiting_image(session), waiting_image(session)
+    blob = Path(settings.storage.url.removeprefix("file://")) / unreadable.blob_key
+    blob.unlink()
+    blob.symlink_to(blob)
+    embedder.go.set()
+    for _ in range(2):
+        start(ImageEmbedding(embedder, leases)).join(20)
+    assert states() == {unreadable.id: "pending", other.id: "ready"}
+    with session_scope() as scope:
+        scope.execute(update(ImageRow).where(ImageRow.id == unreadable.id).values(lease_until=func.now()))
+    with session_scope() as scope:
+        assert images.take_back_expired(scope, max_crashes=1) == [(unreadable.id, ImageState.PENDING)], "not its fault"
