@@ -19,7 +19,7 @@ from sqlalchemy import func, select
 from shared import logging as logs
 from shared import metrics, queue
 from shared.contracts.images import ImageState
-from shared.db import idempotency, images, jobs, webhooks
+from shared.db import bulks, idempotency, images, jobs, webhooks
 from shared.db.session import session_scope
 from shared.errors import BaseAppException, BrokerUnavailableError, DatabaseError
 from shared.metrics import increment_counter, set_gauge
@@ -61,6 +61,7 @@ class Reconciler:
                     failed = [str(image_id) for image_id, state in silent if state is ImageState.FAILED]
                     logger.warning("image_leases_expired", extra={"images": len(silent), "failed": failed})
             jobs.end_expired(session)
+            bulks.sweep(session, abandoned_after_s=get_settings().bulks.abandoned_after_s)
             idempotency.forget_old(session)
             published = jobs.published(session, older_than_s=UNCLAIMED_S)
             missing = self._missing_from_broker(published)
@@ -69,7 +70,7 @@ class Reconciler:
                 increment_counter("jobs_republished_total", len(missing))
                 logger.warning("jobs_missing_from_broker", extra={"jobs": len(missing)})
         with session_scope() as session:
-            waiting = jobs.waiting_models(session)
+            waiting = {*jobs.waiting_models(session), *bulks.running_models(session)}
             images_wait = images.any_pending(session)
             webhooks_wait = webhooks.any_due(session)
             queued = jobs.queued_by_model(session)
