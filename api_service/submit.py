@@ -232,6 +232,7 @@ def resolved(
         min_similarity=_first(retrieval.min_similarity, settings.retrieval.min_similarity),
         filter=retrieval.where,
         references=list(retrieval.pinned),
+        preview_every=request.preview_every,
     )
 
 

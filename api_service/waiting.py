@@ -53,8 +53,7 @@ def wait_for_job(
         with subscriber().watch(job_id) as watch:
             view = job(job_id, caller=caller)
             while not until(view) and not subscriber().closing and (left_s := deadline - time.monotonic()) > 0:
-                changed, _ = watch.wait(left_s)
-                if changed:
+                if watch.wait(left_s).changed:
                     view = job(job_id, caller=caller)
             return view, True
     finally:
@@ -81,8 +80,8 @@ def end_with_process() -> None:
 def event_stream(job_id: UUID, *, caller: Caller, after: int) -> Response:
     """The job's events later than `after` as server-sent events, live until the job has ended.
 
-    Events carry their number as id, so that a client resumes where it was; progress carries none. 204 tells an
-    EventSource that nothing will come any more.
+    Events carry their number as id, so that a client resumes where it was; progress and previews carry none. 204
+    tells an EventSource that nothing will come any more.
 
     Raises:
         ResourceNotFoundError, DatabaseConnectionError
@@ -119,7 +118,9 @@ def _stream(job_id: UUID, after: int) -> Iterator[bytes]:
                 if over:
                     return
             left_s = min(beat, ends) - time.monotonic()
-            changed, progress = watch.wait(max(left_s, 0))
+            changed, progress, previews = watch.wait(max(left_s, 0))
+            for preview in previews:
+                yield _message("preview", preview.model_dump())
             if progress is not None:
                 yield _message("progress", progress.model_dump())
             if time.monotonic() >= beat:

@@ -1,28 +1,41 @@
 """News of running jobs over Redis pub/sub: who waits for a job hears of it at once.
 
 News may be lost, late or doubled. What is true stands in `job_events`; a message only says that it is worth a look.
+Previews are shown and forgotten.
 """
 
+import io
 import logging
 import threading
 import time
+from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 from uuid import UUID
 
+import numpy as np
 import orjson
 import redis
+from PIL import Image
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from shared.contracts.jobs import Progress
+from shared.contracts.jobs import Preview, Progress
 from shared.settings import QueueSettings, get_settings
 
 logger = logging.getLogger(__name__)
 
 CHANNEL_PREFIX = "afterimage:job:"
+PREVIEW_PREFIX = "afterimage:preview:"
+PREVIEW_INTERVAL_S = 0.4
+"""Between two previews of the same image, at least."""
+PREVIEW_QUALITY = 70
+PREVIEWS_WAITING = 64
+"""Of all jobs together, so that a broker that is away costs no memory."""
 PAUSE_S = 1.0
 """Rest after a failure, so that a broker in trouble is not asked at every step."""
 REMEMBERED_JOBS = 4096
@@ -45,6 +58,41 @@ def publish_changed(job_id: UUID) -> None:
     _publisher().tell(job_id, None)
 
 
+class PreviewStream:
+    """Shows image `index` of a job while it is drawn, after every `every` steps and not too often."""
+
+    def __init__(self, job_id: UUID, index: int, *, every: int) -> None:
+        self._job_id = job_id
+        self._index = index
+        self._every = every
+        self._not_before = 0.0
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """The last step is not: the image itself comes next."""
+        return step % self._every == 0 and step < total_steps and time.monotonic() >= self._not_before
+
+    def show(self, pixels: np.ndarray, step: int, total_steps: int) -> None:
+        """pixels: uint8, shape (height, width, 3), RGB, small. Touches memory only: the publisher's thread encodes."""
+        self._not_before = time.monotonic() + PREVIEW_INTERVAL_S
+        _publisher().show(self._job_id, _Picture(self._index, step, total_steps, pixels))
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A preview that is not encoded yet."""
+
+    index: int
+    step: int
+    total_steps: int
+    pixels: np.ndarray
+
+    def encoded(self) -> Preview:
+        file = io.BytesIO()
+        Image.fromarray(self.pixels).save(file, "JPEG", quality=PREVIEW_QUALITY)
+        image = f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
+        return Preview(index=self.index, step=self.step, total_steps=self.total_steps, image=image)
+
+
 class _Publisher:
     """Sends the latest news of each job. What waits is bounded by the number of jobs in work; when Redis is away it
     is dropped."""
@@ -52,6 +100,7 @@ class _Publisher:
     def __init__(self, settings: QueueSettings) -> None:
         self._redis = _connect(settings)
         self._news: OrderedDict[tuple[UUID, bool], Progress | None] = OrderedDict()
+        self._pictures: OrderedDict[tuple[UUID, int], _Picture] = OrderedDict()
         self._awake = threading.Condition()
         threading.Thread(target=self._run, name="progress-publisher", daemon=True).start()
 
@@ -60,13 +109,24 @@ class _Publisher:
             self._news[job_id, progress is None] = progress
             self._awake.notify()
 
+    def show(self, job_id: UUID, picture: _Picture) -> None:
+        with self._awake:
+            self._pictures[job_id, picture.index] = picture
+            if len(self._pictures) > PREVIEWS_WAITING:
+                self._pictures.popitem(last=False)
+            self._awake.notify()
+
     def _run(self) -> None:
         while True:
             with self._awake:
-                self._awake.wait_for(lambda: self._news)
+                self._awake.wait_for(lambda: self._news or self._pictures)
                 news, self._news = self._news, OrderedDict()
+                pictures, self._pictures = self._pictures, OrderedDict()
             try:
                 with self._redis.pipeline(transaction=False) as pipeline:
+                    # Before the news, which may be that the job has ended.
+                    for (job_id, _), picture in pictures.items():
+                        pipeline.publish(f"{PREVIEW_PREFIX}{job_id}", picture.encoded().model_dump_json())
                     for (job_id, _), progress in news.items():
                         pipeline.publish(channel(job_id), _message(progress))
                     pipeline.execute()
@@ -87,6 +147,16 @@ def _message(progress: Progress | None) -> bytes:
 # --- listening ----------------------------------------------------------------------------------------------------
 
 
+class News(NamedTuple):
+    """What a watch has heard since it was last asked."""
+
+    changed: bool
+    """The job's events are worth a look."""
+    progress: Progress | None
+    previews: list[Preview]
+    """The newest of each image."""
+
+
 class Watch:
     """One waiter's ear on one job."""
 
@@ -95,9 +165,10 @@ class Watch:
         self._news = threading.Condition()
         self._changed = False
         self._progress: Progress | None = None
+        self._previews: dict[int, Preview] = {}
 
-    def wait(self, timeout_s: float) -> tuple[bool, Progress | None]:
-        """Wait for news, at most `timeout_s`: (look at the job's events, its latest progress since the last call).
+    def wait(self, timeout_s: float) -> News:
+        """Wait for news, at most `timeout_s`.
 
         Without a subscription it says after a second at the latest that a look is worth it; with one, after five,
         because a message can be lost.
@@ -106,11 +177,12 @@ class Watch:
         with self._news:
             heard = self._news.wait_for(self._is_over, min(timeout_s, patience_s))
             changed = self._changed or (not heard and patience_s <= timeout_s)
-            progress, self._changed, self._progress = self._progress, False, None
-            return changed, progress
+            news = News(changed, self._progress, list(self._previews.values()))
+            self._changed, self._progress, self._previews = False, None, {}
+            return news
 
     def _is_over(self) -> bool:
-        return self._changed or self._progress is not None or self._subscriber.closing
+        return self._changed or self._progress is not None or bool(self._previews) or self._subscriber.closing
 
     def hear(self, progress: Progress | None) -> None:
         with self._news:
@@ -118,6 +190,11 @@ class Watch:
                 self._changed = True
             else:
                 self._progress = progress
+            self._news.notify_all()
+
+    def see(self, preview: Preview) -> None:
+        with self._news:
+            self._previews[preview.index] = preview
             self._news.notify_all()
 
 
@@ -179,7 +256,7 @@ class Subscriber:
 
     def _listen(self) -> None:
         with self._redis.pubsub() as subscription:  # type: ignore[no-untyped-call]
-            subscription.psubscribe(f"{CHANNEL_PREFIX}*")
+            subscription.psubscribe(f"{CHANNEL_PREFIX}*", f"{PREVIEW_PREFIX}*")
             silent_since = time.monotonic()
             while not self._closed.is_set():
                 # Also how long close() waits.
@@ -196,8 +273,24 @@ class Subscriber:
                 if message["type"] == "psubscribe":
                     self.connected = True
                     self._wake_all()
+                elif message["type"] == "pmessage" and message["channel"].startswith(PREVIEW_PREFIX.encode()):
+                    self._see(message["channel"], message["data"])
                 elif message["type"] == "pmessage":
                     self._hear(message["channel"], message["data"])
+
+    def _see(self, where: bytes, data: bytes) -> None:
+        try:
+            job_id = UUID(where.decode().removeprefix(PREVIEW_PREFIX))
+            with self._lock:
+                watches = list(self._watches.get(job_id, ()))
+            if not watches:
+                return
+            preview = Preview.model_validate_json(data)
+        except ValueError:
+            logger.warning("preview_not_understood")
+            return
+        for watch in watches:
+            watch.see(preview)
 
     def _hear(self, where: bytes, data: bytes) -> None:
         try:

@@ -19,9 +19,9 @@ from shared.db.models import Job
 from shared.db.session import session_scope
 from shared.errors import TRANSIENT, BaseAppException, ImageGenerationError, JobTimeoutError
 from shared.metrics import observe_duration, time_operation
-from shared.progress import publish_changed
+from shared.progress import PreviewStream, publish_changed
 from shared.settings import JobSettings
-from worker_service.image_request import Interrupted
+from worker_service.image_request import Interrupted, Onlooker
 from worker_service.leases import Held, Leases
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,11 @@ class Attempt:
         publish_changed(self.id)
 
     def model_starts(self) -> None:
-        """The wait is over, the clock of `timeout_s` runs, and from here on a lost lease counts as a crash."""
+        """The wait is over, the clock of `timeout_s` runs, and from here on a lost lease counts as a crash.
+
+        Called by the model's thread when the first image's turn has come, and not earlier: a job that only waits in
+        line has no part in what the jobs ahead of it do to the process.
+        """
         with session_scope() as session:
             in_time = jobs.model_started(session, self._held.claim)
             if not in_time and jobs.expire(session, self._held.claim):
@@ -88,6 +92,18 @@ class Attempt:
         if not in_time:
             raise LostError
         self._held.deadline = time.monotonic() + self._timeout_s
+
+    def degraded(self, memory_savers: Sequence[Sequence[str]]) -> None:
+        """Tell of images that fitted in memory only by ways that change pixels. memory_savers: of each image."""
+        by_image = {str(index): list(savers) for index, savers in enumerate(memory_savers) if savers}
+        if by_image:
+            self._write(lambda session: jobs.degraded(session, self._held.claim, {"memory_savers": by_image}))
+            publish_changed(self.id)
+
+    def onlooker(self, index: int) -> Onlooker | None:
+        """Who is shown image `index` while it is drawn; nobody when the job did not ask for previews."""
+        every = self.parameters.preview_every
+        return None if every is None else PreviewStream(self.id, index, every=every)
 
     def finish(self, outputs: Sequence[Output]) -> None:
         """Publish the outputs with the end of the job, if the attempt still owns it."""

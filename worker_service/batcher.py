@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from shared.errors import ModelError, ModelOutOfMemoryError
-from shared.metrics import GENERATION_BATCH_SIZE
+from shared.metrics import GENERATION_BATCH_SIZE, GENERATION_MEMORY_SAVED
 from worker_service.image_request import Interrupted, OnStep
+from worker_service.watchdog import Stage, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -27,22 +28,32 @@ Called on the model's thread, so it touches memory only."""
 
 
 @dataclass(eq=False)
+class Asker:
+    """Who waits for the items of one `submit`."""
+
+    lane: int
+    owner: Hashable
+    check_in: CheckIn
+    begin: Callable[[], None]
+    alone: bool
+    job: str
+    begun: bool = False
+
+
+@dataclass(eq=False)
 class Ticket(Generic[Item, Result]):
     """One item in line."""
 
     item: Item
     index: int
     key: Hashable
-    lane: int
-    owner: Hashable
-    check_in: CheckIn
-    alone: bool
+    asker: Asker
     submitted_at: float = field(default_factory=time.monotonic)
     result: Future[Result] = field(default_factory=Future)
 
     def wanted(self, step: int, total_steps: int) -> bool:
         """Ask the job; the first no ends the wait for this item, while its batch goes on for the others."""
-        if not self.result.done() and not self.check_in(self.index, step, total_steps):
+        if not self.result.done() and not self.asker.check_in(self.index, step, total_steps):
             self.result.set_exception(Interrupted())
         return not self.result.done()
 
@@ -61,11 +72,16 @@ class Batcher(Generic[Item, Result]):
         key: Callable[[Item], Hashable],
         max_batch_size: int,
         name: str,
+        watchdog: Watchdog,
+        stage: Stage = Stage.STEP,
     ) -> None:
+        """stage: what a call of `run` begins with; after the last step that `run` tells of comes the decoding."""
         self._run = run
         self._key = key
         self._max_batch_size = max_batch_size
         self._name = name
+        self._watchdog = watchdog
+        self._stage = stage
         self._line: list[Ticket[Item, Result]] = []
         self._served: defaultdict[Hashable, int] = defaultdict(int)
         self._changed = threading.Condition()
@@ -80,20 +96,23 @@ class Batcher(Generic[Item, Result]):
         lane: int = 0,
         owner: Hashable = None,
         check_in: CheckIn = lambda _index, _step, _total: True,
+        begin: Callable[[], None] = lambda: None,
         alone: bool = False,
+        job: str = "",
     ) -> list[Result]:
         """Run these items, each in whatever batch it fits, and wait for all of them.
 
+        begin: called once, on the model's thread, right before the first of the items runs: waiting in line is not
+            running. What it raises ends the submit.
         alone: never share a batch, for items that may bring their process down.
+        job: who this is, for the log of the watchdog.
 
         Raises:
             Interrupted: `check_in` said no, or the batcher was closed.
             Exception: whatever the model raised for the first item that failed.
         """
-        tickets = [
-            Ticket[Item, Result](item, index, self._key(item), lane, owner, check_in, alone)
-            for index, item in enumerate(items)
-        ]
+        asker = Asker(lane, owner, check_in, begin, alone, job)
+        tickets = [Ticket[Item, Result](item, index, self._key(item), asker) for index, item in enumerate(items)]
         with self._changed:
             if self._closed:
                 raise Interrupted
@@ -117,8 +136,22 @@ class Batcher(Generic[Item, Result]):
 
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
-            GENERATION_BATCH_SIZE.labels(self._name).observe(len(batch))
-            self._run_batch(batch)
+            batch = self._begin(batch)
+            if batch:
+                GENERATION_BATCH_SIZE.labels(self._name).observe(len(batch))
+                self._run_batch(batch)
+
+    def _begin(self, batch: Sequence[Ticket[Item, Result]]) -> list[Ticket[Item, Result]]:
+        """Tell those whose first turn this is; the tickets of the others, and of those who still want theirs."""
+        for ticket in batch:
+            if not ticket.asker.begun:
+                try:
+                    ticket.asker.begin()
+                except Exception as error:
+                    ticket.result.set_exception(error)
+                else:
+                    ticket.asker.begun = True
+        return [ticket for ticket in batch if not ticket.result.done()]
 
     def _next_batch(self) -> list[Ticket[Item, Result]] | None:
         with self._changed:
@@ -132,22 +165,23 @@ class Batcher(Generic[Item, Result]):
                 self._changed.wait()
             batch: list[Ticket[Item, Result]] = []
             while len(batch) < self._max_batch_size:
-                fitting = [t for t in self._line if not batch or (t.key == batch[0].key and not t.alone)]
+                fitting = [t for t in self._line if not batch or (t.key == batch[0].key and not t.asker.alone)]
                 if not fitting:
                     break
-                ticket = min(fitting, key=lambda t: (t.lane, self._served[t.owner], t.submitted_at))
+                ticket = min(fitting, key=lambda t: (t.asker.lane, self._served[t.asker.owner], t.submitted_at))
                 self._line.remove(ticket)
                 # From here on only this thread settles the ticket: its job can no longer withdraw it.
                 if not ticket.result.set_running_or_notify_cancel():
                     continue
-                self._served[ticket.owner] += 1
+                self._served[ticket.asker.owner] += 1
                 batch.append(ticket)
-                if ticket.alone:
+                if ticket.asker.alone:
                     break
             return batch
 
     def _run_batch(self, batch: Sequence[Ticket[Item, Result]]) -> None:
         def on_step(step: int, total_steps: int) -> bool:
+            watch.progress(Stage.STEP if step < total_steps else Stage.DECODE)
             wanted = [ticket.wanted(step, total_steps) for ticket in batch]  # every job hears of every step
             return any(wanted)
 
@@ -156,7 +190,9 @@ class Batcher(Generic[Item, Result]):
             return
         failure: BaseException | None = None
         try:
-            results = self._run([ticket.item for ticket in batch], on_step)
+            jobs = sorted({ticket.asker.job for ticket in batch})
+            with self._watchdog.watch(self._stage, model=self._name, jobs=jobs) as watch:
+                results = self._run([ticket.item for ticket in batch], on_step)
             if len(results) != len(batch):
                 raise ModelError(f"The model returned {len(results)} results for {len(batch)} items.")
         except Exception as error:
@@ -172,6 +208,8 @@ class Batcher(Generic[Item, Result]):
                     ticket.result.set_exception(failure)
         else:
             cause = "out_of_memory" if isinstance(failure, ModelOutOfMemoryError) else type(failure).__name__
+            if cause == "out_of_memory":
+                GENERATION_MEMORY_SAVED.labels(self._name, "smaller_batch").inc()
             logger.warning("batch_split", extra={"model": self._name, "size": len(batch), "cause": cause})
             failure = None
             middle = len(batch) // 2

@@ -3,7 +3,8 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.errors import ModelNotFoundError
 from shared.settings import GeneratorDefaults, ModelSettings
-from worker_service.image_request import ImageRequest, Interrupted, OnStep
+from worker_service.image_request import PREVIEW_SIDE, ImageRequest, Interrupted, OnStep, to_show
 
 
 @dataclass
@@ -51,14 +52,29 @@ class CheapGenerator:
     def warm_up(self) -> None:
         """Nothing to pay in advance."""
 
+    def memory_savers(self, images: int) -> Sequence[str]:
+        """None: it needs no memory."""
+        return ()
+
+    def saving_memory(self, savers: Sequence[str]) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
         """Spend the batch's cost over its pretended steps, then draw: see `ImageModel.generate`."""
         steps = requests[0].num_inference_steps
         for step in range(1, steps + 1):
             time.sleep(self.cost_s / steps)
+            for row, onlooker in to_show(requests, step, steps):
+                onlooker.show(_preview(requests[row]), step, steps)
             if not on_step(step, steps):
                 raise Interrupted
         return [_blocks(request) for request in requests]
+
+
+def _preview(request: ImageRequest) -> np.ndarray:
+    scale = min(1, PREVIEW_SIDE / max(request.width, request.height))
+    small = replace(request, width=max(1, int(request.width * scale)), height=max(1, int(request.height * scale)))
+    return _blocks(small)
 
 
 def _blocks(request: ImageRequest) -> np.ndarray:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from shared.errors import EmbeddingError
 from shared.settings import ClipSettings, ModelSettings
-from worker_service import loading
+from worker_service import accelerator, loading
 
 Item = TypeVar("Item", str, Image.Image)
 
@@ -88,7 +89,8 @@ class Clip:
         """Projections of the texts, not normalised: shape (n, dim), float32. What exceeds the context is cut.
 
         Raises:
-            EmbeddingError: the model returned something that is not a number.
+            EmbeddingError: the model returned something that is no vector.
+            ModelOutOfMemoryError: a batch of that size does not fit.
         """
         return self._in_batches(texts, lambda batch: self.model.encode_text(self.tokenizer(batch).to(self.device)))
 
@@ -96,7 +98,8 @@ class Clip:
         """Projections of the images, not normalised: shape (n, dim), float32.
 
         Raises:
-            EmbeddingError: the model returned something that is not a number.
+            EmbeddingError: the model returned something that is no vector.
+            ModelOutOfMemoryError: a batch of that size does not fit.
         """
 
         def encode(batch: list[Image.Image]) -> torch.Tensor:
@@ -110,9 +113,18 @@ class Clip:
         vectors = np.zeros((len(items), self.dim), np.float32)
         for start in range(0, len(items), self.max_batch_size):
             batch = list(items[start : start + self.max_batch_size])
-            vectors[start : start + len(batch)] = encode(batch).float().cpu().numpy()
+            vectors[start : start + len(batch)] = accelerator.run_on(
+                self.device, partial(self._on_cpu, encode, batch), items=len(batch)
+            )
         if not np.isfinite(vectors).all():
             raise EmbeddingError("The embedding model returned values that are not numbers.")
+        if not vectors.any(axis=1).all():
+            raise EmbeddingError("The embedding model returned a vector without a direction.")
+        return vectors
+
+    @staticmethod
+    def _on_cpu(encode: Callable[[list[Item]], torch.Tensor], batch: list[Item]) -> np.ndarray:
+        vectors: np.ndarray = encode(batch).float().cpu().numpy()
         return vectors
 
 

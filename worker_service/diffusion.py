@@ -1,6 +1,5 @@
 """Text-to-image pipelines of diffusers: one loaded pipeline that draws batches of unrelated images."""
 
-import gc
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +15,12 @@ from PIL import Image
 from shared.capabilities import check_parameters
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
-from shared.errors import InvalidOutputError, ModelLoadError, ModelNotFoundError, ModelOutOfMemoryError
+from shared.errors import InvalidOutputError, ModelLoadError, ModelNotFoundError
 from shared.settings import GeneratorDefaults, GeneratorSettings, ModelSettings
-from worker_service import conditioning, loading, pipelines, schedulers
-from worker_service.image_request import ImageRequest, Interrupted, OnStep, Reference
+from worker_service import accelerator, conditioning, loading, pipelines, previews, schedulers
+from worker_service.image_request import ImageRequest, Interrupted, OnStep, Reference, to_show
+
+VAE_SLICING, VAE_TILING = "vae_slicing", "vae_tiling"
 
 
 @dataclass
@@ -102,6 +103,29 @@ class Diffusion:
         )
         self.generate([request], lambda step, steps: True)
 
+    def memory_savers(self, images: int) -> Sequence[str]:
+        """Asked of the VAE, whose decoding is the peak: slices take the images of a batch one by one, tiles take an
+        image in parts. Slices change nothing for one image, and where there are several, halves come before tiles."""
+        vae = getattr(self.text_to_image, "vae", None)
+        if images > 1:
+            return [VAE_SLICING] if hasattr(vae, "use_slicing") else []
+        return [VAE_TILING] if hasattr(vae, "use_tiling") else []
+
+    @contextmanager
+    def saving_memory(self, savers: Sequence[str]) -> Iterator[None]:
+        vae = self.text_to_image.vae
+        try:
+            if VAE_SLICING in savers:
+                vae.enable_slicing()
+            if VAE_TILING in savers:
+                vae.enable_tiling()
+            yield
+        finally:
+            if VAE_SLICING in savers:
+                vae.disable_slicing()
+            if VAE_TILING in savers:
+                vae.disable_tiling()
+
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
         """Draw one image per request: see `ImageModel.generate`.
 
@@ -119,18 +143,7 @@ class Diffusion:
                 loras=(name for name, _ in request.loras),
                 negative_prompt=request.negative_prompt,
             )
-        try:
-            return self._call(requests, on_step)
-        except (torch.OutOfMemoryError, MemoryError):
-            pass
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # what torch raises on the CPU
-                raise
-        # Only here, outside the except blocks, is the traceback gone that kept the call's tensors alive.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        raise ModelOutOfMemoryError(f"{len(requests)} image(s) do not fit in memory.", images=len(requests))
+        return accelerator.run_on(self.text_to_image.device, lambda: self._call(requests, on_step), items=len(requests))
 
     def _call(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
         first = requests[0]
@@ -141,7 +154,6 @@ class Diffusion:
             # On the CPU whatever the device is, so that a seed means the same noise everywhere.
             "generator": [torch.Generator("cpu").manual_seed(request.seed) for request in requests],
             "output_type": "np",
-            "callback_on_step_end": _between_steps(on_step),
         }
         if first.mode.uses_initial_image:
             assert self.image_to_image is not None, "the capabilities say so"
@@ -157,6 +169,7 @@ class Diffusion:
         arguments |= {name: value for name, value in optional.items() if name in accepted}
 
         pipeline.scheduler = schedulers.fresh(self.own_scheduler, first.scheduler)
+        arguments["callback_on_step_end"] = _between_steps(requests, on_step, previews.Sight.of(pipeline, requests))
         self._use_loras(first.loras)
         with self._image_prompt(pipeline, requests) as image_prompt:
             return _checked(pipeline(**arguments, **image_prompt).images, requests)
@@ -193,10 +206,22 @@ class Diffusion:
         self.text_to_image.set_adapters([name for name, _ in loras], [scale for _, scale in loras])
 
 
-def _between_steps(on_step: OnStep) -> Callable[..., dict[str, Any]]:
-    def callback(pipeline: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+def _between_steps(
+    requests: Sequence[ImageRequest], on_step: OnStep, sight: previews.Sight | None
+) -> Callable[..., dict[str, Any]]:
+    def callback(pipeline: DiffusionPipeline, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        step, steps = index + 1, pipeline.num_timesteps
+        if step == steps and not torch.isfinite(tensors["latents"]).all():
+            # Decoders turn infinities into white and black, which would look like a picture.
+            raise InvalidOutputError("The model's latents are not numbers.")
+        shown = to_show(requests, step, steps) if sight is not None else []
+        if sight is not None and shown:
+            for (_, onlooker), picture in zip(
+                shown, sight.pictures(tensors["latents"], [row for row, _ in shown]), strict=False
+            ):
+                onlooker.show(picture, step, steps)
         # Setting pipeline._interrupt instead would still decode the picture.
-        if not on_step(step + 1, pipeline.num_timesteps):
+        if not on_step(step, steps):
             raise Interrupted
         return tensors
 

@@ -13,6 +13,7 @@ from worker_service.attempt import Outcome
 from worker_service.celery_app import WorkerProcess
 from worker_service.leases import Leases
 from worker_service.models import Models
+from worker_service.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,11 @@ def serve(settings: Settings, model: str | None) -> None:
     name = model or settings.worker.generator or settings.model.default_generator
     process = WorkerProcess("generate", name, settings)
     process.announce("loading")
-    models = Models.load(name, settings)
-    with Leases(settings.jobs) as leases:
-        _consume(process, models, leases)
-    models.close(settings.jobs.shutdown_grace_s)
+    with Watchdog(settings.watchdog) as watchdog:
+        models = Models.load(name, settings, watchdog)
+        with Leases(settings.jobs) as leases:
+            _consume(process, models, leases)
+        models.close(settings.jobs.shutdown_grace_s)
 
 
 def _consume(process: WorkerProcess, models: Models, leases: Leases) -> None:

@@ -51,16 +51,22 @@ def run(job_id: UUID, *, models: Models, leases: Leases, settings: Settings, wor
         # 3. Generate: one request per image, in whatever batches they fit.
         with job.stage("load_references"):
             conditions = outputs.load_references(used, with_pixels=models.needs_pixels(mode))
-        requests = image_requests(job.parameters, mode, conditions, models=models)
-        job.model_starts()
+        requests = image_requests(job, mode, conditions, models=models)
         with job.stage("generate"):
-            pixels = models.draw(
-                requests, lane=job.lane, owner=job.owner_id, check_in=job.check_in, alone=job.crashes > 0
+            drawn = models.draw(
+                requests,
+                lane=job.lane,
+                owner=job.owner_id,
+                check_in=job.check_in,
+                begin=job.model_starts,
+                alone=job.crashes > 0,
+                job=str(job.id),
             )
+        job.degraded([image.memory_savers for image in drawn])
 
         # 4. Store, then publish images and end of the job in one transaction.
         with job.stage("store"):
-            stored = outputs.store(job, mode, reason, used, requests, pixels, models=models)
+            stored = outputs.store(job, mode, reason, used, requests, drawn, models=models)
         job.finish(stored)
     return job.outcome
 
@@ -123,10 +129,9 @@ def retrieve(
         )
 
 
-def image_requests(
-    parameters: GenerationParameters, mode: Mode, references: Sequence[Reference], *, models: Models
-) -> list[ImageRequest]:
+def image_requests(job: Attempt, mode: Mode, references: Sequence[Reference], *, models: Models) -> list[ImageRequest]:
     """One request per seed; alike but for the seed, so that a job's images can share a batch."""
+    parameters = job.parameters
     width, height = drawable_size(models.capabilities, parameters.width, parameters.height)
     return [
         ImageRequest(
@@ -143,6 +148,7 @@ def image_requests(
             ip_adapter_scale=parameters.ip_adapter_scale,
             strength=parameters.strength,
             references=tuple(references) if mode is not Mode.NONE else (),
+            onlooker=job.onlooker(index),
         )
-        for seed in parameters.seeds
+        for index, seed in enumerate(parameters.seeds)
     ]

@@ -1,7 +1,8 @@
 """What an image model is asked for: the words between the jobs and the models, free of torch."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,20 @@ OnStep = Callable[[int, int], bool]
 
 class Interrupted(Exception):  # noqa: N818 - not a failure: the caller asked for it
     """The call was stopped by its `on_step`; nothing was decoded."""
+
+
+class Onlooker(Protocol):
+    """Somebody who wants to see an image while it is drawn. Called on the model's thread: memory only."""
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Is this step to be shown? A model that cannot show it cheaply just does not."""
+
+    def show(self, pixels: np.ndarray, step: int, total_steps: int) -> None:
+        """The image as it is after `step`: uint8, shape (height, width, 3), RGB, no side over `PREVIEW_SIDE`."""
+
+
+PREVIEW_SIDE = 256
+"""Pixels of the longer side of a preview, at most."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,8 @@ class ImageRequest:
     ip_adapter_scale: float
     strength: float
     references: tuple[Reference, ...]
+    onlooker: Onlooker | None = field(default=None, compare=False, repr=False)
+    """Has no effect on the image."""
 
     def batch_key(self) -> Hashable:
         """Images whose keys are equal can share one call: the key holds all that is one value per call in diffusers.
@@ -73,6 +90,15 @@ class ImageRequest:
         )
 
 
+def to_show(requests: Sequence[ImageRequest], step: int, total_steps: int) -> list[tuple[int, Onlooker]]:
+    """Which rows of a batch have somebody to show them to after this step."""
+    return [
+        (row, request.onlooker)
+        for row, request in enumerate(requests)
+        if request.onlooker is not None and request.onlooker.is_due(step, total_steps)
+    ]
+
+
 class ImageModel(Protocol):
     """A loaded generator. It is not thread-safe: one thread owns it."""
 
@@ -87,10 +113,17 @@ class ImageModel(Protocol):
     def warm_up(self) -> None:
         """Pay the first call's costs before a job does."""
 
+    def memory_savers(self, images: int) -> Sequence[str]:
+        """Names of what it can do to need less memory in a call of `images` images, the least harmful first."""
+
+    def saving_memory(self, savers: Sequence[str]) -> AbstractContextManager[None]:
+        """While this is open, calls do all of these; they may change pixels."""
+
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
         """Draw one image per request, in order: uint8, shape (height, width, 3), RGB.
 
         All requests have equal batch keys. Each image equals, within rounding, the one its request gives alone.
+        Onlookers are shown what they are due, after a step and before `on_step` hears of it.
 
         Raises:
             Interrupted: `on_step` returned False.

@@ -1,8 +1,9 @@
 """What a worker process loads once and its threads share: CLIP, and in a generate worker one image model."""
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,9 @@ from worker_service.batcher import Batcher, CheckIn
 from worker_service.cheap import CheapGenerator
 from worker_service.clip import Clip
 from worker_service.diffusion import Diffusion
+from worker_service.drawing import Drawn, draw
 from worker_service.image_request import ImageModel, ImageRequest
+from worker_service.watchdog import Stage, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 class Embedder:
     """CLIP behind a batcher. Vectors are projections, float32, not normalised."""
 
-    def __init__(self, clip: Clip, space: Space) -> None:
+    def __init__(self, clip: Clip, space: Space, watchdog: Watchdog) -> None:
         self.space = space
         self.name = clip.name
         self._batcher: Batcher[str | Image.Image, np.ndarray] = Batcher(
@@ -35,22 +38,25 @@ class Embedder:
             key=type,
             max_batch_size=clip.max_batch_size,
             name=clip.name,
+            watchdog=watchdog,
+            stage=Stage.EMBED,
         )
 
     @classmethod
-    def load(cls, settings: Settings) -> "Embedder":
+    def load(cls, settings: Settings, watchdog: Watchdog) -> "Embedder":
         """Load and warm CLIP, and register its embedding space.
 
         Raises:
             ModelLoadError
         """
-        with time_operation("model_load", model="clip"):
+        with time_operation("model_load", model="clip"), watchdog.watch(Stage.LOAD, model="clip") as watch:
             clip = Clip.load(settings.model)
+            watch.progress(Stage.WARM_UP)
             clip.warm_up()
         with session_scope() as session:
             space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
         logger.info("clip_loaded", extra={"model": clip.name, "space": space.digest[:12], "device": str(clip.device)})
-        return cls(clip, space)
+        return cls(clip, space, watchdog)
 
     def embed(self, items: Sequence[str] | Sequence[Image.Image], *, lane: int = 0) -> np.ndarray:
         """Shape (n, space.dim). Texts and images may come from any number of threads."""
@@ -76,10 +82,10 @@ class Models:
     embedder: Embedder
     image_model: ImageModel
     settings: GeneratorSettings
-    batcher: Batcher[ImageRequest, np.ndarray]
+    batcher: Batcher[ImageRequest, Drawn]
 
     @classmethod
-    def load(cls, name: str, settings: Settings) -> "Models":
+    def load(cls, name: str, settings: Settings, watchdog: Watchdog) -> "Models":
         """Load and warm what serves the generator `name`, and publish what it can do.
 
         Raises:
@@ -88,11 +94,12 @@ class Models:
         generator = settings.model.generators.get(name)
         if generator is None:
             raise ModelNotFoundError(model=name)
-        embedder = Embedder.load(settings)
-        with time_operation("model_load", model=name):
+        embedder = Embedder.load(settings, watchdog)
+        with time_operation("model_load", model=name), watchdog.watch(Stage.LOAD, model=name) as watch:
             image_model: ImageModel = (CheapGenerator if generator.kind == "cheap" else Diffusion).load(
                 name, settings.model
             )
+            watch.progress(Stage.WARM_UP)
             image_model.warm_up()
         if image_model.reference_dim not in (None, embedder.space.dim):
             raise ModelLoadError(
@@ -103,13 +110,22 @@ class Models:
         with session_scope() as session:
             workers.publish_capabilities(session, name, image_model.capabilities)
         logger.info("generator_loaded", extra={"model": name, "modes": image_model.capabilities.modes})
-        batcher: Batcher[ImageRequest, np.ndarray] = Batcher(
-            time_operation("image_generation", model=name)(image_model.generate),
+        return cls.of(embedder, image_model, generator, watchdog)
+
+    @classmethod
+    def of(
+        cls, embedder: Embedder, image_model: ImageModel, settings: GeneratorSettings, watchdog: Watchdog
+    ) -> "Models":
+        """Loaded models, the image model behind a batcher."""
+        timed = time_operation("image_generation", model=image_model.name)(partial(draw, image_model))
+        batcher: Batcher[ImageRequest, Drawn] = Batcher(
+            timed,
             key=ImageRequest.batch_key,
             max_batch_size=image_model.capabilities.max_batch_size,
-            name=name,
+            name=image_model.name,
+            watchdog=watchdog,
         )
-        return cls(embedder, image_model, generator, batcher)
+        return cls(embedder, image_model, settings, batcher)
 
     @property
     def name(self) -> str:
@@ -135,10 +151,20 @@ class Models:
         return mode.uses_initial_image or mode is Mode.REFERENCE or (mode.uses_image_prompt and not by_vector)
 
     def draw(
-        self, requests: Sequence[ImageRequest], *, lane: int, owner: Hashable, check_in: CheckIn, alone: bool
-    ) -> list[np.ndarray]:
-        """One uint8 (height, width, 3) array per request; see `Batcher.submit` for what it raises."""
-        images = self.batcher.submit(requests, lane=lane, owner=owner, check_in=check_in, alone=alone)
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        lane: int,
+        owner: Hashable,
+        check_in: CheckIn,
+        begin: Callable[[], None],
+        alone: bool,
+        job: str,
+    ) -> list[Drawn]:
+        """One image per request; see `Batcher.submit` for what it takes and raises."""
+        images = self.batcher.submit(
+            requests, lane=lane, owner=owner, check_in=check_in, begin=begin, alone=alone, job=job
+        )
         increment_counter("image_generation_total", len(images), labels={"model": self.name})
         return images
 

@@ -19,6 +19,7 @@ from shared.errors import InvalidImageError, ReferenceDeletedError, ResourceNotF
 from shared.imaging import encode_image, open_image, pixels_sha256, thumbnail
 from shared.storage import get_blobs, output_key, output_thumbnail_key
 from worker_service.attempt import Attempt
+from worker_service.drawing import Drawn
 from worker_service.image_request import ImageRequest, Reference
 from worker_service.models import Models
 
@@ -74,21 +75,27 @@ def store(
     reason: str,
     references: Sequence[retrieval.Reference],
     requests: Sequence[ImageRequest],
-    pixels: Sequence[np.ndarray],
+    drawn: Sequence[Drawn],
     *,
     models: Models,
 ) -> list[Output]:
     """Scale, encode and store the images of a job; rows for them and their references, not yet written.
 
-    pixels: uint8 (height, width, 3), RGB, as drawn; one per request.
+    drawn: one per request.
 
     Raises:
         StorageError, InvalidOutputError
     """
     drawn_from = references if mode is not Mode.NONE else []
     return [
-        _store_one(job, index, image, record(job, index, mode, reason, drawn_from, request, models=models), drawn_from)
-        for index, (request, image) in enumerate(zip(requests, pixels, strict=True))
+        _store_one(
+            job,
+            index,
+            image.pixels,
+            record(job, index, mode, reason, drawn_from, request, image.memory_savers, models=models),
+            drawn_from,
+        )
+        for index, (request, image) in enumerate(zip(requests, drawn, strict=True))
     ]
 
 
@@ -144,6 +151,7 @@ def record(
     reason: str,
     references: Sequence[retrieval.Reference],
     request: ImageRequest,
+    memory_savers: Sequence[str],
     *,
     models: Models,
 ) -> dict[str, Any]:
@@ -154,12 +162,13 @@ def record(
         "job_id": str(job.id),
         "index": index,
         "seed": request.seed,
-        "parameters": job.parameters.model_dump(mode="json", exclude={"seeds"}),
+        "parameters": job.parameters.model_dump(mode="json", exclude={"seeds", "preview_every"}),
         "mode": mode.value,
         "mode_reason": reason,
         "drawn_width": request.width,
         "drawn_height": request.height,
         "scaled": scaled,
+        "memory_savers": list(memory_savers),
         "references": [_used(reference).model_dump(mode="json") for reference in references],
         "embedding_space": models.space.digest,
         "model": {

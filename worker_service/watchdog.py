@@ -119,7 +119,7 @@ class Watchdog:
                 _end_process("model_stuck", {**_described(watch), "stack": _stack(watch.thread_id)})
         # A thread of C code, which needs no interpreter lock: a call that never lets go of it ends there, with exit
         # status 1 and every thread's stack on stderr.
-        if left_s:
+        if left_s and sys.__stderr__ is not None:
             faulthandler.dump_traceback_later(min(left_s) + BLOCKED_S, exit=True, file=sys.__stderr__)
         else:
             faulthandler.cancel_dump_traceback_later()

@@ -62,6 +62,13 @@ class GenerateRequest(Contract):
     seed: Seed | None = Field(None, description="seed of the first image; image i gets seed + i modulo 2**32")
     format: ImageFormat = ImageFormat.PNG
     quality: int = Field(90, ge=1, le=100, description="JPEG and WebP")
+    preview_every: int | None = Field(
+        None,
+        ge=1,
+        le=150,
+        description="show each image small after every so many steps, as `preview` events of the job's stream, a few "
+        "per second at most; no effect on the result; none: no previews",
+    )
     lane: Lane = Lane.NORMAL
     expires_in_s: float | None = Field(
         None, gt=0, le=30 * 86_400, description="longest wait until the model starts; then the job is `expired`"
@@ -130,6 +137,8 @@ class GenerationParameters(Contract):
     filter: ImageFilter
     references: list[PinnedReference] = Field(description="pinned ones; empty: search")
     exact_size: bool = Field(False, description="fail with `size_not_supported` instead of scaling")
+    # Left out where it is not asked for, so that a worker of the release before reads the row.
+    preview_every: int | None = Field(None, exclude_if=lambda steps: steps is None, description="steps; none: never")
 
 
 class DryRunView(Contract):

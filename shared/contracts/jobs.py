@@ -48,6 +48,15 @@ class Progress(Contract):
     total_steps: int = Field(ge=0)
 
 
+class Preview(Contract):
+    """One image of a running job as it is after some steps: small, and gone when nobody looked."""
+
+    index: int = Field(ge=0, description="which of the job's images")
+    step: int = Field(ge=0)
+    total_steps: int = Field(ge=0)
+    image: str = Field(max_length=100_000, description="a `data:` URL of a JPEG, at most 256 pixels a side")
+
+
 class JobError(Contract):
     code: str
     detail: str
@@ -135,6 +144,7 @@ class EventType(StrEnum):
     QUEUED = "queued"
     STARTED = "started"
     RESOLVED = "resolved"
+    DEGRADED = "degraded"
     REQUEUED = "requeued"
     SUCCEEDED = "succeeded"
     FAILED = "failed"

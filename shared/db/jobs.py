@@ -168,6 +168,11 @@ def resolved(session: Session, claim: Claim, resolution: dict[str, Any]) -> bool
     return bool(changed)
 
 
+def degraded(session: Session, claim: Claim, data: dict[str, Any]) -> bool:
+    """Tell that the attempt drew in a way that changes pixels, because otherwise memory would not have sufficed."""
+    return bool(_transition(session, _owned([claim]), event=EventType.DEGRADED, data=data))
+
+
 def model_started(session: Session, claim: Claim) -> bool:
     """From here on a lost lease counts as a crash, and the job's wait is over: False also when that took too long."""
     statement = update(Job).where(_owned([claim]), _not_expired()).values(model_started=True).returning(Job.id)

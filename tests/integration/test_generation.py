@@ -23,14 +23,16 @@ from shared.settings import ModelSettings, Settings, get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key
 from tests.factories import SHARED_COLLECTION, make_job
 from tests.small_pipelines import CLIP_DIM, save_clip, save_sd15
-from worker_service import embedding, generation
+from worker_service import generation
 from worker_service.attempt import Outcome
-from worker_service.batcher import Batcher
 from worker_service.cheap import CheapGenerator
 from worker_service.clip import Clip
+from worker_service.embedding import ImageEmbedding
+from worker_service.image_leases import ImageLeases
 from worker_service.image_request import ImageRequest, OnStep
 from worker_service.leases import Leases
 from worker_service.models import Embedder, Models
+from worker_service.watchdog import Watchdog
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +66,8 @@ def model(settings: Settings) -> Watched:
 def models(settings: Settings, session: Session, clip: Clip, model: Watched) -> Iterator[Models]:
     space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
     session.commit()
-    batcher: Batcher[ImageRequest, np.ndarray] = Batcher(
-        model.generate, key=ImageRequest.batch_key, max_batch_size=4, name="cheap"
-    )
-    models = Models(Embedder(clip, space), model, settings.model.generators["cheap"], batcher)
+    watchdog = Watchdog(settings.watchdog)
+    models = Models.of(Embedder(clip, space, watchdog), model, settings.model.generators["cheap"], watchdog)
     yield models
     models.close(5)
 
@@ -85,8 +85,13 @@ def run(job_id: UUID, models: Models, leases: Leases) -> Outcome:
 def remember(session: Session, models: Models, colour: str, caption: str) -> UUID:
     """Put a picture into the corpus as an upload does, and embed it as a worker does."""
     image = put(session, colour, caption)
-    assert embedding.embed_pending(models.embedder, stopping=lambda: False) == 1
+    assert embed_pending(models) == 1
     return image.id
+
+
+def embed_pending(models: Models) -> int:
+    with ImageLeases(get_settings().jobs) as leases:
+        return ImageEmbedding(models.embedder, leases).drain(stopping=lambda: False)
 
 
 def put(session: Session, colour: str, caption: str) -> ImageRow:
@@ -377,7 +382,7 @@ def test_an_image_whose_bytes_are_damaged_fails_with_a_code_and_the_others_are_e
     get_blobs().put("images/bad.png", b"not an image", media_type="image/png")
     session.execute(text("update images set state = 'pending' where id = :id"), {"id": good})
     session.commit()
-    embedding.embed_pending(models.embedder, stopping=lambda: False)
+    embed_pending(models)
     session.expire_all()
     assert session.get_one(ImageRow, good).state == "ready"
     refused = session.get_one(ImageRow, bad.id)
@@ -403,7 +408,11 @@ def test_a_clip_that_is_not_the_adapters_encoder_is_refused_when_the_worker_star
         "default_generator": "sd15",
     }
     with pytest.raises(ModelLoadError, match="conditions_on"):
-        Models.load("sd15", settings.model_copy(update={"model": ModelSettings.model_validate(model)}))
+        Models.load(
+            "sd15",
+            settings.model_copy(update={"model": ModelSettings.model_validate(model)}),
+            Watchdog(settings.watchdog),
+        )
 
 
 def test_an_image_that_the_store_cannot_give_holds_up_no_other(
@@ -417,7 +426,7 @@ def test_an_image_that_the_store_cannot_give_holds_up_no_other(
 
     def searchable(*, rings: int) -> list[UUID]:
         for _ in range(rings):
-            embedding.embed_pending(models.embedder, stopping=lambda: False)
+            embed_pending(models)
         session.rollback()
         ready = select(ImageRow.id).where(ImageRow.state == ImageState.READY).order_by(ImageRow.created_at)
         return list(session.scalars(ready))

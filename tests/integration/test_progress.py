@@ -25,13 +25,13 @@ def test_news_reach_every_watch_of_that_job_and_no_other(listening: Subscriber) 
     with listening.watch(job) as one, listening.watch(job) as two, listening.watch(other) as elsewhere:
         publish_progress(job, 3, 8)
         for watch in (one, two):
-            assert watch.wait(5) == (False, Progress(step=3, total_steps=8))
+            assert watch.wait(5) == (False, Progress(step=3, total_steps=8), [])
         assert listening.latest(job) == Progress(step=3, total_steps=8)
         publish_changed(job)
         for watch in (one, two):
-            assert watch.wait(5) == (True, None)
+            assert watch.wait(5) == (True, None, [])
         assert listening.latest(job) is None, "an old step says nothing of the next attempt"
-        assert elsewhere.wait(0) == (False, None)
+        assert elsewhere.wait(0) == (False, None, [])
 
 
 def test_a_slow_listener_gets_the_latest_step_only(listening: Subscriber) -> None:
@@ -40,7 +40,7 @@ def test_a_slow_listener_gets_the_latest_step_only(listening: Subscriber) -> Non
         for step in range(1, 9):
             publish_progress(job, step, 8)
         wait_until(lambda: listening.latest(job) == Progress(step=8, total_steps=8), timeout_s=5, what="the last step")
-        assert watch.wait(5) == (False, Progress(step=8, total_steps=8))
+        assert watch.wait(5) == (False, Progress(step=8, total_steps=8), [])
 
 
 def test_while_redis_is_silent_a_watch_asks_for_a_look_each_second_and_news_come_again_after_the_thaw(
@@ -54,7 +54,7 @@ def test_while_redis_is_silent_a_watch_asks_for_a_look_each_second_and_news_come
             watch.wait(0)  # the one look that losing the connection is worth
             for _ in range(2):
                 asked = time.monotonic()
-                assert watch.wait(30) == (True, None)
+                assert watch.wait(30) == (True, None, [])
                 assert time.monotonic() - asked < 3
             told = time.monotonic()
             publish_changed(job)

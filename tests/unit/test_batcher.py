@@ -7,9 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from shared.errors import ModelOutOfMemoryError
+from shared.settings import WatchdogSettings
 from tests.stack import wait_until
 from worker_service.batcher import Batcher
 from worker_service.image_request import Interrupted, OnStep
+from worker_service.watchdog import Watchdog
 
 
 class Model:
@@ -43,7 +45,13 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def a_batcher(model: Model, *, max_batch_size: int = 4) -> Batcher[int, int]:
-    return Batcher(model.run, key=lambda item: item // 100, max_batch_size=max_batch_size, name="test")
+    return Batcher(
+        model.run,
+        key=lambda item: item // 100,
+        max_batch_size=max_batch_size,
+        name="test",
+        watchdog=Watchdog(WatchdogSettings()),
+    )
 
 
 def in_line(batcher: Batcher[int, int], waiting: int) -> None:
