@@ -58,9 +58,35 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("state = 'queued'"),
     )
+    # Caps and quotas of owners.
+    op.create_index(
+        "ix_jobs_queued_owner", "jobs", ["owner_id"], unique=False, postgresql_where=sa.text("state = 'queued'")
+    )
+    op.add_column("jobs", sa.Column("quota_day", sa.Date(), nullable=True))
+    op.add_column("owners", sa.Column("daily_images", sa.Integer(), nullable=True))
+    op.create_table(
+        "image_usage",
+        sa.Column("owner_id", sa.Uuid(), nullable=False),
+        sa.Column("day", sa.Date(), nullable=False),
+        sa.Column("images", sa.Integer(), nullable=False),
+        sa.ForeignKeyConstraint(["owner_id"], ["owners.id"], name=op.f("fk_image_usage_owner_id"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("owner_id", "day", name=op.f("pk_image_usage")),
+    )
+    # Lists of deliveries.
+    op.create_index(
+        op.f("ix_webhook_deliveries_owner_id"),
+        "webhook_deliveries",
+        ["owner_id", sa.literal_column("created_at desc"), sa.literal_column("id desc")],
+        unique=False,
+    )
 
 
 def downgrade() -> None:
+    op.drop_index(op.f("ix_webhook_deliveries_owner_id"), table_name="webhook_deliveries")
+    op.drop_table("image_usage")
+    op.drop_column("owners", "daily_images")
+    op.drop_column("jobs", "quota_day")
+    op.drop_index("ix_jobs_queued_owner", table_name="jobs", postgresql_where=sa.text("state = 'queued'"))
     op.drop_index("ix_jobs_queued", table_name="jobs", postgresql_where=sa.text("state = 'queued'"))
     op.drop_index(
         "ix_webhook_deliveries_settled", table_name="webhook_deliveries", postgresql_where=sa.text("state <> 'pending'")

@@ -3,7 +3,7 @@
 Vector tables are not here: each embedding space has its own, made when its model first runs (`shared.db.spaces`).
 """
 
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 from uuid import UUID
 
@@ -60,6 +60,17 @@ class Owner(Base):
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     disabled_at: Mapped[datetime | None]
+    daily_images: Mapped[int | None] = mapped_column(Integer)  # none: what the settings say
+
+
+class ImageUsage(Base):
+    """Images that an owner asked for on one day (UTC), without those that were never drawn."""
+
+    __tablename__ = "image_usage"
+
+    owner_id: Mapped[UUID] = mapped_column(ForeignKey("owners.id", ondelete="CASCADE"), primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    images: Mapped[int] = mapped_column(Integer)
 
 
 class ApiKey(Base):
@@ -176,6 +187,7 @@ class Job(Base):
         ),
         Index("ix_jobs_published", "model", postgresql_where=text("state = 'queued' and published_at is not null")),
         Index("ix_jobs_queued", "model", "lane", "created_at", "id", postgresql_where=text("state = 'queued'")),
+        Index("ix_jobs_queued_owner", "owner_id", postgresql_where=text("state = 'queued'")),
         Index("ix_jobs_leases", "lease_until", postgresql_where=text("state = 'processing'")),
         Index("ix_jobs_finished", "finished_at", postgresql_where=text("finished_at is not null")),
         Index("ix_jobs_deadlines", "expires_at", postgresql_where=text("state = 'queued' and expires_at is not null")),
@@ -190,6 +202,7 @@ class Job(Base):
     lane: Mapped[int] = mapped_column(SmallInteger)
     model: Mapped[str]
     images: Mapped[int] = mapped_column(Integer)
+    quota_day: Mapped[date | None]  # whose quota its images count towards; none: nobody's
     parameters: Mapped[dict[str, Any]]
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
     webhook: Mapped[dict[str, Any] | None]
@@ -345,6 +358,7 @@ class WebhookDelivery(Base):
         ForeignKeyConstraint(["job_id", "seq"], ["job_events.job_id", "job_events.seq"], ondelete="CASCADE"),
         UniqueConstraint("job_id", "seq"),
         CheckConstraint("(job_id is null) = (body is not null)", name="body"),
+        Index(None, "owner_id", text("created_at desc"), text("id desc")),
         Index("ix_webhook_deliveries_due", "due_at", postgresql_where=text("state = 'pending'")),
         Index("ix_webhook_deliveries_settled", "created_at", postgresql_where=text("state <> 'pending'")),
         Index("ix_webhook_deliveries_leases", "host", "lease_until", postgresql_where=text("lease_until is not null")),
