@@ -43,6 +43,9 @@ bench: $(READY) ## the figures behind what is said of caching, pooling and typin
 	@$(PY) -m ops.local run --generate 0 -- sh -c '$(PY) -m scripts.index_images starter/corpus.tar --url "$$AFTERIMAGE_URL" \
 		&& $(PY) -m benchmarks.search_cache && $(PY) -m benchmarks.connection_pool && $(PY) -m benchmarks.typing_coverage'
 
+chaos: $(READY) ## faults at random moments under load, every promise checked, into out/chaos/  (CHAOS="--seed 7", CHAOS=--help)
+	@$(PY) -u -m tests.chaos $(CHAOS)
+
 lint: $(READY) ## style, types and import rules
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -72,4 +75,4 @@ clean: ## stop the stack, remove .venv and every cache; var/ and out/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo up down test eval bench lint train-starter docs lock clean
+.PHONY: help setup demo up down test eval bench chaos lint train-starter docs lock clean

@@ -1,0 +1,59 @@
+"""`make chaos`: faults at random moments under load, and every promise checked afterwards.
+
+CHAOS="--jobs 500 --faults 25 --seed 7" sets what is played; a failing run is repeated by its seed.
+"""
+
+import argparse
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+import orjson
+
+from ops.local.stack import REPOSITORY
+from tests.chaos.faults import KINDS
+from tests.chaos.storm import Plan, storm
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    plan = Plan(
+        seed=secrets.randbelow(10**6) if arguments.seed is None else arguments.seed,
+        jobs=arguments.jobs,
+        faults=arguments.faults,
+        kinds=arguments.kinds or tuple(KINDS),
+        lease_s=arguments.lease_s,
+        starter_share=arguments.starter_share,
+    )
+    out: Path = arguments.out.resolve()
+    shutil.rmtree(out, ignore_errors=True)
+    with storm(plan, out) as (_, outcome):
+        summary = outcome.summary()
+    (out / "summary.json").write_bytes(orjson.dumps(summary, option=orjson.OPT_INDENT_2))
+    for line in [*outcome.slow, *(f"{each.breach}: {each.what}" for each in outcome.broken)]:
+        print(line)
+    print(
+        f"seed {plan.seed}: {outcome.jobs} jobs, {outcome.uploads} uploads, {summary['faults']} faults of "
+        f"{summary['kinds']} kinds: {summary['lost']} lost, {summary['doubled']} doubled, {summary['stuck']} stuck; "
+        f"{out / 'summary.json'}"
+    )
+    return 0 if outcome.kept else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="make chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=500, help="at least so many jobs (default: 500)")
+    parser.add_argument("--faults", type=int, default=25, help="so many faults (default: 25)")
+    parser.add_argument("--seed", type=int, help="play the same order of faults and requests again")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"only these of {', '.join(KINDS)}")
+    parser.add_argument("--lease-s", type=float, default=30, help="the lease of a job in seconds (default: 30)")
+    parser.add_argument("--starter-share", type=float, default=0.03, help="jobs for the starter model (default: 0.03)")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "out" / "chaos", help="emptied, then filled")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""The faults: each plays itself to its end and says what it has hit.
+
+Each makes sure that there is something to hit: it asks for work and waits until the victim has some in hand.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from uuid import UUID
+
+from celery import Celery
+from pydantic import SecretStr
+from sqlalchemy import func, insert, update
+from sqlalchemy.orm import Session
+
+from shared import queue
+from shared.contracts.jobs import EventType, JobState, Lane
+from shared.db.models import Job, JobEvent
+from shared.settings import QueueSettings
+from tests.chaos import orders
+from tests.chaos.scene import PATIENCE_S, Hit, Scene
+from tests.stack import wait_until
+
+BURST = 6
+TRIES = 5
+
+
+# --- processes are killed -----------------------------------------------------------------------------------------
+
+
+def kill_api(scene: Scene) -> Hit:
+    name = scene.random.choice(["api", "api-2"])
+    scene.load.jobs(BURST)
+    scene.load.upload(1)
+    hit = Hit(also=lambda: scene.answers(name))
+    scene.kill(name)
+    return hit
+
+
+def kill_generate(scene: Scene) -> Hit:
+    for _ in range(TRIES):
+        name, pid = scene.a_ready("generate-cheap")
+        scene.load.jobs(BURST)
+        scene.wait_for_work(pid)
+        hit = Hit()
+        scene.kill(name)
+        hit.jobs = scene.held_by(pid)
+        if hit.jobs:
+            return hit
+    raise AssertionError("no worker was killed with work in hand")
+
+
+def kill_embed(scene: Scene) -> Hit:
+    name, _ = scene.a_ready("embed")
+    scene.load.upload(8)
+    wait_until(scene.images_in_hand, timeout_s=PATIENCE_S, what="images in the hands of a worker")
+    hit = Hit()
+    scene.kill(name)
+    images = scene.images_in_hand()
+    hit.also = lambda: scene.are_embedded(images)
+    return hit
+
+
+def kill_io(scene: Scene) -> Hit:
+    name, _ = scene.a_ready("io")
+    scene.receiver.pause_s = scene.webhook_timeout_s / 3
+    try:
+        scene.load.jobs(BURST)
+        wait_until(scene.deliveries_in_hand, timeout_s=PATIENCE_S, what="deliveries in the hands of a worker")
+        hit = Hit()
+        scene.kill(name)
+        deliveries = scene.deliveries_in_hand()
+    finally:
+        scene.receiver.pause_s = 0
+    hit.also = lambda: scene.are_delivered(deliveries)
+    return hit
+
+
+def kill_reconciler(scene: Scene) -> Hit:
+    before = scene.stack.control.pid("reconciler")
+    scene.load.jobs(BURST)
+    hit = Hit()
+    scene.kill("reconciler")
+    hit.also = lambda: scene.stack.control.pid("reconciler") not in (None, before)
+    return hit
+
+
+# --- a worker dies at a certain point ------------------------------------------------------------------------------
+
+
+def kill_mid_batch(scene: Scene) -> Hit:
+    return _kill_at(scene, orders.MID_BATCH)
+
+
+def kill_before_commit(scene: Scene) -> Hit:
+    return _kill_at(scene, orders.BEFORE_COMMIT)
+
+
+def kill_after_commit(scene: Scene) -> Hit:
+    return _kill_at(scene, orders.AFTER_COMMIT)
+
+
+def _kill_at(scene: Scene, order: str) -> Hit:
+    pid, at = _obeyed(scene, order)
+    scene.wait_for_death(pid)
+    return Hit(since=at, jobs=scene.held_by(pid))
+
+
+def _obeyed(scene: Scene, order: str) -> tuple[int, float]:
+    """Give an order and work to do; which process carried it out, and when."""
+    before = len(list(scene.backstage.notes(order)))
+    scene.backstage.order(order)
+    scene.load.jobs(BURST)
+    wait_until(
+        lambda: len(list(scene.backstage.notes(order))) > before, timeout_s=PATIENCE_S, what=f"a worker to {order}"
+    )
+    note = list(scene.backstage.notes(order))[-1]
+    return note["pid"], note["at"]
+
+
+# --- servers ------------------------------------------------------------------------------------------------------
+
+
+def wipe_broker(scene: Scene) -> Hit:
+    scene.load.jobs(BURST * 2)
+    wait_until(scene.unfinished, timeout_s=PATIENCE_S, what="work in progress")
+    scene.kill("queue")
+    scene.stop("queue")
+    for path in scene.stack.layout.queue.glob("*"):
+        if path.name != "valkey.conf":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    scene.load.jobs(BURST)
+    threading.Event().wait(scene.random.uniform(0.5, 4))
+    hit = Hit(jobs=scene.waiting())
+    scene.start("queue")
+    hit.also = scene.broker_answers
+    return hit
+
+
+def freeze_broker(scene: Scene) -> Hit:
+    scene.load.jobs(BURST)
+    scene.stack.control.freeze("queue")
+    try:
+        scene.load.jobs(BURST)
+        scene.load.upload(2)
+        threading.Event().wait(scene.random.uniform(2, 8))
+    finally:
+        scene.stack.control.thaw("queue")
+    return Hit(jobs=scene.waiting())
+
+
+def restart_postgres(scene: Scene) -> Hit:
+    scene.load.jobs(BURST)
+    scene.stop("postgres")
+    scene.start("postgres")
+    return Hit(jobs=scene.unfinished())
+
+
+def kill_postgres(scene: Scene) -> Hit:
+    scene.load.jobs(BURST)
+    scene.kill("postgres")
+    hit = Hit()
+    hit.jobs = scene.unfinished()
+    return hit
+
+
+def postgres_away_longer_than_a_lease(scene: Scene) -> Hit:
+    scene.load.jobs(BURST)
+    wait_until(scene.unfinished, timeout_s=PATIENCE_S, what="work in progress")
+    scene.stop("postgres")
+    threading.Event().wait(scene.lease_s * 1.2)
+    scene.start("postgres")
+    return Hit(jobs=scene.unfinished())
+
+
+# --- messages and leases ------------------------------------------------------------------------------------------
+
+
+def deliver_twice(scene: Scene) -> Hit:
+    """For some seconds every message of a job is sent again, also those of jobs that run or have ended."""
+    app = queue.configure(
+        Celery("chaos"), QueueSettings(url=SecretStr(scene.stack.environment()["AFTERIMAGE_QUEUE__URL"]))
+    )
+    submitted = scene.load.jobs(BURST * 2)
+    until = time.monotonic() + 5
+    try:
+        while time.monotonic() < until:
+            for each in submitted:
+                for job_id in each.ids:
+                    app.send_task(
+                        queue.GENERATE,
+                        args=[str(job_id)],
+                        task_id=str(job_id),
+                        queue=queue.generate_queue(each.body["model"]),
+                        priority=Lane(each.body["lane"]).rank,
+                    )
+            app.send_task(queue.EMBED_PENDING, queue=queue.EMBED_IMAGES_QUEUE)
+            app.send_task(queue.DELIVER_WEBHOOKS, queue=queue.IO_QUEUE)
+            threading.Event().wait(0.3)
+    finally:
+        app.close()
+    return Hit(jobs=scene.unfinished())
+
+
+def steal_lease(scene: Scene) -> Hit:
+    """Somebody who never does any work claims what a worker has in hand, and lets its own lease run out."""
+    for _ in range(TRIES):
+        _, pid = scene.a_ready("generate-cheap")
+        scene.load.jobs(BURST)
+        scene.wait_for_work(pid)
+        hit = Hit(jobs=_stolen(scene, pid))
+        if hit.jobs:
+            return hit
+    raise AssertionError("no lease was stolen")
+
+
+def _stolen(scene: Scene, pid: int) -> dict[UUID, int]:
+    statement = (
+        update(Job)
+        .where(Job.state == JobState.PROCESSING, Job.worker.like(f"%-{pid}@%"))
+        .values(
+            attempt=Job.attempt + 1,
+            worker="thief",
+            model_started=False,
+            lease_until=func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, scene.lease_s / 2),
+            last_seq=Job.last_seq + 1,
+        )
+        .returning(Job.id, Job.last_seq)
+        .execution_options(synchronize_session=False)
+    )
+    with Session(scene.engine) as session, session.begin():
+        stolen = {row.id: row.last_seq for row in session.execute(statement)}
+        events = [
+            {"job_id": job_id, "seq": seq, "type": EventType.STARTED, "data": {"worker": "thief"}}
+            for job_id, seq in stolen.items()
+        ]
+        if events:
+            session.execute(insert(JobEvent), events)
+    return stolen
+
+
+def freeze_worker_past_its_lease(scene: Scene) -> Hit:
+    for _ in range(TRIES):
+        name, pid = scene.a_ready("generate-cheap")
+        scene.load.jobs(BURST)
+        scene.wait_for_work(pid)
+        hit = Hit()
+        scene.stack.control.freeze(name)
+        try:
+            hit.jobs = scene.held_by(pid)
+            if hit.jobs:
+                scene.wait_until_healed(hit.jobs, timeout_s=scene.lease_s * 2 + PATIENCE_S)
+                return hit
+        finally:
+            scene.stack.control.thaw(name)
+    raise AssertionError("no worker was frozen with work in hand")
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def poison(scene: Scene) -> Hit:
+    """A prompt that kills its process wherever it runs; every job beside it must succeed."""
+    hit = Hit()
+    scene.load.jobs(2)
+    poisonous = scene.load.job(words=orders.POISON, ends=JobState.DEAD, code="job_crashed", model="cheap")
+    scene.load.jobs(BURST)
+    wait_until(
+        lambda: poisonous.ids and not _is_unfinished(scene, poisonous.id),
+        timeout_s=(scene.lease_s * 1.5 + PATIENCE_S) * 3,
+        what="the poisonous job to be given up",
+    )
+    hit.jobs = scene.unfinished()
+    return hit
+
+
+def _is_unfinished(scene: Scene, job_id: UUID) -> bool:
+    return job_id in scene.unfinished()
+
+
+def out_of_memory(scene: Scene) -> Hit:
+    scene.backstage.order(orders.OUT_OF_MEMORY)
+    scene.load.job(words=orders.TOO_LARGE, ends=JobState.FAILED, code="out_of_memory", model="cheap")
+    scene.load.jobs(BURST, num_images=4, model="cheap")
+    wait_until(lambda: not scene.backstage.is_open(orders.OUT_OF_MEMORY), timeout_s=PATIENCE_S, what="a full batch")
+    return Hit(jobs=scene.unfinished())
+
+
+def garbage(scene: Scene) -> Hit:
+    scene.backstage.order(orders.WRONG_COUNT)
+    scene.load.job(words=orders.GARBAGE, ends=JobState.FAILED, code="invalid_output", model="cheap")
+    scene.load.jobs(BURST, num_images=4, model="cheap")
+    wait_until(lambda: not scene.backstage.is_open(orders.WRONG_COUNT), timeout_s=PATIENCE_S, what="a full batch")
+    return Hit(jobs=scene.unfinished())
+
+
+# --- receivers ----------------------------------------------------------------------------------------------------
+
+
+def hang_receivers(scene: Scene) -> Hit:
+    """Receivers take every delivery and never answer; jobs go on meanwhile."""
+    hit = Hit()
+    scene.receiver.answers.clear()
+    try:
+        scene.load.jobs(BURST)
+        wait_until(scene.deliveries_in_hand, timeout_s=PATIENCE_S, what="deliveries that hang")
+        hit.jobs = scene.unfinished()
+        threading.Event().wait(scene.webhook_timeout_s + 1)
+    finally:
+        scene.receiver.answers.set()
+    deliveries = scene.pending_deliveries()
+    hit.also = lambda: scene.are_delivered(deliveries)
+    return hit
+
+
+# --- all of them --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    play: Callable[[Scene], Hit]
+    bound: Callable[[float], float] | None = None
+    """From the lease's length, in seconds, how long recovery may take; None: until the jobs' own deadlines."""
+
+
+def within_a_lease_and_a_half(lease_s: float) -> float:
+    return lease_s * 1.5
+
+
+def within_15_s(_lease_s: float) -> float:
+    return 15.0
+
+
+KINDS = {
+    "kill_api": Kind(kill_api, within_a_lease_and_a_half),
+    "kill_embed": Kind(kill_embed, within_a_lease_and_a_half),
+    "kill_generate": Kind(kill_generate, within_a_lease_and_a_half),
+    "kill_io": Kind(kill_io, within_a_lease_and_a_half),
+    "kill_reconciler": Kind(kill_reconciler, within_a_lease_and_a_half),
+    "kill_mid_batch": Kind(kill_mid_batch, within_a_lease_and_a_half),
+    "kill_before_commit": Kind(kill_before_commit, within_a_lease_and_a_half),
+    "kill_after_commit": Kind(kill_after_commit, within_a_lease_and_a_half),
+    "wipe_broker": Kind(wipe_broker, within_15_s),
+    "freeze_broker": Kind(freeze_broker, within_15_s),
+    "restart_postgres": Kind(restart_postgres),
+    "kill_postgres": Kind(kill_postgres),
+    "postgres_away": Kind(postgres_away_longer_than_a_lease),
+    "deliver_twice": Kind(deliver_twice),
+    "steal_lease": Kind(steal_lease, within_a_lease_and_a_half),
+    "freeze_worker": Kind(freeze_worker_past_its_lease, within_a_lease_and_a_half),
+    "poison": Kind(poison),
+    "out_of_memory": Kind(out_of_memory),
+    "garbage": Kind(garbage),
+    "hang_receivers": Kind(hang_receivers),
+}

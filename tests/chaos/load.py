@@ -1,0 +1,191 @@
+"""A steady stream of jobs and uploads from clients that never give up and often ask twice."""
+
+import io
+import random
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+from uuid import UUID
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from shared.contracts.jobs import EventType, JobState
+
+GIVE_UP_S = 180.0
+"""A service that accepts nothing for this long is broken, whatever the fault."""
+
+
+@dataclass
+class Submission:
+    """One request, and what came of it."""
+
+    token: str
+    route: str
+    body: dict[str, Any]
+    ends: frozenset[str] = frozenset({JobState.SUCCEEDED})
+    """The states in which it may rightly end."""
+    code: str | None = None
+    """The error with which it has to end, where it has to."""
+    ids: set[UUID] = field(default_factory=set)
+    """Every job id that any answer has named: one, however often it was sent."""
+
+    @property
+    def id(self) -> UUID:
+        (job_id,) = self.ids
+        return job_id
+
+    @property
+    def told(self) -> frozenset[str]:
+        """Events that a receiver was promised."""
+        return frozenset(self.body.get("webhook", {}).get("events", ()))
+
+
+class Load:
+    """Jobs and uploads, composed from the seed in the order in which they are asked for, sent by many threads."""
+
+    def __init__(self, apis: Sequence[str], *, seed: int, receiver_url: str, starter_share: float) -> None:
+        self._random = random.Random(seed)
+        self._composing = threading.Lock()
+        self._tokens = count(1)
+        self._receiver_url = receiver_url
+        self._starter_share = starter_share
+        self._clients = [httpx.Client(base_url=f"{api}/api/v1", timeout=10) for api in apis]
+        self._pool = ThreadPoolExecutor(16, thread_name_prefix="client")
+        self._sent: list[Future[None]] = []
+        self._stop = threading.Event()
+        self._pacer: threading.Thread | None = None
+        self.submissions: list[Submission] = []
+        self.uploads: defaultdict[str, set[UUID]] = defaultdict(set)
+        """By the content's token, the ids that answers have named: one each."""
+
+    # --- what is asked for --------------------------------------------------------------------------------------
+
+    def jobs(self, number: int, *, words: str = "a red apple", **fixed: Any) -> list[Submission]:
+        """Submit so many jobs, without waiting for their acceptance."""
+        return [self._begin(self._composed(words, fixed)) for _ in range(number)]
+
+    def job(self, *, words: str, ends: JobState, code: str | None, **fixed: Any) -> Submission:
+        """Submit a job that has to end like this."""
+        submission = self._composed(words, {"num_images": 1, **fixed})
+        submission.ends, submission.code = frozenset({ends}), code
+        return self._begin(submission)
+
+    def upload(self, number: int) -> None:
+        """Send so many new images, some of them twice."""
+        for _ in range(number):
+            with self._composing:
+                token = f"image-{next(self._tokens):05d}"
+                pixels = np.random.default_rng(self._random.getrandbits(32)).integers(0, 256, (48, 48, 3), np.uint8)
+                times = 2 if self._random.random() < 0.2 else 1
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            for _ in range(times):
+                self._sent.append(self._pool.submit(self._upload, token, file.getvalue()))
+
+    def flow(self, *, jobs_per_s: float) -> None:
+        """Go on at this rate, one upload to five jobs, until `settle`."""
+
+        def pace() -> None:
+            while not self._stop.wait(self._random.expovariate(jobs_per_s)):
+                self.jobs(1)
+                if self._random.random() < 0.2:
+                    self.upload(1)
+
+        self._pacer = threading.Thread(target=pace, name="load")
+        self._pacer.start()
+
+    def settle(self) -> None:
+        """End the flow and wait until everything that was sent is accepted.
+
+        Raises:
+            AssertionError: something never was.
+        """
+        self._stop.set()
+        if self._pacer is not None:
+            self._pacer.join()
+        for sent in self._sent:
+            sent.result()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+        for client in self._clients:
+            client.close()
+
+    # --- how it is sent -------------------------------------------------------------------------------------------
+
+    def _composed(self, words: str, fixed: dict[str, Any]) -> Submission:
+        with self._composing:
+            token = f"job-{next(self._tokens):05d}"
+            body = {
+                "prompt": f"{token} {words}",
+                "num_images": self._random.choice([1, 1, 2, 4]),
+                "seed": self._random.getrandbits(31),
+                "num_inference_steps": self._random.choice([8, 8, 12]),
+                "lane": self._random.choice(["high", "normal", "normal", "low", "bulk"]),
+                "metadata": {"token": token},
+                "model": "starter" if self._random.random() < self._starter_share else "cheap",
+                "width": 64,
+                "height": 64,
+            }
+            if self._random.random() < 0.5:
+                events = [event for event in EventType if event.ends_job]
+                more = self._random.choice([[], [EventType.STARTED], [EventType.QUEUED, EventType.REQUEUED]])
+                body["webhook"] = {"url": self._receiver_url, "events": [*events, *more]}
+            route = self._random.choice(["/generate", "/generate", "/rag/generate"])
+        return Submission(token, route, body | fixed)
+
+    def _begin(self, submission: Submission) -> Submission:
+        self.submissions.append(submission)
+        again, cancel = self._random.random(), self._random.random() < 0.03
+        self._sent.append(self._pool.submit(self._submit, submission))
+        if again < 0.05:  # at the same time
+            self._sent.append(self._pool.submit(self._submit, submission))
+        elif again < 0.2:  # later
+            self._sent.append(self._pool.submit(self._submit, submission, times=2))
+        if cancel and submission.code is None:
+            submission.ends |= {JobState.CANCELED}
+            self._sent.append(self._pool.submit(self._cancel, submission))
+        return submission
+
+    def _submit(self, submission: Submission, *, times: int = 1) -> None:
+        for _ in range(times):
+            key = {"Idempotency-Key": submission.token}
+            answer = self._until_answered("POST", submission.route, json=submission.body, headers=key)
+            assert answer.status_code == 202, answer.text
+            submission.ids.add(UUID(answer.json()["id"]))
+
+    def _cancel(self, submission: Submission) -> None:
+        self._submit(submission)
+        answer = self._until_answered("POST", f"/jobs/{submission.id}/cancel")
+        if answer.status_code == 200:
+            submission.ends = frozenset({JobState.CANCELED})
+        else:  # it had ended; or an answer got lost, and this is the one to the second request
+            assert answer.status_code == 409, answer.text
+
+    def _upload(self, token: str, file: bytes) -> None:
+        answer = self._until_answered("POST", "/upload", files={"file": (f"{token}.png", file)})
+        assert answer.status_code in (200, 201), answer.text
+        self.uploads[token].add(UUID(answer.json()["images"][0]["id"]))
+
+    def _until_answered(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """Ask one API process after the other until one gives an answer that does not say "later"."""
+        waiting = threading.Event()
+        problem = "none"
+        for attempt in range(int(GIVE_UP_S / 0.25)):
+            client = self._clients[attempt % len(self._clients)]
+            try:
+                answer = client.request(method, path, **request)
+                if answer.status_code < 500:
+                    return answer
+                problem = answer.text
+            except httpx.TransportError as error:
+                problem = repr(error)
+            waiting.wait(0.25)
+        raise AssertionError(f"{method} {path} was never answered; the last problem was {problem}")

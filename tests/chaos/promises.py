@@ -1,0 +1,186 @@
+"""What has to be true after the storm: every promise of the service, checked against the rows, the files, the notes of
+the workers and the receipts of the receiver."""
+
+import hashlib
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+import httpx
+from PIL import Image as Picture
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+from standardwebhooks import Webhook
+
+from shared.contracts.jobs import JobState
+from shared.db.models import Generation, Image, Job, JobEvent, WebhookSecret
+from tests.chaos import orders
+from tests.chaos.load import Submission
+from tests.chaos.receiver import Receipt
+from tests.chaos.scene import FINAL, Scene
+
+
+class Breach(StrEnum):
+    LOST = "lost"
+    DOUBLED = "doubled"
+    STUCK = "stuck"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """One promise that was not kept."""
+
+    breach: Breach
+    what: str
+
+
+def broken(scene: Scene) -> list[Broken]:
+    """Everything that is not as promised, once all work should be over."""
+    with Session(scene.engine) as session:
+        jobs = {job.id: job for job in session.scalars(select(Job))}
+        outputs = defaultdict(list)
+        for output in session.scalars(select(Generation).order_by(Generation.index)):
+            outputs[output.job_id].append(output)
+        events = defaultdict(list)
+        for event in session.scalars(select(JobEvent).order_by(JobEvent.seq)):
+            events[event.job_id].append(event)
+        images = {image.id: image for image in session.scalars(select(Image))}
+        secrets = list(session.scalars(select(WebhookSecret.secret)))
+        leases = session.scalar(select(func.count()).where(Job.lease_until.is_not(None))) or 0
+    submissions = scene.load.submissions
+    return [
+        *one_job_each(submissions, jobs),
+        *right_ends(submissions, jobs, outputs),
+        *whole_stories(jobs, events),
+        *([Broken(Breach.STUCK, f"{leases} leases are left")] if leases else []),
+        *intact(scene, [output for of_job in outputs.values() for output in of_job]),
+        *drawn_once(scene.backstage.notes(orders.DRAWN), jobs, events),
+        *uploads_kept(scene.load.uploads, images),
+        *told_once(submissions, events, scene.receiver.receipts, secrets),
+        *(Broken(Breach.STUCK, f"{number} messages are left in {name}") for name, number in scene.messages().items()),
+    ]
+
+
+def one_job_each(submissions: Sequence[Submission], jobs: Mapping[UUID, Job]) -> Iterator[Broken]:
+    """However often a request was sent, it made one job, and every answer named that one."""
+    made = Counter(job.job_metadata["token"] for job in jobs.values())
+    for submission in submissions:
+        if len(submission.ids) != 1 or made[submission.token] > 1:
+            answers = ", ".join(map(str, submission.ids))
+            yield Broken(Breach.DOUBLED, f"{submission.token} made {made[submission.token]} jobs, answered {answers}")
+        for job_id in submission.ids - jobs.keys():
+            yield Broken(Breach.LOST, f"job {job_id} was accepted and is gone")
+
+
+def right_ends(
+    submissions: Sequence[Submission], jobs: Mapping[UUID, Job], outputs: Mapping[UUID, list[Generation]]
+) -> Iterator[Broken]:
+    """Every job has ended as it should, a succeeded one with exactly its images, all of its last attempt."""
+    for submission in submissions:
+        for job in (jobs[job_id] for job_id in submission.ids & jobs.keys()):
+            made = outputs.get(job.id, [])
+            if job.state not in FINAL:
+                yield Broken(Breach.STUCK, f"job {job.id} is {job.state}, attempt {job.attempt}")
+            elif job.state not in submission.ends or (submission.code and (job.error or {})["code"] != submission.code):
+                yield Broken(Breach.LOST, f"job {job.id} ended {job.state} ({job.error}), not {[*submission.ends]}")
+            wanted = range(job.images) if job.state == JobState.SUCCEEDED else range(0)
+            if [output.index for output in made] != list(wanted):
+                breach = Breach.LOST if len(made) < len(wanted) else Breach.DOUBLED
+                yield Broken(breach, f"job {job.id} {job.state} has {len(made)} images, not {len(wanted)}")
+            if any(output.blob_key.split("/")[2] != str(job.attempt) for output in made):
+                yield Broken(Breach.DOUBLED, f"job {job.id} shows images of another attempt than its last")
+
+
+def whole_stories(jobs: Mapping[UUID, Job], events: Mapping[UUID, list[JobEvent]]) -> Iterator[Broken]:
+    """Every story is numbered without gaps and has one end."""
+    for job in jobs.values():
+        told = events[job.id]
+        if [event.seq for event in told] != list(range(1, job.last_seq + 1)):
+            yield Broken(Breach.LOST, f"the story of job {job.id} has gaps: {[event.seq for event in told]}")
+        ends = [event.type for event in told if event.type in FINAL]
+        if ends != [job.state] and job.state in FINAL:
+            yield Broken(Breach.DOUBLED, f"job {job.id} is {job.state}, and its story ends with {ends}")
+
+
+def intact(scene: Scene, outputs: Sequence[Generation]) -> Iterator[Broken]:
+    """Every image can be fetched, is byte by byte what was recorded, and can be decoded."""
+    with httpx.Client(base_url=f"{scene.stack.url}/api/v1", timeout=30) as client, ThreadPoolExecutor(4) as pool:
+        for output, problem in zip(outputs, pool.map(lambda each: _damage(client, each), outputs), strict=True):
+            if problem:
+                yield Broken(Breach.LOST, f"image {output.index} of job {output.job_id}: {problem}")
+
+
+def _damage(client: httpx.Client, output: Generation) -> str | None:
+    answer = client.get(f"/generations/{output.id}/content")
+    if not answer.is_success:
+        return f"{answer.status_code} {answer.text}"
+    if hashlib.sha256(answer.content).hexdigest() != output.sha256:
+        return "its bytes are not those that were recorded"
+    with Picture.open(io.BytesIO(answer.content)) as picture:
+        picture.load()
+        return None if picture.size == (output.width, output.height) else f"its size is {picture.size}"
+
+
+def drawn_once(
+    notes: Iterable[Mapping[str, Any]], jobs: Mapping[UUID, Job], events: Mapping[UUID, list[JobEvent]]
+) -> Iterator[Broken]:
+    """No image was drawn twice by one attempt, none by an attempt that had not begun, and none was drawn again after
+    an attempt that was not interrupted."""
+    drawn: defaultdict[UUID, Counter[tuple[int, int]]] = defaultdict(Counter)
+    for note in notes:
+        drawn[UUID(note["job_id"])][note["attempt"], note["index"]] += 1
+    for job_id, times in drawn.items():
+        for (attempt, index), number in times.items():
+            if number > 1:
+                yield Broken(Breach.DOUBLED, f"attempt {attempt} at job {job_id} drew image {index} {number} times")
+        begun = sum(event.type == "started" for event in events[job_id])
+        if jobs[job_id].attempt != begun or max(attempt for attempt, _ in times) > begun:
+            yield Broken(Breach.DOUBLED, f"job {job_id}: {begun} attempts began, {sorted(times)} drew")
+
+
+def uploads_kept(uploads: Mapping[str, set[UUID]], images: Mapping[UUID, Image]) -> Iterator[Broken]:
+    """Every upload has become one image, searchable or failed with a code."""
+    for token, ids in uploads.items():
+        if len(ids) != 1:
+            yield Broken(Breach.DOUBLED, f"{token} became {len(ids)} images")
+        for image_id in ids:
+            image = images.get(image_id)
+            if image is None:
+                yield Broken(Breach.LOST, f"image {image_id} was accepted and is gone")
+            elif image.state == "pending":
+                yield Broken(Breach.STUCK, f"image {image_id} still waits for its vector")
+            elif image.state == "failed" and not image.error_code:
+                yield Broken(Breach.LOST, f"image {image_id} failed, and does not say why")
+
+
+def told_once(
+    submissions: Sequence[Submission],
+    events: Mapping[UUID, list[JobEvent]],
+    receipts: Sequence[Receipt],
+    secrets: Sequence[str],
+) -> Iterator[Broken]:
+    """Every event that a receiver was promised came at least once, signed, under one id however often it came."""
+    ids = defaultdict(set)
+    for receipt in receipts:
+        ids[receipt.event].add(receipt.webhook_id)
+        if not any(_is_signed(receipt, secret) for secret in secrets):
+            yield Broken(Breach.LOST, f"delivery {receipt.webhook_id} came without a valid signature")
+    for told, names in ids.items():
+        if len(names) > 1:
+            yield Broken(Breach.DOUBLED, f"event {told} came under {len(names)} ids")
+    for submission in submissions:
+        for event in (event for job_id in submission.ids for event in events.get(job_id, [])):
+            if event.type in submission.told and (str(event.job_id), event.seq) not in ids:
+                yield Broken(Breach.LOST, f"nobody was told that job {event.job_id} {event.type} (seq {event.seq})")
+
+
+def _is_signed(receipt: Receipt, secret: str) -> bool:
+    at = datetime.fromtimestamp(int(receipt.headers["webhook-timestamp"]), UTC)
+    signature = Webhook(secret).sign(receipt.webhook_id, at, receipt.body.decode())
+    return signature in receipt.headers["webhook-signature"].split()

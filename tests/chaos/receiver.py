@@ -1,0 +1,77 @@
+"""Who is told of events: a small HTTP server that remembers everything, and hangs when asked to."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import orjson
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """One delivery that was answered with 204."""
+
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def webhook_id(self) -> str:
+        return self.headers["webhook-id"]
+
+    @property
+    def event(self) -> tuple[str, int]:
+        """Which event it tells of: job id and seq."""
+        data: dict[str, Any] = orjson.loads(self.body)["data"]
+        return data["job_id"], data["seq"]
+
+
+@dataclass
+class Receiver:
+    port: int
+    receipts: list[Receipt] = field(default_factory=list)
+    answers: threading.Event = field(default_factory=threading.Event)
+    """While cleared, every delivery waits without an answer, and ends without one."""
+    pause_s: float = 0
+    """How long it thinks before it answers."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/hook"
+
+
+@contextmanager
+def receiving() -> Iterator[Receiver]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.daemon_threads = True
+    _Handler.receiver = receiver = Receiver(server.server_port)
+    receiver.answers.set()
+    thread = threading.Thread(target=server.serve_forever, name="receiver")
+    thread.start()
+    try:
+        yield receiver
+    finally:
+        receiver.answers.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    receiver: Receiver
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if not self.receiver.answers.is_set():
+            self.receiver.answers.wait()
+            self.close_connection = True
+            return
+        threading.Event().wait(self.receiver.pause_s)
+        self.receiver.receipts.append(Receipt({name.lower(): value for name, value in self.headers.items()}, body))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: a client that went away is no news here."""

@@ -1,0 +1,207 @@
+"""What a fault sees of the stack, and what it can do to it."""
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from uuid import UUID
+
+import httpx
+import psutil
+import redis
+from pydantic import SecretStr
+from sqlalchemy import Select, func, select
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from shared import queue
+from shared.contracts.jobs import JobState
+from shared.db.models import Image, Job, JobEvent, WebhookDelivery, Worker
+from shared.db.session import build_engine
+from shared.settings import DatabaseSettings
+from tests.chaos.backstage import Backstage
+from tests.chaos.load import Load
+from tests.chaos.receiver import Receiver
+from tests.stack import RunningStack, wait_until
+
+FINAL = [state.value for state in JobState if state.is_final]
+PATIENCE_S = 60.0
+"""For things that take a second or two on a quiet machine."""
+
+Position = dict[UUID, int]
+"""Where some jobs stand in their stories: the seq of each one's last event."""
+
+
+@dataclass
+class Hit:
+    """A fault that has been played: from when its recovery counts, and what was affected."""
+
+    since: float = field(default_factory=time.time)
+    jobs: Position = field(default_factory=dict)
+    """Healed when each has been claimed again, or has ended."""
+    also: Callable[[], object] = lambda: True
+    """What else has to be true again."""
+
+
+@dataclass
+class Scene:
+    stack: RunningStack
+    load: Load
+    receiver: Receiver
+    backstage: Backstage
+    random: random.Random
+    lease_s: float
+    webhook_timeout_s: float
+
+    @cached_property
+    def engine(self) -> Any:
+        url = self.stack.environment()["AFTERIMAGE_DATABASE__URL"]
+        return build_engine(DatabaseSettings(url=SecretStr(url)))
+
+    def rows(self, statement: Select[*tuple[Any, ...]]) -> list[Any]:
+        """The answer of a query; waits for a database that is away."""
+        for _ in range(int(PATIENCE_S)):
+            with suppress(OperationalError), Session(self.engine) as session:
+                return list(session.execute(statement).all())
+            time.sleep(1)
+        raise AssertionError("the database did not come back")
+
+    # --- jobs -----------------------------------------------------------------------------------------------------
+
+    def held_by(self, pid: int) -> Position:
+        """The jobs in the hands of a worker process."""
+        return self._jobs(Job.state == JobState.PROCESSING, Job.worker.like(f"%-{pid}@%"))
+
+    def unfinished(self) -> Position:
+        return self._jobs(Job.state.not_in(FINAL))
+
+    def waiting(self) -> Position:
+        """Queued jobs that could run now."""
+        return self._jobs(Job.state == JobState.QUEUED, func.coalesce(Job.run_after, func.now()) <= func.now())
+
+    def _jobs(self, *where: Any) -> Position:
+        return {row.id: row.last_seq for row in self.rows(select(Job.id, Job.last_seq).where(*where))}
+
+    def healed_at(self, jobs: Position) -> float | None:
+        """When the last of these jobs was claimed again, or ended; None while one was not."""
+        events = self.rows(
+            select(JobEvent.job_id, JobEvent.seq, func.extract("epoch", JobEvent.at).label("at"))
+            .where(JobEvent.job_id.in_(jobs), JobEvent.type.in_(["started", *FINAL]))
+            .order_by(JobEvent.seq)
+        )
+        healed: dict[UUID, float] = {}
+        for event in events:
+            if event.seq > jobs[event.job_id]:
+                healed.setdefault(event.job_id, float(event.at))
+        return max(healed.values(), default=0.0) if len(healed) == len(jobs) else None
+
+    def wait_for_work(self, pid: int) -> None:
+        wait_until(lambda: self.held_by(pid), timeout_s=PATIENCE_S, what=f"work in the hands of process {pid}")
+
+    def wait_until_healed(self, jobs: Position, *, timeout_s: float) -> None:
+        wait_until(
+            lambda: self.healed_at(jobs) is not None, timeout_s=timeout_s, what=f"{len(jobs)} jobs to be claimed again"
+        )
+
+    # --- uploads and deliveries -----------------------------------------------------------------------------------
+
+    def images_in_hand(self) -> list[UUID]:
+        """Images that an embed worker holds."""
+        leased = select(Image.id).where(Image.state == "pending", Image.lease_until > func.clock_timestamp())
+        return [row.id for row in self.rows(leased)]
+
+    def pending_images(self) -> list[UUID]:
+        return [row.id for row in self.rows(select(Image.id).where(Image.state == "pending"))]
+
+    def are_embedded(self, images: Iterable[UUID]) -> bool:
+        return not self.rows(select(Image.id).where(Image.id.in_(images), Image.state == "pending"))
+
+    def deliveries_in_hand(self) -> list[UUID]:
+        leased = select(WebhookDelivery.id).where(WebhookDelivery.lease_until > func.clock_timestamp())
+        return [row.id for row in self.rows(leased)]
+
+    def pending_deliveries(self) -> list[UUID]:
+        return [row.id for row in self.rows(select(WebhookDelivery.id).where(WebhookDelivery.state == "pending"))]
+
+    def are_delivered(self, deliveries: Iterable[UUID]) -> bool:
+        undelivered = select(WebhookDelivery.id)
+        return not self.rows(
+            undelivered.where(WebhookDelivery.id.in_(deliveries), WebhookDelivery.state != "delivered")
+        )
+
+    # --- processes ------------------------------------------------------------------------------------------------
+
+    def ready(self, kind: str) -> dict[str, int]:
+        """Worker processes of a kind that serve: name and process id."""
+        announced = {row.id for row in self.rows(select(Worker.id).where(Worker.state == "ready"))}
+        pids = {worker_id.partition("@")[0].rpartition("-")[2] for worker_id in announced}
+        return {
+            name: process.pid
+            for name, process in self.stack.control.states().items()
+            if name.startswith(kind) and process.state == "RUNNING" and process.pid and str(process.pid) in pids
+        }
+
+    def a_ready(self, kind: str) -> tuple[str, int]:
+        """One worker of a kind, picked by the seed, once two of them (or the only one) serve."""
+        number = sum(name.startswith(kind) for name in self.stack.control.states())
+        wait_until(
+            lambda: len(self.ready(kind)) >= min(2, number), timeout_s=PATIENCE_S * 2, what=f"{kind} workers to serve"
+        )
+        return self.random.choice(sorted(self.ready(kind).items()))
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, and wait until the process is gone."""
+        pid = self.stack.control.pid(name)
+        self.stack.control.kill(name)
+        if pid is not None:
+            self.wait_for_death(pid)
+
+    def wait_for_death(self, pid: int) -> None:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            wait_until(
+                lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE,
+                timeout_s=PATIENCE_S,
+                what=f"process {pid} to be gone",
+            )
+
+    def start(self, name: str) -> None:
+        """Start a process, whether or not it has been started again already."""
+        if self.stack.control.states()[name].state not in ("RUNNING", "STARTING"):
+            self.stack.control.start(name)
+
+    def stop(self, name: str) -> None:
+        if self.stack.control.states()[name].state != "STOPPED":
+            self.stack.control.stop(name)
+
+    def answers(self, api: str) -> bool:
+        try:
+            return httpx.get(f"{self.stack.api_url(api)}/api/v1/health/ready", timeout=3).is_success
+        except httpx.TransportError:
+            return False
+
+    # --- the broker -----------------------------------------------------------------------------------------------
+
+    def broker(self) -> redis.Redis:
+        return redis.Redis.from_url(self.stack.environment()["AFTERIMAGE_QUEUE__URL"], socket_timeout=2)
+
+    def broker_answers(self) -> bool:
+        try:
+            with self.broker() as broker:
+                return bool(broker.ping())
+        except (redis.ConnectionError, redis.TimeoutError):
+            return False
+
+    def messages(self) -> dict[str, int]:
+        """What the broker still holds, by list; unacknowledged messages under `unacked`."""
+        lists = [
+            *(name for model in ("cheap", "starter") for name in queue.broker_lists(queue.generate_queue(model))),
+            *(queue.EMBED_QUERIES_QUEUE, queue.EMBED_IMAGES_QUEUE, queue.IO_QUEUE),
+        ]
+        with self.broker() as broker:
+            held = {name: int(broker.llen(name)) for name in lists}
+            held["unacked"] = int(broker.hlen("unacked"))
+        return {name: number for name, number in held.items() if number}

@@ -1,0 +1,205 @@
+"""The whole storm: a stack under load, fault after fault, and what is left when it is over."""
+
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from shared.settings import ModelSettings
+from tests.chaos import promises
+from tests.chaos.backstage import VARIABLE, Backstage
+from tests.chaos.faults import KINDS
+from tests.chaos.load import Load
+from tests.chaos.promises import Broken
+from tests.chaos.receiver import receiving
+from tests.chaos.scene import Hit, Scene
+from tests.stack import running_stack, wait_until
+
+QUIET_S = 120.0
+"""How long everything may take to come to rest when nothing goes wrong any more, besides leases and waits."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One storm, repeatable by its seed as far as processes on a busy machine are."""
+
+    seed: int
+    jobs: int = 500
+    """At least so many are submitted."""
+    faults: int = 25
+    kinds: Sequence[str] = tuple(KINDS)
+    lease_s: float = 30
+    slack_s: float = 0
+    """Added to every bound on recovery: for short leases, beside which starting a process takes long."""
+    starter_share: float = 0.03
+    """Of the jobs, how many are drawn by the starter model. 0: it is not even loaded."""
+    generators: int = 2
+    durable: bool = True
+    webhook_timeout_s: float = 3
+
+    @property
+    def visibility_timeout_s(self) -> int:
+        return max(5, int(self.lease_s * 2))
+
+    def environment(self) -> dict[str, str]:
+        cheap = {"kind": "cheap", "cost_ms": 300, "max_batch_size": 4}
+        starter = ModelSettings().generators["starter"].model_dump(mode="json", exclude_defaults=True)
+        generators = {"cheap": cheap} | ({"starter": starter} if self.starter_share else {})
+        settings = {
+            "ENVIRONMENT": "test",
+            "MODEL__GENERATORS": orjson.dumps(generators).decode(),
+            "MODEL__DEFAULT_GENERATOR": "cheap",
+            "MODEL__THREADS": 1,
+            "JOBS__LEASE_S": self.lease_s,
+            "JOBS__HEARTBEAT_S": self.lease_s / 3,
+            "JOBS__RECONCILE_S": min(5, self.lease_s / 4),
+            "JOBS__TRANSIENT_RETRY_DELAY_S": min(5, self.lease_s / 4),
+            "QUEUE__VISIBILITY_TIMEOUT_S": self.visibility_timeout_s,
+            "WEBHOOKS__ALLOW_HTTP": "true",
+            "WEBHOOKS__ALLOW_PRIVATE": "true",
+            "WEBHOOKS__TIMEOUT_S": self.webhook_timeout_s,
+            "WEBHOOKS__PER_HOST": 8,
+        }
+        return {f"AFTERIMAGE_{name}": str(value) for name, value in settings.items()}
+
+    def options(self) -> tuple[str, ...]:
+        return "--worker-module", "tests.chaos.worker", "--api", "2", "--generate", str(self.generators)
+
+    def sequence(self) -> Iterator[str]:
+        """Every kind once, in an order that the seed decides, and again in another one."""
+        order = random.Random(self.seed)
+        kinds: list[str] = []
+        for _ in range(self.faults):
+            kinds = kinds or order.sample(list(self.kinds), len(self.kinds))
+            yield kinds.pop()
+
+
+@dataclass
+class Outcome:
+    """What a storm has left. `recovery_s` by kind of fault, one number for each time it was played."""
+
+    plan: Plan
+    jobs: int = 0
+    uploads: int = 0
+    deliveries: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    recovery_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    broken: list[Broken] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)
+    """Recoveries beyond their bounds, and faults that could not be played to their end."""
+    took_s: float = 0
+
+    @property
+    def kept(self) -> bool:
+        return not self.broken and not self.slow
+
+    def summary(self) -> dict[str, Any]:
+        breaches = Counter(each.breach.value for each in self.broken)
+        return {
+            "seed": self.plan.seed,
+            "jobs": self.jobs,
+            "uploads": self.uploads,
+            "webhooks": self.deliveries,
+            "faults": sum(self.faults.values()),
+            "kinds": len(self.faults),
+            **{breach.value: breaches[breach.value] for breach in promises.Breach},
+            "recovery_s": dict(sorted(self.recovery_s.items())),
+            "slow": self.slow,
+            "broken": [asdict(each) for each in self.broken],
+            "lease_s": self.plan.lease_s,
+            "took_s": round(self.took_s, 1),
+        }
+
+
+@contextmanager
+def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> Iterator[tuple[Scene, Outcome]]:
+    """Play the whole plan in `folder` (which holds the stack's logs afterwards), check, and keep the stack until the
+    block ends."""
+    started = time.monotonic()
+
+    def clock(line: str) -> None:
+        say(f"{time.monotonic() - started:6.1f} s  {line}")
+
+    backstage = Backstage(folder / "backstage")
+    backstage.folder.mkdir(parents=True)
+    environment = plan.environment() | {VARIABLE: str(backstage.folder)}
+    clock(f"seed {plan.seed}: starting the stack in {folder}")
+    with (
+        receiving() as receiver,
+        running_stack(folder / "stack", environment=environment, options=plan.options(), durable=plan.durable) as stack,
+    ):
+        load = Load(
+            [stack.api_url("api"), stack.api_url("api-2")],
+            seed=plan.seed,
+            receiver_url=receiver.url,
+            starter_share=plan.starter_share,
+        )
+        scene = Scene(
+            stack, load, receiver, backstage, random.Random(plan.seed + 1), plan.lease_s, plan.webhook_timeout_s
+        )
+        outcome = Outcome(plan)
+        try:
+            load.flow(jobs_per_s=1.0)
+            for number, kind in zip(count(1), plan.sequence()):
+                clock(f"{number:2}/{plan.faults}  {_play(kind, scene, outcome)}")
+            load.jobs(max(0, plan.jobs - len(load.submissions)))
+            load.settle()
+            clock(f"the storm is over: {len(load.submissions)} jobs were accepted; waiting for rest")
+            _rest(scene, plan)
+            outcome.broken = promises.broken(scene)
+            outcome.jobs, outcome.uploads = len(load.submissions), len(load.uploads)
+            outcome.deliveries = len(receiver.receipts)
+            outcome.took_s = time.monotonic() - started
+            yield scene, outcome
+        finally:
+            load.close()
+            scene.engine.dispose()
+
+
+def _play(kind: str, scene: Scene, outcome: Outcome) -> str:
+    """One fault, from the first blow until what it hit has recovered; a line about it."""
+    bound = KINDS[kind].bound
+    limit_s = None if bound is None else bound(scene.lease_s) + outcome.plan.slack_s
+    outcome.faults[kind] += 1
+    try:
+        hit = KINDS[kind].play(scene)
+        took_s = _recovery_s(hit, scene, timeout_s=max(limit_s or 0, scene.lease_s * 3) + QUIET_S)
+    except AssertionError as error:
+        outcome.slow.append(f"{kind}: {error}")
+        return f"{kind}: {error}"
+    outcome.recovery_s[kind].append(round(took_s, 2))
+    if limit_s is not None and took_s > limit_s:
+        outcome.slow.append(f"{kind}: recovery took {took_s:.1f} s, allowed are {limit_s:.1f} s")
+    return f"{kind}: {len(hit.jobs)} jobs hit, recovered in {took_s:.1f} s"
+
+
+def _recovery_s(hit: Hit, scene: Scene, *, timeout_s: float) -> float:
+    """Seconds from the fault (of a server: from its return) to the last affected job claimed again or ended."""
+    wait_until(hit.also, timeout_s=timeout_s, what="what was hit to work again")
+    also_s = time.time() - hit.since
+    scene.wait_until_healed(hit.jobs, timeout_s=timeout_s)
+    healed_at = scene.healed_at(hit.jobs)
+    assert healed_at is not None
+    return max(also_s, healed_at - hit.since, 0)
+
+
+def _rest(scene: Scene, plan: Plan) -> None:
+    """Wait until nothing moves any more; what still does then is found by the checks."""
+    patience_s = QUIET_S + plan.lease_s * 3
+    for is_done, what in (
+        (lambda: not scene.unfinished(), "every job to end"),
+        (lambda: not scene.pending_images(), "every upload to be searchable"),
+        (lambda: not scene.pending_deliveries(), "every webhook to be delivered"),
+        (lambda: not scene.messages(), "the broker to be empty"),
+    ):
+        try:
+            wait_until(is_done, timeout_s=patience_s, what=what)
+        except AssertionError:
+            patience_s = 1
