@@ -1,0 +1,127 @@
+"""The whole OpenAPI document against the real stack, by Schemathesis: `make fuzz`, or
+
+    python -m tests.fuzz --examples 100 --seed 7
+
+Two passes with every check: as an owner with all scopes, and as nobody. Writes summary.json and Schemathesis' own
+reports into `out/fuzz/`, and ends with 1 when anything failed, or when fewer requests than `--at-least` were made.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.stack import RunningStack, running_stack
+
+HERE = Path(__file__).parent
+SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
+REQUEST_TIMEOUT_S = 10
+PROFILE = {
+    # Keys are asked for, drawing costs nothing, and whoever waits or streams is answered soon.
+    "AFTERIMAGE_ENVIRONMENT": "test",
+    "AFTERIMAGE_SECURITY__REQUIRE_API_KEYS": "true",
+    "AFTERIMAGE_MODEL__GENERATORS": '{"cheap": {"kind": "cheap"}}',
+    "AFTERIMAGE_MODEL__DEFAULT_GENERATOR": "cheap",
+    "AFTERIMAGE_API__MAX_WAIT_S": "0.5",
+    "AFTERIMAGE_API__MAX_STREAM_S": "1",
+}
+SERVER_ERROR, TIMEOUT = "ServerError", "ResponseTimeExceeded"
+
+
+@dataclass
+class Findings:
+    """What the passes saw, by kind."""
+
+    requests: int = 0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[Any] = field(default_factory=list)
+
+    def add(self, report: dict[str, Any]) -> None:
+        self.requests += report["test_cases"]["generated"]
+        self.failures += report["failures"]
+        self.errors += report["errors"]
+
+    def summary(self, seed: int) -> dict[str, Any]:
+        counts = {failure["type"]: 0 for failure in self.failures}
+        for failure in self.failures:
+            counts[failure["type"]] += failure["count"]
+        server_errors, timeouts = counts.pop(SERVER_ERROR, 0), counts.pop(TIMEOUT, 0)
+        return {
+            "seed": seed,
+            "requests": self.requests,
+            "server_errors": server_errors,
+            "timeouts": timeouts,
+            "schema_violations": sum(counts.values()),
+            "violations_by_kind": counts,
+            "errors": self.errors,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--examples", type=int, default=150, help="per operation and kind of data (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="repeats a run (default: random)")
+    parser.add_argument("--at-least", type=int, default=20_000, help="requests (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/fuzz"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    print(f"seed {arguments.seed}")
+    found = Findings()
+    # No io worker: nothing that is made up here may be called as a webhook.
+    with (
+        tempfile.TemporaryDirectory() as var,
+        running_stack(Path(var), environment=PROFILE, options=("--io", "0")) as stack,
+    ):
+        for name, key in (("owner", create_key(stack)), ("nobody", None)):
+            found.add(run_pass(stack, name, key, arguments))
+    summary = found.summary(arguments.seed)
+    (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+    if found.failures or found.errors or found.requests < arguments.at_least:
+        raise SystemExit(1)
+
+
+def create_key(stack: RunningStack) -> str:
+    """The secret of a key with every scope, made as an operator makes one."""
+    admin = [sys.executable, "-m", "scripts.admin"]
+    environment = {**os.environ, **stack.environment()}
+    subprocess.run([*admin, "create-owner", "fuzz"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    made = subprocess.run(
+        [*admin, "create-key", "fuzz", "--name", "fuzz", "--scopes", "generate,search,corpus:write,admin"],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return made.stdout.split()[-1]
+
+
+def run_pass(stack: RunningStack, name: str, key: str | None, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Schemathesis' JSON report of one pass over the document."""
+    report = arguments.out / f"{name}.json"
+    command = [
+        *(str(SCHEMATHESIS), "--config-file", str(HERE / "schemathesis.toml")),
+        *("run", f"{stack.url}/api/v1/openapi.json"),
+        *("--max-examples", str(arguments.examples), "--seed", str(arguments.seed)),
+        *("--request-timeout", str(REQUEST_TIMEOUT_S), "--report", "json", "--report-json-path", str(report)),
+    ]
+    if key is not None:
+        command += ["--header", f"Authorization: Bearer {key}"]
+    with open(arguments.out / f"{name}.log", "w") as log:
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+    answer: dict[str, Any] = json.loads(report.read_text())
+    if not answer["complete"]:
+        raise SystemExit(f"the pass as {name} did not come to its end: see {log.name}")
+    return answer
+
+
+if __name__ == "__main__":
+    main()
