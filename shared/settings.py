@@ -290,7 +290,9 @@ class BulkSettings(Section):
     max_body_bytes: int = Field(512 * 2**20, ge=1024, description="one request that sends lines of a bulk")
     max_line_bytes: int = Field(64 * 1024, ge=1024, le=2**20, description="one line of a bulk")
     chunk_lines: int = Field(500, ge=1, le=10_000, description="lines stored at a time while a bulk is received")
-    max_receiving: int = Field(4, ge=1, le=512, description="requests that send lines, per API process at a time")
+    max_transfers: int = Field(
+        8, ge=1, le=512, description="requests that send lines or download results, per API process at a time"
+    )
     receive_timeout_s: float = Field(60, gt=0, le=3600, description="longest wait for a sender's next bytes")
     max_open: int = Field(100, ge=1, description="unfinished bulks of one owner")
     max_open_items: int = Field(500_000, ge=1, description="items of all unfinished bulks of one owner")
