@@ -13,7 +13,7 @@ from pydantic import Field
 
 from shared.contracts.common import Contract, FieldProblem, Metadata, PageQuery, Text
 from shared.contracts.generation import GenerateRequest, RagGenerateRequest
-from shared.contracts.jobs import JobError, JobKind, Lane
+from shared.contracts.jobs import JobError, JobKind, Lane, OutputView
 
 CustomId = Annotated[Text, Field(min_length=1, max_length=200)]
 
@@ -195,6 +195,36 @@ class BulkItemView(Contract):
     job_id: UUID | None = Field(description="none while its turn has not come")
     error: JobError | None = None
     outputs: list[BulkOutput] = Field(default_factory=list)
+
+
+class BulkManifestLine(Contract):
+    """An item with everything that decided its pixels."""
+
+    line: int
+    custom_id: str | None
+    kind: JobKind
+    model: str
+    prompt: str
+    metadata: Metadata
+    state: ItemState
+    job_id: UUID | None
+    retry_of: UUID | None = Field(None, description="its job before this one")
+    attempt: int = Field(0, description="tries of the job so far")
+    parameters: dict[str, Any] = Field(description="the request with every default resolved")
+    resolution: dict[str, Any] | None = Field(None, description="mode and references chosen, and why")
+    error: JobError | None = None
+    outputs: list[OutputView] = Field(default_factory=list)
+    timings: dict[str, float] = Field(default_factory=dict, description="seconds per stage of the last attempt")
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class BulkEnd(Contract):
+    """The last line of a manifest, and the last member of an archive: without it the download was cut."""
+
+    end: Literal[True] = True
+    items: int
 
 
 class LineQuery(Contract):

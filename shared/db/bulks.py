@@ -14,11 +14,12 @@ import orjson
 from sqlalchemy import Row, and_, case, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
-from shared.contracts.bulks import BulkCounts, BulkItemQuery, BulkOptions, BulkQuery, BulkState, ItemState, LineQuery
+from shared.contracts.bulks import BulkCounts, BulkOptions, BulkQuery, BulkState, ItemState
 from shared.contracts.jobs import JobState
 from shared.db import jobs, paging, webhooks
 from shared.db.models import Bulk, BulkItem, BulkLineError, Job
 from shared.errors import BulkStateError, ResourceNotFoundError
+from shared.metrics import JOBS_SUBMITTED
 
 RATE_S = 60
 """The rate is that of the last minute."""
@@ -213,9 +214,11 @@ def state_without_job(bulk: Bulk) -> ItemState:
     return ItemState.EXPIRED if bulk.state == BulkState.COMPLETED else ItemState.QUEUED
 
 
-def items(session: Session, bulk: Bulk, query: BulkItemQuery) -> tuple[list[tuple[BulkItem, Job | None]], int | None]:
+def items(
+    session: Session, bulk: Bulk, *, after: int, limit: int, state: ItemState | None = None
+) -> tuple[list[tuple[BulkItem, Job | None]], int | None]:
     """A page of items with their jobs in the order of lines, and the line behind which the next page starts."""
-    state = case(
+    is_now = case(
         (BulkItem.job_id.is_(None), state_without_job(bulk).value),
         (Job.id.is_(None), ItemState.DELETED.value),
         else_=Job.state,
@@ -223,20 +226,20 @@ def items(session: Session, bulk: Bulk, query: BulkItemQuery) -> tuple[list[tupl
     statement = (
         select(BulkItem, Job)
         .outerjoin(Job, Job.id == BulkItem.job_id)
-        .where(BulkItem.bulk_id == bulk.id, BulkItem.line > (query.cursor or 0))
+        .where(BulkItem.bulk_id == bulk.id, BulkItem.line > after)
     )
-    if query.state is not None:
-        statement = statement.where(state == query.state.value)
-    rows = session.execute(statement.order_by(BulkItem.line).limit(query.limit + 1)).all()
-    found: list[tuple[BulkItem, Job | None]] = [(item, job) for item, job in rows[: query.limit]]
-    return found, found[-1][0].line if len(rows) > query.limit else None
+    if state is not None:
+        statement = statement.where(is_now == state.value)
+    rows = session.execute(statement.order_by(BulkItem.line).limit(limit + 1)).all()
+    found: list[tuple[BulkItem, Job | None]] = [(item, job) for item, job in rows[:limit]]
+    return found, found[-1][0].line if len(rows) > limit else None
 
 
-def line_errors(session: Session, bulk_id: UUID, query: LineQuery) -> tuple[list[BulkLineError], int | None]:
+def line_errors(session: Session, bulk_id: UUID, *, after: int, limit: int) -> tuple[list[BulkLineError], int | None]:
     """A page of invalid lines, and the line behind which the next page starts."""
-    statement = select(BulkLineError).where(BulkLineError.bulk_id == bulk_id, BulkLineError.line > (query.cursor or 0))
-    rows = list(session.scalars(statement.order_by(BulkLineError.line).limit(query.limit + 1)))
-    return rows[: query.limit], rows[query.limit - 1].line if len(rows) > query.limit else None
+    statement = select(BulkLineError).where(BulkLineError.bulk_id == bulk_id, BulkLineError.line > after)
+    rows = list(session.scalars(statement.order_by(BulkLineError.line).limit(limit + 1)))
+    return rows[:limit], rows[limit - 1].line if len(rows) > limit else None
 
 
 # --- what owners do -----------------------------------------------------------------------------------------------
@@ -344,11 +347,11 @@ FEED = text(
             fed.parameters, fed.metadata, fed.timeout_s, bulk.expires_at, fed.retry_of, 1
         from fed join bulks bulk on bulk.id = fed.bulk_id
         order by fed.line
-        returning id
+        returning id, kind
     ), told as (
         insert into job_events (job_id, seq, type, data) select id, 1, 'queued', '{}' from made
     )
-    select count(*) from made
+    select kind, count(*) as jobs from made group by kind
     """
 )
 """As `jobs.insert` does it, for many."""
@@ -374,7 +377,9 @@ def _feed(session: Session, bulk: Bulk, model: str, *, most: int) -> None:
     expired = bulk.expires_at is not None and bulk.expires_at <= now
     made = 0
     if bulk.fed < bulk.total and not expired:
-        made = session.execute(FEED, {"bulk_id": bulk.id, "model": model, "most": most}).scalar_one()
+        for kind, count in session.execute(FEED, {"bulk_id": bulk.id, "model": model, "most": most}):
+            JOBS_SUBMITTED.labels(kind).inc(count)
+            made += count
         bulk.fed += made
         session.flush()
     if made == 0 and (bulk.fed == bulk.total or expired):
