@@ -1,9 +1,12 @@
 """Rows as their owner sees them."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 
 from sqlalchemy.orm import Session
 
+from shared.cache import get_cache_manager
 from shared.contracts.common import ImageFormat
 from shared.contracts.images import ImageState, ImageView
 from shared.contracts.jobs import (
@@ -19,18 +22,23 @@ from shared.contracts.jobs import (
     UsedReference,
 )
 from shared.contracts.search import Neighbour
-from shared.db import jobs, outputs
+from shared.db import jobs, outputs, pace
 from shared.db.images import Found
 from shared.db.models import Generation, GenerationReference, Image, Job, JobEvent
+from shared.db.pace import Pace
 
 API = "/api/v1"
+PACE_TTL_S = 2
 
 
 def job(session: Session, row: Job, *, progress: Progress | None = None) -> JobView:
     """A job with its outputs, its place in the queue, and how far it is."""
     view = job_list(session, [row])[0]
     if view.state is JobState.QUEUED:
-        return view.model_copy(update={"queue_position": jobs.queue_position(session, row)})
+        ahead = jobs.queue_position(session, row)
+        return view.model_copy(
+            update={"queue_position": ahead, "estimated_start_s": _estimated_start_s(session, row, jobs_ahead=ahead)}
+        )
     return view.model_copy(update={"progress": progress}) if view.state is JobState.PROCESSING else view
 
 
@@ -63,6 +71,25 @@ def job_list(session: Session, rows: Sequence[Job]) -> list[JobView]:
         )
         for row in rows
     ]
+
+
+def _estimated_start_s(session: Session, row: Job, *, jobs_ahead: int) -> float | None:
+    start_in_s = _pace(session, row.model).start_in_s(jobs_ahead)
+    if start_in_s is None:
+        return None
+    due_in_s = (row.run_after - datetime.now(UTC)).total_seconds() if row.run_after is not None else 0
+    return round(max(start_in_s, due_in_s), 1)
+
+
+def _pace(session: Session, model: str) -> Pace:
+    """The model's pace, remembered for `PACE_TTL_S`: many wait for their jobs and all of them ask."""
+    cache, key = get_cache_manager(), f"pace:{model}"
+    known = cache.get(key)
+    if known is not None:
+        return Pace(**known)
+    found = pace.of_model(session, model)
+    cache.set(key, asdict(found), PACE_TTL_S)
+    return found
 
 
 def event(row: JobEvent) -> EventView:

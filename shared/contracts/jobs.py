@@ -107,6 +107,11 @@ class JobView(Contract):
     retry_of: UUID | None = Field(None, description="the job that this one tries again")
     progress: Progress | None = None
     queue_position: int | None = Field(None, description="jobs of the same model ahead of it, while queued")
+    estimated_start_s: float | None = Field(
+        None,
+        description="an estimate: seconds until the images ahead of it are drawn, while queued, by how fast the "
+        "model's workers were lately; none when that is not known or no worker is ready",
+    )
     parameters: dict[str, Any] = Field(description="the request with every default resolved")
     resolution: dict[str, Any] | None = Field(None, description="mode and references chosen, and why")
     error: JobError | None = None

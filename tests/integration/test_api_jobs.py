@@ -2,6 +2,7 @@
 
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -10,6 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from shared import progress, queue
+from shared.cache import get_cache_manager
 from shared.contracts.jobs import JobState
 from shared.contracts.service import Capabilities
 from shared.db import jobs, owners, workers
@@ -197,6 +199,51 @@ def test_the_queue_position_counts_the_jobs_that_go_first(client: Client) -> Non
     low, high = submit(client, lane="low"), submit(client, lane="high")
     assert client.get(low["url"]).json["queue_position"] == 1
     assert client.get(high["url"]).json["queue_position"] == 0
+
+
+def test_a_start_is_estimated_from_recent_speed_the_images_ahead_and_the_workers_alive(
+    client: Client, session: Session
+) -> None:
+    def estimate(job: dict[str, Any]) -> Any:
+        get_cache_manager().invalidate("pace:*")
+        return client.get(job["url"]).json["estimated_start_s"]
+
+    first, second = submit(client, num_images=3), submit(client, num_images=5)
+    assert estimate(second) is None, "no worker"
+    workers.heartbeat(session, "w1", kind="generate", model="cheap", state="ready")
+    workers.heartbeat(session, "other", kind="generate", model="other", state="ready")
+    session.commit()
+    assert estimate(first) == 0, "nothing is ahead"
+    assert estimate(second) is None, "no speed"
+    # Six images in ten seconds of work: two jobs side by side, and one after a rest.
+    for start_s, end_s in ((0, 6), (2, 8), (100, 102)):
+        _ended_lately(session, start_s=start_s, end_s=end_s, images=2)
+    assert estimate(second) == pytest.approx(1 * 4 * 10 / 6, abs=0.1), "the mean of 3 and 5 images is ahead"
+    workers.heartbeat(session, "w2", kind="generate", model="cheap", state="ready")
+    session.commit()
+    assert estimate(second) == pytest.approx(1 * 4 * 10 / 6 / 2, abs=0.1)
+    jobs.claim(session, UUID(first["id"]), worker="w1", lease_s=30)
+    session.commit()
+    assert estimate(second) == pytest.approx(3 * 10 / 6 / 2, abs=0.1), "work has begun on three images"
+    assert "estimated_start_s" not in {key for key, value in client.get(first["url"]).json.items() if value is not None}
+
+
+def test_an_estimate_is_remembered_for_a_moment(client: Client, session: Session) -> None:
+    job = submit(client)
+    workers.heartbeat(session, "w1", kind="generate", model="cheap", state="ready")
+    session.commit()
+    assert client.get(job["url"]).json["estimated_start_s"] is None, "the submit itself has looked"
+    get_cache_manager().invalidate("pace:*")
+    assert client.get(job["url"]).json["estimated_start_s"] == 0
+
+
+def _ended_lately(session: Session, *, start_s: float, end_s: float, images: int) -> None:
+    """A job that ran between these seconds of the last ten minutes."""
+    job = make_job(session, state=JobState.SUCCEEDED, seeds=list(range(images)))
+    began = func.now() - timedelta(seconds=600)
+    job.started_at = began + timedelta(seconds=start_s)
+    job.finished_at = began + timedelta(seconds=end_s)
+    session.commit()
 
 
 def test_metadata_comes_back_with_the_job(client: Client) -> None:
