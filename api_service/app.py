@@ -24,6 +24,7 @@ from shared import metrics
 from shared.db.session import bound_waits
 from shared.imaging import UploadDecoder
 from shared.logging import configure as configure_logging
+from shared.pools import close_at_exit
 from shared.processes import end_with_parent
 from shared.settings import Settings, get_settings
 from shared.version import VERSION
@@ -75,6 +76,7 @@ def served_app() -> Documented:
     configure_logging(settings, "api")
     waiting.end_with_process()
     end_with_parent()
+    close_at_exit()
     return create_app(settings)
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from enum import StrEnum
 from functools import cache
+from multiprocessing.util import Finalize
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,7 @@ from sqlalchemy import Connection
 from shared.cache import get_cache_manager
 from shared.db.session import get_engine, session_scope
 from shared.metrics import time_operation
+from shared.queue import broker
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,6 +124,13 @@ def close_all() -> None:
     if thread_executor.cache_info().currsize:
         thread_executor().shutdown(cancel_futures=True)
         thread_executor.cache_clear()
+    if broker.cache_info().currsize:
+        broker().close()
+
+
+def close_at_exit() -> None:
+    """Call `close_all` when this process ends by itself, also one that `multiprocessing` started: it runs no `atexit`."""
+    Finalize(None, close_all, exitpriority=0)
 
 
 async def aclose() -> None:

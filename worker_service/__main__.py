@@ -7,6 +7,7 @@ from importlib import import_module
 from shared import logging as logs
 from shared import metrics
 from shared.errors import BaseAppException
+from shared.pools import close_at_exit
 from shared.settings import get_settings
 from shared.storage import get_blobs
 
@@ -18,6 +19,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         settings = get_settings()
+        close_at_exit()
         get_blobs()  # a wrong `storage.url` is told now, not by the first job
         logs.configure(settings, service=f"worker.{arguments.kind}")
         metrics.serve(settings.metrics)

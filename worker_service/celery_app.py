@@ -2,11 +2,13 @@
 
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
 
 from celery import Celery
 from celery.signals import worker_shutting_down
@@ -24,12 +26,32 @@ HEARTBEAT_S = 5.0
 
 @dataclass
 class WorkerProcess:
-    """This process as others see it: announced while it loads, ready when it serves, gone when it ends."""
+    """This process as others see it: announced while it loads, ready when it serves, gone when it ends.
+
+    A context manager around the life of the process. SIGTERM or SIGINT while it loads end it in order; Celery's own
+    handlers take their place when it serves.
+    """
 
     kind: str
     model: str | None
     settings: Settings
     stopping: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _leave)
+        self.announce("loading")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stopping.set()
+        try:
+            with session_scope() as session:
+                workers.gone(session, self.id)
+        except DatabaseError as missed:
+            logger.warning("worker_not_withdrawn", extra={"cause": missed.code})  # silent, it is soon not counted
 
     @property
     def id(self) -> str:
@@ -55,10 +77,6 @@ class WorkerProcess:
 
         threading.Thread(target=beat, name="heartbeat", daemon=True).start()
 
-    def withdraw(self) -> None:
-        with session_scope() as session:
-            workers.gone(session, self.id)
-
     def serve(self, app: Celery, queues: list[str], *, on_stop: Callable[[], Any]) -> None:
         """Consume until SIGTERM or SIGINT, then end within the grace time.
 
@@ -76,20 +94,22 @@ class WorkerProcess:
         worker_shutting_down.connect(stop, weak=False)
         self.announce("ready")
         self.keep_announcing()
-        try:
-            app.worker_main(
-                [
-                    "--quiet",  # no banner between the log's lines
-                    "worker",
-                    "--pool=threads",
-                    f"--concurrency={self.settings.worker.concurrency}",
-                    f"--queues={','.join(queues)}",
-                    f"--hostname={self.id}",
-                    "--task-events",
-                    "--without-gossip",
-                    "--without-mingle",
-                    f"--loglevel={self.settings.logging.level}",
-                ]
-            )
-        finally:
-            self.withdraw()
+        app.worker_main(
+            [
+                "--quiet",  # no banner between the log's lines
+                "worker",
+                "--pool=threads",
+                f"--concurrency={self.settings.worker.concurrency}",
+                f"--queues={','.join(queues)}",
+                f"--hostname={self.id}",
+                "--task-events",
+                "--without-gossip",
+                "--without-mingle",
+                f"--loglevel={self.settings.logging.level}",
+            ]
+        )
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
+    raise SystemExit(0)

@@ -24,13 +24,13 @@ def serve(settings: Settings) -> None:
     Raises:
         ModelLoadError
     """
-    process = WorkerProcess("embed", None, settings)
-    process.announce("loading")
-    with Watchdog(settings.watchdog) as watchdog:
+    with WorkerProcess("embed", None, settings) as process, Watchdog(settings.watchdog) as watchdog:
         embedder = Embedder.load(settings, watchdog)
-        with ImageLeases(settings.jobs) as leases:
-            _consume(process, embedder, leases)
-        embedder.close(settings.jobs.shutdown_grace_s)
+        try:
+            with ImageLeases(settings.jobs) as leases:
+                _consume(process, embedder, leases)
+        finally:
+            embedder.close(settings.jobs.shutdown_grace_s)
 
 
 def _consume(process: WorkerProcess, embedder: Embedder, leases: ImageLeases) -> None:

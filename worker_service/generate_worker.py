@@ -29,13 +29,13 @@ def serve(settings: Settings, model: str | None) -> None:
         ModelNotFoundError, ModelLoadError
     """
     name = model or settings.worker.generator or settings.model.default_generator
-    process = WorkerProcess("generate", name, settings)
-    process.announce("loading")
-    with Watchdog(settings.watchdog) as watchdog:
+    with WorkerProcess("generate", name, settings) as process, Watchdog(settings.watchdog) as watchdog:
         models = Models.load(name, settings, watchdog)
-        with Leases(settings.jobs) as leases:
-            _consume(process, models, leases)
-        models.close(settings.jobs.shutdown_grace_s)
+        try:
+            with Leases(settings.jobs) as leases:
+                _consume(process, models, leases)
+        finally:
+            models.close(settings.jobs.shutdown_grace_s)
 
 
 def _consume(process: WorkerProcess, models: Models, leases: Leases) -> None:

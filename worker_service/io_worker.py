@@ -12,7 +12,12 @@ from worker_service.celery_app import WorkerProcess
 
 def serve(settings: Settings) -> None:
     """Serve until told to stop."""
-    process = WorkerProcess("io", None, settings)
+    with WorkerProcess("io", None, settings) as process:
+        _consume(process)
+
+
+def _consume(process: WorkerProcess) -> None:
+    settings = process.settings
     app = process.app()
     # One thread stays free to hear of other work while receivers keep the others waiting.
     delivering = threading.Semaphore(max(1, settings.worker.concurrency - 1))
