@@ -3,8 +3,8 @@
     python -m scripts.evaluate.naming --out out/eval
 
 Draws 24 fixed concepts of the starter corpus, 15 seen and 9 held out, one seed each, with the references that the
-service retrieves. Writes naming.png (numbered, without captions), naming.txt (48 names to choose from, half of them drawn
-nowhere) and naming-key.json (who is who: not for the viewer).
+service retrieves. Writes naming.png (numbered, without captions), naming.txt (48 names to choose from, half of them
+drawn nowhere) and naming-key.json (who is who: not for the viewer).
 """
 
 import argparse
