@@ -92,6 +92,14 @@ class Afterimage:
         response = self._connection.http.get("/health")
         return parsed(HealthView, response)
 
+    def sleep(self, seconds: float) -> None:
+        """Wait between two calls; `close` ends it.
+
+        Raises:
+            AfterimageError: the client was closed meanwhile.
+        """
+        self._connection.pause(seconds)
+
     def close(self) -> None:
         """Also ends pauses between tries in other threads, at once."""
         self._connection.close()
