@@ -29,7 +29,7 @@ def generate(body: GenerateRequest) -> Response:
     again with the same `Idempotency-Key` within 24 hours makes no second job: it gets the first one's answer, with
     `Idempotent-Replayed: true`.
     """
-    return _accepted(submit.generation(body, caller=g.caller, key=_idempotency_key()))
+    return _accepted(submit.generation(body, caller=g.caller, key=idempotency_key()))
 
 
 @generation.post("/rag/generate", operation_id="ragGenerate", responses={202: JobView})
@@ -38,7 +38,7 @@ def rag_generate(body: RagGenerateRequest) -> Response:
 
     References are searched by the prompt, or pinned by `reference_ids`. Answers as `POST /generate`.
     """
-    return _accepted(submit.rag_generation(body, caller=g.caller, key=_idempotency_key()))
+    return _accepted(submit.rag_generation(body, caller=g.caller, key=idempotency_key()))
 
 
 def _accepted(submitted: submit.Submitted | DryRunView) -> Response:
@@ -59,7 +59,12 @@ def _accepted(submitted: submit.Submitted | DryRunView) -> Response:
     return response
 
 
-def _idempotency_key() -> str | None:
+def idempotency_key() -> str | None:
+    """The request's `Idempotency-Key`, if it has one.
+
+    Raises:
+        ValidationError: it is none.
+    """
     key = request.headers.get("Idempotency-Key")
     if key is not None and not KEY.fullmatch(key):
         raise problems.mistake(

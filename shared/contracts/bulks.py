@@ -214,6 +214,7 @@ class BulkManifestLine(Contract):
     resolution: dict[str, Any] | None = Field(None, description="mode and references chosen, and why")
     error: JobError | None = None
     outputs: list[OutputView] = Field(default_factory=list)
+    missing: list[int] = Field(default_factory=list, description="in an archive: outputs whose file is gone")
     timings: dict[str, float] = Field(default_factory=dict, description="seconds per stage of the last attempt")
     created_at: datetime | None = None
     started_at: datetime | None = None
