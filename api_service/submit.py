@@ -25,13 +25,12 @@ from shared.contracts.generation import (
 from shared.contracts.jobs import JobKind, JobState, JobView, Lane
 from shared.contracts.search import ImageFilter
 from shared.contracts.service import Capabilities
-from shared.db import idempotency, images, jobs, spaces, workers
+from shared.db import admission, idempotency, images, jobs, spaces, workers
 from shared.db.models import ModelRecord
 from shared.db.session import session_scope
 from shared.errors import (
     JobStateError,
     ModelNotFoundError,
-    QueueFullError,
     ReferenceUnavailableError,
     UnsupportedParameterError,
     UnsupportedSizeError,
@@ -54,7 +53,7 @@ def generation(request: GenerateRequest, *, caller: Caller, key: str | None = No
     Raises:
         ModelNotFoundError, UnsupportedSizeError, UnsupportedParameterError: the model cannot do that.
         IdempotencyKeyReusedError: `key` came with another request in the last 24 hours.
-        QueueFullError, DatabaseConnectionError
+        OwnerQueueFullError, QueueFullError, DatabaseConnectionError
     """
     return _submit(JobKind.GENERATE, request, retrieval_of(request), caller=caller, key=key)
 
@@ -77,13 +76,13 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
     Raises:
         ResourceNotFoundError
         JobStateError: the job has not ended, or has succeeded.
-        ReferenceUnavailableError, QueueFullError, DatabaseConnectionError
+        ReferenceUnavailableError, OwnerQueueFullError, QueueFullError, DatabaseConnectionError
     """
     with session_scope() as session:
         old = jobs.get(session, job_id, owner_id=caller.owner_id)
         if old.state == JobState.SUCCEEDED or not JobState(old.state).is_final:
             raise JobStateError("Only a job that ended without success can be tried again.", state=old.state)
-        _refuse_when_full(session)
+        admission.refuse_when_full(session, caller.owner_id, get_settings().queue)
         parameters = GenerationParameters.model_validate(old.parameters)
         _check_pinned(session, parameters.references, caller=caller)
         job = jobs.insert(
@@ -147,7 +146,7 @@ def _submit(
         parameters = _resolved(session, request, retrieval, caller=caller, settings=settings)
         if request.dry_run:
             return DryRunView(kind=kind, parameters=parameters)
-        _refuse_when_full(session)
+        admission.refuse_when_full(session, caller.owner_id, settings.queue)
         longest_s = settings.jobs.timeout_s
         job = jobs.insert(
             session,
@@ -291,9 +290,3 @@ def _check_pinned(session: Session, pinned: Sequence[PinnedReference], *, caller
     missing = [str(image_id) for image_id in ids if image_id not in there]
     if missing:
         raise ReferenceUnavailableError(image_ids=missing)
-
-
-def _refuse_when_full(session: Session) -> None:
-    most = get_settings().queue.max_queued
-    if jobs.queued_count(session, at_most=most) >= most:
-        raise QueueFullError(queued=most)

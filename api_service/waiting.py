@@ -4,8 +4,9 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from uuid import UUID
 
 import orjson
@@ -40,14 +41,14 @@ def wait_for_job(
 ) -> tuple[JobView, bool]:
     """The job as soon as `until` holds of it, or as it is after `timeout_s`; and whether it was waited for.
 
-    It is not when this process already holds as many waiters as it may.
+    It is not when this process already holds as many waiters as it may, in all or of this owner.
 
     Raises:
         ResourceNotFoundError, DatabaseConnectionError
     """
     deadline = time.monotonic() + min(timeout_s, get_settings().api.max_wait_s)
     places = _places()
-    if not places.acquire(blocking=False):
+    if not places.take(caller.owner_id):
         return job(job_id, caller=caller), False
     try:
         with subscriber().watch(job_id) as watch:
@@ -57,7 +58,7 @@ def wait_for_job(
                     view = job(job_id, caller=caller)
             return view, True
     finally:
-        places.release()
+        places.give_back(caller.owner_id)
 
 
 def end_with_process() -> None:
@@ -85,19 +86,19 @@ def event_stream(job_id: UUID, *, caller: Caller, after: int) -> Response:
 
     Raises:
         ResourceNotFoundError, DatabaseConnectionError
-        TooManyStreamsError: this process already holds as many waiters as it may.
+        TooManyStreamsError: this process already holds as many waiters as it may, in all or of this owner.
     """
     now = job(job_id, caller=caller)
     if now.state.is_final and now.seq <= after:
         return respond.no_content()
     places = _places()
-    if not places.acquire(blocking=False):
+    if not places.take(caller.owner_id):
         raise TooManyStreamsError
     response = Response(_stream(job_id, after), content_type="text/event-stream")
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Accel-Buffering"] = "no"
     # Not in the generator: one that is closed before its first step runs no `finally`.
-    response.call_on_close(places.release)
+    response.call_on_close(partial(places.give_back, caller.owner_id))
     return response
 
 
@@ -144,7 +145,32 @@ def _message(name: str, data: object, *, event_id: int | None = None) -> bytes:
     return b"%sevent: %s\ndata: %s\n\n" % (number, name.encode(), orjson.dumps(data))
 
 
+class Places:
+    """Waiters that a process holds at a time: so many that they never take all of its threads, and of one owner so
+    many that others can wait too."""
+
+    def __init__(self, *, most: int, most_per_owner: int) -> None:
+        self._most = most
+        self._most_per_owner = most_per_owner
+        self._lock = threading.Lock()
+        self._taken = Counter[UUID]()
+
+    def take(self, owner_id: UUID) -> bool:
+        """Whether there was a place; it is the caller's until he gives it back."""
+        with self._lock:
+            if self._taken.total() >= self._most or self._taken[owner_id] >= self._most_per_owner:
+                return False
+            self._taken[owner_id] += 1
+            return True
+
+    def give_back(self, owner_id: UUID) -> None:
+        with self._lock:
+            self._taken[owner_id] -= 1
+            if not self._taken[owner_id]:
+                del self._taken[owner_id]
+
+
 @cache
-def _places() -> threading.BoundedSemaphore:
-    """Waiters that this process may hold at a time, so that they never take all of its threads."""
-    return threading.BoundedSemaphore(get_settings().api.max_waiters)
+def _places() -> Places:
+    settings = get_settings().api
+    return Places(most=settings.max_waiters, most_per_owner=settings.max_waiters_per_owner)

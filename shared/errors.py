@@ -185,6 +185,14 @@ class QueueFullError(JobError):
     retry_after_s = 30
 
 
+class OwnerQueueFullError(JobError):
+    """This owner has as many queued jobs as it may."""
+
+    code = "owner_queue_full"
+    status = 429
+    retry_after_s = 30
+
+
 class BulkError(BaseAppException):
     """The bulk cannot do that."""
 
@@ -309,7 +317,7 @@ class RateLimitError(BaseAppException):
 
 
 class TooManyStreamsError(BaseAppException):
-    """This process holds as many event streams as it may."""
+    """This process holds as many event streams as it may, in all or for this owner."""
 
     code = "too_many_streams"
     status = 503

@@ -98,6 +98,7 @@ class QueueSettings(Section):
         60, gt=0, description="a lane with nothing in flight for this long gets one job ahead of all others"
     )
     max_queued: int = Field(200_000, ge=1, description="queued jobs in all; beyond it a submit gets 503")
+    max_queued_per_owner: int = Field(20_000, ge=1, description="queued jobs of one owner; beyond it a submit gets 429")
 
 
 class JobSettings(Section):
@@ -283,6 +284,7 @@ class APISettings(Section):
     max_wait_s: float = Field(30, ge=0, le=120, description="longest `Prefer: wait` or long-poll")
     max_stream_s: float = Field(600, ge=1, le=86_400, description="longest life of one event stream")
     max_waiters: int = Field(16, ge=0, le=1000, description="long-polls and streams one process holds at a time")
+    max_waiters_per_owner: int = Field(12, ge=0, le=1000, description="of them, those of one owner")
 
 
 class BulkSettings(Section):

@@ -266,12 +266,6 @@ def queue_position(session: Session, job: Job) -> int:
     return session.scalar(ahead) or 0
 
 
-def queued_count(session: Session, *, at_most: int) -> int:
-    """Queued jobs, counted no further than `at_most`."""
-    some = select(Job.id).where(Job.state == JobState.QUEUED).limit(at_most).subquery()
-    return session.scalar(select(func.count()).select_from(some)) or 0
-
-
 # --- what the reconciler does -------------------------------------------------------------------------------------
 
 

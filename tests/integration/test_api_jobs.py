@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -10,14 +12,16 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from api_service.waiting import Places
 from shared import progress, queue
 from shared.cache import get_cache_manager
 from shared.contracts.jobs import JobState
 from shared.contracts.service import Capabilities
-from shared.db import jobs, owners, workers
+from shared.db import admission, jobs, owners, workers
 from shared.db.models import Job
 from shared.db.session import session_scope
-from shared.settings import Settings
+from shared.errors import OwnerQueueFullError, QueueFullError
+from shared.settings import Settings, get_settings
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, messages
 from tests.stack import wait_until
@@ -175,9 +179,48 @@ def test_a_full_queue_refuses_with_retry_after(
     assert job_count(session) == 1
 
 
-def _reread_settings() -> None:
-    from shared.settings import get_settings
+def test_an_owner_at_its_cap_is_refused_however_many_ask_at_once_and_others_are_not(
+    client: Client, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_QUEUE__MAX_QUEUED_PER_OWNER", "10")
+    monkeypatch.setenv("AFTERIMAGE_DATABASE__MAX_OVERFLOW", "50")
+    monkeypatch.setenv("AFTERIMAGE_DATABASE__POOL_TIMEOUT_S", "20")
+    _reread_settings()
+    with ThreadPoolExecutor(50) as threads:
+        answers = list(
+            threads.map(
+                lambda _: client.application.test_client().post(f"{API}/generate", json={"prompt": "x"}), range(50)
+            )
+        )
+    assert Counter(answer.status_code for answer in answers) == {202: 10, 429: 40}
+    assert job_count(session) == 10
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert code(refused) == (429, "owner_queue_full")
+    assert int(refused.headers["Retry-After"]) >= 1
+    accepted = next(answer for answer in answers if answer.status_code == 202)
+    with session_scope() as other:
+        admission.refuse_when_full(other, owners.ensure(other, "other"), get_settings().queue)
+    # A job that is no longer queued makes room.
+    client.post(f"{accepted.json['url']}/cancel")
+    submit(client)
 
+
+def test_a_count_with_room_to_spare_stands_for_a_moment_and_one_without_is_always_taken_anew(
+    settings: Settings, session: Session
+) -> None:
+    owner_id = make_job(session).owner_id
+    session.commit()
+    roomy = settings.queue.model_copy(update={"max_queued": 5000, "max_queued_per_owner": 2000})
+    admission.refuse_when_full(session, owner_id, roomy)
+    assert get_cache_manager().get("queued") == 1
+    admission.refuse_when_full(session, owner_id, roomy)
+    with pytest.raises(QueueFullError):
+        admission.refuse_when_full(session, owner_id, roomy.model_copy(update={"max_queued": 1}))
+    with pytest.raises(OwnerQueueFullError):
+        admission.refuse_when_full(session, owner_id, roomy.model_copy(update={"max_queued_per_owner": 1}))
+
+
+def _reread_settings() -> None:
     get_settings.cache_clear()
 
 
@@ -369,6 +412,35 @@ def test_beyond_the_cap_of_waiters_a_wait_answers_at_once_and_a_stream_is_refuse
     assert "Preference-Applied" not in answer.headers
     assert time.monotonic() - asked < 5
     assert code(client.get(job["events_url"])) == (503, "too_many_streams")
+
+
+def test_one_owner_cannot_take_the_places_of_all_waiters() -> None:
+    mine, theirs = uuid4(), uuid4()
+    places = Places(most=3, most_per_owner=2)
+    assert [places.take(mine) for _ in range(3)] == [True, True, False]
+    assert [places.take(theirs) for _ in range(2)] == [True, False], "beside mine there is one left of three"
+    places.give_back(mine)
+    assert [places.take(theirs), places.take(mine)] == [True, False]
+
+
+def test_beyond_the_cap_of_an_owner_a_wait_answers_at_once_and_a_stream_is_refused(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(client)
+    monkeypatch.setenv("AFTERIMAGE_API__MAX_WAITERS_PER_OWNER", "1")
+    _reread_settings()
+    stream = client.get(job["events_url"])
+    assert stream.status_code == 200
+    asked = time.monotonic()
+    assert "Preference-Applied" not in client.get(job["url"], headers={"Prefer": "wait=20"}).headers
+    assert time.monotonic() - asked < 5
+    refused = client.get(job["events_url"])
+    assert code(refused) == (503, "too_many_streams")
+    assert int(refused.headers["Retry-After"]) >= 1
+    stream.close()
+    client.post(f"{job['url']}/cancel")
+    with client.get(job["events_url"]) as again:
+        assert again.status_code == 200, "a stream that ends makes room"
 
 
 def test_the_progress_heard_is_shown_while_the_job_runs(client: Client) -> None:

@@ -61,6 +61,7 @@ PUBLISHED = {
     "job_timeout": 500,
     "job_crashed": 500,
     "queue_full": 503,
+    "owner_queue_full": 429,
     "validation_failed": 422,
     "malformed_body": 400,
     "invalid_cursor": 400,
