@@ -14,10 +14,10 @@ from api_service.caller import Caller
 from shared import metrics, queue
 from shared.contracts.common import ImageFormat, Page
 from shared.contracts.images import ImagePatch, ImageQuery, ImageState, ImageView, UploadFields, UploadResponse
-from shared.db import images, owners
+from shared.db import blobs, images, owners
 from shared.db.models import Collection, Image
 from shared.db.session import session_scope
-from shared.errors import BrokerUnavailableError, InvalidImageError, ResourceNotFoundError
+from shared.errors import BrokerUnavailableError, InvalidImageError, ResourceNotFoundError, UploadInterruptedError
 from shared.imaging import DecodedImage, UploadDecoder
 from shared.settings import get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key
@@ -51,12 +51,17 @@ def upload(
         raise problems.mistake("form.file", "file_count", f"Send 1 to {most} files under the name `file`.")
     # 1. Every file is checked before anything of it is kept.
     decoded = [_decoded(file, index, decoder) for index, file in enumerate(files)]
-    # 2. Bytes before rows: a blob without a row is swept away, a row without its blob would be broken.
+    # 2. Bytes before rows: a blob without a row is swept away, a row without its blob would be broken. Claimed first,
+    # so that it is not swept in between.
+    with session_scope() as session:
+        claim_id = blobs.claim(session, _keys(decoded))
     for image in decoded:
         get_blobs().put(image_key(image.sha256, image.format), image.data, media_type=image.format.media_type)
         get_blobs().put(thumbnail_key(image.sha256), image.thumbnail, media_type=ImageFormat.WEBP.media_type)
     # 3. All rows in one transaction.
     with session_scope() as session:
+        if not blobs.settle(session, claim_id):
+            raise UploadInterruptedError
         collection = _writable(session, fields.collection, caller=caller)
         rows = _add_all(session, collection, list(zip(files, decoded, strict=True)), fields)
         response = UploadResponse(
@@ -148,6 +153,10 @@ def _decoded(file: UploadedFile, index: int, decoder: UploadDecoder) -> DecodedI
         metrics.increment_counter("uploads_total", labels={"outcome": error.code})
         error.context.update(file=file.name, index=index)
         raise
+
+
+def _keys(images: Sequence[DecodedImage]) -> set[str]:
+    return {key for image in images for key in (image_key(image.sha256, image.format), thumbnail_key(image.sha256))}
 
 
 def _writable(session: Session, name: str, *, caller: Caller) -> Collection:

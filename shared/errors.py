@@ -355,6 +355,18 @@ class StorageError(ExternalServiceError):
     code = "storage_unavailable"
 
 
+class ForeignStorageError(StorageError):
+    """The blob store is swept for another database."""
+
+    code = "foreign_storage"
+
+
+class UploadInterruptedError(StorageError):
+    """The upload took too long to be stored: send it again."""
+
+    code = "upload_interrupted"
+
+
 class BrokerUnavailableError(ExternalServiceError):
     """The message broker cannot be reached."""
 

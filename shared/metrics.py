@@ -73,6 +73,9 @@ JOB_DURATION = Histogram("job_duration_seconds", "From started to finished.", ["
 JOB_STAGE = Histogram("job_stage_duration_seconds", "Time in one stage of a job.", ["stage"], buckets=LONG)
 QUEUE_DEPTH = Gauge("queue_depth", "Jobs waiting.", ["queue"], multiprocess_mode="livemostrecent")
 LEASES_EXPIRED = Counter("leases_expired_total", "Jobs taken back from a silent worker.")
+BLOBS_SWEPT = Counter("blobs_swept_total", "Blobs removed because nothing names them.")
+BLOB_BYTES_SWEPT = Counter("blob_bytes_swept_total", "Their size.")
+ROWS_RETIRED = Counter("rows_retired_total", "Rows removed because they are older than is kept.", ["table"])
 IMAGE_LEASES_EXPIRED = Counter("image_leases_expired_total", "Waiting images taken back from a silent worker.")
 JOBS_REPUBLISHED = Counter("jobs_republished_total", "Queued jobs whose message was gone from the broker.")
 

@@ -324,6 +324,22 @@ class WatchdogSettings(Section):
     decode_s: float = Field(300, gt=0, le=86_400, description="from a batch's last step to its pictures")
 
 
+class RetentionSettings(Section):
+    """What is kept for how long. Days count from the end of a job; 0 keeps for ever."""
+
+    jobs_days: float = Field(0, ge=0, le=36_500, description="ended jobs, with their outputs and events; 0: they stay")
+    outputs_days: float = Field(0, ge=0, le=36_500, description="outputs alone, from their making; 0: they stay")
+    events_days: float = Field(30, ge=0, le=36_500, description="the events of ended jobs; 0: they stay")
+    deliveries_days: float = Field(30, ge=0, le=36_500, description="the log of webhook deliveries; 0: it stays")
+    every_s: float = Field(3600, gt=0, le=604_800, description="how often the reconciler removes what is older")
+    sweep_every_s: float = Field(
+        21_600, ge=0, le=2_592_000, description="how often it removes blobs that nothing names; 0: only by hand"
+    )
+    blob_grace_s: float = Field(
+        86_400, ge=0, description="younger blobs are left alone; never less than the longest job and two leases"
+    )
+
+
 class LoggingSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="the least that is logged")
     format: Literal["auto", "json", "console"] = Field("auto", description="auto: console locally, JSON elsewhere")
@@ -366,6 +382,7 @@ class Settings(BaseSettings):
     webhooks: WebhookSettings = WebhookSettings()
     worker: WorkerSettings = WorkerSettings()
     watchdog: WatchdogSettings = WatchdogSettings()
+    retention: RetentionSettings = RetentionSettings()
     logging: LoggingSettings = LoggingSettings()
     metrics: MetricsSettings = MetricsSettings()
     security: SecuritySettings = SecuritySettings()

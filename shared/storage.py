@@ -1,12 +1,13 @@
 """Image bytes by key, on the folder, S3, GCS or Azure that `settings.storage.url` names.
 
-Every layout decision of the store is in the four key functions. A key is written once and never changed in place:
-corpus keys are named after their content, output keys contain the attempt. Nothing here deletes on its own.
+Every layout decision of the store is in the key functions. A key is written once and never changed in place: corpus
+keys are named after their content, output keys contain the attempt. Nothing here deletes on its own.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
@@ -26,6 +27,10 @@ from shared.settings import StorageSettings, get_settings
 IMAGES = "images/"
 THUMBNAILS = "thumbnails/"
 OUTPUTS = "outputs/"
+
+CONTENT_KEY = re.compile(rf"(?:{IMAGES}|{THUMBNAILS})[0-9a-f]{{2}}/([0-9a-f]{{64}})\.[a-z]+")
+ATTEMPT_KEY = re.compile(rf"{OUTPUTS}([0-9a-f-]{{36}})/(\d+)/\d+(?:\.thumbnail)?\.[a-z]+")
+LEFTOVER = re.compile(r"#\d+$")
 
 PROJECT = Path(__file__).resolve().parent.parent
 STREAM_CHUNK_BYTES = 256 * 1024
@@ -49,6 +54,18 @@ def output_key(job_id: UUID, *, attempt: int, index: int, image_format: ImageFor
 
 def output_thumbnail_key(job_id: UUID, *, attempt: int, index: int) -> str:
     return f"{OUTPUTS}{job_id}/{attempt}/{index}.thumbnail.webp"
+
+
+def content_of(key: str) -> str | None:
+    """The sha256 in the key of a corpus image or of its thumbnail; None for any other key."""
+    match = CONTENT_KEY.fullmatch(key)
+    return match[1] if match else None
+
+
+def attempt_of(key: str) -> tuple[UUID, int] | None:
+    """Job and attempt in the key of an output or of its thumbnail; None for any other key."""
+    match = ATTEMPT_KEY.fullmatch(key)
+    return (UUID(match[1]), int(match[2])) if match else None
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ class Blobs:
         """Store `data` under `key`, whole or not at all; what was there is replaced and `last_modified` renewed.
 
         In a folder the bytes are written beside the key, renamed onto it, and forced to disk before this returns.
-        A process killed in between leaves a `<key>#<n>` file, which no method here shows.
+        A process killed in between leaves a `<key>#<n>` file, which only `delete_leftovers` sees.
         """
         # One request, however large: a multipart upload that is killed stays in the bucket, invisible and billed.
         attributes = None if self._root else {"Content-Type": media_type}
@@ -127,6 +144,27 @@ class Blobs:
                 obstore.delete(self._store, key)
         except ResourceNotFoundError:
             pass
+
+    def delete_all(self, keys: Sequence[str]) -> None:
+        """Remove the blobs under these keys, in one request where the store can; nothing there is fine."""
+        try:
+            with _faults("delete", keys[0]):
+                obstore.delete(self._store, keys)
+        except ResourceNotFoundError:
+            # A folder stops at the first that is missing.
+            for key in keys:
+                self.delete(key)
+
+    def delete_leftovers(self, *, older_than: datetime) -> int:
+        """Remove what killed processes left half written in a folder; how many files. Other stores leave nothing."""
+        removed = 0
+        for folder, _, names in os.walk(self._root) if self._root else ():
+            for path in (Path(folder, name) for name in names if LEFTOVER.search(name)):
+                with _faults("delete", path.name), suppress(FileNotFoundError):
+                    if path.stat().st_mtime < older_than.timestamp():
+                        path.unlink()
+                        removed += 1
+        return removed
 
     def list(self, prefix: str) -> Iterator[BlobInfo]:
         """Every blob whose key starts with the folder `prefix`, in no order, fetched a thousand at a time.

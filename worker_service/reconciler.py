@@ -24,10 +24,13 @@ from shared.db.session import session_scope
 from shared.errors import BaseAppException, BrokerUnavailableError, DatabaseError
 from shared.metrics import increment_counter, set_gauge
 from shared.settings import JobSettings, get_settings
+from worker_service.housekeeping import Housekeeping
 
 logger = logging.getLogger(__name__)
 
 LOCK = "reconciler"
+STOP_S = 5.0
+"""How long a chore may take to notice that the process ends; cut short, it is only less far."""
 UNCLAIMED_S = 5.0
 """A published job that is in no list of the broker for this long is in no worker's hands either: workers claim what
 they receive within milliseconds."""
@@ -134,6 +137,8 @@ def main() -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    housekeeping = threading.Thread(target=Housekeeping(settings, stopping).run, name="housekeeping", daemon=True)
+    housekeeping.start()
     reconciler = Reconciler(settings.jobs)
     while not stopping.is_set():
         try:
@@ -141,6 +146,7 @@ def main() -> None:
         except DatabaseError as error:
             logger.warning("tick_failed", extra={"cause": error.code})
         stopping.wait(settings.jobs.reconcile_s)
+    housekeeping.join(STOP_S)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ PUBLISHED = {
     "forbidden": 403,
     "external_service_failed": 503,
     "storage_unavailable": 503,
+    "foreign_storage": 503,
+    "upload_interrupted": 503,
     "broker_unavailable": 503,
     "decoder_busy": 503,
     "too_many_streams": 503,

@@ -117,6 +117,14 @@ def test_delete_is_idempotent(blobs: Blobs) -> None:
     assert not blobs.exists("a")
 
 
+def test_deleting_many_removes_them_and_minds_none_that_is_missing(blobs: Blobs) -> None:
+    for key in ("a/1", "a/2", "a/3", "b/1"):
+        blobs.put(key, b"1", media_type="image/png")
+    blobs.delete_all(["a/1", "a/0", "a/3"])
+    blobs.delete_all(["b/2"])
+    assert {blob.key for blob in blobs.list("")} == {"a/2", "b/1"}
+
+
 def test_list_gives_sizes_and_ages_below_a_folder_only(blobs: Blobs) -> None:
     before = datetime.now(UTC) - timedelta(seconds=2)
     for key in ("outputs/a/1", "outputs/a/2", "outputs/ab/1", "images/a"):

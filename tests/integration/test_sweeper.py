@@ -1,0 +1,318 @@
+"""The sweeper on a real store and database: it takes what nothing needs, and never what somebody is about to need."""
+
+import io
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from shared import storage, sweeper
+from shared.contracts.common import ImageFormat
+from shared.contracts.jobs import JobState
+from shared.db import blobs as needs
+from shared.db import images, jobs, owners
+from shared.db.models import BlobClaim, Image, Job
+from shared.db.session import session_scope
+from shared.errors import ForeignStorageError
+from shared.settings import Settings, load_settings
+from shared.storage import Blobs, get_blobs, image_key, output_key, output_thumbnail_key, thumbnail_key
+from tests.factories import make_image, make_job
+from tests.integration.conftest import API, Client, picture
+from tests.integration.test_jobs import an_output
+
+DAY_S = 86_400.0
+
+
+@pytest.fixture
+def folder(settings: Settings) -> Path:
+    return Path(settings.storage.url.removeprefix("file://"))
+
+
+def put(*keys: str, age_s: float = 2 * DAY_S) -> None:
+    """Blobs of that age."""
+    for key in keys:
+        get_blobs().put(key, b"12345", media_type="image/png")
+        then = datetime.now(UTC).timestamp() - age_s
+        root = Path(load_settings().storage.url.removeprefix("file://"))
+        os.utime(root / key, (then, then))
+
+
+def stored() -> set[str]:
+    return {info.key for info in get_blobs().list("") if info.key != sweeper.OWNER_KEY}
+
+
+def sweep(*, older_than_s: float = DAY_S) -> sweeper.Swept:
+    return sweeper.sweep(get_blobs(), older_than_s=older_than_s)
+
+
+def corpus_image(session: Session, sha256: str, **columns: Any) -> Image:
+    return make_image(
+        session,
+        sha256=sha256,
+        blob_key=image_key(sha256, ImageFormat.PNG),
+        thumbnail_key=thumbnail_key(sha256),
+        **columns,
+    )
+
+
+def keys_of(sha256: str) -> set[str]:
+    return {image_key(sha256, ImageFormat.PNG), thumbnail_key(sha256)}
+
+
+def keys_of_attempt(job_id: UUID, attempt: int) -> set[str]:
+    return {
+        output_key(job_id, attempt=attempt, index=0, image_format=ImageFormat.PNG),
+        output_thumbnail_key(job_id, attempt=attempt, index=0),
+    }
+
+
+def test_a_deleted_images_blobs_go_unless_another_collection_has_the_same_content(session: Session) -> None:
+    other = owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "somebody"))
+    kept, gone, shared = "aa" * 32, "bb" * 32, "cc" * 32
+    corpus_image(session, kept)
+    deleted = [corpus_image(session, gone), corpus_image(session, shared)]
+    corpus_image(session, shared, collection_id=other.id)
+    put(*keys_of(kept), *keys_of(gone), *keys_of(shared))
+    for image in deleted:
+        images.remove(session, image)
+    session.commit()
+    swept = sweep()
+    assert stored() == keys_of(kept) | keys_of(shared)
+    assert (swept.blobs, swept.size_bytes) == (2, 10)
+
+
+def test_young_blobs_and_what_the_product_never_wrote_are_left_alone(session: Session) -> None:
+    put(*keys_of("aa" * 32), age_s=DAY_S - 60)
+    strange = {"images/notes.txt", "outputs/readme.md", "backup/everything.tar", f"images/aa/{'A' * 64}.png"}
+    put(*strange)
+    sweep()
+    assert stored() == strange | keys_of("aa" * 32)
+
+
+def test_outputs_stay_while_a_row_names_them_or_their_attempt_lives_and_go_after_that(session: Session) -> None:
+    running, finished, retried, canceled = (make_job(session, state=JobState.PROCESSING) for _ in range(4))
+    output = an_output(finished)
+    output.generation.blob_key, output.generation.thumbnail_key = sorted(
+        keys_of_attempt(finished.id, 1), key=lambda key: "thumbnail" in key
+    )
+    assert jobs.finish(session, jobs.Claim(finished.id, 1), [output], timings={})
+    jobs.hand_back(session, [jobs.Claim(retried.id, 1)])
+    assert jobs.claim(session, retried.id, worker="w", lease_s=30) is not None
+    jobs.cancel(session, canceled.id, owner_id=canceled.owner_id)
+    session.commit()
+    needed = keys_of_attempt(running.id, 1) | keys_of_attempt(finished.id, 1) | keys_of_attempt(retried.id, 2)
+    put(*needed, *keys_of_attempt(retried.id, 1), *keys_of_attempt(canceled.id, 1), *keys_of_attempt(uuid4(), 1))
+    sweep()
+    assert stored() == needed
+
+    jobs.delete(session, session.get_one(Job, finished.id, populate_existing=True))
+    session.commit()
+    sweep()
+    assert stored() == keys_of_attempt(running.id, 1) | keys_of_attempt(retried.id, 2)
+
+
+def test_a_store_larger_than_a_page_is_swept_whole(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeper, "PAGE", 5)
+    monkeypatch.setattr(sweeper, "BATCH", 3)
+    contents = [f"{number:064x}" for number in range(20)]
+    for content in contents[::2]:
+        corpus_image(session, content)
+    session.commit()
+    put(*(key for content in contents for key in keys_of(content)))
+    assert sweep().blobs == 20
+    assert stored() == {key for content in contents[::2] for key in keys_of(content)}
+
+
+def test_what_is_swept_can_be_seen_before(session: Session) -> None:
+    put(*keys_of("aa" * 32))
+    assert {info.key for info in sweeper.unneeded(get_blobs(), older_than_s=DAY_S)} == keys_of("aa" * 32)
+    assert stored() == keys_of("aa" * 32)
+
+
+def test_half_written_files_of_killed_processes_go_with_age(settings: Settings, folder: Path) -> None:
+    put("images/a.png")
+    for name, age_s in (("old#1", 2 * DAY_S), ("young#2", 0.0)):
+        (folder / "images" / name).write_bytes(b"half")
+        then = datetime.now(UTC).timestamp() - age_s
+        os.utime(folder / "images" / name, (then, then))
+    assert sweep().leftovers == 1
+    assert {path.name for path in (folder / "images").iterdir()} == {"a.png", "young#2"}
+
+
+def test_a_store_that_another_database_sweeps_is_not_touched_until_it_is_adopted(session: Session) -> None:
+    put(*keys_of("aa" * 32))
+    get_blobs().put(sweeper.OWNER_KEY, b"some other database", media_type="text/plain")
+    with pytest.raises(ForeignStorageError):
+        sweep()
+    assert stored() == keys_of("aa" * 32)
+    sweeper.adopt(get_blobs())
+    assert sweep().blobs == 2
+
+
+def test_the_grace_is_never_shorter_than_the_longest_job(settings: Settings) -> None:
+    short = load_settings(retention={"blob_grace_s": 0}, jobs={"timeout_s": 500, "lease_s": 40})
+    assert sweeper.grace_s(short) == 580
+    assert sweeper.grace_s(load_settings()) == DAY_S
+
+
+# --- beside uploads ----------------------------------------------------------------------------------------------
+
+
+class PausedBlobs(Blobs):
+    """Stops where a test wants to look."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.storage)
+        self.reached = threading.Event()
+        self.go = threading.Event()
+        self.at = ""
+
+    def _pause(self, at: str) -> None:
+        if at == self.at:
+            self.reached.set()
+            assert self.go.wait(20)
+
+    def put(self, key: str, data: bytes, *, media_type: str) -> None:
+        super().put(key, data, media_type=media_type)
+        self._pause("put")
+
+    def delete_all(self, keys: Sequence[str]) -> None:
+        self._pause("delete")
+        super().delete_all(keys)
+
+
+@pytest.fixture
+def paused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> PausedBlobs:
+    blobs = PausedBlobs(settings)
+    monkeypatch.setattr("api_service.corpus.get_blobs", lambda: blobs)
+    return blobs
+
+
+@pytest.fixture
+def background() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def upload(client: Client, data: bytes) -> Any:
+    form = {"file": (io.BytesIO(data), "image.png")}
+    return client.post(f"{API}/upload", data=form, content_type="multipart/form-data")
+
+
+def age_everything(folder: Path) -> None:
+    then = (datetime.now(UTC) - timedelta(days=2)).timestamp()
+    for path in folder.rglob("*.*"):
+        os.utime(path, (then, then))
+
+
+def blobs_of(answer: Any) -> set[str]:
+    with session_scope() as session:
+        row = session.get_one(Image, UUID(answer.json["images"][0]["id"]))
+        return {row.blob_key, row.thumbnail_key}
+
+
+def test_an_upload_between_its_blobs_and_its_rows_keeps_them_however_old_they_look(
+    client: Client, paused: PausedBlobs, folder: Path, background: ThreadPoolExecutor
+) -> None:
+    paused.at = "put"
+    sent = background.submit(upload, client, picture("red"))
+    assert paused.reached.wait(20)
+    age_everything(folder)
+    assert sweep().blobs == 0
+    paused.go.set()
+    answer = sent.result(20)
+    assert answer.status_code == 201
+    assert blobs_of(answer) <= stored()
+    with session_scope() as session:
+        assert session.scalar(select(func.count()).select_from(BlobClaim)) == 0
+
+
+def test_an_upload_of_what_is_being_swept_waits_and_stores_it_again(
+    client: Client, paused: PausedBlobs, folder: Path, background: ThreadPoolExecutor
+) -> None:
+    first = upload(client, picture("red"))
+    client.delete(first.json["images"][0]["url"])
+    age_everything(folder)
+    paused.at = "delete"
+    swept = background.submit(sweeper.sweep, paused, older_than_s=DAY_S)
+    assert paused.reached.wait(20)
+    again = background.submit(upload, client, picture("red"))
+    other = background.submit(upload, client, picture("blue"))
+    assert other.result(20).status_code == 201, "only uploads of the same content wait"
+    assert not again.done()
+    paused.go.set()
+    assert again.result(20).status_code == 201
+    assert swept.result(20).blobs == 2
+    assert blobs_of(again.result()) <= stored()
+
+
+def test_an_upload_whose_claim_ran_out_is_refused_instead_of_naming_what_may_be_gone(
+    client: Client, paused: PausedBlobs, folder: Path, background: ThreadPoolExecutor
+) -> None:
+    paused.at = "put"
+    sent = background.submit(upload, client, picture("red"))
+    assert paused.reached.wait(20)
+    with session_scope() as session:
+        session.execute(update(BlobClaim).values(created_at=func.now() - timedelta(days=2)))
+    sweep()
+    paused.go.set()
+    answer = sent.result(20)
+    assert (answer.status_code, answer.json["code"]) == (503, "upload_interrupted")
+    assert upload(client, picture("red")).status_code == 201, "as it says"
+
+
+def test_uploads_deletes_and_sweeps_of_the_same_content_at_once_leave_no_row_without_its_blob(
+    client: Client, settings: Settings, background: ThreadPoolExecutor
+) -> None:
+    data = picture("red")
+    done = threading.Event()
+
+    def sweep_on() -> int:
+        removed = 0
+        while not done.is_set():
+            removed += sweep(older_than_s=0.0).blobs
+        return removed
+
+    def upload_and_delete(rounds: Iterable[int]) -> set[int]:
+        statuses = set()
+        for _ in rounds:
+            answer = upload(client, data)
+            statuses.add(answer.status_code)
+            if answer.status_code == 201:
+                client.delete(answer.json["images"][0]["url"])
+        return statuses
+
+    sweeping = background.submit(sweep_on)
+    both = [background.submit(upload_and_delete, range(25)) for _ in range(2)]
+    statuses = {status for each in both for status in each.result(60)}
+    # A grace of nothing ends claims at once, so some are told to come again.
+    assert statuses <= {200, 201, 503}
+    assert 201 in statuses
+    last = upload(client, data)
+    while last.status_code == 503:
+        last = upload(client, data)
+    done.set()
+    assert sweeping.result(20) > 0
+    sweep(older_than_s=0.0)
+    assert blobs_of(last) <= stored()
+
+
+def test_claims_wait_for_no_claim(settings: Settings) -> None:
+    with session_scope() as one, session_scope() as other:
+        assert needs.claim(one, ["a", "b"]) != needs.claim(other, ["b", "a"])
+
+
+def test_keys_tell_what_they_are() -> None:
+    job_id = uuid4()
+    for key in keys_of("ab" * 32):
+        assert (storage.content_of(key), storage.attempt_of(key)) == ("ab" * 32, None)
+    for key in keys_of_attempt(job_id, 12):
+        assert (storage.content_of(key), storage.attempt_of(key)) == (None, (job_id, 12))
