@@ -57,6 +57,7 @@ def job_list(session: Session, rows: Sequence[Job]) -> list[JobView]:
             attempt=row.attempt,
             seq=row.last_seq,
             retry_of=row.retry_of,
+            bulk_id=row.bulk_id,
             parameters=row.parameters,
             resolution=row.resolution,
             error=JobError.model_validate(row.error) if row.error else None,

@@ -105,6 +105,7 @@ class JobView(Contract):
     attempt: int = Field(description="tries so far")
     seq: int = Field(description="number of its latest event; pass it as `after` to wait for the next one")
     retry_of: UUID | None = Field(None, description="the job that this one tries again")
+    bulk_id: UUID | None = Field(None, description="the bulk that it is an item of")
     progress: Progress | None = None
     queue_position: int | None = Field(None, description="jobs of the same model ahead of it, while queued")
     estimated_start_s: float | None = Field(
@@ -128,6 +129,7 @@ class JobView(Contract):
 class JobQuery(PageQuery):
     state: JobState | None = None
     kind: JobKind | None = None
+    bulk_id: UUID | None = Field(None, description="only items of this bulk")
     created_after: Moment | None = None
     created_before: Moment | None = None
 

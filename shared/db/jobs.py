@@ -109,6 +109,8 @@ def page(session: Session, query: JobQuery, *, owner_id: UUID) -> tuple[list[Job
         statement = statement.where(Job.state == query.state)
     if query.kind is not None:
         statement = statement.where(Job.kind == query.kind)
+    if query.bulk_id is not None:
+        statement = statement.where(Job.bulk_id == query.bulk_id)
     if query.created_after is not None:
         statement = statement.where(Job.created_at >= query.created_after)
     if query.created_before is not None:
