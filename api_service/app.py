@@ -20,6 +20,7 @@ from api_service.routes.jobs import jobs
 from api_service.routes.outputs import outputs
 from api_service.routes.search import search
 from api_service.routes.service import probes, service
+from api_service.routes.webhooks import webhooks
 from api_service.views import API
 from shared import metrics
 from shared.db.session import bound_waits
@@ -55,7 +56,7 @@ def create_app(settings: Settings | None = None) -> Documented:
     )
     app.extensions["decoder"] = UploadDecoder(settings.api)
 
-    for resource in (generation, bulks, search, images, jobs, outputs, service, probes):
+    for resource in (generation, bulks, search, images, jobs, outputs, webhooks, service, probes):
         app.register_api(resource)
     app.register_blueprint(probes, name="root_probes", url_prefix="/")
     app.add_url_rule(DOCUMENT, "document", lambda: app.api_doc)

@@ -11,7 +11,14 @@ from shared.db.session import session_scope
 from shared.errors import AuthenticationError, AuthorizationError
 from shared.settings import get_settings
 
-SCOPES = {"generation": "generate", "bulks": "generate", "jobs": "generate", "outputs": "generate", "search": "search"}
+SCOPES = {
+    "generation": "generate",
+    "bulks": "generate",
+    "jobs": "generate",
+    "outputs": "generate",
+    "search": "search",
+    "webhooks": "generate",
+}
 """What an API key must allow for the operations of a resource; images depend on the method, the rest needs any key."""
 READING = ("GET", "HEAD", "OPTIONS")
 

@@ -43,6 +43,11 @@ def accepted(view: JobView, *, waited: float | None = None) -> Response:
     return json(view, 202, headers | {"Retry-After": str(POLL_AFTER_S)})
 
 
+def secret(body: BaseModel) -> Response:
+    """Something new with a secret in it, which no cache may keep."""
+    return json(body, 201, {"Cache-Control": "no-store"})
+
+
 def no_content() -> Response:
     response = Response(status=204)
     del response.headers["Content-Type"]

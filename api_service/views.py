@@ -22,9 +22,10 @@ from shared.contracts.jobs import (
     UsedReference,
 )
 from shared.contracts.search import Neighbour
+from shared.contracts.webhooks import DeliveryState, DeliveryView
 from shared.db import jobs, outputs, pace
 from shared.db.images import Found
-from shared.db.models import Generation, GenerationReference, Image, Job, JobEvent
+from shared.db.models import Generation, GenerationReference, Image, Job, JobEvent, WebhookDelivery
 from shared.db.pace import Pace
 
 API = "/api/v1"
@@ -123,6 +124,24 @@ def output(row: Generation, references: Sequence[GenerationReference]) -> Output
             for each in references
         ],
         provenance=row.provenance,
+    )
+
+
+def delivery(row: WebhookDelivery, type: str) -> DeliveryView:  # noqa: A002 - the field's name
+    state = DeliveryState(row.state)
+    return DeliveryView(
+        id=row.id,
+        job_id=row.job_id,
+        seq=row.seq,
+        type=type,
+        url=row.url,
+        state=state,
+        attempts=row.attempts,
+        last_status=row.last_status,
+        last_error=row.last_error,
+        due_at=row.due_at if state is DeliveryState.PENDING else None,
+        created_at=row.created_at,
+        delivered_at=row.delivered_at,
     )
 
 

@@ -36,7 +36,7 @@ def queued_of(session: Session, owner_id: UUID, *, at_most: int) -> int:
     return _counted(session, select(Job.id).where(Job.state == JobState.QUEUED, Job.owner_id == owner_id), at_most)
 
 
-def _count(session: Session, name: str, queued: Select[tuple[UUID]], at_most: int) -> int:
+def _count(session: Session, name: str, queued: Select[UUID], at_most: int) -> int:
     cache = get_cache_manager()
     known = cache.get(name)
     if known is not None and known + SPARE <= at_most:
@@ -49,5 +49,5 @@ def _count(session: Session, name: str, queued: Select[tuple[UUID]], at_most: in
     return count
 
 
-def _counted(session: Session, queued: Select[tuple[UUID]], at_most: int) -> int:
+def _counted(session: Session, queued: Select[UUID], at_most: int) -> int:
     return session.scalar(select(func.count()).select_from(queued.limit(at_most).subquery())) or 0

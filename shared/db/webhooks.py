@@ -8,15 +8,20 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import func, or_, select, tuple_, update
 from sqlalchemy.orm import Session, aliased
 
+from shared.contracts.webhooks import DeliveryQuery
+from shared.db import paging
 from shared.db.models import Job, JobEvent, WebhookDelivery, WebhookSecret
 from shared.errors import ResourceNotFoundError
 
 RETRY_AFTER_S = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600)
 """Waits between tries, about 18 hours in all: the schedule that Standard Webhooks recommends, without its last step.
 https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md"""
+
+SIGN_AT_ONCE = 4
+"""Each of these secrets adds a signature to a header: rotating again and again must not make it endless."""
 
 
 def enqueue(session: Session, job_id: UUID, seq: int, *, owner_id: UUID, url: str) -> None:
@@ -118,6 +123,49 @@ def _settle(session: Session, delivery: WebhookDelivery, **values: object) -> No
 # --- what owners see and do ---------------------------------------------------------------------------------------
 
 
+def page(session: Session, query: DeliveryQuery, *, owner_id: UUID) -> tuple[list[WebhookDelivery], str | None]:
+    """An owner's deliveries, newest first.
+
+    Raises:
+        InvalidCursorError
+    """
+    statement = select(WebhookDelivery).where(WebhookDelivery.owner_id == owner_id)
+    if query.job_id is not None:
+        statement = statement.where(WebhookDelivery.job_id == query.job_id)
+    if query.state is not None:
+        statement = statement.where(WebhookDelivery.state == query.state)
+    return paging.page(
+        session,
+        statement,
+        created_at=WebhookDelivery.created_at,
+        id=WebhookDelivery.id,
+        cursor=query.cursor,
+        limit=query.limit,
+    )
+
+
+def get(session: Session, delivery_id: UUID, *, owner_id: UUID) -> WebhookDelivery:
+    """
+    Raises:
+        ResourceNotFoundError: there is none, or it belongs to somebody else.
+    """
+    statement = select(WebhookDelivery).where(WebhookDelivery.id == delivery_id, WebhookDelivery.owner_id == owner_id)
+    delivery = session.scalar(statement)
+    if delivery is None:
+        raise ResourceNotFoundError("There is no such delivery.", delivery_id=str(delivery_id))
+    return delivery
+
+
+def types_of(session: Session, deliveries: Sequence[WebhookDelivery]) -> dict[UUID, str]:
+    """The `type` of each delivery's body."""
+    told = [(each.job_id, each.seq) for each in deliveries if each.job_id is not None]
+    events = select(JobEvent.job_id, JobEvent.seq, JobEvent.type).where(tuple_(JobEvent.job_id, JobEvent.seq).in_(told))
+    types = {(row.job_id, row.seq): f"job.{row.type}" for row in session.execute(events)}
+    return {
+        each.id: types[each.job_id, each.seq] if each.body is None else str(each.body["type"]) for each in deliveries
+    }
+
+
 def redeliver(session: Session, delivery_id: UUID, *, owner_id: UUID) -> None:
     """Make a delivery due again, with its whole schedule before it. It keeps its id: receivers know it by that.
 
@@ -135,7 +183,7 @@ def redeliver(session: Session, delivery_id: UUID, *, owner_id: UUID) -> None:
 
 
 def signing_secrets(session: Session, owner_id: UUID) -> Sequence[str]:
-    """The owner's valid secrets, newest first; one is made on first sight."""
+    """The owner's newest valid secrets, newest first, `SIGN_AT_ONCE` at most; one is made on first sight."""
     valid = (
         select(WebhookSecret.secret)
         .where(
@@ -143,6 +191,7 @@ def signing_secrets(session: Session, owner_id: UUID) -> Sequence[str]:
             or_(WebhookSecret.expires_at.is_(None), WebhookSecret.expires_at > func.now()),
         )
         .order_by(WebhookSecret.created_at.desc())
+        .limit(SIGN_AT_ONCE)
     )
     return session.scalars(valid).all() or [_add_secret(session, owner_id)]
 

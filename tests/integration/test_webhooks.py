@@ -4,8 +4,10 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import select, text
@@ -13,6 +15,7 @@ from sqlalchemy.orm import Session
 from standardwebhooks import Webhook as Verifier
 from standardwebhooks import WebhookVerificationError
 
+from shared import queue
 from shared.contracts.generation import Webhook
 from shared.contracts.jobs import EventType
 from shared.db import jobs, webhooks
@@ -20,6 +23,7 @@ from shared.db.models import Job, WebhookDelivery
 from shared.errors import ImageGenerationError
 from shared.settings import Settings, WebhookSettings
 from tests.factories import make_job
+from tests.integration.conftest import API, Client, messages
 from tests.stack import wait_until
 from worker_service.webhooks import deliver_due
 
@@ -216,3 +220,88 @@ def test_an_unknown_secret_is_never_logged(
     deliver()
     for secret in webhooks.signing_secrets(session, job.owner_id):
         assert secret not in caplog.text
+
+
+def test_only_the_newest_secrets_sign_however_often_they_were_rotated(session: Session, receiver: Receiver) -> None:
+    job = ended_job(session, receiver.url)
+    for _ in range(webhooks.SIGN_AT_ONCE + 2):
+        webhooks.rotate_secret(session, job.owner_id, overlap_s=3600)
+        session.commit()
+    deliver()
+    assert len(receiver.got[0][0]["webhook-signature"].split()) == webhooks.SIGN_AT_ONCE
+
+
+# --- over HTTP ----------------------------------------------------------------------------------------------------
+
+
+def log(client: Client, **query: Any) -> list[dict[str, Any]]:
+    answer = client.get(f"{API}/webhooks/deliveries", query_string=query)
+    assert answer.status_code == 200, answer.text
+    return list(answer.json["items"])
+
+
+def test_the_log_tells_of_every_try_and_a_delivery_is_told_again_by_hand(
+    client: Client, session: Session, receiver: Receiver
+) -> None:
+    job = ended_job(session, receiver.url)
+    receiver.answers = [(500, {}), (410, {})]
+    deliver()
+    (refused,) = log(client)
+    assert (refused["type"], refused["job_id"], refused["url"]) == ("job.failed", str(job.id), receiver.url)
+    assert (refused["state"], refused["attempts"], refused["last_status"]) == ("pending", 1, 500)
+    assert refused["last_error"] == "the receiver answered 500"
+    assert refused["due_at"] > refused["created_at"]
+    session.execute(text("update webhook_deliveries set due_at = now()"))
+    session.commit()
+    deliver()
+    (failed,) = log(client, state="failed")
+    assert (failed["attempts"], failed["due_at"]) == (2, None)
+
+    answer = client.post(f"{API}/webhooks/deliveries/{failed['id']}/redeliver")
+    assert answer.status_code == 202
+    assert (answer.json["state"], answer.json["attempts"]) == ("pending", 0)
+    assert len(messages(queue.IO_QUEUE)) == 1, "the io workers are told"
+    deliver()
+    (delivered,) = log(client, job_id=str(job.id), state="delivered")
+    assert delivered["delivered_at"] is not None
+    assert delivered["last_error"] is None
+    assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
+
+
+def test_the_log_is_paged_newest_first_and_holds_what_is_about_no_job(client: Client, session: Session) -> None:
+    first = ended_job(session, "http://127.0.0.1:1/closed")
+    second = ended_job(session, "http://127.0.0.1:1/closed")
+    webhooks.enqueue_body(session, {"type": "bulk.completed"}, owner_id=first.owner_id, url="http://127.0.0.1:1/closed")
+    session.commit()
+    page = client.get(f"{API}/webhooks/deliveries", query_string={"limit": 2}).json
+    assert [(item["type"], item["job_id"]) for item in page["items"]] == [
+        ("bulk.completed", None),
+        ("job.failed", str(second.id)),
+    ]
+    (last,) = log(client, cursor=page["next_cursor"])
+    assert last["job_id"] == str(first.id)
+    assert log(client, job_id=str(uuid4())) == []
+
+
+def test_nobody_sees_or_repeats_what_another_owner_is_told(client: Client, session: Session) -> None:
+    job = make_job(session, owner="other", webhook=Webhook(url="http://127.0.0.1:1/closed"))
+    jobs.cancel(session, job.id, owner_id=job.owner_id)
+    session.commit()
+    assert log(client) == log(client, job_id=str(job.id)) == []
+    for delivery_id in (only(session).id, uuid4()):
+        answer = client.post(f"{API}/webhooks/deliveries/{delivery_id}/redeliver")
+        assert (answer.status_code, answer.json["code"]) == (404, "not_found")
+
+
+def test_an_owner_rotates_its_secret_and_sees_it_once(client: Client, session: Session, receiver: Receiver) -> None:
+    job = ended_job(session, receiver.url)
+    (old,) = webhooks.signing_secrets(session, job.owner_id)
+    session.commit()
+    answer = client.post(f"{API}/webhooks/secret/rotate")
+    assert answer.status_code == 201
+    assert answer.headers["Cache-Control"] == "no-store"
+    deliver()
+    ((headers, body),) = receiver.got
+    for secret in (old, answer.json["secret"]):
+        Verifier(secret).verify(body, headers)
+    assert datetime.fromisoformat(answer.json["others_until"]) > datetime.now(UTC) + timedelta(hours=23)
