@@ -7,6 +7,8 @@ from flask_openapi3.openapi import OpenAPI
 from flask_openapi3.utils import get_model_schema
 
 from api_service.problems import MEDIA_TYPE
+from api_service.routes.bulks import JSON_LINES
+from shared.contracts.bulks import BulkGenerateItem, BulkHeader, BulkManifestLine, BulkRagGenerateItem
 from shared.contracts.common import ImageFormat, Problem
 from shared.contracts.generation import DryRunView
 from shared.contracts.images import UploadFields
@@ -53,7 +55,20 @@ FILES = {
     "getGenerationThumbnail": [ImageFormat.WEBP.media_type],
 }
 OPEN = ("getHealth", "getLiveness", "getReadiness")
-STATE_CHANGES = ("cancelJob", "retryJob", "deleteJob")
+STATE_CHANGES = (
+    "cancelJob",
+    "retryJob",
+    "deleteJob",
+    "createBulk",
+    "appendBulkLines",
+    "completeBulk",
+    "pauseBulk",
+    "resumeBulk",
+    "cancelBulk",
+    "retryFailedBulkItems",
+)
+OF_LINES = (BulkHeader, BulkGenerateItem, BulkRagGenerateItem, BulkManifestLine)
+"""What single lines of JSON Lines hold; no operation's schema can name it."""
 
 
 class Documented(OpenAPI):
@@ -67,7 +82,7 @@ class Documented(OpenAPI):
         super().generate_spec_json()  # type: ignore[no-untyped-call]
         document = self.spec_json
         components = document["components"]
-        for model in (Problem, DryRunView, SearchRequest, UploadFields):
+        for model in (Problem, DryRunView, SearchRequest, UploadFields, *OF_LINES):
             schema = get_model_schema(model)
             components["schemas"].update(schema.pop("$defs", {}))
             components["schemas"][model.__name__] = schema
@@ -111,6 +126,14 @@ def _complete(operation: dict[str, Any], route: str) -> None:
             }
             responses["204"] = {"description": "The job has ended and everything was told."}
             operation["parameters"].append(_LAST_EVENT_ID)
+        case "createBulk" | "appendBulkLines":
+            operation["requestBody"] = {"content": {media_type: _LINES for media_type in JSON_LINES}}
+            if name == "createBulk":
+                operation["parameters"] = [*operation["parameters"], _IDEMPOTENCY_KEY]
+        case "getBulkManifest":
+            responses["200"] = {"description": "The lines.", "content": {JSON_LINES[0]: _MANIFEST}}
+        case "getBulkArchive":
+            responses["200"] = {"description": "The archive.", "content": {"application/x-tar": {"schema": BINARY}}}
         case "uploadImages":
             operation["requestBody"] = {"required": True, "content": {"multipart/form-data": _upload_form()}}
         case "search":
@@ -158,6 +181,22 @@ _IDEMPOTENCY_KEY = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
     "description": "a repeated request with the same key gets the first one's answer",
     "example": "order-17",
+}
+_LINES = {
+    "schema": {
+        "type": "string",
+        "description": "JSON Lines: each line a `BulkRagGenerateItem` or a `BulkGenerateItem`, the first one perhaps a "
+        "`BulkHeader`",
+    },
+    "example": '{"bulk": {"on_invalid": "skip", "defaults": {"num_images": 2}}}\n'
+    '{"prompt": "a red apple", "custom_id": "apple"}\n'
+    '{"prompt": "a green pear", "kind": "generate", "seed": 7}\n',
+}
+_MANIFEST = {
+    "schema": {
+        "type": "string",
+        "description": "JSON Lines: each line a `BulkManifestLine`; the last one is `{\"end\": true, \"items\": N}`",
+    }
 }
 _LAST_EVENT_ID = {
     "name": "Last-Event-ID",
