@@ -19,17 +19,15 @@ from shared.contracts.generation import (
     Mode,
     PinnedReference,
     RagGenerateRequest,
-    Webhook,
     seeds_from,
 )
-from shared.contracts.jobs import JobKind, JobState, JobView, Lane
+from shared.contracts.jobs import JobKind, JobView
 from shared.contracts.search import ImageFilter
 from shared.contracts.service import Capabilities
 from shared.db import admission, idempotency, images, jobs, spaces, workers
 from shared.db.models import ModelRecord
 from shared.db.session import session_scope
 from shared.errors import (
-    JobStateError,
     ModelNotFoundError,
     ReferenceUnavailableError,
     UnsupportedParameterError,
@@ -80,22 +78,10 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
     """
     with session_scope() as session:
         old = jobs.get(session, job_id, owner_id=caller.owner_id)
-        if old.state == JobState.SUCCEEDED or not JobState(old.state).is_final:
-            raise JobStateError("Only a job that ended without success can be tried again.", state=old.state)
         admission.refuse_when_full(session, caller.owner_id, get_settings().queue)
+        job = jobs.insert_retry(session, old)
         parameters = GenerationParameters.model_validate(old.parameters)
         _check_pinned(session, parameters.references, caller=caller)
-        job = jobs.insert(
-            session,
-            owner_id=caller.owner_id,
-            kind=JobKind(old.kind),
-            lane=list(Lane)[old.lane],
-            parameters=parameters,
-            metadata=old.job_metadata,
-            timeout_s=old.timeout_s,
-            webhook=None if old.webhook is None else Webhook.model_validate(old.webhook),
-            retry_of=old.id,
-        )
         session.refresh(job)
         view = views.job(session, job)
     metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})

@@ -45,11 +45,11 @@ class Housekeeping:
 
     def retire(self) -> None:
         """Remove rows that are older than the settings keep."""
-        for table, retire in _retirements(self._settings.retention):
-            removed = BATCH
-            while removed == BATCH and not self._stopping.wait(PAUSE_S):
+        for table, retire, batch in _retirements(self._settings.retention):
+            removed = batch
+            while removed == batch and not self._stopping.wait(PAUSE_S):
                 with session_scope() as session:
-                    removed = retire(session, limit=BATCH)
+                    removed = retire(session, limit=batch)
                 if removed:
                     increment_counter("rows_retired_total", removed, {"table": table})
                     logger.info("rows_retired", extra={"table": table, "rows": removed})
@@ -80,13 +80,14 @@ class Housekeeping:
             logger.warning("chore_waits", extra={"chore": name, "cause": error.code})
 
 
-def _retirements(kept: RetentionSettings) -> Iterator[tuple[str, Callable[..., int]]]:
-    each: list[tuple[str, Callable[..., int], float]] = [
-        ("jobs", retention.retire_jobs, kept.jobs_days),
-        ("generations", retention.retire_outputs, kept.outputs_days),
-        ("job_events", retention.retire_events, kept.events_days),
-        ("webhook_deliveries", retention.retire_deliveries, kept.deliveries_days),
+def _retirements(kept: RetentionSettings) -> Iterator[tuple[str, Callable[..., int], int]]:
+    each: list[tuple[str, Callable[..., int], float, int]] = [
+        ("jobs", retention.retire_jobs, kept.jobs_days, BATCH),
+        ("bulks", retention.retire_bulks, kept.jobs_days, 1),  # with up to a hundred thousand items
+        ("generations", retention.retire_outputs, kept.outputs_days, BATCH),
+        ("job_events", retention.retire_events, kept.events_days, BATCH),
+        ("webhook_deliveries", retention.retire_deliveries, kept.deliveries_days, BATCH),
     ]
-    for table, retire, days in each:
+    for table, retire, days, batch in each:
         if days > 0:
-            yield table, partial(retire, days=days)
+            yield table, partial(retire, days=days), batch

@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
@@ -39,8 +39,13 @@ def remember(session: Session, answer: dict[str, Any], *, owner_id: UUID, route:
     session.execute(update(IdempotencyKey).where(_this(owner_id, route, key)).values(answer=answer))
 
 
-def forget_old(session: Session) -> None:
-    session.execute(delete(IdempotencyKey).where(_forgotten()))
+def forget_old(session: Session, *, limit: int = 500) -> None:
+    """Remove up to `limit` keys that are not remembered any more."""
+    key = tuple_(IdempotencyKey.owner_id, IdempotencyKey.route, IdempotencyKey.key)
+    old = select(IdempotencyKey.owner_id, IdempotencyKey.route, IdempotencyKey.key).where(_forgotten())
+    old = old.order_by(IdempotencyKey.created_at).limit(limit).with_for_update(skip_locked=True)
+    statement = delete(IdempotencyKey).where(key.in_(old))
+    session.execute(statement.execution_options(synchronize_session=False))
 
 
 def _this(owner_id: UUID, route: str, key: str) -> Any:

@@ -4,20 +4,20 @@ A worker's writes name its attempt, so that of two attempts at one job only the 
 a write that returns False found the job canceled, finished or taken over, and its caller discards what it has.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 from sqlalchemy import ColumnElement, and_, exists, func, or_, select, tuple_, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from shared.contracts.bulks import BulkState
 from shared.contracts.generation import GenerationParameters, Webhook
 from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
 from shared.db import paging, webhooks
-from shared.db.models import Bulk, Generation, GenerationReference, Job, JobEvent
+from shared.db.models import Bulk, Generation, GenerationReference, Job, JobEvent, Owner
 from shared.errors import BaseAppException, JobCrashedError, JobStateError, ResourceNotFoundError
 from shared.metrics import JOBS_FINISHED
 
@@ -38,6 +38,13 @@ class Output:
 
     generation: Generation
     references: Sequence[GenerationReference]
+
+
+@dataclass(frozen=True)
+class DeadJob:
+    job: Job
+    owner: str
+    tried_again: bool
 
 
 # --- submit -------------------------------------------------------------------------------------------------------
@@ -81,6 +88,27 @@ def insert(
     _tell(session, EventType.QUEUED, {}, [job])
     session.flush()
     return job
+
+
+def insert_retry(session: Session, old: Job) -> Job:
+    """A new job that does the same as one that ended without success.
+
+    Raises:
+        JobStateError: the job has not ended, or has succeeded.
+    """
+    if old.state == JobState.SUCCEEDED or not JobState(old.state).is_final:
+        raise JobStateError("Only a job that ended without success can be tried again.", state=old.state)
+    return insert(
+        session,
+        owner_id=old.owner_id,
+        kind=JobKind(old.kind),
+        lane=list(Lane)[old.lane],
+        parameters=GenerationParameters.model_validate(old.parameters),
+        metadata=old.job_metadata,
+        timeout_s=old.timeout_s,
+        webhook=None if old.webhook is None else Webhook.model_validate(old.webhook),
+        retry_of=old.id,
+    )
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -242,6 +270,12 @@ def cancel(session: Session, job_id: UUID, *, owner_id: UUID) -> bool:
     )
 
 
+def revoke(session: Session, job_ids: Collection[UUID]) -> list[UUID]:
+    """End those of these jobs that have not ended, whoever owns them, as an operator does; their ids."""
+    canceled = and_(Job.id.in_(job_ids), Job.state.not_in(FINAL))
+    return _end_all(session, canceled, JobState.CANCELED, data={"reason": "revoked"})
+
+
 def cancel_bulk(session: Session, bulk_id: UUID) -> list[UUID]:
     """End every job of a bulk that has not ended; their ids."""
     return _end_all(session, and_(Job.bulk_id == bulk_id, Job.state.not_in(FINAL)), JobState.CANCELED, data={})
@@ -256,6 +290,20 @@ def delete(session: Session, job: Job) -> None:
     if not JobState(job.state).is_final:
         raise JobStateError("A job can be deleted once it has ended: cancel it first.", state=job.state)
     session.delete(job)
+
+
+def dead(session: Session, *, limit: int) -> list[DeadJob]:
+    """Jobs that killed their process too often, those that ended last first."""
+    again = aliased(Job)
+    tried_again = select(again.id).where(again.retry_of == Job.id).exists()
+    statement = (
+        select(Job, Owner.name, tried_again)
+        .join(Owner, Owner.id == Job.owner_id)
+        .where(Job.state == JobState.DEAD)
+        .order_by(Job.finished_at.desc(), Job.id)
+        .limit(limit)
+    )
+    return [DeadJob(job, owner, retried) for job, owner, retried in session.execute(statement).tuples()]
 
 
 def queue_position(session: Session, job: Job) -> int:

@@ -3,20 +3,32 @@
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, select, tuple_
+from sqlalchemy import ColumnElement, delete, func, or_, select, tuple_
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
-from shared.db.models import Chore, Generation, Job, JobEvent, WebhookDelivery
+from shared.db.models import Bulk, Chore, Generation, Job, JobEvent, WebhookDelivery
 
 PENDING = "pending"
 
 
 def retire_jobs(session: Session, *, days: float, limit: int) -> int:
-    """Remove jobs that ended `days` ago, with their outputs and events; how many. One with a webhook to tell stays."""
+    """Remove jobs that ended `days` ago, with their outputs and events; how many.
+
+    One that a webhook has still to tell of stays, and one of a bulk stays as long as the bulk.
+    """
     untold = select(WebhookDelivery.id).where(WebhookDelivery.job_id == Job.id, WebhookDelivery.state == PENDING)
-    old = select(Job.id).where(Job.finished_at < _ago(days), ~untold.exists()).order_by(Job.finished_at)
-    return _delete(session, Job, old, limit)
+    in_use = select(Bulk.id).where(
+        Bulk.id == Job.bulk_id, or_(Bulk.finished_at.is_(None), Bulk.finished_at >= _ago(days))
+    )
+    old = select(Job.id).where(Job.finished_at < _ago(days), ~untold.exists(), ~in_use.exists())
+    return _delete(session, Job, old.order_by(Job.finished_at), limit)
+
+
+def retire_bulks(session: Session, *, days: float, limit: int) -> int:
+    """Remove bulks that ended `days` ago and whose jobs are gone; how many."""
+    old = select(Bulk.id).where(Bulk.finished_at < _ago(days), ~select(Job.id).where(Job.bulk_id == Bulk.id).exists())
+    return _delete(session, Bulk, old, limit)
 
 
 def retire_outputs(session: Session, *, days: float, limit: int) -> int:
