@@ -22,7 +22,7 @@ ERRORS = {
     HTTPStatus.UNAUTHORIZED: ("Unauthorized", "A valid API key is needed: `Authorization: Bearer ...`."),
     HTTPStatus.FORBIDDEN: ("Forbidden", "The API key lacks the scope that this needs."),
     HTTPStatus.NOT_FOUND: ("NotFound", "There is nothing under that id, or it is somebody else's."),
-    HTTPStatus.CONFLICT: ("Conflict", "The job's state does not allow this: `job_state_conflict`."),
+    HTTPStatus.CONFLICT: ("Conflict", "The state it is in does not allow this: `job_state_conflict`, `bulk_offset_mismatch`."),
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("TooLarge", "The body, or an image in it, is over the limit."),
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: ("UnsupportedMediaType", "The body, or a file in it, has the wrong type."),
     HTTPStatus.UNPROCESSABLE_ENTITY: (
@@ -127,7 +127,7 @@ def _complete(operation: dict[str, Any], route: str) -> None:
             responses["204"] = {"description": "The job has ended and everything was told."}
             operation["parameters"].append(_LAST_EVENT_ID)
         case "createBulk" | "appendBulkLines":
-            operation["requestBody"] = {"content": {media_type: _LINES for media_type in JSON_LINES}}
+            operation["requestBody"] = {"content": dict.fromkeys(JSON_LINES, _LINES)}
             if name == "createBulk":
                 operation["parameters"] = [*operation["parameters"], _IDEMPOTENCY_KEY]
         case "getBulkManifest":
@@ -195,7 +195,7 @@ _LINES = {
 _MANIFEST = {
     "schema": {
         "type": "string",
-        "description": "JSON Lines: each line a `BulkManifestLine`; the last one is `{\"end\": true, \"items\": N}`",
+        "description": 'JSON Lines: each line a `BulkManifestLine`; the last one is `{"end": true, "items": N}`',
     }
 }
 _LAST_EVENT_ID = {
