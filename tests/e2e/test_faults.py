@@ -146,7 +146,7 @@ def test_without_postgres_every_operation_answers_503_within_three_seconds(
 def call(url: str, method: str, path: str) -> tuple[str, str, int, float]:
     """One valid request: method, path, status, seconds."""
     some_id = "00000000-0000-4000-8000-00000000abcd"
-    for name in ("job_id", "image_id", "generation_id", "id"):
+    for name in ("job_id", "image_id", "generation_id", "bulk_id", "id"):
         path = path.replace(f"{{{name}}}", some_id)
     arguments: dict[str, object] = {}
     if path.endswith("/upload"):
@@ -157,6 +157,11 @@ def call(url: str, method: str, path: str) -> tuple[str, str, int, float]:
         arguments = {"json": {"query": "a cat"}}
     elif path.endswith("/generate"):
         arguments = {"json": {"prompt": "a cat"}}
+    elif path.endswith(("/bulks", "/lines")) and method == "post":
+        lines = {"content": b'{"prompt": "a cat"}\n', "headers": {"Content-Type": "application/jsonl"}}
+        arguments = {"params": {"from_line": 0}, **lines} if path.endswith("/lines") else lines
+    elif path.endswith("/complete"):
+        arguments = {"json": {"lines": 1}}
     elif method == "patch":
         arguments = {"json": {"caption": "a cat"}}
     started = time.monotonic()
