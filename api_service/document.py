@@ -22,7 +22,10 @@ ERRORS = {
     HTTPStatus.UNAUTHORIZED: ("Unauthorized", "A valid API key is needed: `Authorization: Bearer ...`."),
     HTTPStatus.FORBIDDEN: ("Forbidden", "The API key lacks the scope that this needs."),
     HTTPStatus.NOT_FOUND: ("NotFound", "There is nothing under that id, or it is somebody else's."),
-    HTTPStatus.CONFLICT: ("Conflict", "The state it is in does not allow this: `job_state_conflict`, `bulk_offset_mismatch`."),
+    HTTPStatus.CONFLICT: (
+        "Conflict",
+        "The state it is in does not allow this: `job_state_conflict`, `bulk_offset_mismatch`.",
+    ),
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("TooLarge", "The body, or an image in it, is over the limit."),
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: ("UnsupportedMediaType", "The body, or a file in it, has the wrong type."),
     HTTPStatus.UNPROCESSABLE_ENTITY: (
