@@ -158,8 +158,8 @@ def call(url: str, method: str, path: str) -> tuple[str, str, int, float]:
     elif path.endswith("/generate"):
         arguments = {"json": {"prompt": "a cat"}}
     elif path.endswith(("/bulks", "/lines")) and method == "post":
-        lines = {"content": b'{"prompt": "a cat"}\n', "headers": {"Content-Type": "application/jsonl"}}
-        arguments = {"params": {"from_line": 0}, **lines} if path.endswith("/lines") else lines
+        arguments = {"content": b'{"prompt": "a cat"}\n', "headers": {"Content-Type": "application/jsonl"}}
+        arguments |= {"params": {"from_line": 0}} if path.endswith("/lines") else {}
     elif path.endswith("/complete"):
         arguments = {"json": {"lines": 1}}
     elif method == "patch":
