@@ -1,4 +1,4 @@
-"""Operator commands: owners, API keys, webhook secrets.
+"""Operator commands: owners, API keys, webhook secrets, dead jobs, blobs that nothing needs.
 
     python -m scripts.admin create-owner team-a
     python -m scripts.admin create-key team-a --name laptop --scopes generate,search
@@ -6,8 +6,13 @@
     python -m scripts.admin rotate-key KEY_ID --overlap-s 86400
     python -m scripts.admin revoke-key KEY_ID
     python -m scripts.admin rotate-webhook-secret team-a
+    python -m scripts.admin dead-jobs
+    python -m scripts.admin requeue JOB_ID [JOB_ID ...]
+    python -m scripts.admin requeue --all
+    python -m scripts.admin sweep --dry-run
 
-It speaks to the database that the settings name. A secret is printed once, at creation, and kept nowhere.
+It speaks to the database and the blob store that the settings name. A secret is printed once, at creation, and kept
+nowhere.
 """
 
 import argparse
@@ -19,11 +24,17 @@ from rich.table import Table
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared.db import keys, owners, webhooks
-from shared.db.models import ApiKey, Owner
+from shared import queue, sweeper
+from shared.contracts.jobs import JobState
+from shared.db import jobs, keys, owners, webhooks
+from shared.db.jobs import DeadJob
+from shared.db.models import ApiKey, Job, Owner
 from shared.db.session import session_scope
 from shared.errors import BaseAppException, ResourceNotFoundError
 from shared.settings import get_settings
+from shared.storage import get_blobs
+
+REQUEUED_AT_MOST = 10_000
 
 
 def main() -> None:
@@ -44,6 +55,19 @@ def main() -> None:
     command.add_argument("key_id", type=UUID)
     command = commands.add_parser("rotate-webhook-secret", help="print a new secret; the old one signs for a while too")
     command.add_argument("owner")
+    command = commands.add_parser("dead-jobs", help="show jobs that killed their process too often, the latest first")
+    command.add_argument("--limit", type=int, default=50)
+    command = commands.add_parser("requeue", help="try dead jobs again, each as a new job; prints their ids")
+    command.add_argument("job_ids", type=UUID, nargs="*", metavar="JOB_ID")
+    command.add_argument("--all", action="store_true", help="every dead job that was not tried again yet")
+    command = commands.add_parser("sweep", help="remove blobs that nothing names, as the reconciler does now and then")
+    command.add_argument("--dry-run", action="store_true", help="only print what would go")
+    command.add_argument(
+        "--older-than-s", type=float, metavar="S", help="instead of the settings' grace; uploads that take longer fail"
+    )
+    command.add_argument(
+        "--adopt", action="store_true", help="the store was swept for another database, and is this one's from now on"
+    )
     arguments = parser.parse_args()
     try:
         _run(arguments)
@@ -53,31 +77,79 @@ def main() -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    match arguments.command:
+        case "requeue":
+            _requeue(arguments.job_ids, every=arguments.all)
+        case "sweep":
+            _sweep(arguments)
+        case _:
+            with session_scope() as session:
+                _in_one_transaction(session, arguments)
+
+
+def _in_one_transaction(session: Session, arguments: argparse.Namespace) -> None:
+    match arguments.command:
+        case "create-owner":
+            print(owners.ensure(session, arguments.name))
+        case "create-key":
+            days = arguments.expires_in_days
+            key, secret = keys.create(
+                session,
+                _owner_id(session, arguments.owner),
+                name=arguments.name,
+                scopes=frozenset(arguments.scopes.split(",")),
+                expires_in_s=None if days is None else days * 86_400,
+            )
+            print(f"{key.id}\n{secret}")
+        case "list-keys":
+            _show(keys.listed(session))
+        case "rotate-key":
+            key, secret = keys.rotate(session, arguments.key_id, overlap_s=arguments.overlap_s)
+            print(f"{key.id}\n{secret}")
+        case "revoke-key":
+            keys.revoke(session, arguments.key_id)
+        case "rotate-webhook-secret":
+            overlap_s = get_settings().webhooks.secret_overlap_s
+            secret, _ = webhooks.rotate_secret(session, _owner_id(session, arguments.owner), overlap_s=overlap_s)
+            print(secret)
+        case "dead-jobs":
+            _show_dead(jobs.dead(session, limit=arguments.limit))
+
+
+def _requeue(job_ids: list[UUID], *, every: bool) -> None:
+    if every == bool(job_ids):
+        raise ValueError("name some jobs, or say --all")
     with session_scope() as session:
-        match arguments.command:
-            case "create-owner":
-                print(owners.ensure(session, arguments.name))
-            case "create-key":
-                days = arguments.expires_in_days
-                key, secret = keys.create(
-                    session,
-                    _owner_id(session, arguments.owner),
-                    name=arguments.name,
-                    scopes=frozenset(arguments.scopes.split(",")),
-                    expires_in_s=None if days is None else days * 86_400,
-                )
-                print(f"{key.id}\n{secret}")
-            case "list-keys":
-                _show(keys.listed(session))
-            case "rotate-key":
-                key, secret = keys.rotate(session, arguments.key_id, overlap_s=arguments.overlap_s)
-                print(f"{key.id}\n{secret}")
-            case "revoke-key":
-                keys.revoke(session, arguments.key_id)
-            case "rotate-webhook-secret":
-                overlap_s = get_settings().webhooks.secret_overlap_s
-                secret, _ = webhooks.rotate_secret(session, _owner_id(session, arguments.owner), overlap_s=overlap_s)
-                print(secret)
+        old = [_dead(session, job_id) for job_id in job_ids]
+        if every:
+            old = [each.job for each in jobs.dead(session, limit=REQUEUED_AT_MOST) if not each.tried_again]
+        new = [jobs.insert_retry(session, job) for job in old]
+    # After the commit, as always; what the broker does not hear of now, the reconciler tells it.
+    for model in {job.model for job in new}:
+        queue.feed(model)
+    for job in new:
+        print(job.id)
+
+
+def _dead(session: Session, job_id: UUID) -> Job:
+    job = session.get(Job, job_id)
+    if job is None or job.state != JobState.DEAD:
+        raise ResourceNotFoundError(f"There is no dead job {job_id}.")
+    return job
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    blobs, older_than_s = get_blobs(), arguments.older_than_s
+    if older_than_s is None:
+        older_than_s = sweeper.grace_s(get_settings())
+    if arguments.dry_run:
+        for info in sweeper.unneeded(blobs, older_than_s=older_than_s):
+            print(f"{info.key}\t{info.size_bytes}")
+        return
+    if arguments.adopt:
+        sweeper.adopt(blobs)
+    swept = sweeper.sweep(blobs, older_than_s=older_than_s)
+    print(f"{swept.blobs} blobs, {swept.size_bytes} bytes, {swept.leftovers} half-written files")
 
 
 def _owner_id(session: Session, name: str) -> UUID:
@@ -85,6 +157,18 @@ def _owner_id(session: Session, name: str) -> UUID:
     if owner_id is None:
         raise ResourceNotFoundError(f"There is no owner {name!r}: make it with create-owner.")
     return owner_id
+
+
+def _show_dead(dead: list[DeadJob]) -> None:
+    table = Table("id", "owner", "model", "ended", "crashes", "tried again", "prompt")
+    for each in dead:
+        job, ended = each.job, each.job.finished_at
+        moment = f"{ended:%Y-%m-%d %H:%M}" if ended else ""
+        again = "yes" if each.tried_again else ""
+        table.add_row(
+            str(job.id), each.owner, job.model, moment, str(job.crashes), again, job.parameters["prompt"][:60]
+        )
+    Console().print(table)
 
 
 def _show(listed: list[tuple[ApiKey, Owner]]) -> None:

@@ -303,7 +303,7 @@ def dead(session: Session, *, limit: int) -> list[DeadJob]:
         .order_by(Job.finished_at.desc(), Job.id)
         .limit(limit)
     )
-    return [DeadJob(job, owner, retried) for job, owner, retried in session.execute(statement).tuples()]
+    return [DeadJob(job, owner, retried) for job, owner, retried in session.execute(statement)]
 
 
 def queue_position(session: Session, job: Job) -> int:

@@ -1,0 +1,111 @@
+"""What operators do by command: looking at dead jobs, trying them again, sweeping blobs."""
+
+import os
+from uuid import UUID
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from scripts.admin import main as admin
+from shared import queue
+from shared.contracts.jobs import JobState
+from shared.db import jobs
+from shared.db.models import Job
+from shared.settings import Settings
+from shared.storage import get_blobs, thumbnail_key
+from tests.factories import make_job
+from tests.integration.conftest import API, Client, messages
+from tests.integration.test_jobs import claim, let_lease_expire
+
+
+def dead_job(session: Session, **details: object) -> Job:
+    job = make_job(session, **details)  # type: ignore[arg-type]
+    assert jobs.model_started(session, claim(session, job))
+    let_lease_expire(session, job)
+    assert jobs.take_back_expired(session, max_crashes=1) == [job.id]
+    session.commit()
+    session.refresh(job)
+    assert job.state == JobState.DEAD
+    return job
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["admin", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    admin()
+
+
+def test_dead_jobs_are_shown_and_tried_again_as_new_jobs_that_are_published(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = dead_job(session, prompt="a poisoned apple", owner="snow"), dead_job(session)
+    make_job(session, state=JobState.CANCELED)
+    session.commit()
+    run(monkeypatch, "dead-jobs")
+    shown = capsys.readouterr().out
+    assert [str(job.id) in shown for job in (first, second)] == [True, True]
+    assert "a poisoned apple" in shown
+    assert "snow" in shown
+
+    run(monkeypatch, "requeue", str(first.id))
+    (new_id,) = capsys.readouterr().out.split()
+    again = session.get_one(Job, UUID(new_id))
+    assert (again.state, again.retry_of, again.owner_id) == ("queued", first.id, first.owner_id)
+    assert (again.crashes, again.parameters) == (0, first.parameters)
+    assert [message["headers"]["id"] for message in messages(queue.generate_queue("cheap"))] == [new_id]
+
+    run(monkeypatch, "requeue", "--all")
+    (other_id,) = capsys.readouterr().out.split()
+    assert session.get_one(Job, UUID(other_id)).retry_of == second.id, "the first was tried again already"
+    run(monkeypatch, "requeue", "--all")
+    assert capsys.readouterr().out == ""
+
+
+def test_only_dead_jobs_are_requeued_all_or_none(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dead, queued = dead_job(session), make_job(session)
+    session.commit()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "requeue", str(dead.id), str(queued.id))
+    assert str(queued.id) in capsys.readouterr().err
+    assert session.scalars(select(Job.id).where(Job.retry_of.is_not(None))).all() == []
+    for wrong in (("requeue",), ("requeue", str(dead.id), "--all")):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *wrong)
+
+
+def test_its_owner_may_try_a_dead_job_again_too(session: Session, client: Client) -> None:
+    job = dead_job(session)
+    answer = client.post(f"{API}/jobs/{job.id}/retry")
+    assert answer.status_code == 202
+    assert (answer.json["state"], answer.json["retry_of"]) == ("queued", str(job.id))
+
+
+def test_a_sweep_by_hand_tells_what_it_would_remove_and_removes_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = thumbnail_key("ab" * 32)
+    get_blobs().put(key, b"12345", media_type="image/webp")
+    run(monkeypatch, "sweep")
+    assert capsys.readouterr().out == "0 blobs, 0 bytes, 0 half-written files\n", "too young"
+    run(monkeypatch, "sweep", "--dry-run", "--older-than-s", "0")
+    assert capsys.readouterr().out == f"{key}\t5\n"
+    assert get_blobs().exists(key)
+    path = os.path.join(settings.storage.url.removeprefix("file://"), key)
+    os.utime(path, (0, 0))
+    run(monkeypatch, "sweep")
+    assert capsys.readouterr().out == "1 blobs, 5 bytes, 0 half-written files\n"
+    assert not get_blobs().exists(key)
+
+
+def test_a_store_swept_for_another_database_is_refused_in_words(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    get_blobs().put("swept-for", b"another", media_type="text/plain")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "sweep")
+    assert "another database" in capsys.readouterr().err
+    run(monkeypatch, "sweep", "--adopt")
+    run(monkeypatch, "sweep")
