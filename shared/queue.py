@@ -49,6 +49,7 @@ def configure(app: Celery, settings: QueueSettings) -> Celery:
     url = settings.url.get_secret_value()
     app.conf.update(
         broker_url=url,
+        broker_transport="shared.transport:Transport",
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
