@@ -98,6 +98,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("bulk_id", "line", name=op.f("pk_bulk_line_errors")),
     )
     op.add_column("jobs", sa.Column("bulk_id", sa.Uuid(), nullable=True))
+    op.add_column("jobs", sa.Column("bulk_line", sa.Integer(), nullable=True))
     op.create_foreign_key(op.f("fk_jobs_bulk_id"), "jobs", "bulks", ["bulk_id"], ["id"], ondelete="SET NULL")
     op.create_index(
         "ix_jobs_bulk",
@@ -123,6 +124,7 @@ def downgrade() -> None:
     op.alter_column("webhook_deliveries", "job_id", existing_type=sa.Uuid(), nullable=False)
     op.drop_index("ix_jobs_bulk", table_name="jobs", postgresql_where=sa.text("bulk_id is not null"))
     op.drop_constraint(op.f("fk_jobs_bulk_id"), "jobs", type_="foreignkey")
+    op.drop_column("jobs", "bulk_line")
     op.drop_column("jobs", "bulk_id")
     op.drop_table("bulk_line_errors")
     op.drop_table("bulk_items")

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import orjson
-from sqlalchemy import Row, and_, case, delete, func, select, text, update
+from sqlalchemy import Row, and_, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.bulks import BulkCounts, BulkOptions, BulkQuery, BulkState, ItemState
@@ -218,21 +218,23 @@ def items(
     session: Session, bulk: Bulk, *, after: int, limit: int, state: ItemState | None = None
 ) -> tuple[list[tuple[BulkItem, Job | None]], int | None]:
     """A page of items with their jobs in the order of lines, and the line behind which the next page starts."""
-    is_now = case(
-        (BulkItem.job_id.is_(None), state_without_job(bulk).value),
-        (Job.id.is_(None), ItemState.DELETED.value),
-        else_=Job.state,
-    )
-    statement = (
-        select(BulkItem, Job)
-        .outerjoin(Job, Job.id == BulkItem.job_id)
-        .where(BulkItem.bulk_id == bulk.id, BulkItem.line > after)
-    )
-    if state is not None:
-        statement = statement.where(is_now == state.value)
-    rows = session.execute(statement.order_by(BulkItem.line).limit(limit + 1)).all()
-    found: list[tuple[BulkItem, Job | None]] = [(item, job) for item, job in rows[:limit]]
-    return found, found[-1][0].line if len(rows) > limit else None
+    of_bulk = select(BulkItem, Job).where(BulkItem.bulk_id == bulk.id, BulkItem.line > after)
+    with_any_job = of_bulk.outerjoin(Job, Job.id == BulkItem.job_id)
+    if state is None:
+        parts = [with_any_job]
+    elif state is ItemState.DELETED:
+        parts = [with_any_job.where(BulkItem.job_id.is_not(None), Job.id.is_(None))]
+    else:
+        # Asked for by their jobs, the few failed ones of many are found by index.
+        of_job = and_(Job.bulk_id == bulk.id, Job.bulk_line == BulkItem.line, Job.state == state.value)
+        parts = [of_bulk.join(Job, of_job)]
+        if state is state_without_job(bulk):
+            parts.append(with_any_job.where(BulkItem.job_id.is_(None)))
+    rows: list[tuple[BulkItem, Job | None]] = [
+        (item, job) for part in parts for item, job in session.execute(part.order_by(BulkItem.line).limit(limit + 1))
+    ]
+    rows.sort(key=lambda row: row[0].line)
+    return rows[:limit], rows[limit - 1][0].line if len(rows) > limit else None
 
 
 def line_errors(session: Session, bulk_id: UUID, *, after: int, limit: int) -> tuple[list[BulkLineError], int | None]:
@@ -310,7 +312,7 @@ def retry_failed(session: Session, bulk: Bulk, *, ended_before: datetime, most: 
 RETRY = text(
     """
     with gone as (
-        update jobs set bulk_id = null where id in (
+        update jobs set bulk_id = null, bulk_line = null where id in (
             select id from jobs
             where bulk_id = :bulk_id and state = any(:states) and finished_at < :before limit :most
         )
@@ -340,10 +342,10 @@ FEED = text(
         returning item.*
     ), made as (
         insert into jobs (
-            id, owner_id, bulk_id, kind, state, lane, model, images, parameters, metadata, timeout_s, expires_at,
-            retry_of, last_seq
+            id, owner_id, bulk_id, bulk_line, kind, state, lane, model, images, parameters, metadata, timeout_s,
+            expires_at, retry_of, last_seq
         )
-        select fed.job_id, bulk.owner_id, bulk.id, fed.kind, 'queued', bulk.lane, fed.model, fed.images,
+        select fed.job_id, bulk.owner_id, bulk.id, fed.line, fed.kind, 'queued', bulk.lane, fed.model, fed.images,
             fed.parameters, fed.metadata, fed.timeout_s, bulk.expires_at, fed.retry_of, 1
         from fed join bulks bulk on bulk.id = fed.bulk_id
         order by fed.line

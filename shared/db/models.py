@@ -208,6 +208,7 @@ class Job(Base):
     webhook: Mapped[dict[str, Any] | None]
     retry_of: Mapped[UUID | None]  # no foreign key: the job that it tries again may be deleted
     bulk_id: Mapped[UUID | None] = mapped_column(ForeignKey("bulks.id", ondelete="SET NULL"))
+    bulk_line: Mapped[int | None] = mapped_column(Integer)
     resolution: Mapped[dict[str, Any] | None]
     timings: Mapped[dict[str, float]] = mapped_column(server_default="{}")
 
