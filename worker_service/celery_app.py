@@ -18,6 +18,7 @@ from shared.db import workers
 from shared.db.session import session_scope
 from shared.errors import DatabaseError
 from shared.settings import Settings
+from worker_service import revocation
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class WorkerProcess:
             hard_end.start()
 
         worker_shutting_down.connect(stop, weak=False)
+        revocation.treat_as_cancel()
         self.announce("ready")
         self.keep_announcing()
         app.worker_main(
