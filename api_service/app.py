@@ -10,7 +10,7 @@ from flask_openapi3.models.info import Info
 from flask_openapi3_swagger.plugins import RegisterPlugin as SwaggerUI
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from api_service import problems, waiting
+from api_service import limits, problems, waiting
 from api_service.caller import authenticated
 from api_service.document import Documented
 from api_service.routes.bulks import bulks
@@ -68,6 +68,7 @@ def create_app(settings: Settings | None = None) -> Documented:
     problems.register(app)
     app.before_request(_begin)
     app.before_request(_authenticate)
+    limits.register(app, settings)
     app.after_request(_finish)
     return app
 

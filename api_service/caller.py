@@ -29,6 +29,8 @@ class Caller:
 
     owner_id: UUID
     scopes: frozenset[str]
+    key_id: UUID | None = None
+    """None where keys are off."""
 
 
 def authenticated(request: Request) -> Caller:
@@ -52,7 +54,7 @@ def authenticated(request: Request) -> Caller:
     needed = scope_of(request)
     if needed is not None and needed not in key.scopes:
         raise AuthorizationError(f"This API key lacks the scope {needed!r}.", scope=needed)
-    return Caller(key.owner_id, frozenset(key.scopes))
+    return Caller(key.owner_id, frozenset(key.scopes), key.id)
 
 
 def scope_of(request: Request) -> str | None:

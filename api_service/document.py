@@ -6,6 +6,7 @@ from typing import Any
 from flask_openapi3.openapi import OpenAPI
 from flask_openapi3.utils import get_model_schema
 
+from api_service import document_headers
 from api_service.problems import MEDIA_TYPE
 from api_service.routes.bulks import JSON_LINES
 from shared.contracts.bulks import BulkGenerateItem, BulkHeader, BulkManifestLine, BulkRagGenerateItem
@@ -31,6 +32,11 @@ ERRORS = {
     HTTPStatus.UNPROCESSABLE_ENTITY: (
         "Invalid",
         "The request makes no sense here; `errors` names each wrong field of `validation_failed`.",
+    ),
+    HTTPStatus.TOO_MANY_REQUESTS: (
+        "TooMany",
+        "The key has sent as many requests as it may in a minute (`rate_limited`), or its owner has reached a cap or a "
+        "quota (`owner_queue_full`, `quota_exceeded`, `bulk_quota_exceeded`); try again after `Retry-After`.",
     ),
     HTTPStatus.INTERNAL_SERVER_ERROR: ("InternalError", "Something went wrong inside the service."),
     HTTPStatus.SERVICE_UNAVAILABLE: ("Unavailable", "A part that is needed is away; try again after `Retry-After`."),
@@ -90,14 +96,29 @@ class Documented(OpenAPI):
             components["schemas"].update(schema.pop("$defs", {}))
             components["schemas"][model.__name__] = schema
         components["schemas"].pop("ValidationErrorModel", None)
-        components["responses"] = {name: _error(text) for name, text in ERRORS.values()}
+        components["responses"] = {name: _error(status, text) for status, (name, text) in ERRORS.items()}
+        components["headers"] = document_headers.COMPONENTS
         for route, path_item in document["paths"].items():
-            for operation in path_item.values():
+            for method, operation in path_item.items():
                 _complete(operation, route)
+                _add_headers(operation, method)
 
 
-def _error(description: str) -> dict[str, Any]:
-    return {"description": description, "content": {MEDIA_TYPE: {"schema": {"$ref": f"{SCHEMAS}Problem"}}}}
+def _error(status: HTTPStatus, description: str) -> dict[str, Any]:
+    return {
+        "description": description,
+        "headers": document_headers.of_error(status),
+        "content": {MEDIA_TYPE: {"schema": {"$ref": f"{SCHEMAS}Problem"}}},
+    }
+
+
+def _add_headers(operation: dict[str, Any], method: str) -> None:
+    name = operation["operationId"]
+    for status, response in operation["responses"].items():
+        if "$ref" not in response:
+            response["headers"] = document_headers.of_success(
+                name, method, status, is_file=name in FILES, needs_key=name not in OPEN
+            )
 
 
 def _complete(operation: dict[str, Any], route: str) -> None:
@@ -159,7 +180,7 @@ def _errors_of(operation: dict[str, Any], route: str) -> list[HTTPStatus]:
     if operation["operationId"] != "getLiveness":
         statuses.append(HTTPStatus.SERVICE_UNAVAILABLE)
     if operation["operationId"] not in OPEN:
-        statuses += [HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN]
+        statuses += [HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS]
     if operation.get("parameters") or operation.get("requestBody"):
         statuses += [HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY]
     if "{" in route:

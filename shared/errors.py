@@ -12,11 +12,14 @@ class BaseAppException(Exception):  # noqa: N818 - the public name of the tree's
 
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
+    """Of most kinds a constant; who knows better for this one failure says so."""
 
-    def __init__(self, message: str | None = None, **context: Any) -> None:
+    def __init__(self, message: str | None = None, *, retry_after_s: int | None = None, **context: Any) -> None:
         self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]
         self.context = context
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
         super().__init__(self.message)
 
     def body(self) -> dict[str, Any]:
@@ -314,6 +317,12 @@ class RateLimitError(BaseAppException):
     code = "rate_limited"
     status = 429
     retry_after_s = 1
+
+
+class QuotaExceededError(RateLimitError):
+    """This owner has asked for as many images today as it may."""
+
+    code = "quota_exceeded"
 
 
 class TooManyStreamsError(BaseAppException):

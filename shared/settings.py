@@ -287,6 +287,19 @@ class APISettings(Section):
     max_waiters_per_owner: int = Field(12, ge=0, le=1000, description="of them, those of one owner")
 
 
+class LimitSettings(Section):
+    """What one API key, or one owner, may ask for. Where keys are off there are no rate limits."""
+
+    enabled: bool = Field(True, description="count the requests of each key; quotas hold either way")
+    url: RedisUrl | None = Field(None, description="where requests are counted; none: on the cache's server")
+    socket_timeout_s: float = Field(0.5, gt=0, le=5, description="longest wait for it before memory counts")
+    reads_per_minute: int = Field(6000, ge=1, description="GET requests and searches of one key")
+    writes_per_minute: int = Field(1200, ge=1, description="all other requests of one key")
+    daily_images: int = Field(
+        0, ge=0, description="images one owner may ask for per day (UTC), unless its own number says else; 0: no quota"
+    )
+
+
 class BulkSettings(Section):
     max_items: int = Field(100_000, ge=1, le=1_000_000, description="items of one bulk, invalid lines included")
     max_body_bytes: int = Field(512 * 2**20, ge=1024, description="one request that sends lines of a bulk")
@@ -378,6 +391,7 @@ class Settings(BaseSettings):
     model: ModelSettings = Field(default_factory=ModelSettings)
     retrieval: RetrievalSettings = RetrievalSettings()
     api: APISettings = APISettings()
+    limits: LimitSettings = LimitSettings()
     bulks: BulkSettings = BulkSettings()
     webhooks: WebhookSettings = WebhookSettings()
     worker: WorkerSettings = WorkerSettings()

@@ -13,11 +13,13 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
+from sqlalchemy.orm import Session
 
 from api_service.app import create_app
 from ops.local.stack import REPOSITORY
 from shared import progress, queue
-from shared.settings import Settings
+from shared.db import keys, owners
+from shared.settings import Settings, get_settings
 from tests.stack import wait_until
 
 API = "/api/v1"
@@ -32,6 +34,23 @@ def client(settings: Settings) -> Iterator[Client]:
     yield app.test_client()
     progress.close_subscriber()
     app.extensions["decoder"].close()
+
+
+@pytest.fixture
+def guarded(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """The API with keys required."""
+    monkeypatch.setenv("AFTERIMAGE_SECURITY__REQUIRE_API_KEYS", "true")
+    get_settings.cache_clear()
+    app = create_app(get_settings())
+    yield app.test_client()
+    progress.close_subscriber()
+    app.extensions["decoder"].close()
+
+
+def a_key(session: Session, *scopes: str, owner: str = "team") -> dict[str, str]:
+    _, secret = keys.create(session, owners.ensure(session, owner), name="test", scopes=frozenset(scopes))
+    session.commit()
+    return {"Authorization": f"Bearer {secret}"}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from openapi_spec_validator import validate
@@ -12,6 +13,8 @@ from ops.local.stack import REPOSITORY
 from shared.errors import BaseAppException
 from tests.integration.conftest import API, Client
 
+ON_EVERY_ANSWER = {"X-Content-Type-Options", "Referrer-Policy", "X-Frame-Options"}
+"""For browsers; a client of the API has no use for them."""
 METHODS = ("get", "post", "patch", "delete", "put")
 
 
@@ -99,6 +102,38 @@ def test_errors_are_described_once_and_named_by_every_operation(document: dict[s
             assert "404" in errors
     for response in described.values():
         assert response["content"]["application/problem+json"]["schema"]["$ref"].endswith("/Problem")
+
+
+def test_every_answer_with_its_headers_is_described(client: Client, document: dict[str, Any]) -> None:
+    plain = {"Content-Type", "Content-Length", "Cache-Control", "Date"}  # described by the answer's content, or by HTTP
+
+    def described(method: str, route: str, status: int) -> set[str]:
+        response = document["paths"][API + route][method]["responses"][str(status)]
+        while "$ref" in response:
+            response = document["components"]["responses"][response["$ref"].split("/")[-1]]
+        return set(response["headers"])
+
+    job_id = client.post(f"{API}/generate", json={"prompt": "x"}).json["id"]
+    for method, route, sent, body in [
+        ("post", "/generate", "/generate", {"prompt": "x"}),
+        ("post", "/generate", "/generate", {"prompt": ""}),
+        ("post", "/generate", "/generate", {"prompt": "x", "dry_run": True}),
+        ("get", "/jobs", "/jobs", None),
+        ("get", "/jobs/{job_id}", f"/jobs/{job_id}", None),
+        ("get", "/jobs/{job_id}", f"/jobs/{uuid4()}", None),
+        ("post", "/jobs/{job_id}/cancel", f"/jobs/{job_id}/cancel", None),
+        ("post", "/jobs/{job_id}/cancel", f"/jobs/{job_id}/cancel", None),
+        ("post", "/jobs/{job_id}/retry", f"/jobs/{job_id}/retry", None),
+        ("delete", "/jobs/{job_id}", f"/jobs/{job_id}", None),
+        ("post", "/webhooks/secret/rotate", "/webhooks/secret/rotate", None),
+        ("post", "/search", "/search", {"query": "x"}),
+        ("get", "/health", "/health", None),
+    ]:
+        answer = client.open(API + sent, method=method.upper(), json=body)
+        undescribed = (
+            set(answer.headers.keys()) - described(method, route, answer.status_code) - plain - ON_EVERY_ANSWER
+        )
+        assert not undescribed, (method, sent, answer.status_code)
 
 
 def test_the_examples_in_it_are_accepted(client: Client, document: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import re
-from collections.abc import Iterator
 from uuid import UUID
 
 import pytest
@@ -10,31 +9,10 @@ from flask.testing import FlaskClient
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from api_service.app import create_app
 from scripts.admin import main as admin
-from shared import progress
-from shared.db import keys, owners
 from shared.db.models import ApiKey
-from shared.settings import Settings, get_settings
 from tests.factories import make_job
-from tests.integration.conftest import API, picture
-
-
-@pytest.fixture
-def guarded(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlaskClient]:
-    """The API with keys required."""
-    monkeypatch.setenv("AFTERIMAGE_SECURITY__REQUIRE_API_KEYS", "true")
-    get_settings.cache_clear()
-    app = create_app(get_settings())
-    yield app.test_client()
-    progress.subscriber().close()
-    app.extensions["decoder"].close()
-
-
-def a_key(session: Session, *scopes: str, owner: str = "team") -> dict[str, str]:
-    _, secret = keys.create(session, owners.ensure(session, owner), name="test", scopes=frozenset(scopes))
-    session.commit()
-    return {"Authorization": f"Bearer {secret}"}
+from tests.integration.conftest import API, a_key, picture
 
 
 def operations(client: FlaskClient) -> list[tuple[str, str, str]]:

@@ -71,6 +71,7 @@ PUBLISHED = {
     "unsupported_image_type": 415,
     "not_found": 404,
     "rate_limited": 429,
+    "quota_exceeded": 429,
     "authentication_required": 401,
     "forbidden": 403,
     "external_service_failed": 503,
