@@ -1,122 +1,279 @@
-"""Index a WebDataset tar of images: NAME.webp (or .png, .jpg) beside NAME.json with caption, tags, licence, source and
-attributes.
-
-    python -m scripts.index_images starter/corpus.tar --url http://127.0.0.1:8000
-
-Images that the collection already has are skipped, so an interrupted run is simply started again.
-"""
+"""Bring images and what is said of them into a collection; `--help` teaches it by examples."""
 
 import argparse
-import hashlib
-import json
-import tarfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-import httpx
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from watchfiles import Change, watch
 
-from scripts.waiting import wait_until
+from afterimage_client import Afterimage, AfterimageError, UploadFields
+from scripts.indexing.sources import (
+    DESCRIBING,
+    SIDECAR_SUFFIXES,
+    Found,
+    SourceError,
+    file_in_folder,
+    found_in,
+    images_of,
+    in_folder,
+    is_candidate,
+)
+from scripts.indexing.upload import Entry, Outcome, Report, Uploader, pending, unembedded
+from scripts.rows import FORMATS, RowsError
+from scripts.terminal import (
+    EXIT_CODES,
+    Exit,
+    Output,
+    add_output_options,
+    add_service_options,
+    service_of,
+    stoppable,
+)
 
-IMAGE_SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
-PARALLEL_UPLOADS = 4
+DESCRIPTION = """\
+Bring images and what is said of them into a collection, and wait until they are searchable.
 
+SOURCE is one of
+  a folder     read with its subfolders; beside NAME.jpg stand NAME.json with caption, tags, licence, source and
+               attributes, or NAME.txt with the caption
+  a table      CSV, TSV, JSONL or Parquet with a column `file`, relative to the table, and columns of the same names;
+               TXT with one file per line
+  a tar        a WebDataset: members as in a folder
+PNG, JPEG and WebP are taken, by their content, which the service decodes.
 
-@dataclass(frozen=True)
-class Sample:
-    filename: str
-    data: bytes
-    fields: dict[str, Any]
+What the collection has already is not sent again, so an interrupted run is simply started again."""
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
+EXAMPLES = f"""\
+examples:
+  a folder, with a word on where it comes from
+    python -m scripts.index_images photos/ --source archive-2024 --licence CC-BY-4.0 --tag photo
+
+  keep what was skipped and why, and read only what has changed the next time
+    python -m scripts.index_images photos/ --report photos.report.jsonl
+
+  a table whose columns have other names, into a collection of your own
+    python -m scripts.index_images products.csv --column file=image_path --column caption=title --collection products
+
+  a WebDataset
+    python -m scripts.index_images starter/corpus.tar
+
+  keep the collection in step with a folder until Ctrl-C, deletions included
+    python -m scripts.index_images photos/ --collection photos --watch --delete
+
+{EXIT_CODES}"""
+
+NAMED = 20
+LOOK_AGAIN_S = 0.2
+WATCH_STEP_MS = 500
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", type=Path, help="the tar file")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the API listens (default: %(default)s)")
-    parser.add_argument("--collection", default="shared", help="collection to index into (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.index_images",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, help="folder, table or tar")
+    group = parser.add_argument_group("what is said of the images")
+    group.add_argument("--collection", default="shared", help="default: %(default)s")
+    group.add_argument("--tag", action="append", default=[], help="for all, beside their own; may be repeated")
+    group.add_argument("--licence", help="of those that do not say theirs")
+    group.add_argument("--source", dest="origin", help="of those that do not say theirs")
+    group.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help=f"column of a table with another name; fields: file, {', '.join(DESCRIBING)}",
+    )
+    group.add_argument("--format", choices=sorted(set(FORMATS.values())), help="of a table, if not by its name")
+    group.add_argument("--update", action="store_true", help="bring up to date what is said of images already there")
+    group = parser.add_argument_group("how")
+    group.add_argument("--report", type=Path, metavar="FILE", help="what became of each file, as JSON Lines")
+    group.add_argument("--parallel", type=int, default=4, help="uploads at a time (default: %(default)s)")
+    group.add_argument("--max-file-mb", type=float, default=16, help="larger files are skipped (default: %(default)g)")
+    group.add_argument(
+        "--wait", type=float, default=600, metavar="SECONDS", help="for all to be searchable (default: %(default)g)"
+    )
+    group.add_argument("--watch", action="store_true", help="a folder: go on with what changes in it, until Ctrl-C")
+    group.add_argument("--delete", action="store_true", help="with --watch: delete images whose file was deleted")
+    add_service_options(parser)
+    add_output_options(parser)
     arguments = parser.parse_args()
-    with httpx.Client(base_url=f"{arguments.url}/api/v1", timeout=60) as api:
-        index(api, arguments.corpus, collection=arguments.collection, console=Console())
+    output = Output(quiet=arguments.quiet, as_json=arguments.as_json)
+    try:
+        with stoppable():
+            code = _run(arguments, output)
+    except (SourceError, RowsError, ValueError, OSError) as error:
+        output.error(str(error))
+        code = Exit.WRONG
+    except AfterimageError as error:
+        output.error(f"{error}\nThe same command goes on from here.")
+        code = Exit.STOPPED
+    except KeyboardInterrupt:
+        output.say("Interrupted. The same command goes on from here.")
+        output.event("interrupted")
+        code = Exit.INTERRUPTED
+    raise SystemExit(int(code))
 
 
-def index(api: httpx.Client, corpus: Path, *, collection: str, console: Console) -> None:
-    """Upload what the collection lacks, then wait until all of it is searchable.
+def _run(arguments: argparse.Namespace, output: Output) -> Exit:
+    source: Path = arguments.source
+    if not source.exists():
+        raise SourceError(f"there is no {source}")
+    if arguments.watch and not source.is_dir():
+        raise SourceError("--watch is for folders")
+    if arguments.delete and not arguments.watch:
+        raise SourceError("--delete is for --watch")
+    given = {"licence": arguments.licence, "source": arguments.origin, "tags": arguments.tag}
+    defaults = {name: value for name, value in given.items() if value} | {"collection": arguments.collection}
+    with service_of(arguments) as service, Report(arguments.report) as report:
+        uploader = Uploader(
+            service,
+            arguments.collection,
+            report,
+            UploadFields.model_validate(defaults),
+            update=arguments.update or arguments.watch,
+            parallel=max(1, arguments.parallel),
+            largest_bytes=int(arguments.max_file_mb * 2**20),
+        )
+        if arguments.watch:
+            return _keep_in_step(uploader, source, output, delete=arguments.delete)
+        skipped = index(uploader, found_in(source, columns=_columns(arguments), format=arguments.format), output)
+        return _told(uploader, skipped, output, wait_s=arguments.wait)
+
+
+def _columns(arguments: argparse.Namespace) -> dict[str, str]:
+    columns = {}
+    for pair in arguments.column:
+        name, separator, column = pair.partition("=")
+        if not separator or name not in ("file", *DESCRIBING):
+            raise SourceError(f"--column {pair}: write FIELD=COLUMN with one of file, {', '.join(DESCRIBING)}")
+        columns[name] = column
+    return columns
+
+
+def index(uploader: Uploader, files: Iterable[Found], output: Output) -> list[Entry]:
+    """Bring the collection what it lacks of these files; what was skipped comes back.
 
     Raises:
-        httpx.HTTPStatusError: the API refused an image.
+        AfterimageError: the service refused or stayed away.
     """
-    known = set(indexed_digests(api, collection))
-    samples = [sample for sample in read_samples(corpus) if sample.sha256 not in known]
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    if samples:
-        with (
-            Progress(*columns, console=console) as progress,
-            ThreadPoolExecutor(PARALLEL_UPLOADS) as uploads,
-        ):
-            task = progress.add_task("indexing", total=len(samples))
-            for _ in uploads.map(lambda sample: upload(api, sample, collection), samples):
-                progress.advance(task)
-    wait_until(
-        lambda: not pending(api, collection),
-        timeout_s=300,
-        what="every image to be searchable (is an embed worker up?)",
-    )
+    uploader.learn()
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    skipped = []
+    with Progress(*columns, console=output.console, disable=not output.shows_progress) as progress:
+        task = progress.add_task("indexing", total=None)
+        for entry in uploader.run(files):
+            progress.advance(task)
+            output.event("file", **vars(entry))
+            if entry.outcome is Outcome.SKIPPED:
+                skipped.append(entry)
+        done = sum(uploader.counts.values())
+        progress.update(task, total=done, completed=done)
+    return skipped
 
 
-def read_samples(corpus: Path) -> Iterator[Sample]:
-    """The images of a WebDataset tar with what its JSON files say of them."""
-    with tarfile.open(corpus) as tar:
-        described: dict[str, dict[str, Any]] = {}
-        images: dict[str, tuple[str, bytes]] = {}
-        for member in tar:
-            path = PurePosixPath(member.name)
-            file = tar.extractfile(member)
-            if file is None:
-                continue
-            if path.suffix == ".json":
-                described[path.stem] = json.load(file)
-            elif path.suffix in IMAGE_SUFFIXES:
-                images[path.stem] = (path.name, file.read())
-            if path.stem in described and path.stem in images:
-                filename, data = images.pop(path.stem)
-                yield Sample(filename, data, described.pop(path.stem))
+def wait_until_searchable(service: Afterimage, collection: str, *, timeout_s: float) -> bool:
+    """Whether every image of the collection has been embedded, or cannot be, in time."""
+    deadline = time.monotonic() + timeout_s
+    while pending(service, collection):
+        if time.monotonic() > deadline:
+            return False
+        service.sleep(LOOK_AGAIN_S)
+    return True
 
 
-def indexed_digests(api: httpx.Client, collection: str) -> Iterator[str]:
-    query = {"collection": collection, "limit": "100"}
-    while True:
-        page = api.get("/images", params=query).raise_for_status().json()
-        yield from (image["sha256"] for image in page["items"])
-        if page["next_cursor"] is None:
-            return
-        query["cursor"] = page["next_cursor"]
+def _told(uploader: Uploader, skipped: list[Entry], output: Output, *, wait_s: float) -> Exit:
+    searchable = wait_s <= 0 or wait_until_searchable(uploader.service, uploader.collection, timeout_s=wait_s)
+    failed = [image for image in unembedded(uploader.service, uploader.collection) if image.sha256 in uploader.known]
+    counts = {outcome.value: uploader.counts[outcome] for outcome in Outcome}
+    output.event("done", **counts, not_embedded=len(failed), searchable=searchable)
+    output.say(", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number) or "nothing to index")
+    for entry in skipped[:NAMED]:
+        output.say(f"skipped {entry.file}: {entry.code}: {entry.detail}")
+    if len(skipped) > NAMED:
+        output.say(f"and {len(skipped) - NAMED} more; --report FILE keeps them all")
+    for image in failed[:NAMED]:
+        output.say(f"not searchable: {image.filename or image.id}: {image.error_code}")
+    if not searchable:
+        output.error(f"some images are not searchable after {wait_s:g} s: is an embed worker up?")
+    return Exit.DONE if searchable and not skipped and not failed else Exit.INCOMPLETE
 
 
-def upload(api: httpx.Client, sample: Sample, collection: str) -> None:
-    fields = sample.fields
-    form = {
-        "caption": fields.get("caption", ""),
-        "tags": fields.get("tags", []),
-        "licence": fields.get("licence", ""),
-        "source": fields.get("source", ""),
-        "attributes": json.dumps({name: str(value) for name, value in fields.get("attributes", {}).items()}),
-        "collection": collection,
-    }
-    given = {name: value for name, value in form.items() if value not in ("", [])}
-    api.post("/upload", data=given, files={"file": (sample.filename, sample.data)}).raise_for_status()
+# --- a folder that changes ----------------------------------------------------------------------------------------
 
 
-def pending(api: httpx.Client, collection: str) -> bool:
-    page = api.get("/images", params={"collection": collection, "state": "pending", "limit": 1})
-    return bool(page.raise_for_status().json()["items"])
+def _keep_in_step(uploader: Uploader, folder: Path, output: Output, *, delete: bool) -> Exit:
+    """Index the folder, then whatever changes in it, until interrupted."""
+    folder = folder.resolve()
+    changes = watch(folder, rust_timeout=WATCH_STEP_MS, yield_on_timeout=True, raise_interrupt=True)
+    next(changes)  # it listens from here on, so nothing that happens during the first pass is missed
+    contents: dict[str, str | None] = {}
+    try:
+        uploader.learn()
+        _follow(uploader, in_folder(folder), contents, output)
+        output.say(f"{len(contents)} files; watching {folder}")
+        output.event("watching", files=len(contents))
+        for changed in changes:
+            gone = [path for change, path in changed if change is Change.deleted]
+            before = dict(contents)
+            _follow(uploader, _touched(folder, {path for _, path in changed}), contents, output)
+            for name in _names_below(folder, gone, contents):
+                del contents[name]
+            if delete:
+                _delete(uploader, before, contents, output)
+    except KeyboardInterrupt:
+        output.event("done", **{outcome.value: uploader.counts[outcome] for outcome in Outcome})
+    return Exit.DONE
+
+
+def _follow(uploader: Uploader, files: Iterable[Found], contents: dict[str, str | None], output: Output) -> None:
+    for entry in uploader.run(files):
+        contents[entry.file] = entry.sha256
+        output.event("file", **vars(entry))
+        if entry.outcome in (Outcome.CREATED, Outcome.UPDATED):
+            output.say(f"{entry.outcome.value} {entry.file}")
+        elif entry.outcome is Outcome.SKIPPED:
+            output.say(f"skipped {entry.file}: {entry.code}: {entry.detail}")
+
+
+def _delete(uploader: Uploader, before: dict[str, str | None], now: dict[str, str | None], output: Output) -> None:
+    """Forget the contents that no file has any more."""
+    left = set(now.values())
+    for name, sha256 in before.items():
+        if sha256 is not None and sha256 not in left and uploader.forget(sha256):
+            output.say(f"deleted what was {name}")
+            output.event("file", file=name, outcome="deleted", sha256=sha256)
+
+
+def _touched(folder: Path, changed: set[str]) -> Iterator[Found]:
+    """The files that these changes concern: themselves, those beside a sidecar, those in a folder that came whole."""
+    paths = set()
+    for path in map(Path, changed):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.is_dir():
+            yield from in_folder(folder, below=path)
+        elif path.suffix.lower() in SIDECAR_SUFFIXES:
+            paths |= {*images_of(path)}
+        elif is_candidate(path):
+            paths.add(path)
+    for path in sorted(paths):
+        if path.is_file():
+            yield file_in_folder(path, folder)
+
+
+def _names_below(folder: Path, gone: list[str], contents: dict[str, str | None]) -> list[str]:
+    """The files that went with these paths, some of which may be folders."""
+    names = []
+    for path in map(Path, gone):
+        name = path.relative_to(folder).as_posix()
+        names += [known for known in contents if known == name or known.startswith(f"{name}/")]
+    return [name for name in dict.fromkeys(names) if not (folder / name).exists()]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,263 @@
+"""Bring a collection what it lacks, in parallel, and say what became of each file."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Any
+from uuid import UUID
+
+import pydantic
+
+from afterimage_client import (
+    Afterimage,
+    ImageFile,
+    ImagePatch,
+    ImageState,
+    ImageView,
+    InvalidRequestError,
+    UploadFields,
+)
+from scripts.indexing.sources import DESCRIBING, Found, Sample, SkippedError
+
+Known = tuple[UUID, dict[str, Any]]
+"""An image of the collection, and what is said of it."""
+
+
+class Outcome(StrEnum):
+    CREATED = "created"
+    EXISTING = "existing"  # the collection had it
+    UPDATED = "updated"  # the collection had it, and other things were said of it
+    DUPLICATE = "duplicate"  # another file of this run has the same content
+    SKIPPED = "skipped"  # `code` and `detail` say why
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of a file."""
+
+    file: str
+    outcome: Outcome
+    sha256: str | None = None
+    code: str | None = None
+    detail: str | None = None
+    stamp: str | None = None
+
+
+class Report:
+    """Entries as JSON Lines, also for the next run: a file that has not changed since is not looked at again."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._entries: dict[str, Entry] = {}
+        self._file: IO[str] | None = None
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):  # the last one of a killed run may be half a line
+                    entry = _entry(json.loads(line))
+                    self._entries[entry.file] = entry
+
+    def settled(self, found: Found, *, known: Mapping[str, Known]) -> Entry | None:
+        """What an earlier run said of a file, if that still holds."""
+        entry = self._entries.get(found.name)
+        if entry is None or found.stamp is None or entry.stamp != found.stamp:
+            return None
+        if entry.outcome == Outcome.SKIPPED:
+            return entry
+        return replace(entry, outcome=Outcome.EXISTING) if entry.sha256 in known else None
+
+    def __enter__(self) -> "Report":
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Written anew, so that each file stands in it once; then line by line as things happen.
+            self._file = self._path.open("w", encoding="utf-8")
+            for entry in self._entries.values():
+                self._write(entry)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, entry: Entry) -> None:
+        before = self._entries.get(entry.file)
+        # That it is there by now is no news of a file that an earlier run has brought.
+        brought = before is not None and entry.outcome is Outcome.EXISTING and before.sha256 == entry.sha256
+        if before != entry and not brought:
+            self._entries[entry.file] = entry
+            self._write(entry)
+
+    def _write(self, entry: Entry) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+            self._file.flush()
+
+
+@dataclass
+class Uploader:
+    """Uploads into one collection.
+
+    Attributes:
+        defaults: said of every image; tags are added, other fields are for images whose source does not say them.
+        update: whether what is said of an image that the collection has is brought up to date.
+    """
+
+    service: Afterimage
+    collection: str
+    report: Report
+    defaults: UploadFields = field(default_factory=UploadFields)
+    update: bool = False
+    parallel: int = 4
+    largest_bytes: int = 16 * 2**20
+    counts: Counter[Outcome] = field(default_factory=Counter)
+    known: dict[str, Known] = field(default_factory=dict)
+    _taken: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def learn(self) -> None:
+        """Ask which images the collection has; one that could not be embedded is worth another try."""
+        for image in _listed(self.service, self.collection):
+            if image.state is not ImageState.FAILED:
+                self.known[image.sha256] = (image.id, {name: getattr(image, name) for name in DESCRIBING})
+
+    def run(self, files: Iterable[Found]) -> Iterator[Entry]:
+        """What becomes of each file, as it becomes so.
+
+        Raises:
+            AfterimageError: the service refused, or stayed away.
+        """
+        self._taken.clear()
+        pool = ThreadPoolExecutor(self.parallel, thread_name_prefix="upload")
+        working: set[Future[Entry]] = set()
+        try:
+            for found in files:
+                working.add(pool.submit(self._one, found))
+                if len(working) >= 4 * self.parallel:
+                    done, working = wait(working, return_when=FIRST_COMPLETED)
+                    yield from self._told(done)
+            while working:
+                done, working = wait(working, return_when=FIRST_COMPLETED)
+                yield from self._told(done)
+        except BaseException:
+            self.service.close()  # ends the pauses of the threads, which the pool waits for
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def forget(self, sha256: str) -> bool:
+        """Delete the image with that content from the collection; whether there was one."""
+        known = self.known.pop(sha256, None)
+        if known is not None:
+            self.service.images.delete(known[0])
+        self._taken.discard(sha256)
+        return known is not None
+
+    def _told(self, done: Iterable[Future[Entry]]) -> Iterator[Entry]:
+        for each in done:
+            entry = each.result()
+            self.counts[entry.outcome] += 1
+            self.report.add(entry)
+            yield entry
+
+    def _one(self, found: Found) -> Entry:
+        settled = self.report.settled(found, known=self.known)
+        if settled is not None and not self.update:
+            return settled
+        sha256 = None
+        try:
+            sample = found.read()
+            self._check(sample)
+            sha256 = sample.sha256
+            fields = self._fields(sample)
+            outcome = self._bring(sample, sha256, fields)
+        except SkippedError as error:
+            return Entry(found.name, Outcome.SKIPPED, sha256, error.code, str(error), found.stamp)
+        except InvalidRequestError as error:
+            return Entry(found.name, Outcome.SKIPPED, sha256, error.code, error.detail, found.stamp)
+        return Entry(found.name, outcome, sha256, stamp=found.stamp)
+
+    def _check(self, sample: Sample) -> None:
+        if not sample.data:
+            raise SkippedError("empty_file", "it is empty")
+        if len(sample.data) > self.largest_bytes:
+            raise SkippedError("image_too_large", f"{len(sample.data)} bytes are more than {self.largest_bytes}")
+
+    def _bring(self, sample: Sample, sha256: str, fields: UploadFields) -> Outcome:
+        with self._lock:
+            known = self.known.get(sha256)
+            if sha256 in self._taken:
+                return Outcome.DUPLICATE
+            self._taken.add(sha256)
+        said = {name: getattr(fields, name) for name in DESCRIBING if name in fields.model_fields_set}
+        if known is not None:
+            image_id, before = known
+            patch = {name: value for name, value in said.items() if before.get(name) != value}
+            if not self.update or not patch:
+                return Outcome.EXISTING
+            self.service.images.change(image_id, ImagePatch.model_validate(patch))
+            self.known[sha256] = (image_id, before | patch)
+            return Outcome.UPDATED
+        try:
+            answer = self.service.images.upload([ImageFile(sample.filename, sample.data)], fields)
+        except BaseException:
+            self._taken.discard(sha256)
+            raise
+        self.known[sha256] = (answer.images[0].id, said)
+        return Outcome.CREATED if answer.created else Outcome.EXISTING
+
+    def _fields(self, sample: Sample) -> UploadFields:
+        said = {name: sample.fields[name] for name in DESCRIBING if sample.fields.get(name)}
+        if isinstance(said.get("tags"), str):
+            said["tags"] = _tags(said["tags"])
+        if isinstance(said.get("attributes"), str):
+            said["attributes"] = _object(said["attributes"])
+        if isinstance(said.get("attributes"), dict):
+            said["attributes"] = {str(name): str(value) for name, value in said["attributes"].items()}
+        defaults = self.defaults.model_dump(exclude_unset=True)
+        tags = dict.fromkeys([*said.get("tags", []), *defaults.pop("tags", [])])
+        try:
+            return UploadFields.model_validate({**defaults, **said, "tags": list(tags), "collection": self.collection})
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise SkippedError("invalid_description", f"{where}: {first['msg']}") from None
+
+
+def pending(service: Afterimage, collection: str) -> bool:
+    """Whether an image of the collection waits for its vector."""
+    return next(_listed(service, collection, state=ImageState.PENDING, page_size=1), None) is not None
+
+
+def unembedded(service: Afterimage, collection: str) -> Iterator[ImageView]:
+    """Images of the collection that have got no vector and will get none."""
+    return _listed(service, collection, state=ImageState.FAILED)
+
+
+def _listed(service: Afterimage, collection: str, **options: Any) -> Iterator[ImageView]:
+    """The images of a collection; none of one that the first upload will make."""
+    try:
+        yield from service.images.list(collection=collection, **options)
+    except InvalidRequestError as error:
+        if [mistake.field for mistake in error.errors] != ["query.collection"]:
+            raise
+
+
+def _entry(line: dict[str, Any]) -> Entry:
+    return Entry(**line | {"outcome": Outcome(line["outcome"])})
+
+
+def _tags(text: str) -> Any:
+    if text.startswith("["):
+        return _object(text)
+    return [tag for tag in (part.strip() for part in text.split(",")) if tag]
+
+
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
