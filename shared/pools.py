@@ -129,7 +129,7 @@ def close_all() -> None:
 
 
 def close_at_exit() -> None:
-    """Call `close_all` when this process ends by itself, also one that `multiprocessing` started: it runs no `atexit`."""
+    """Call `close_all` when this process ends, also one that `multiprocessing` started: such a one runs no `atexit`."""
     Finalize(None, close_all, exitpriority=0)
 
 

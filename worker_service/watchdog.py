@@ -95,6 +95,8 @@ class Watchdog:
         watch = Watch(stage, model, jobs)
         with self._lock:
             self._watches.add(watch)
+            if self._thread.is_alive():
+                self._arm()  # at once: from here on the call may hold the interpreter
         try:
             yield watch
         except AcceleratorLostError as error:
@@ -111,18 +113,25 @@ class Watchdog:
     def _look(self) -> None:
         with self._lock:
             watches = list(self._watches)
-        left_s = []
+            self._arm()
         for watch in watches:
-            stage, since = watch.at
-            left_s.append(since + self._limits_s[stage] - time.monotonic())
-            if left_s[-1] < 0:
+            if self._left_s(watch) < 0:
                 _end_process("model_stuck", {**_described(watch), "stack": _stack(watch.thread_id)})
-        # A thread of C code, which needs no interpreter lock: a call that never lets go of it ends there, with exit
-        # status 1 and every thread's stack on stderr.
-        if left_s and sys.__stderr__ is not None:
-            faulthandler.dump_traceback_later(min(left_s) + BLOCKED_S, exit=True, file=sys.__stderr__)
+
+    def _arm(self) -> None:
+        """Have a call ended that never lets go of the interpreter, so that this module's thread cannot run.
+
+        By a thread of C code: exit status 1, and every thread's stack on stderr.
+        """
+        if self._watches and sys.__stderr__ is not None:
+            left_s = max(0.0, min(map(self._left_s, self._watches)))
+            faulthandler.dump_traceback_later(left_s + BLOCKED_S, exit=True, file=sys.__stderr__)
         else:
             faulthandler.cancel_dump_traceback_later()
+
+    def _left_s(self, watch: Watch) -> float:
+        stage, since = watch.at
+        return since + self._limits_s[stage] - time.monotonic()
 
 
 def _described(watch: Watch) -> dict[str, Any]:
