@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from shared.contracts.generation import Mode
-from shared.errors import ModelOutOfMemoryError
+from shared.errors import InvalidOutputError, ModelOutOfMemoryError
 from tests.small_pipelines import CLIP_DIM
 from worker_service.diffusion import Diffusion
 from worker_service.image_request import ImageRequest, Interrupted, OnStep, Reference
@@ -242,6 +242,99 @@ def test_a_batch_that_does_not_fit_in_memory_says_so_and_the_next_one_runs(loade
     before = draw(model, REQUEST)[0]
     with pytest.raises(ModelOutOfMemoryError) as refused:
         draw(model, replace(REQUEST, width=2**22, height=2**22))  # latents of 4 TB
-    assert refused.value.context == {"images": 1}
+    assert refused.value.context == {"items": 1}
     assert refused.value.__context__ is None, "the first failure would keep the call's tensors alive"
+    assert distance(draw(model, REQUEST)[0], before) == 0
+
+
+class Looking:
+    """Asks to see every second step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, np.ndarray]] = []
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        return step % 2 == 0 and step < total_steps
+
+    def show(self, pixels: np.ndarray, step: int, total_steps: int) -> None:
+        self.seen.append((step, pixels))
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_who_looks_sees_small_pictures_and_changes_none(loaded: Loaded, pipeline: str) -> None:
+    model = loaded(pipeline)
+    requests = [replace(REQUEST, num_inference_steps=5, seed=seed, width=320, height=512) for seed in (1, 2, 3)]
+    unseen = draw(model, *requests)
+    first, third = Looking(), Looking()
+    decoded: list[int] = []
+    hook = model.text_to_image.vae.decoder.register_forward_hook(lambda _, given, __: decoded.append(len(given[0])))
+    seen = draw(model, replace(requests[0], onlooker=first), requests[1], replace(requests[2], onlooker=third))
+    hook.remove()
+    assert [distance(a, b) for a, b in zip(seen, unseen, strict=True)] == [0, 0, 0]
+    assert [step for step, _ in first.seen] == [step for step, _ in third.seen] == [2, 4]
+    assert {(picture.shape, picture.dtype.name) for _, picture in first.seen} == {((256, 160, 3), "uint8")}
+    assert distance(first.seen[0][1], third.seen[0][1]) > DIFFERENT, "each its own"
+    assert decoded == [2, 2, 3], "nothing is decoded for those who did not ask"
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "scheduler"), [("sd15", "euler"), ("sd15", "dpm++_2m"), ("sd15", "unipc"), ("flux", None)]
+)
+def test_a_preview_shows_what_the_image_becomes(loaded: Loaded, pipeline: str, scheduler: str | None) -> None:
+    model, looking = loaded(pipeline), Looking()
+    (image,) = draw(model, replace(REQUEST, num_inference_steps=11, scheduler=scheduler, onlooker=looking))
+
+    def away(picture: np.ndarray) -> float:
+        return float(np.abs(picture.astype(int) - image).mean())
+
+    assert looking.seen[-1][0] == 10
+    assert away(looking.seen[-1][1]) < away(looking.seen[0][1])
+
+
+def test_a_preview_that_does_not_fit_in_memory_harms_nothing(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looking = loaded("sd15"), Looking()
+    before = draw(model, REQUEST)[0]
+    decode = model.text_to_image.vae.decode
+    calls: list[int] = []
+
+    def narrow(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(model.text_to_image.vae, "decode", narrow)
+    request = replace(REQUEST, onlooker=looking)
+    assert distance(draw(model, request)[0], before) == 0
+    assert looking.seen == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_no_numbers_are_no_image(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    model = loaded("sd15")
+    forward = model.text_to_image.unet.forward
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        return (torch.full_like(forward(*arguments, **options)[0], value),)
+
+    monkeypatch.setattr(model.text_to_image.unet, "forward", broken)
+    with pytest.raises(InvalidOutputError):
+        draw(model, REQUEST)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_memory_savers_are_what_the_vae_can_do_and_end_with_the_call(loaded: Loaded, pipeline: str) -> None:
+    model = loaded(pipeline)
+    vae = model.text_to_image.vae
+    before = draw(model, REQUEST)[0]
+    assert model.memory_savers(2) == ["vae_slicing"]
+    assert model.memory_savers(1) == ["vae_tiling"]
+    with model.saving_memory(["vae_slicing", "vae_tiling"]):
+        assert vae.use_slicing
+        assert vae.use_tiling
+        draw(model, REQUEST, REQUEST)
+    assert not vae.use_slicing
+    assert not vae.use_tiling
     assert distance(draw(model, REQUEST)[0], before) == 0
