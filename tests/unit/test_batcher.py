@@ -202,3 +202,46 @@ def test_closing_refuses_what_is_in_line_and_lets_the_running_batch_end(pool: Th
     closing.result(10)
     with pytest.raises(Interrupted):
         batcher.submit([3])
+
+
+def test_a_job_begins_when_its_turn_comes_and_once_for_all_its_items(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    batcher = a_batcher(model, max_batch_size=1)
+    busy(pool, batcher, model)
+    begun: list[str] = []
+    waiting = pool.submit(batcher.submit, [1, 2], begin=lambda: begun.append("waiting"))
+    in_line(batcher, 2)
+    assert begun == [], "waiting in line is not running"
+    model.go.set()
+    assert waiting.result(10) == [2, 4]
+    assert begun == ["waiting"]
+
+
+def test_a_job_that_may_not_begin_is_told_why_and_the_others_of_its_batch_run(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    batcher = a_batcher(model)
+    busy(pool, batcher, model)
+
+    def refuse() -> None:
+        raise ConnectionError("no word from the database")
+
+    refused = pool.submit(batcher.submit, [1, 2], begin=refuse)
+    in_line(batcher, 2)
+    other = pool.submit(batcher.submit, [3])
+    in_line(batcher, 3)
+    model.go.set()
+    with pytest.raises(ConnectionError):
+        refused.result(10)
+    assert other.result(10) == [6]
+    assert model.batches == [[0], [3]]
+
+
+def test_a_batch_that_returns_too_few_results_is_run_again_one_by_one(pool: ThreadPoolExecutor) -> None:
+    class Forgetful(Model):
+        def run(self, items: Sequence[int], on_step: OnStep) -> list[int]:
+            results = super().run(items, on_step)
+            return results[1:] if len(items) > 1 else results
+
+    model = Forgetful()
+    model.go.set()
+    assert a_batcher(model).submit([1, 2, 3]) == [2, 4, 6]

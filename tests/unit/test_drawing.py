@@ -1,0 +1,188 @@
+"""A call of an image model that is short of memory, or that returns something else than images."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shared.errors import InvalidOutputError, ModelError, ModelOutOfMemoryError
+from shared.metrics import GENERATION_MEMORY_SAVED
+from shared.settings import WatchdogSettings
+from tests.unit.test_cheap import REQUEST, SETTINGS
+from worker_service.accelerator import run_on
+from worker_service.batcher import Batcher
+from worker_service.cheap import CheapGenerator
+from worker_service.drawing import Drawn, draw
+from worker_service.image_request import ImageRequest, OnStep
+from worker_service.watchdog import AcceleratorLostError, Watchdog
+
+CPU = torch.device("cpu")
+LOST = torch.device("meta")
+"""Takes tensors and gives none back, as a GPU does after an illegal access."""
+
+
+class Narrow(CheapGenerator):
+    """Has room for one image, or for what its savers make room for: slices for a batch, tiles for large images."""
+
+    def __init__(self) -> None:
+        super().__init__(**vars(CheapGenerator.load("cheap", SETTINGS)))
+        self.calls: list[tuple[int, tuple[str, ...]]] = []
+        self.savers: tuple[str, ...] = ()
+        self.slices_help = False
+
+    def memory_savers(self, images: int) -> Sequence[str]:
+        return ["slices"] if images > 1 else ["tiles", "small_tiles"]
+
+    @contextmanager
+    def saving_memory(self, savers: Sequence[str]) -> Iterator[None]:
+        self.savers = tuple(savers)
+        yield
+        self.savers = ()
+
+    def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
+        self.calls.append((len(requests), self.savers))
+        fits = len(requests) == 1 or (self.slices_help and "slices" in self.savers)
+        for request in requests:
+            fits &= "large" not in request.prompt or "small_tiles" in self.savers
+            fits &= "huge" not in request.prompt
+        if not fits:
+            raise ModelOutOfMemoryError
+        return super().generate(requests, on_step)
+
+
+class Broken(CheapGenerator):
+    def __init__(self, returned: Any) -> None:
+        super().__init__(**vars(CheapGenerator.load("cheap", SETTINGS)))
+        self.returned = returned
+
+    def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> Any:
+        return self.returned
+
+
+def go_on(_step: int, _steps: int) -> bool:
+    return True
+
+
+def asking(prompt: str) -> ImageRequest:
+    return replace(REQUEST, prompt=prompt)
+
+
+def test_what_fits_is_drawn_as_it_is() -> None:
+    model = Narrow()
+    (drawn,) = draw(model, [REQUEST], go_on)
+    assert drawn.memory_savers == ()
+    assert model.calls == [(1, ())]
+
+
+def test_an_image_that_does_not_fit_is_drawn_with_one_saver_more_each_time_and_says_so() -> None:
+    model = Narrow()
+    counter = GENERATION_MEMORY_SAVED.labels("cheap", "small_tiles")
+    before = counter._value.get()
+    (drawn,) = draw(model, [asking("large")], go_on)
+    assert drawn.memory_savers == ("tiles", "small_tiles")
+    assert model.calls == [(1, ()), (1, ("tiles",)), (1, ("tiles", "small_tiles"))]
+    assert counter._value.get() == before + 1
+
+
+def test_an_image_that_never_fits_fails_with_what_was_tried() -> None:
+    with pytest.raises(ModelOutOfMemoryError) as refused:
+        draw(Narrow(), [asking("huge")], go_on)
+    assert refused.value.body() == {
+        "code": "out_of_memory",
+        "detail": "1 image(s) of 32 x 16 do not fit in memory.",
+        "context": {"images": 1, "width": 32, "height": 16, "tried": ["tiles", "small_tiles"]},
+    }
+
+
+def batched(model: Narrow, *requests: ImageRequest) -> list[Drawn]:
+    batcher: Batcher[ImageRequest, Drawn] = Batcher(
+        lambda items, on_step: draw(model, items, on_step),
+        key=ImageRequest.batch_key,
+        max_batch_size=4,
+        name="cheap",
+        watchdog=Watchdog(WatchdogSettings()),
+    )
+    try:
+        return batcher.submit(requests)
+    finally:
+        batcher.close(5)
+
+
+def test_a_batch_that_fits_in_slices_is_not_halved() -> None:
+    model = Narrow()
+    model.slices_help = True
+    assert [drawn.memory_savers for drawn in batched(model, REQUEST, REQUEST)] == [("slices",)] * 2
+    assert model.calls == [(2, ()), (2, ("slices",))]
+
+
+def test_only_the_image_that_needs_it_is_drawn_differently() -> None:
+    drawn = batched(Narrow(), REQUEST, asking("large"), REQUEST)
+    assert [each.memory_savers for each in drawn] == [(), ("tiles", "small_tiles"), ()]
+
+
+GOOD = np.full((16, 32, 3), 7, np.uint8)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        None,
+        [],
+        [GOOD, GOOD],
+        [None],
+        [GOOD[:, :, 0]],
+        [GOOD[:8]],
+        [GOOD.astype(np.float32)],
+        [np.full(GOOD.shape, np.nan, np.float32)],
+        [np.zeros_like(GOOD)],
+    ],
+    ids=["nothing", "none", "too many", "no array", "grey", "other size", "floats", "no numbers", "black"],
+)
+def test_garbage_is_no_image(garbage: Any) -> None:
+    with pytest.raises(InvalidOutputError):
+        draw(Broken(garbage), [REQUEST], go_on)
+    assert len(draw(Broken([GOOD]), [REQUEST], go_on)) == 1
+
+
+# --- what the calls run on ----------------------------------------------------------------------------------------
+
+
+def raising(error: Exception) -> Any:
+    def call() -> None:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_running_out_of_memory_has_one_name_and_keeps_no_tensor_alive(error: Exception) -> None:
+    with pytest.raises(ModelOutOfMemoryError) as refused:
+        run_on(CPU, raising(error), items=3)
+    assert refused.value.context == {"items": 3}
+    assert refused.value.__context__ is None
+
+
+def test_other_failures_of_a_device_that_answers_are_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_on(CPU, raising(RuntimeError("shapes do not match")), items=1)
+    with pytest.raises(ModelError):
+        run_on(LOST, raising(ModelError()), items=1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: unspecified launch failure"), MemoryError()])
+def test_a_device_that_answers_no_more_after_a_failure_is_lost(error: Exception) -> None:
+    with pytest.raises(AcceleratorLostError):
+        run_on(LOST, raising(error), items=1)
