@@ -28,6 +28,7 @@ from shared.imaging import UploadDecoder
 from shared.logging import configure as configure_logging
 from shared.pools import close_at_exit
 from shared.processes import end_with_parent
+from shared.request_windows import request_windows
 from shared.settings import Settings, get_settings
 from shared.version import VERSION
 
@@ -112,6 +113,7 @@ def _finish(response: Response) -> Response:
         metrics.API_REQUESTS_ACTIVE.dec()
         metrics.API_REQUESTS.labels(method=method, route=route, status=str(status)).inc()
         metrics.observe_duration("api_request", seconds, {"method": method, "route": route})
+        request_windows().add(status=status, seconds=seconds)
         fields = {"method": method, "path": path, "route": route, "status": status, "seconds": round(seconds, 4)}
         logger.info("request", extra=fields)
 

@@ -1,19 +1,24 @@
 """Counts and capabilities, for people and dashboards."""
 
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from api_service.caller import Caller
 from shared.cache import get_cache_manager
 from shared.contracts.jobs import JobState
-from shared.contracts.service import ModelsResponse, ModelView, StatsView
-from shared.db import spaces, workers
+from shared.contracts.service import JobWindow, ModelsResponse, ModelView, StatsView, UsageView
+from shared.db import admission, spaces, usage, workers
 from shared.db.models import Generation, Image, Job
 from shared.db.session import session_scope
 from shared.metrics import recent_operations
 from shared.pools import pool_statistics
+from shared.request_windows import WINDOWS_MIN, request_windows
 from shared.settings import get_settings
+
+PERCENTILES = [0.5, 0.95, 0.99]
 
 
 def models() -> ModelsResponse:
@@ -62,8 +67,52 @@ def stats() -> StatsView:
                 {"digest": space.digest, "model": space.model, "dim": space.dim, "active": active, "vectors": vectors}
                 for space, active, vectors in spaces.listed(session)
             ],
+            recent_requests=request_windows().read(),
+            recent_jobs=[_jobs_ended(session, seconds=minutes * 60) for minutes in WINDOWS_MIN],
             operations=recent_operations(),
         )
+
+
+def own_usage(*, caller: Caller) -> UsageView:
+    """What the caller's owner has used today, and what waits."""
+    settings = get_settings()
+    most = settings.queue.max_queued_per_owner
+    with session_scope() as session:
+        today = usage.of_today(session, caller.owner_id, settings.limits)
+        queued = admission.queued_of(session, caller.owner_id, at_most=most)
+    return UsageView(
+        day=today.day,
+        images=today.images,
+        daily_images=today.quota,
+        resets_at=today.ends_at,
+        queued_jobs=queued,
+        max_queued_jobs=most,
+    )
+
+
+def _jobs_ended(session: Session, *, seconds: float) -> JobWindow:
+    """Every replica asks the same table, so every replica says the same."""
+    waited = func.extract("epoch", Job.started_at - Job.created_at)
+    took = func.extract("epoch", Job.finished_at - Job.created_at)
+    recent = Job.finished_at > func.now() - timedelta(seconds=seconds)
+    ended = _counted(session, select(Job.state, func.count()).where(recent).group_by(Job.state))
+    percentiles = session.execute(
+        select(
+            func.percentile_cont(PERCENTILES).within_group(waited), func.percentile_cont(PERCENTILES).within_group(took)
+        ).where(recent)
+    ).one()
+    wait, total = ([None if s is None else round(float(s), 3) for s in each or [None] * 3] for each in percentiles)
+    return JobWindow(
+        seconds=seconds,
+        ended=ended,
+        rate_per_s=round(sum(ended.values()) / seconds, 3),
+        wait_p50_s=wait[0],
+        wait_p95_s=wait[1],
+        wait_p99_s=wait[2],
+        total_p50_s=total[0],
+        total_p95_s=total[1],
+        total_p99_s=total[2],
+    )
 
 
 def _counted(session: Session, statement: Any) -> dict[str, int]:
