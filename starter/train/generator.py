@@ -21,7 +21,7 @@ from starter.train.texts import main_colours, random_caption
 from starter.train.tokens import CONTEXT_LENGTH
 
 LATENT_PX = 16
-WIDTHS = (96, 128, 144)
+WIDTHS = (96, 128, 208)
 REFERENCES = 4
 CANDIDATES = 8
 MAX_SNR = 5.0
