@@ -12,7 +12,8 @@ from werkzeug.exceptions import RequestTimeout
 
 from shared.settings import BulkSettings
 
-READ_BYTES = 64 * 1024
+READ_BYTES = 8 * 1024
+"""The server's `read` waits for all it was asked for, so this much of a slow sender's lines is kept last."""
 CHUNK_BYTES = 2**20
 """Lines are stored when there are this many bytes of them, or `bulks.chunk_lines`."""
 
