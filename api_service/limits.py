@@ -4,6 +4,7 @@ Flask-Limiter counts in Redis, together with all other API processes, and in thi
 Where keys are off nobody is counted, nor are the probes, the metrics and the document, which ask for no key.
 """
 
+import math
 import time
 from typing import Any
 
@@ -49,7 +50,7 @@ def register(app: Flask, settings: Settings) -> None:
         limit = limiter.current_limit if limiter.enabled else None
         if limit is not None:
             try:
-                remaining, reset_in_s = limit.remaining, _seconds_until(limit.reset_at)
+                remaining, reset_in_s = limit.remaining, _seconds_until(limit.window.reset_time)
             except StorageError:
                 return response  # it went away since the request was counted
             response.headers["RateLimit-Limit"] = str(limit.limit.amount)
@@ -65,7 +66,7 @@ def register(app: Flask, settings: Settings) -> None:
             RateLimitError(
                 f"This API key has sent as many {what} requests as it may in a minute.",
                 limit=limit.limit.amount,
-                retry_after_s=_seconds_until(limit.reset_at),
+                retry_after_s=_seconds_until(limit.window.reset_time),
             )
         )
 
@@ -79,7 +80,7 @@ def _kind() -> str:
 
 
 def _seconds_until(moment: float) -> int:
-    return max(1, round(moment - time.time()))
+    return max(1, math.ceil(moment - time.time()))
 
 
 def _storage_uri(settings: Settings) -> str:

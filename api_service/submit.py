@@ -24,7 +24,7 @@ from shared.contracts.generation import (
 from shared.contracts.jobs import JobKind, JobView
 from shared.contracts.search import ImageFilter
 from shared.contracts.service import Capabilities
-from shared.db import admission, idempotency, images, jobs, spaces, workers
+from shared.db import admission, idempotency, images, jobs, spaces, usage, workers
 from shared.db.models import ModelRecord
 from shared.db.session import session_scope
 from shared.errors import (
@@ -51,7 +51,7 @@ def generation(request: GenerateRequest, *, caller: Caller, key: str | None = No
     Raises:
         ModelNotFoundError, UnsupportedSizeError, UnsupportedParameterError: the model cannot do that.
         IdempotencyKeyReusedError: `key` came with another request in the last 24 hours.
-        OwnerQueueFullError, QueueFullError, DatabaseConnectionError
+        OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError
     """
     return _submit(JobKind.GENERATE, request, retrieval_of(request), caller=caller, key=key)
 
@@ -74,7 +74,7 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
     Raises:
         ResourceNotFoundError
         JobStateError: the job has not ended, or has succeeded.
-        ReferenceUnavailableError, OwnerQueueFullError, QueueFullError, DatabaseConnectionError
+        ReferenceUnavailableError, OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError
     """
     with session_scope() as session:
         old = jobs.get(session, job_id, owner_id=caller.owner_id)
@@ -84,6 +84,7 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
         _check_pinned(session, parameters.references, caller=caller)
         session.refresh(job)
         view = views.job(session, job)
+        job.quota_day = usage.reserve(session, caller.owner_id, job.images, get_settings().limits)
     metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})
     queue.feed(view.model)
     return view
@@ -150,6 +151,8 @@ def _submit(
         if key is not None:
             answer = view.model_dump(mode="json")
             idempotency.remember(session, answer, owner_id=caller.owner_id, route=kind, key=key)
+        # Last, because the owner's other submits wait for the end of this transaction from here on.
+        job.quota_day = usage.reserve(session, caller.owner_id, job.images, settings.limits)
     metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})
     # After the commit: no worker may look for a row that is not there yet. A broker that is away fails nothing, the
     # row is the outbox.

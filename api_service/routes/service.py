@@ -1,12 +1,12 @@
 """The service itself: health, models, statistics."""
 
-from flask import Response
+from flask import Response, g
 from flask_openapi3.models.tag import Tag
 
 from api_service import health, respond, status
 from api_service.resource import Resource
 from api_service.views import API
-from shared.contracts.service import HealthStatus, HealthView, ModelsResponse, StatsView
+from shared.contracts.service import HealthStatus, HealthView, ModelsResponse, StatsView, UsageView
 
 TAG = Tag(name="service", description="How it is doing.")
 
@@ -46,6 +46,12 @@ def list_models() -> ModelsResponse:
 def get_stats() -> StatsView:
     """Counts of images, jobs and outputs, the queues, workers, cache and pools"""
     return status.stats()
+
+
+@service.get("/usage", operation_id="getUsage", responses={200: UsageView})
+def get_usage() -> UsageView:
+    """What the key's owner has used of its quota and caps"""
+    return status.own_usage(caller=g.caller)
 
 
 def _answer(view: HealthView) -> Response:

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, aliased
 from shared.contracts.bulks import BulkState
 from shared.contracts.generation import GenerationParameters, Webhook
 from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
-from shared.db import paging, webhooks
+from shared.db import paging, usage, webhooks
 from shared.db.models import Bulk, Generation, GenerationReference, Job, JobEvent, Owner
 from shared.errors import BaseAppException, JobCrashedError, JobStateError, ResourceNotFoundError
 from shared.metrics import JOBS_FINISHED
@@ -426,6 +426,8 @@ def _end_all(
         **values,
     )
     JOBS_FINISHED.labels(state.value).inc(len(ended))
+    if ended and state is not JobState.SUCCEEDED:
+        usage.give_back(session, ended)
     return ended
 
 

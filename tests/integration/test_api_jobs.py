@@ -19,7 +19,7 @@ from shared.contracts.jobs import JobState
 from shared.contracts.service import Capabilities
 from shared.db import admission, jobs, owners, workers
 from shared.db.models import Job
-from shared.db.session import session_scope
+from shared.db.session import bound_waits, session_scope
 from shared.errors import OwnerQueueFullError, QueueFullError
 from shared.settings import Settings, get_settings
 from tests.factories import make_image, make_job
@@ -184,8 +184,9 @@ def test_an_owner_at_its_cap_is_refused_however_many_ask_at_once_and_others_are_
 ) -> None:
     monkeypatch.setenv("AFTERIMAGE_QUEUE__MAX_QUEUED_PER_OWNER", "10")
     monkeypatch.setenv("AFTERIMAGE_DATABASE__MAX_OVERFLOW", "50")
-    monkeypatch.setenv("AFTERIMAGE_DATABASE__POOL_TIMEOUT_S", "20")
+    monkeypatch.setenv("AFTERIMAGE_DATABASE__POOL_TIMEOUT_S", "60")
     _reread_settings()
+    bound_waits(60)  # they wait for each other, on a machine that may be busy
     with ThreadPoolExecutor(50) as threads:
         answers = list(
             threads.map(
