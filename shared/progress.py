@@ -72,7 +72,13 @@ class PreviewStream:
         return step % self._every == 0 and step < total_steps and time.monotonic() >= self._not_before
 
     def show(self, pixels: np.ndarray, step: int, total_steps: int) -> None:
-        """pixels: uint8, shape (height, width, 3), RGB, small. Touches memory only: the publisher's thread encodes."""
+        """pixels: uint8, shape (height, width, 3), RGB, small. Touches memory only: the publisher's thread encodes.
+
+        Raises:
+            ValueError: `pixels` is something else.
+        """
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"a preview is uint8 (height, width, 3), not {pixels.dtype} {pixels.shape}")
         self._not_before = time.monotonic() + PREVIEW_INTERVAL_S
         _publisher().show(self._job_id, _Picture(self._index, step, total_steps, pixels))
 

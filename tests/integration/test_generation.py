@@ -1,7 +1,9 @@
 """The story of a job, told with a real database, blob store and CLIP; the image model costs milliseconds."""
 
 import io
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import UUID
 
@@ -17,12 +19,14 @@ from shared.contracts.jobs import JobState
 from shared.db import images, jobs, outputs, spaces
 from shared.db.models import Generation, Job
 from shared.db.models import Image as ImageRow
-from shared.errors import ModelError, ModelLoadError, StorageError
+from shared.errors import ModelError, ModelLoadError, ModelOutOfMemoryError, StorageError
 from shared.imaging import decode_upload, read_record
+from shared.progress import close_subscriber, subscriber
 from shared.settings import ModelSettings, Settings, get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key
 from tests.factories import SHARED_COLLECTION, make_job
 from tests.small_pipelines import CLIP_DIM, save_clip, save_sd15
+from tests.stack import wait_until
 from worker_service import generation
 from worker_service.attempt import Outcome
 from worker_service.cheap import CheapGenerator
@@ -265,6 +269,99 @@ def test_a_second_delivery_of_a_finished_job_draws_nothing(
     drawn = len(model.asked)
     assert run(job.id, models, leases) is Outcome.NOT_OURS
     assert len(model.asked) == drawn
+
+
+def test_who_asked_for_previews_is_shown_each_image_and_its_record_does_not_tell(
+    session: Session, models: Models, leases: Leases
+) -> None:
+    wait_until(lambda: subscriber().connected, timeout_s=10, what="the subscription")
+    job = submit(session, seeds=[5, 6], num_inference_steps=2, preview_every=1, mode=Mode.NONE)
+    with subscriber().watch(job.id) as watch:
+        assert run(job.id, models, leases) is Outcome.SUCCEEDED
+        seen: set[tuple[int, int]] = set()
+        while len(seen) < 2:
+            news = watch.wait(5)
+            assert news.previews or news.changed or news.progress, "in time"
+            seen |= {(preview.index, preview.step) for preview in news.previews}
+    close_subscriber()
+    assert seen == {(0, 1), (1, 1)}
+    (first, _) = outputs.of_jobs(session, [job.id])[job.id]
+    assert "preview_every" not in first.provenance["parameters"]
+
+
+def test_an_image_that_fits_only_with_memory_savers_says_so_in_its_record_and_its_story(
+    session: Session, models: Models, leases: Leases, model: Watched
+) -> None:
+    model.memory_savers = lambda images: ["tiles"]  # type: ignore[method-assign]
+
+    def only_in_tiles() -> None:
+        if len(model.asked) == 1:
+            raise ModelOutOfMemoryError
+
+    model.before = only_in_tiles  # type: ignore[method-assign]
+    job = submit(session, seeds=[5])
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    (made,) = outputs.of_jobs(session, [job.id])[job.id]
+    assert made.provenance["memory_savers"] == ["tiles"]
+    told = [(event.type, event.data) for event in jobs.events(session, job.id, after=0)]
+    assert ("degraded", {"memory_savers": {"0": ["tiles"]}}) in told
+
+    plain = submit(session)
+    assert run(plain.id, models, leases) is Outcome.SUCCEEDED
+    (made,) = outputs.of_jobs(session, [plain.id])[plain.id]
+    assert made.provenance["memory_savers"] == []
+    assert "degraded" not in [event.type for event in jobs.events(session, plain.id, after=0)]
+
+
+@pytest.mark.parametrize(
+    ("garbage", "code"),
+    [
+        (lambda images: [np.full_like(images[0], np.nan, dtype=np.float32)], "invalid_output"),
+        (lambda images: [np.zeros_like(images[0])], "invalid_output"),
+        (lambda images: [*images, *images], "invalid_output"),
+        (lambda images: [], "invalid_output"),
+    ],
+    ids=["no numbers", "black", "too many", "none"],
+)
+def test_garbage_of_a_model_fails_its_job_and_publishes_nothing(
+    session: Session,
+    models: Models,
+    leases: Leases,
+    model: Watched,
+    garbage: Callable[[list[np.ndarray]], list[np.ndarray]],
+    code: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda requests, on_step: garbage(generate(requests, on_step)))
+    job = submit(session, seeds=[5])
+    assert run(job.id, models, leases) is Outcome.FAILED
+    assert (reload(session, job).error or {})["code"] == code
+    assert session.scalars(select(Generation)).all() == []
+
+
+def test_a_job_that_waits_in_line_has_not_begun(
+    session: Session, models: Models, leases: Leases, model: Watched
+) -> None:
+    ahead, waiting = submit(session, mode=Mode.NONE), submit(session, mode=Mode.NONE)
+    drawing, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        drawing.set()
+        assert go_on.wait(20)
+
+    model.before = hold  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        ran = [pool.submit(run, ahead.id, models, leases)]
+        assert drawing.wait(20)
+        ran.append(pool.submit(run, waiting.id, models, leases))
+        wait_until(lambda: len(models.batcher._line) == 1, timeout_s=20, what="a line")
+        assert reload(session, ahead).model_started
+        assert not reload(session, waiting).model_started
+        session.rollback()
+        go_on.set()
+        assert [each.result(20) for each in ran] == [Outcome.SUCCEEDED] * 2
+    assert reload(session, waiting).model_started
 
 
 def test_a_job_canceled_while_it_is_drawn_stops_within_a_step_and_leaves_nothing(

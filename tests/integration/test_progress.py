@@ -1,16 +1,31 @@
 """News of jobs over a real pub/sub, and without it."""
 
+import io
 import time
+from base64 import b64decode
 from collections.abc import Iterator
-from uuid import uuid4
+from typing import Any
+from uuid import UUID, uuid4
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ops.local.stack import LocalStack
-from shared.contracts.jobs import Progress
-from shared.progress import Subscriber, close_subscriber, publish_changed, publish_progress, subscriber
+from shared.contracts.jobs import Preview, Progress
+from shared.db import jobs
+from shared.db.session import session_scope
+from shared.progress import (
+    PreviewStream,
+    Subscriber,
+    close_subscriber,
+    publish_changed,
+    publish_progress,
+    subscriber,
+)
 from shared.settings import Settings
 from tests.stack import wait_until
+from worker_service.image_request import PREVIEW_SIDE
 
 
 @pytest.fixture
@@ -78,6 +93,62 @@ def test_a_message_that_makes_no_sense_is_passed_over(listening: Subscriber) -> 
         broker().publish(where, what)
     publish_progress(job, 2, 8)
     wait_until(lambda: listening.latest(job) == Progress(step=2, total_steps=8), timeout_s=5, what="the good one")
+
+
+def picture(side: int = 64, *, red: int = 255) -> np.ndarray:
+    return np.full((side, side, 3), (red, 0, 0), np.uint8)
+
+
+def opened(preview: Preview) -> Image.Image:
+    return Image.open(io.BytesIO(b64decode(preview.image.removeprefix("data:image/jpeg;base64,"))))
+
+
+def test_previews_reach_who_watches_and_are_due_as_often_as_asked_but_not_too_often(listening: Subscriber) -> None:
+    job = uuid4()
+    first, second = PreviewStream(job, 0, every=2), PreviewStream(job, 1, every=2)
+    assert [step for step in range(1, 9) if first.is_due(step, 8)] == [2, 4, 6], "the image itself follows the last"
+    with listening.watch(job) as watch:
+        first.show(picture(), 2, 8)
+        second.show(picture(red=0), 2, 8)
+        assert not first.is_due(4, 8), "at most a few per second"
+        seen: dict[int, Preview] = {}
+        while len(seen) < 2:
+            news = watch.wait(5)
+            assert news.previews, "in time"
+            seen |= {preview.index: preview for preview in news.previews}
+    assert (seen[0].step, seen[0].total_steps) == (2, 8)
+    assert opened(seen[0]).size == (64, 64)
+    assert opened(seen[0]).getpixel((9, 9)) != opened(seen[1]).getpixel((9, 9))
+    wait_until(lambda: first.is_due(4, 8), timeout_s=5, what="the next preview to be due")
+
+
+def test_the_largest_and_least_compressible_preview_fits_into_its_message(listening: Subscriber) -> None:
+    job = uuid4()
+    noise = np.random.default_rng(1).integers(0, 256, (PREVIEW_SIDE, PREVIEW_SIDE, 3), dtype=np.uint8)
+    with listening.watch(job) as watch:
+        PreviewStream(job, 0, every=1).show(noise, 1, 2)
+        assert [preview.index for preview in watch.wait(5).previews] == [0]
+
+
+def test_what_is_no_picture_ends_no_telling(listening: Subscriber) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        PreviewStream(uuid4(), 0, every=1).show(np.zeros((4, 4)), 1, 2)
+
+
+def test_a_stream_tells_previews_without_a_number_and_the_table_keeps_none(client: Any, listening: Subscriber) -> None:
+    submitted = client.post("/api/v1/generate", json={"prompt": "a red apple", "preview_every": 2}).json
+    assert submitted["parameters"]["preview_every"] == 2
+    job = UUID(submitted["id"])
+    stream = client.get(submitted["events_url"]).response
+    assert b"retry" in next(stream)
+    assert b"event: queued" in next(stream)
+    PreviewStream(job, 0, every=2).show(picture(), 2, 8)
+    told = next(stream).decode()
+    assert told.startswith("event: preview\ndata: ")
+    assert opened(Preview.model_validate_json(told.partition("data: ")[2])).size == (64, 64)
+    stream.close()
+    with session_scope() as session:
+        assert [event.type for event in jobs.events(session, job, after=0)] == ["queued"]
 
 
 def test_closing_ends_every_wait_at_once(settings: Settings) -> None:

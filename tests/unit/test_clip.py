@@ -130,6 +130,10 @@ def test_numbers_gone_wrong_are_an_error_not_a_vector(model_settings: ModelSetti
         broken.model.text_projection.fill_(float("nan"))
     with pytest.raises(EmbeddingError, match="not numbers"):
         broken.encode_text(["a cat"])
+    with torch.no_grad():
+        broken.model.text_projection.fill_(0)
+    with pytest.raises(EmbeddingError, match="without a direction"):
+        broken.encode_text(["a cat"])
 
 
 @pytest.mark.parametrize(
