@@ -11,7 +11,7 @@ OUT/.run/             the plan and the bulk's id: what a later run goes on from
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,12 +116,17 @@ class BulkFolder:
         self._keep(run)
         return run
 
-    def keep_rejected(self, rejected: Iterable[Rejected]) -> None:
+    def keep_rejected(self, rejected: Collection[Rejected]) -> None:
+        if not rejected:
+            self.rejected.unlink(missing_ok=True)
+            return
         with whole(self.rejected) as file:
             for each in rejected:
                 write_line(file, {"row": each.row, "reason": each.reason})
 
     def known_rejected(self) -> list[Rejected]:
+        if not self.rejected.exists():
+            return []
         with self.rejected.open() as file:
             return [Rejected(**json.loads(line)) for line in file]
 
