@@ -124,6 +124,7 @@ def complete(bulk_id: UUID, request: BulkComplete, *, caller: Caller) -> BulkVie
         BulkOffsetError: it has received another number of lines, or other lines.
         BulkStateError: it was given up.
         BulkInvalidError: nothing of it runs, because of its invalid lines.
+        QuotaExceededError: it may be completed another day.
     """
     with session_scope() as session:
         bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
@@ -134,7 +135,10 @@ def complete(bulk_id: UUID, request: BulkComplete, *, caller: Caller) -> BulkVie
             raise BulkStateError("The bulk was given up: its lines had stopped coming.", state=bulk.state)
         if bulk.state == BulkState.RECEIVING:
             refused = bulk.total == 0 or (bulk.invalid and bulk.on_invalid == OnInvalid.REFUSE)
-            (bulks.refuse if refused else bulks.start)(session, bulk)
+            if refused:
+                bulks.refuse(session, bulk)
+            else:
+                bulks.start(session, bulk, get_settings().limits)
         refusal = _refusal(session, bulk) if bulk.state == BulkState.REFUSED else None
         view = _views(session, [bulk])[0]
         models = bulk.models
@@ -386,7 +390,7 @@ def retry_failed(bulk_id: UUID, *, caller: Caller) -> BulkView:
         # Some at a time, so that no statement is a long one.
         with session_scope() as session:
             bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
-            retried = bulks.retry_failed(session, bulk, ended_before=now, most=RETRIED_AT_A_TIME)
+            retried = bulks.retry_failed(session, bulk, get_settings().limits, ended_before=now, most=RETRIED_AT_A_TIME)
             view = _views(session, [bulk])[0]
     _feed(bulk.models)
     return view

@@ -29,6 +29,8 @@ def upgrade() -> None:
         sa.Column("digest", sa.LargeBinary(), server_default=sa.text("''::bytea"), nullable=False),
         sa.Column("total", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("invalid", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("images", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("quota_day", sa.Date(), nullable=True),
         sa.Column("fed", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("received_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),

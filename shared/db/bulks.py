@@ -16,10 +16,11 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.bulks import BulkCounts, BulkOptions, BulkQuery, BulkState, ItemState
 from shared.contracts.jobs import JobState
-from shared.db import jobs, paging, webhooks
+from shared.db import jobs, paging, usage, webhooks
 from shared.db.models import Bulk, BulkItem, BulkLineError, Job
 from shared.errors import BulkStateError, ResourceNotFoundError
 from shared.metrics import JOBS_SUBMITTED
+from shared.settings import LimitSettings
 
 RATE_S = 60
 """The rate is that of the last minute."""
@@ -124,13 +125,19 @@ def append(
     bulk.models = sorted({*bulk.models, *(item["model"] for item in items)})
     bulk.received_lines, bulk.digest = received_lines, digest
     bulk.total += len(items)
+    bulk.images += sum(item["images"] for item in items)
     bulk.invalid += len(errors)
     bulk.received_at = func.now()
     session.flush()
 
 
-def start(session: Session, bulk: Bulk) -> None:
-    """The lines are complete: from now on items become jobs."""
+def start(session: Session, bulk: Bulk, limits: LimitSettings) -> None:
+    """The lines are complete: from now on items become jobs. Their images count towards today's quota.
+
+    Raises:
+        QuotaExceededError
+    """
+    bulk.quota_day = usage.reserve(session, bulk.owner_id, bulk.images, limits)
     bulk.state = BulkState.RUNNING
     bulk.started_at = func.now()
     if bulk.expires_in_s is not None:
@@ -288,25 +295,29 @@ def cancel(session: Session, bulk: Bulk) -> list[UUID]:
     return ended
 
 
-def retry_failed(session: Session, bulk: Bulk, *, ended_before: datetime, most: int) -> int:
+def retry_failed(session: Session, bulk: Bulk, limits: LimitSettings, *, ended_before: datetime, most: int) -> int:
     """Give up to `most` items that failed, expired or died by then another job each, and run the bulk again; how many.
 
-    Their jobs of before stay, but leave the bulk; the new ones name them in `retry_of`.
+    Their jobs of before stay, but leave the bulk; the new ones name them in `retry_of`. Their images count again.
 
     Raises:
         BulkStateError: it has not started, or was canceled.
+        QuotaExceededError
     """
     if bulk.state not in (BulkState.RUNNING, BulkState.PAUSED, BulkState.COMPLETED):
         raise BulkStateError("Only a bulk that runs or has completed can be tried again.", state=bulk.state)
     parameters = {"bulk_id": bulk.id, "states": list(RETRIED), "before": ended_before, "most": most}
-    retried: int = session.execute(RETRY, parameters).scalar_one()
-    if retried or (bulk.state == BulkState.COMPLETED and bulk.fed < bulk.total):
-        bulk.fed -= retried
-        bulk.expires_at = None
-        if bulk.state == BulkState.COMPLETED:
-            bulk.state, bulk.finished_at = BulkState.RUNNING, None
-        session.flush()
-    return retried
+    came_too_late = _images_left(session, bulk) if bulk.state == BulkState.COMPLETED and bulk.fed < bulk.total else 0
+    retried, images = session.execute(RETRY, parameters).one()
+    if not retried and not came_too_late:
+        return 0
+    bulk.quota_day = usage.reserve(session, bulk.owner_id, images + came_too_late, limits)
+    bulk.fed -= retried
+    bulk.expires_at = None
+    if bulk.state == BulkState.COMPLETED:
+        bulk.state, bulk.finished_at = BulkState.RUNNING, None
+    session.flush()
+    return int(retried)
 
 
 RETRY = text(
@@ -320,11 +331,17 @@ RETRY = text(
     ), waiting as (
         update bulk_items set job_id = null, retry_of = gone.id
         from gone where bulk_items.bulk_id = :bulk_id and bulk_items.job_id = gone.id
-        returning 1
+        returning images
     )
-    select count(*) from waiting
+    select count(*), coalesce(sum(images), 0) from waiting
     """
 )
+
+
+def _images_left(session: Session, bulk: Bulk) -> int:
+    """Of items that have no job."""
+    left = select(func.sum(BulkItem.images)).where(BulkItem.bulk_id == bulk.id, BulkItem.job_id.is_(None))
+    return session.scalar(left) or 0
 
 
 # --- feeding ------------------------------------------------------------------------------------------------------
@@ -343,10 +360,10 @@ FEED = text(
     ), made as (
         insert into jobs (
             id, owner_id, bulk_id, bulk_line, kind, state, lane, model, images, parameters, metadata, timeout_s,
-            expires_at, retry_of, last_seq
+            expires_at, retry_of, quota_day, last_seq
         )
         select fed.job_id, bulk.owner_id, bulk.id, fed.line, fed.kind, 'queued', bulk.lane, fed.model, fed.images,
-            fed.parameters, fed.metadata, fed.timeout_s, bulk.expires_at, fed.retry_of, 1
+            fed.parameters, fed.metadata, fed.timeout_s, bulk.expires_at, fed.retry_of, bulk.quota_day, 1
         from fed join bulks bulk on bulk.id = fed.bulk_id
         order by fed.line
         returning id, kind
@@ -391,6 +408,8 @@ def _feed(session: Session, bulk: Bulk, model: str, *, most: int) -> None:
 
 
 def _end(session: Session, bulk: Bulk, state: BulkState) -> None:
+    if bulk.quota_day is not None and bulk.fed < bulk.total:
+        usage.give_back_images(session, bulk.owner_id, bulk.quota_day, _images_left(session, bulk))
     bulk.state, bulk.finished_at = state, func.now()
     session.flush()
     session.refresh(bulk)

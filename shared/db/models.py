@@ -261,6 +261,8 @@ class Bulk(Base):
     digest: Mapped[bytes] = mapped_column(server_default=text("''::bytea"))
     total: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     invalid: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    images: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # of all items
+    quota_day: Mapped[date | None]  # as of its jobs
     fed: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # items that have become jobs
 
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -62,11 +62,16 @@ def give_back(session: Session, job_ids: Sequence[UUID]) -> None:
         .order_by(Job.owner_id, Job.quota_day)  # so that two who end many jobs do not wait for each other
     )
     for row in session.execute(reserved).all():
-        session.execute(
-            update(ImageUsage)
-            .where(ImageUsage.owner_id == row.owner_id, ImageUsage.day == row.quota_day)
-            .values(images=func.greatest(ImageUsage.images - row.images, 0))
-        )
+        give_back_images(session, row.owner_id, row.quota_day, row.images)
+
+
+def give_back_images(session: Session, owner_id: UUID, day: date, images: int) -> None:
+    """Count images no more that were reserved on that day and will not be made."""
+    session.execute(
+        update(ImageUsage)
+        .where(ImageUsage.owner_id == owner_id, ImageUsage.day == day)
+        .values(images=func.greatest(ImageUsage.images - images, 0))
+    )
 
 
 def of_today(session: Session, owner_id: UUID, settings: LimitSettings) -> Today:
