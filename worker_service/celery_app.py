@@ -60,7 +60,9 @@ class WorkerProcess:
 
     def app(self) -> Celery:
         """A Celery application for this process's tasks."""
-        return queue.configure(Celery("afterimage"), self.settings.queue)
+        app = queue.configure(Celery("afterimage"), self.settings.queue)
+        app.conf.worker_consumer = "worker_service.consumer:Consumer"
+        return app
 
     def announce(self, state: str) -> None:
         with session_scope() as session:
