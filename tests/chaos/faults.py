@@ -52,6 +52,17 @@ def kill_generate(scene: Scene) -> Hit:
     raise AssertionError("no worker was killed with work in hand")
 
 
+def restart_generate(scene: Scene) -> Hit:
+    """A worker is asked to stop, as at every release: it finishes or hands back, and nothing waits for a lease."""
+    name, pid = scene.a_ready("generate-cheap")
+    scene.load.jobs(BURST)
+    scene.wait_for_work(pid)
+    hit = Hit(jobs=scene.held_by(pid))
+    scene.stop(name)
+    scene.start(name)
+    return hit
+
+
 def kill_embed(scene: Scene) -> Hit:
     name, _ = scene.a_ready("embed")
     scene.load.upload(8)
@@ -149,6 +160,18 @@ def freeze_broker(scene: Scene) -> Hit:
     finally:
         scene.stack.control.thaw("queue")
     return Hit(jobs=scene.waiting())
+
+
+def broker_away(scene: Scene) -> Hit:
+    """Away for as long as a restart elsewhere takes, and back with its data."""
+    scene.load.jobs(BURST)
+    scene.stop("queue")
+    scene.load.jobs(BURST)
+    threading.Event().wait(scene.lease_s)
+    hit = Hit(jobs=scene.waiting())
+    scene.start("queue")
+    hit.also = scene.broker_answers
+    return hit
 
 
 def restart_postgres(scene: Scene) -> Hit:
@@ -296,6 +319,26 @@ def garbage(scene: Scene) -> Hit:
     return Hit(jobs=scene.unfinished())
 
 
+def hang(scene: Scene) -> Hit:
+    """A model call never comes back: the watchdog has to end its process."""
+    pid, at = _obeyed(scene, orders.HANG)
+    hit = Hit(since=at, jobs=scene.held_by(pid))
+    scene.wait_for_death(pid, timeout_s=scene.watchdog_s + PATIENCE_S)
+    return hit
+
+
+# --- the blob store -----------------------------------------------------------------------------------------------
+
+
+def full_store(scene: Scene) -> Hit:
+    with scene.store.full():
+        since = time.time()
+        scene.load.jobs(BURST)
+        scene.load.upload(2)
+        wait_until(lambda: scene.were_sent_back(since), timeout_s=PATIENCE_S, what="a job to meet the full store")
+    return Hit(jobs=scene.unfinished())
+
+
 # --- receivers ----------------------------------------------------------------------------------------------------
 
 
@@ -321,37 +364,45 @@ def hang_receivers(scene: Scene) -> Hit:
 @dataclass(frozen=True)
 class Kind:
     play: Callable[[Scene], Hit]
-    bound: Callable[[float], float] | None = None
-    """From the lease's length, in seconds, how long recovery may take; None: until the jobs' own deadlines."""
+    bound_s: Callable[[Scene], float] | None = None
+    """How long recovery may take; None: until everything has come to rest in its own time."""
 
 
-def within_a_lease_and_a_half(lease_s: float) -> float:
-    return lease_s * 1.5
+def _after_a_lease(scene: Scene) -> float:
+    return scene.lease_s * 1.5
 
 
-def within_15_s(_lease_s: float) -> float:
+def _after_the_watchdog_and_a_lease(scene: Scene) -> float:
+    return scene.watchdog_s + scene.lease_s * 1.5
+
+
+def _soon(_scene: Scene) -> float:
     return 15.0
 
 
 KINDS = {
-    "kill_api": Kind(kill_api, within_a_lease_and_a_half),
-    "kill_embed": Kind(kill_embed, within_a_lease_and_a_half),
-    "kill_generate": Kind(kill_generate, within_a_lease_and_a_half),
-    "kill_io": Kind(kill_io, within_a_lease_and_a_half),
-    "kill_reconciler": Kind(kill_reconciler, within_a_lease_and_a_half),
-    "kill_mid_batch": Kind(kill_mid_batch, within_a_lease_and_a_half),
-    "kill_before_commit": Kind(kill_before_commit, within_a_lease_and_a_half),
-    "kill_after_commit": Kind(kill_after_commit, within_a_lease_and_a_half),
-    "wipe_broker": Kind(wipe_broker, within_15_s),
-    "freeze_broker": Kind(freeze_broker, within_15_s),
+    "kill_api": Kind(kill_api, _after_a_lease),
+    "kill_embed": Kind(kill_embed, _after_a_lease),
+    "kill_generate": Kind(kill_generate, _after_a_lease),
+    "kill_io": Kind(kill_io, _after_a_lease),
+    "kill_reconciler": Kind(kill_reconciler, _after_a_lease),
+    "kill_mid_batch": Kind(kill_mid_batch, _after_a_lease),
+    "kill_before_commit": Kind(kill_before_commit, _after_a_lease),
+    "kill_after_commit": Kind(kill_after_commit, _after_a_lease),
+    "restart_generate": Kind(restart_generate, _soon),
+    "wipe_broker": Kind(wipe_broker, _soon),
+    "broker_away": Kind(broker_away, _soon),
+    "freeze_broker": Kind(freeze_broker, _soon),
     "restart_postgres": Kind(restart_postgres),
     "kill_postgres": Kind(kill_postgres),
     "postgres_away": Kind(postgres_away_longer_than_a_lease),
     "deliver_twice": Kind(deliver_twice),
-    "steal_lease": Kind(steal_lease, within_a_lease_and_a_half),
-    "freeze_worker": Kind(freeze_worker_past_its_lease, within_a_lease_and_a_half),
+    "steal_lease": Kind(steal_lease, _after_a_lease),
+    "freeze_worker": Kind(freeze_worker_past_its_lease, _after_a_lease),
     "poison": Kind(poison),
+    "hang": Kind(hang, _after_the_watchdog_and_a_lease),
     "out_of_memory": Kind(out_of_memory),
     "garbage": Kind(garbage),
+    "full_store": Kind(full_store),
     "hang_receivers": Kind(hang_receivers),
 }

@@ -40,6 +40,15 @@ class Broken:
     what: str
 
 
+def broken_so_far(scene: Scene) -> list[Broken]:
+    """What no later moment could set right any more, while the work goes on."""
+    with Session(scene.engine) as session:
+        events = _events(session)
+        ended = {job.id: job for job in session.scalars(select(Job).where(Job.state.in_(FINAL)))}
+    drawn = (note for note in scene.backstage.notes(orders.DRAWN) if UUID(note["job_id"]) in ended)
+    return [*whole_stories(ended, events), *drawn_once(drawn, ended, events)]
+
+
 def broken(scene: Scene) -> list[Broken]:
     """Everything that is not as promised, once all work should be over."""
     with Session(scene.engine) as session:
@@ -47,9 +56,7 @@ def broken(scene: Scene) -> list[Broken]:
         outputs = defaultdict(list)
         for output in session.scalars(select(Generation).order_by(Generation.index)):
             outputs[output.job_id].append(output)
-        events = defaultdict(list)
-        for event in session.scalars(select(JobEvent).order_by(JobEvent.seq)):
-            events[event.job_id].append(event)
+        events = _events(session)
         images = {image.id: image for image in session.scalars(select(Image))}
         secrets = list(session.scalars(select(WebhookSecret.secret)))
         leases = session.scalar(select(func.count()).where(Job.lease_until.is_not(None))) or 0
@@ -62,9 +69,17 @@ def broken(scene: Scene) -> list[Broken]:
         *intact(scene, [output for of_job in outputs.values() for output in of_job]),
         *drawn_once(scene.backstage.notes(orders.DRAWN), jobs, events),
         *uploads_kept(scene.load.uploads, images),
+        *every_file_named(scene.files(), [*images.values(), *(output for made in outputs.values() for output in made)]),
         *told_once(submissions, events, scene.receiver.receipts, secrets),
         *(Broken(Breach.STUCK, f"{number} messages are left in {name}") for name, number in scene.messages().items()),
     ]
+
+
+def _events(session: Session) -> defaultdict[UUID, list[JobEvent]]:
+    events = defaultdict(list)
+    for event in session.scalars(select(JobEvent).order_by(JobEvent.seq)):
+        events[event.job_id].append(event)
+    return events
 
 
 def one_job_each(submissions: Sequence[Submission], jobs: Mapping[UUID, Job]) -> Iterator[Broken]:
@@ -157,6 +172,15 @@ def uploads_kept(uploads: Mapping[str, set[UUID]], images: Mapping[UUID, Image])
                 yield Broken(Breach.STUCK, f"image {image_id} still waits for its vector")
             elif image.state == "failed" and not image.error_code:
                 yield Broken(Breach.LOST, f"image {image_id} failed, and does not say why")
+
+
+def every_file_named(files: set[str], rows: Sequence[Image | Generation]) -> Iterator[Broken]:
+    """After a sweep the store holds what the rows name, and nothing else."""
+    named = {key for row in rows for key in (row.blob_key, row.thumbnail_key)}
+    for key in sorted(files - named):
+        yield Broken(Breach.STUCK, f"nothing names the blob {key}")
+    for key in sorted(named - files):
+        yield Broken(Breach.LOST, f"the blob {key} is gone")
 
 
 def told_once(

@@ -1,6 +1,8 @@
 """What a fault sees of the stack, and what it can do to it."""
 
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,15 +19,18 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from ops.local.stack import REPOSITORY
 from shared import queue
 from shared.contracts.jobs import JobState
 from shared.db.models import Image, Job, JobEvent, WebhookDelivery, Worker
 from shared.db.session import build_engine
+from shared.errors import StorageError
 from shared.settings import DatabaseSettings
 from tests.chaos.backstage import Backstage
 from tests.chaos.load import Load
 from tests.chaos.receiver import Receiver
-from tests.stack import RunningStack, wait_until
+from tests.chaos.store import Store
+from tests.stack import RunningStack, clean_environment, wait_until
 
 FINAL = [state.value for state in JobState if state.is_final]
 PATIENCE_S = 60.0
@@ -51,10 +56,12 @@ class Scene:
     stack: RunningStack
     load: Load
     receiver: Receiver
+    store: Store
     backstage: Backstage
     random: random.Random
     lease_s: float
     webhook_timeout_s: float
+    watchdog_s: float
 
     @cached_property
     def engine(self) -> Any:
@@ -98,6 +105,14 @@ class Scene:
                 healed.setdefault(event.job_id, float(event.at))
         return max(healed.values(), default=0.0) if len(healed) == len(jobs) else None
 
+    def were_sent_back(self, since: float) -> bool:
+        """Whether a job went back to the queue for a passing fault of the store since then."""
+        reason = JobEvent.data["reason"].astext
+        sent_back = select(JobEvent.job_id).where(
+            reason == StorageError.code, func.extract("epoch", JobEvent.at) > since
+        )
+        return bool(self.rows(sent_back.limit(1)))
+
     def wait_for_work(self, pid: int) -> None:
         wait_until(lambda: self.held_by(pid), timeout_s=PATIENCE_S, what=f"work in the hands of process {pid}")
 
@@ -132,6 +147,21 @@ class Scene:
             undelivered.where(WebhookDelivery.id.in_(deliveries), WebhookDelivery.state != "delivered")
         )
 
+    def sweep(self) -> None:
+        """Remove what nothing names, without any grace: only when everything rests."""
+        command = [sys.executable, "-m", "scripts.admin", "sweep", "--older-than-s", "0"]
+        environment = clean_environment() | self.stack.environment()
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def files(self) -> set[str]:
+        """The keys of every file in the blob store, half-written ones included."""
+        folder = self.store.folder
+        return {
+            str(path.relative_to(folder)) for kind in ("images", "thumbnails", "outputs")
+            for path in (folder / kind).rglob("*") if path.is_file()
+        }  # fmt: skip
+
     # --- processes ------------------------------------------------------------------------------------------------
 
     def ready(self, kind: str) -> dict[str, int]:
@@ -159,12 +189,12 @@ class Scene:
         if pid is not None:
             self.wait_for_death(pid)
 
-    def wait_for_death(self, pid: int) -> None:
+    def wait_for_death(self, pid: int, *, timeout_s: float = PATIENCE_S) -> None:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             wait_until(
                 lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE,
-                timeout_s=PATIENCE_S,
+                timeout_s=timeout_s,
                 what=f"process {pid} to be gone",
             )
 

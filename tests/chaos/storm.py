@@ -20,6 +20,7 @@ from tests.chaos.load import Load
 from tests.chaos.promises import Broken
 from tests.chaos.receiver import receiving
 from tests.chaos.scene import Hit, Scene
+from tests.chaos.store import small_store
 from tests.stack import running_stack, wait_until
 
 QUIET_S = 120.0
@@ -43,6 +44,8 @@ class Plan:
     generators: int = 2
     durable: bool = True
     webhook_timeout_s: float = 3
+    watchdog_s: float = 60
+    """Longer than a frozen worker sleeps: it should come back and be refused, not be ended."""
 
     @property
     def visibility_timeout_s(self) -> int:
@@ -66,6 +69,7 @@ class Plan:
             "WEBHOOKS__ALLOW_PRIVATE": "true",
             "WEBHOOKS__TIMEOUT_S": self.webhook_timeout_s,
             "WEBHOOKS__PER_HOST": 8,
+            "WATCHDOG__STEP_S": self.watchdog_s,
         }
         return {f"AFTERIMAGE_{name}": str(value) for name, value in settings.items()}
 
@@ -133,6 +137,7 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
     clock(f"seed {plan.seed}: starting the stack in {folder}")
     with (
         receiving() as receiver,
+        small_store(folder / "stack" / "blobs") as store,
         running_stack(folder / "stack", environment=environment, options=plan.options(), durable=plan.durable) as stack,
     ):
         load = Load(
@@ -142,7 +147,15 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
             starter_share=plan.starter_share,
         )
         scene = Scene(
-            stack, load, receiver, backstage, random.Random(plan.seed + 1), plan.lease_s, plan.webhook_timeout_s
+            stack=stack,
+            load=load,
+            receiver=receiver,
+            store=store,
+            backstage=backstage,
+            random=random.Random(plan.seed + 1),
+            lease_s=plan.lease_s,
+            webhook_timeout_s=plan.webhook_timeout_s,
+            watchdog_s=plan.watchdog_s,
         )
         outcome = Outcome(plan)
         try:
@@ -153,6 +166,7 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
             load.settle()
             clock(f"the storm is over: {len(load.submissions)} jobs were accepted; waiting for rest")
             _rest(scene, plan)
+            scene.sweep()
             outcome.broken = promises.broken(scene)
             outcome.jobs, outcome.uploads = len(load.submissions), len(load.uploads)
             outcome.deliveries = len(receiver.receipts)
@@ -165,8 +179,8 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
 
 def _play(kind: str, scene: Scene, outcome: Outcome) -> str:
     """One fault, from the first blow until what it hit has recovered; a line about it."""
-    bound = KINDS[kind].bound
-    limit_s = None if bound is None else bound(scene.lease_s) + outcome.plan.slack_s
+    bound_s = KINDS[kind].bound_s
+    limit_s = None if bound_s is None else bound_s(scene) + outcome.plan.slack_s
     outcome.faults[kind] += 1
     try:
         hit = KINDS[kind].play(scene)
@@ -175,6 +189,9 @@ def _play(kind: str, scene: Scene, outcome: Outcome) -> str:
         outcome.slow.append(f"{kind}: {error}")
         return f"{kind}: {error}"
     outcome.recovery_s[kind].append(round(took_s, 2))
+    early = promises.broken_so_far(scene)
+    if early:
+        outcome.slow.append(f"{kind}: already broken: {early[0].what}")
     if limit_s is not None and took_s > limit_s:
         outcome.slow.append(f"{kind}: recovery took {took_s:.1f} s, allowed are {limit_s:.1f} s")
     return f"{kind}: {len(hit.jobs)} jobs hit, recovered in {took_s:.1f} s"
