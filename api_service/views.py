@@ -23,7 +23,7 @@ from shared.contracts.jobs import (
 )
 from shared.contracts.search import Neighbour
 from shared.contracts.webhooks import DeliveryState, DeliveryView
-from shared.db import jobs, outputs, pace
+from shared.db import outputs, pace, places
 from shared.db.images import Found
 from shared.db.models import Generation, GenerationReference, Image, Job, JobEvent, WebhookDelivery
 from shared.db.pace import Pace
@@ -36,7 +36,7 @@ def job(session: Session, row: Job, *, progress: Progress | None = None) -> JobV
     """A job with its outputs, its place in the queue, and how far it is."""
     view = job_list(session, [row])[0]
     if view.state is JobState.QUEUED:
-        ahead = jobs.queue_position(session, row)
+        ahead = places.queue_position(session, row)
         return view.model_copy(
             update={"queue_position": ahead, "estimated_start_s": _estimated_start_s(session, row, jobs_ahead=ahead)}
         )

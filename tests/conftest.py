@@ -6,6 +6,7 @@ that was migrated once (a copy takes about 10 ms), so code under test commits as
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import _lru_cache_wrapper
 from itertools import count
 from pathlib import Path
@@ -47,6 +48,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
 @pytest.fixture
 def postgres_url(servers: LocalStack) -> Iterator[str]:
     """The SQLAlchemy URL of an empty, migrated database that only this test uses."""
+    with fresh_database(servers) as url:
+        yield url
+
+
+@contextmanager
+def fresh_database(servers: LocalStack) -> Iterator[str]:
+    """The SQLAlchemy URL of one more empty, migrated database."""
     template = make_url(servers.environment()["AFTERIMAGE_DATABASE__URL"])
     name = f"test_{next(_copies)}"
     _administer(template, f"CREATE DATABASE {name} TEMPLATE {DATABASE} STRATEGY FILE_COPY")

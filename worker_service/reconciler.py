@@ -29,6 +29,8 @@ from worker_service.housekeeping import Housekeeping
 logger = logging.getLogger(__name__)
 
 LOCK = "reconciler"
+COUNT_S = 15.0
+"""How often the waiting jobs are counted, which reads all of them: as often as Prometheus asks."""
 STOP_S = 5.0
 """How long a chore may take to notice that the process ends; cut short, it is only less far."""
 UNCLAIMED_S = 5.0
@@ -41,6 +43,7 @@ class Reconciler:
         self._settings = settings
         self._last_tick: float | None = None
         self._models_told: set[str] = set()
+        self._count_at = 0.0
         self._leases_count_from = 0.0
 
     def tick(self) -> None:
@@ -76,10 +79,8 @@ class Reconciler:
             waiting = {*jobs.waiting_models(session), *bulks.running_models(session)}
             images_wait = images.any_pending(session)
             webhooks_wait = webhooks.any_due(session)
-            queued = jobs.queued_by_model(session)
-        for model in {*queued, *self._models_told}:
-            set_gauge("queue_depth", queued.get(model, 0), labels={"queue": model})
-        self._models_told = set(queued)
+            if time.monotonic() >= self._count_at:
+                self._tell_depths(jobs.queued_by_model(session))
         for model in waiting:
             queue.feed(model)
         if images_wait:
@@ -87,6 +88,12 @@ class Reconciler:
         if webhooks_wait:
             _ring(queue.IO_QUEUE, queue.publish_deliver_webhooks)
         self._last_tick = time.monotonic()
+
+    def _tell_depths(self, queued: dict[str, int]) -> None:
+        self._count_at = time.monotonic() + COUNT_S
+        for model in {*queued, *self._models_told}:
+            set_gauge("queue_depth", queued.get(model, 0), labels={"queue": model})
+        self._models_told = set(queued)
 
     def _forgive_after_a_gap(self) -> None:
         """Who did not look for a while, or could not, gives every worker one full lease to renew before judging it:

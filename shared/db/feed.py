@@ -18,8 +18,9 @@ from shared.db.models import Job
 
 LOWEST = len(Lane) - 1
 
-# The distinct (lane, owner) pairs are found by hopping through the index (a "loose index scan"), and of each only its
-# oldest jobs are read: the cost follows the number of owners who wait, not the number of jobs.
+# The distinct (lane, owner) pairs are found by hopping through the index (a "loose index scan"), and of each only as
+# many of its oldest jobs are read as could be chosen: the cost follows the number of owners who wait and the room there
+# is, not the number of jobs.
 CANDIDATES = text(
     """
     with recursive waiting(lane, owner_id) as (
@@ -44,7 +45,7 @@ CANDIDATES = text(
             and (run_after is null or run_after <= now())
             and (expires_at is null or expires_at > now())
             and (bulk_id is null or exists (select from bulks where bulks.id = bulk_id and bulks.state = 'running'))
-        order by created_at, id limit :most
+        order by created_at, id limit (cast(:rooms as integer[]))[waiting.lane + 1]
     ) oldest
     """
 )
@@ -87,7 +88,9 @@ def next_jobs(session: Session, model: str, *, window: int, starving_s: float) -
             published[published_lane] += jobs
     if published[Lane.HIGH.rank] >= window:
         return []
-    candidates = session.execute(CANDIDATES, {"model": model, "most": window}).all()
+    # One at least, of every lane: it may starve.
+    rooms = [max(window - sum(published[better] for better in range(lane + 1)), 1) for lane in range(LOWEST + 1)]
+    candidates = session.execute(CANDIDATES, {"model": model, "rooms": rooms}).all()
     chosen = _choose(candidates, window, published, lanes_in_flight, images, starving_s)
     return _mark(session, chosen)
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, and_, exists, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, exists, func, or_, select, text, tuple_, update
 from sqlalchemy.orm import Session, aliased
 
 from shared.contracts.bulks import BulkState
@@ -306,14 +306,25 @@ def dead(session: Session, *, limit: int) -> list[DeadJob]:
     return [DeadJob(job, owner, retried) for job, owner, retried in session.execute(statement)]
 
 
-def queue_position(session: Session, job: Job) -> int:
-    """How many queued jobs of the same model go first; 0 for the next one."""
-    ahead = select(func.count()).where(
-        Job.model == job.model,
-        Job.state == JobState.QUEUED,
-        tuple_(Job.lane, Job.created_at, Job.id) < tuple_(job.lane, job.created_at, job.id),
+# The models are found by hopping through the index from one to the next, not by looking at every job that waits.
+WAITING_MODELS = text(
+    """
+    with recursive waiting(model) as (
+        (select model from jobs where state = 'queued' and published_at is null order by model limit 1)
+        union all
+        select next.model from waiting cross join lateral (
+            select model from jobs
+            where state = 'queued' and published_at is null and model > waiting.model
+            order by model limit 1
+        ) next
     )
-    return session.scalar(ahead) or 0
+    select model from waiting where exists (
+        select from jobs
+        where jobs.model = waiting.model and state = 'queued' and published_at is null
+            and (run_after is null or run_after <= now())
+    )
+    """
+)
 
 
 # --- what the reconciler does -------------------------------------------------------------------------------------
@@ -371,16 +382,7 @@ def queued_by_model(session: Session) -> dict[str, int]:
 
 def waiting_models(session: Session) -> list[str]:
     """Models with jobs that could be published now."""
-    statement = (
-        select(Job.model)
-        .where(
-            Job.state == JobState.QUEUED,
-            Job.published_at.is_(None),
-            or_(Job.run_after.is_(None), Job.run_after <= func.now()),
-        )
-        .distinct()
-    )
-    return list(session.scalars(statement))
+    return list(session.scalars(WAITING_MODELS))
 
 
 # --- the statements behind them -----------------------------------------------------------------------------------
