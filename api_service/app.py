@@ -13,6 +13,7 @@ from structlog.contextvars import bind_contextvars, clear_contextvars
 from api_service import limits, problems, waiting
 from api_service.caller import authenticated
 from api_service.document import Documented
+from api_service.routes.admin import admin
 from api_service.routes.bulks import bulks
 from api_service.routes.generation import generation
 from api_service.routes.images import images
@@ -57,7 +58,7 @@ def create_app(settings: Settings | None = None) -> Documented:
     )
     app.extensions["decoder"] = UploadDecoder(settings.api)
 
-    for resource in (generation, bulks, search, images, jobs, outputs, webhooks, service, probes):
+    for resource in (generation, bulks, search, images, jobs, outputs, webhooks, service, admin, probes):
         app.register_api(resource)
     app.register_blueprint(probes, name="root_probes", url_prefix="/")
     app.add_url_rule(DOCUMENT, "document", lambda: app.api_doc)

@@ -18,6 +18,7 @@ SCOPES = {
     "outputs": "generate",
     "search": "search",
     "webhooks": "generate",
+    "admin": "admin",
 }
 """What an API key must allow for the operations of a resource; images depend on the method, the rest needs any key."""
 READING = ("GET", "HEAD", "OPTIONS")

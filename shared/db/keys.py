@@ -9,10 +9,12 @@ from uuid import UUID, uuid4
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
+from shared.contracts.admin import Scope
+from shared.db import paging
 from shared.db.models import ApiKey, Owner
 from shared.errors import ResourceNotFoundError
 
-SCOPES = ("generate", "search", "corpus:write", "admin")
+SCOPES = tuple(scope.value for scope in Scope)
 TOKEN_PREFIX = "aft_"
 
 
@@ -55,15 +57,38 @@ def find_valid(session: Session, secret: str) -> ApiKey | None:
     return key if key is not None and hmac.compare_digest(key.secret_sha256, digest) else None
 
 
+def get(session: Session, key_id: UUID) -> ApiKey:
+    """
+    Raises:
+        ResourceNotFoundError
+    """
+    key = session.get(ApiKey, key_id)
+    if key is None:
+        raise ResourceNotFoundError("There is no such key.", key_id=str(key_id))
+    return key
+
+
+def page(session: Session, *, owner_id: UUID | None, cursor: str | None, limit: int) -> tuple[list[ApiKey], str | None]:
+    """Keys of one owner or of all, newest first.
+
+    Raises:
+        InvalidCursorError
+    """
+    statement = select(ApiKey)
+    if owner_id is not None:
+        statement = statement.where(ApiKey.owner_id == owner_id)
+    return paging.page(session, statement, created_at=ApiKey.created_at, id=ApiKey.id, cursor=cursor, limit=limit)
+
+
 def rotate(session: Session, key_id: UUID, *, overlap_s: float) -> tuple[ApiKey, str]:
     """A new key with the rights of the old one, which stays valid for `overlap_s` more seconds.
 
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: there is none, or it was revoked.
     """
-    old = session.get(ApiKey, key_id)
-    if old is None:
-        raise ResourceNotFoundError("There is no such key.", key_id=str(key_id))
+    old = get(session, key_id)
+    if old.revoked_at is not None:
+        raise ResourceNotFoundError("The key was revoked.", key_id=str(key_id))
     end = session.scalars(select(func.now() + timedelta(seconds=overlap_s))).one()
     old.expires_at = min(end, old.expires_at or end)
     return create(session, old.owner_id, name=old.name, scopes=frozenset(old.scopes))
