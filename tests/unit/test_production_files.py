@@ -170,7 +170,8 @@ _OURS_AS_PACKAGES = {
 RUN_BY = {
     "api": [
         *("api_service", "shared", "migrations", "scripts/admin.py"),
-        *(f"worker_service/{name}.py" for name in ("__main__", "celery_app", "io_worker", "webhooks", "reconciler")),
+        *(f"worker_service/{name}.py" for name in ("__main__", "celery_app", "io_worker", "webhooks", "revocation")),
+        *(f"worker_service/{name}.py" for name in ("reconciler", "housekeeping")),
     ],
     "worker": ["worker_service", "shared"],
     "flower": ["ops/flower"],
