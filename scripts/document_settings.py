@@ -72,9 +72,9 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
-    if value is None or value is PydanticUndefined or value in ("", {}):
+    if value is None or value is PydanticUndefined or value in ("", {}, []):
         return ""
-    if isinstance(value, dict):
+    if isinstance(value, dict | list):
         return ", ".join(f"`{key}`" for key in value)
     if isinstance(value, SecretStr):
         value = value.get_secret_value()
@@ -109,6 +109,8 @@ def _kind(annotation: Any) -> str:
         return " or ".join(_kind(argument) for argument in arguments if argument is not type(None))
     if origin is dict:
         return "table"
+    if origin is list:
+        return "list"
     if isinstance(annotation, type):
         if issubclass(annotation, Enum):
             return " or ".join(f"`{member.value}`" for member in annotation)
