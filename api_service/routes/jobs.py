@@ -49,9 +49,9 @@ def stream_events(path: JobPath, query: EventsQuery) -> Response:
     """The job's story as server-sent events
 
     Each event of the log has its number as id, so that a client that reconnects with `Last-Event-ID` misses nothing;
-    `progress` (`step`, `total_steps`) and, for jobs that ask by `preview_every`, `preview` (`index` of the image, `step`,
-    `total_steps`, `image`: a `data:` URL of a JPEG of at most 256 pixels a side) come live, have no id and are told only
-    once. The stream ends with the job; 204 says that it already had.
+    `progress` (`step`, `total_steps`) comes live, has no id and is told only once. So is `preview`, for jobs that ask
+    by `preview_every`: `index` of the image, `step`, `total_steps`, and `image`, a `data:` URL of a JPEG of at most 256
+    pixels a side. The stream ends with the job; 204 says that it already had.
     """
     return waiting.event_stream(path.job_id, caller=g.caller, after=_last_seen(query))
 

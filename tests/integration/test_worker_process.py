@@ -1,0 +1,104 @@
+"""Worker processes that are told to stop: while they load, while they idle, in the middle of a batch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from ops.local.stack import REPOSITORY
+from shared import queue
+from shared.contracts.generation import Mode
+from shared.contracts.jobs import JobState
+from shared.db import jobs
+from shared.db.models import Job, Worker
+from shared.settings import Settings
+from tests.factories import make_job
+from tests.small_pipelines import save_clip
+from tests.stack import wait_until
+
+START_S = 120
+GRACE_S = 1
+
+
+@pytest.fixture
+def environment(settings: Settings, tmp_path: Path) -> dict[str, str]:
+    """A model of 40 steps of 0.25 s: far more than the time that a stopped worker has to finish."""
+    save_clip(tmp_path / "clip")
+    cheap = '{"cheap": {"kind": "cheap", "cost_ms": 10000}}'
+    return {
+        **os.environ,
+        "AFTERIMAGE_MODEL__CLIP__MODEL": f"local-dir:{tmp_path / 'clip'}",
+        "AFTERIMAGE_MODEL__GENERATORS": cheap,
+        "AFTERIMAGE_JOBS__SHUTDOWN_GRACE_S": str(GRACE_S),
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+@contextmanager
+def worker(kind: str, environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen([sys.executable, "-m", "worker_service", kind], cwd=REPOSITORY, env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def states(session: Session) -> list[str]:
+    session.rollback()
+    return list(session.scalars(select(Worker.state)))
+
+
+def told_to_stop(process: "subprocess.Popen[bytes]", session: Session) -> int:
+    """Its exit status; it must have taken its name off the list."""
+    process.send_signal(signal.SIGTERM)
+    status = process.wait(30)
+    assert states(session) == []
+    return status
+
+
+def test_a_worker_that_loads_leaves_at_once(environment: dict[str, str], session: Session) -> None:
+    with worker("embed", environment) as process:
+        wait_until(lambda: states(session) == ["loading"], timeout_s=START_S, what="the worker to load")
+        assert told_to_stop(process, session) == 0
+
+
+def test_a_worker_that_idles_just_ends(environment: dict[str, str], session: Session) -> None:
+    with worker("io", environment) as process:
+        wait_until(lambda: states(session) == ["ready"], timeout_s=START_S, what="the worker to be ready")
+        assert told_to_stop(process, session) == 0
+
+
+def test_a_worker_in_the_middle_of_a_batch_hands_its_jobs_back(environment: dict[str, str], session: Session) -> None:
+    drawing = make_job(session, mode=Mode.NONE, num_inference_steps=40)
+    waiting = make_job(session, mode=Mode.NONE, num_inference_steps=50)  # another batch
+    session.commit()
+    queue.feed("cheap")
+    with worker("generate", environment) as busy:
+        wait_until(lambda: started(session) == 1, timeout_s=START_S, what="the model to draw")
+        wait_until(lambda: processing(session) == 2, timeout_s=START_S, what="both jobs to be claimed")
+        asked = time.monotonic()
+        assert told_to_stop(busy, session) == 0
+        assert time.monotonic() - asked < GRACE_S + 15, "before it is ended hard"
+    session.expire_all()
+    for job in (drawing, waiting):
+        assert (job.state, job.crashes) == (JobState.QUEUED, 0)
+        assert [event.data.get("reason") for event in jobs.events(session, job.id, after=0)][-1] == "shutdown"
+
+
+def started(session: Session) -> int:
+    session.rollback()
+    return len(session.scalars(select(Job.id).where(Job.model_started)).all())
+
+
+def processing(session: Session) -> int:
+    session.rollback()
+    return len(session.scalars(select(Job.id).where(Job.state == JobState.PROCESSING)).all())
