@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from shared import sweeper
-from shared.db import retention
+from shared.db import blobs, retention
 from shared.db.session import session_scope
 from shared.errors import BaseAppException
 from shared.metrics import increment_counter
@@ -44,7 +44,9 @@ class Housekeeping:
                 self._do(name, every_s, work)
 
     def retire(self) -> None:
-        """Remove rows that are older than the settings keep."""
+        """Remove rows that are older than the settings keep, and claims of uploads that will not come back."""
+        with session_scope() as session:
+            blobs.forget_claims(session, older_than_s=sweeper.grace_s(self._settings))
         for table, retire, batch in _retirements(self._settings.retention):
             removed = batch
             while removed == batch and not self._stopping.wait(PAUSE_S):

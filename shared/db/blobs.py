@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from datetime import timedelta
 from uuid import UUID, uuid4
 
-from sqlalchemy import ARRAY, Text, cast, delete, func, select, text, tuple_
+from sqlalchemy import ARRAY, Text, cast, delete, func, select, text
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
@@ -69,9 +69,8 @@ def _claimed(session: Session, keys: Sequence[str]) -> set[str]:
 
 def _of_live_attempts(session: Session, keys: Sequence[str]) -> set[str]:
     attempts = {key: attempt for key in keys if (attempt := attempt_of(key)) is not None}
-    statement = select(Job.id, Job.attempt).where(
-        tuple_(Job.id, Job.attempt).in_(set(attempts.values())), Job.state == JobState.PROCESSING
-    )
+    job_ids = {job_id for job_id, _ in attempts.values()}
+    statement = select(Job.id, Job.attempt).where(Job.id.in_(job_ids), Job.state == JobState.PROCESSING)
     live = {(row.id, row.attempt) for row in session.execute(statement)}
     return {key for key, attempt in attempts.items() if attempt in live}
 

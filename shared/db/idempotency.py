@@ -4,10 +4,11 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, select, tuple_, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
+from shared.db import retention
 from shared.db.models import IdempotencyKey
 from shared.errors import IdempotencyKeyReusedError
 
@@ -41,11 +42,8 @@ def remember(session: Session, answer: dict[str, Any], *, owner_id: UUID, route:
 
 def forget_old(session: Session, *, limit: int = 500) -> None:
     """Remove up to `limit` keys that are not remembered any more."""
-    key = tuple_(IdempotencyKey.owner_id, IdempotencyKey.route, IdempotencyKey.key)
-    old = select(IdempotencyKey.owner_id, IdempotencyKey.route, IdempotencyKey.key).where(_forgotten())
-    old = old.order_by(IdempotencyKey.created_at).limit(limit).with_for_update(skip_locked=True)
-    statement = delete(IdempotencyKey).where(key.in_(old))
-    session.execute(statement.execution_options(synchronize_session=False))
+    old = select(IdempotencyKey).where(_forgotten()).order_by(IdempotencyKey.created_at)
+    retention.delete_batch(session, IdempotencyKey, old, limit=limit)
 
 
 def _this(owner_id: UUID, route: str, key: str) -> Any:

@@ -1,5 +1,6 @@
 """What is kept for how long, on real Postgres."""
 
+import os
 import threading
 from datetime import timedelta
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
+from shared import sweeper
 from shared.contracts.generation import Webhook
 from shared.contracts.jobs import EventType, JobState
 from shared.db import idempotency, jobs, outputs, owners, retention
@@ -24,9 +26,11 @@ from shared.db.models import (
 )
 from shared.db.session import session_scope
 from shared.settings import Settings, load_settings
+from shared.storage import get_blobs, thumbnail_key
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client
 from tests.integration.test_jobs import an_output, claim
+from tests.stack import wait_until
 from worker_service import housekeeping
 from worker_service.housekeeping import Housekeeping
 
@@ -158,6 +162,27 @@ def test_of_several_processes_one_does_a_chore_and_only_when_it_is_due(session: 
     with session_scope() as scope:
         retention.give_up_chore(scope, "sweep")
     assert begin(), "one that failed is tried again soon"
+
+
+def test_the_loop_does_what_is_due_and_tries_again_what_failed(session: Session, settings: Settings) -> None:
+    finished_job(session, days_ago=40)
+    get_blobs().put(sweeper.OWNER_KEY, b"another database", media_type="text/plain")
+    garbage = thumbnail_key("ab" * 32)
+    get_blobs().put(garbage, b"1", media_type="image/webp")
+    os.utime(os.path.join(settings.storage.url.removeprefix("file://"), garbage), (0, 0))
+    stopping = threading.Event()
+    often = load_settings(retention={"every_s": 0.05, "sweep_every_s": 0.05})
+    thread = threading.Thread(target=Housekeeping(often, stopping).run)
+    thread.start()
+    try:
+        wait_until(lambda: count(session, JobEvent) == 0, timeout_s=20, what="old events to go")
+        assert get_blobs().exists(garbage), "the store is not ours to sweep"
+        sweeper.adopt(get_blobs())
+        wait_until(lambda: not get_blobs().exists(garbage), timeout_s=20, what="the sweep to be tried again")
+    finally:
+        stopping.set()
+        thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_old_idempotency_keys_are_forgotten_a_batch_at_a_time(session: Session) -> None:
