@@ -16,7 +16,7 @@ from shared import queue
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
 from shared.db import bulks, jobs, owners
-from shared.db.models import Bulk, BulkItem, Generation, Job, WebhookDelivery
+from shared.db.models import Bulk, BulkItem, Generation, ImageUsage, Job, WebhookDelivery
 from shared.db.session import session_scope
 from shared.errors import ImageGenerationError
 from shared.settings import get_settings
@@ -135,15 +135,15 @@ def run_all(bulk_id: str, *, fails: bool = False) -> int:
 
 
 def test_a_bulk_runs_when_it_is_complete(client: Client) -> None:
-    answer = send(client, *prompts(40))
+    answer = send(client, *prompts(20))
     assert answer.status_code == 202
     bulk = answer.json
     assert answer.headers["Location"] == f"{API}/bulks/{bulk['id']}"
-    assert (bulk["state"], bulk["total"], bulk["received_lines"], bulk["lane"]) == ("running", 40, 40, "bulk")
+    assert (bulk["state"], bulk["total"], bulk["received_lines"], bulk["lane"]) == ("running", 20, 20, "bulk")
     assert len(messages("generate.cheap")) == WINDOW, "the broker holds a window of it, not all"
-    assert run_all(bulk["id"]) == 40
+    assert run_all(bulk["id"]) == 20
     ended = bulk_of(client, bulk["id"])
-    assert (ended["state"], ended["counts"]["succeeded"]) == ("completed", 40)
+    assert (ended["state"], ended["counts"]["succeeded"]) == ("completed", 20)
     assert ended["finished_at"] is not None
 
 
@@ -407,7 +407,7 @@ def test_two_owners_bulks_progress_side_by_side(client: Client, session: Session
     session.execute(text("update bulks set owner_id = :o where id = :b"), {"o": other, "b": bulk.id})
     session.execute(text("update jobs set owner_id = :o where bulk_id = :b"), {"o": other, "b": bulk.id})
     session.commit()
-    for _ in range(40):
+    for _ in range(20):
         run_one(mine["id"])
         run_one(str(bulk.id))
     done = [counts_of(client, mine["id"])["succeeded"]]
@@ -665,9 +665,33 @@ def test_jobs_say_which_bulk_they_are_of(client: Client, session: Session) -> No
 
 
 def test_counting_sees_each_item_once_while_it_becomes_a_job(client: Client, session: Session) -> None:
-    bulk = accepted(client, *prompts(40))
+    bulk = accepted(client, *prompts(20))
     row = session.get_one(Bulk, UUID(bulk["id"]))
     session.expunge(row)
     run_all(bulk["id"])
     counts = bulks.progress(session, [row])[row.id].counts.model_dump()
-    assert sum(counts.values()) == 40, "although the row was read before"
+    assert sum(counts.values()) == 20, "although the row was read before"
+
+
+def test_images_of_a_bulk_count_towards_the_quota_when_it_is_complete(
+    client: Client, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_LIMITS__DAILY_IMAGES", "100")
+    get_settings.cache_clear()
+
+    def used() -> int:
+        session.rollback()
+        return session.scalar(select(func.sum(ImageUsage.images))) or 0
+
+    bulk = accepted(client, *prompts(40, num_images=2), query="?complete=false")
+    assert used() == 0
+    assert client.post(f"{API}/bulks/{bulk['id']}/complete", json={"lines": 40}).json["state"] == "running"
+    assert used() == 80
+    too_many = send(client, *prompts(11, num_images=2), headers=KEY)
+    assert (too_many.status_code, too_many.json["code"]) == (429, "quota_exceeded")
+    run_one(bulk["id"], fails=True)
+    assert used() == 78
+    run_one(bulk["id"])
+    client.post(f"{API}/bulks/{bulk['id']}/cancel")
+    assert used() == 2, "what was not made is given back"
+    assert send(client, *prompts(11, num_images=2), headers=KEY).json["state"] == "running", "there is room now"
