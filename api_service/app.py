@@ -10,7 +10,7 @@ from flask_openapi3.models.info import Info
 from flask_openapi3_swagger.plugins import RegisterPlugin as SwaggerUI
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from api_service import limits, problems, waiting
+from api_service import hardening, limits, problems, waiting
 from api_service.caller import authenticated
 from api_service.document import Documented
 from api_service.routes.admin import admin
@@ -71,6 +71,7 @@ def create_app(settings: Settings | None = None) -> Documented:
     app.before_request(_begin)
     app.before_request(_authenticate)
     limits.register(app, settings)
+    hardening.register(app, settings)
     app.after_request(_finish)
     return app
 
@@ -96,15 +97,14 @@ def _begin() -> None:
 
 def _authenticate() -> None:
     """Say on whose behalf the request acts; only what is named here is for everybody."""
+    if request.method == "OPTIONS":
+        return  # Flask's own answer: which methods there are, and to a browser whether its page may use them
     if request.endpoint not in PUBLIC_ENDPOINTS and request.blueprint not in PUBLIC_BLUEPRINTS:
         g.caller = authenticated(request)
 
 
 def _finish(response: Response) -> Response:
     response.headers["X-Request-ID"] = g.request_id
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Referrer-Policy"] = "no-referrer"
-    response.headers["X-Frame-Options"] = "DENY"
     # The rule, not the path: one series per route, whatever ids clients ask for.
     route = request.url_rule.rule if request.url_rule else "unknown"
     method, path, started, status = request.method, request.path, g.started, response.status_code

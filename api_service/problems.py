@@ -97,6 +97,7 @@ def problem(
     return Response(
         orjson.dumps(body.model_dump(mode="json", exclude_defaults=True)),
         status=status,
+        headers={"Cache-Control": "no-store"},
         content_type=MEDIA_TYPE,
     )
 

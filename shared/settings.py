@@ -367,6 +367,13 @@ class SecuritySettings(Section):
     default_owner: str = Field("local", description="who acts when keys are off")
     require_api_keys: bool = Field(False, description="may be off only locally, bound to loopback")
     docs_enabled: bool = Field(True, description="serve Swagger UI")
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[A-Za-z0-9.-]+(:\d+)?)$")]] = Field(
+        default_factory=list, description="whose pages may call the API from a browser: `https://studio.example`"
+    )
+    trusted_hosts: list[str] = Field(
+        default_factory=lambda: ["localhost", "127.0.0.1", "::1"],
+        description="where keys are off, the names that the service answers to",
+    )
 
 
 class Settings(BaseSettings):

@@ -13,7 +13,13 @@ from ops.local.stack import REPOSITORY
 from shared.errors import BaseAppException
 from tests.integration.conftest import API, Client
 
-ON_EVERY_ANSWER = {"X-Content-Type-Options", "Referrer-Policy", "X-Frame-Options"}
+ON_EVERY_ANSWER = {
+    "Content-Security-Policy",
+    "Cross-Origin-Resource-Policy",
+    "Referrer-Policy",
+    "X-Content-Type-Options",
+    "X-Frame-Options",
+}
 """For browsers; a client of the API has no use for them."""
 METHODS = ("get", "post", "patch", "delete", "put")
 
