@@ -129,7 +129,8 @@ class Batcher(Generic[Item, Result]):
         with self._changed:
             self._closed = True
             for ticket in self._line:
-                ticket.result.set_exception(Interrupted())
+                if not ticket.result.done():
+                    ticket.result.set_exception(Interrupted())
             self._line.clear()
             self._changed.notify()
         self._thread.join(timeout_s)
@@ -143,14 +144,17 @@ class Batcher(Generic[Item, Result]):
 
     def _begin(self, batch: Sequence[Ticket[Item, Result]]) -> list[Ticket[Item, Result]]:
         """Tell those whose first turn this is; the tickets of the others, and of those who still want theirs."""
+        refused: dict[Asker, Exception] = {}
         for ticket in batch:
-            if not ticket.asker.begun:
+            asker = ticket.asker
+            if not asker.begun and asker not in refused:
                 try:
-                    ticket.asker.begin()
+                    asker.begin()
+                    asker.begun = True
                 except Exception as error:
-                    ticket.result.set_exception(error)
-                else:
-                    ticket.asker.begun = True
+                    refused[asker] = error
+            if asker in refused:
+                ticket.result.set_exception(refused[asker])
         return [ticket for ticket in batch if not ticket.result.done()]
 
     def _next_batch(self) -> list[Ticket[Item, Result]] | None:
@@ -190,7 +194,7 @@ class Batcher(Generic[Item, Result]):
             return
         failure: BaseException | None = None
         try:
-            jobs = sorted({ticket.asker.job for ticket in batch})
+            jobs = sorted({ticket.asker.job for ticket in batch if ticket.asker.job})
             with self._watchdog.watch(self._stage, model=self._name, jobs=jobs) as watch:
                 results = self._run([ticket.item for ticket in batch], on_step)
             if len(results) != len(batch):

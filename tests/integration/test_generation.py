@@ -310,6 +310,7 @@ def test_an_image_that_fits_only_with_memory_savers_says_so_in_its_record_and_it
     assert run(plain.id, models, leases) is Outcome.SUCCEEDED
     (made,) = outputs.of_jobs(session, [plain.id])[plain.id]
     assert made.provenance["memory_savers"] == []
+    assert "preview_every" not in plain.parameters, "a worker of the release before refuses fields it does not know"
     assert "degraded" not in [event.type for event in jobs.events(session, plain.id, after=0)]
 
 

@@ -222,7 +222,10 @@ def test_a_job_that_may_not_begin_is_told_why_and_the_others_of_its_batch_run(po
     batcher = a_batcher(model)
     busy(pool, batcher, model)
 
+    asked: list[int] = []
+
     def refuse() -> None:
+        asked.append(1)
         raise ConnectionError("no word from the database")
 
     refused = pool.submit(batcher.submit, [1, 2], begin=refuse)
@@ -234,6 +237,7 @@ def test_a_job_that_may_not_begin_is_told_why_and_the_others_of_its_batch_run(po
         refused.result(10)
     assert other.result(10) == [6]
     assert model.batches == [[0], [3]]
+    assert asked == [1], "a database that is away costs its time-out once, not once per image"
 
 
 def test_a_batch_that_returns_too_few_results_is_run_again_one_by_one(pool: ThreadPoolExecutor) -> None:
