@@ -72,6 +72,9 @@ JOB_WAIT = Histogram("job_wait_duration_seconds", "From accepted to started.", [
 JOB_DURATION = Histogram("job_duration_seconds", "From started to finished.", ["model"], buckets=LONG)
 JOB_STAGE = Histogram("job_stage_duration_seconds", "Time in one stage of a job.", ["stage"], buckets=LONG)
 QUEUE_DEPTH = Gauge("queue_depth", "Jobs waiting.", ["queue"], multiprocess_mode="livemostrecent")
+BULK_ITEMS_WAITING = Gauge(
+    "bulk_items_waiting", "Items of running bulks that are no jobs yet.", multiprocess_mode="livemostrecent"
+)
 LEASES_EXPIRED = Counter("leases_expired_total", "Jobs taken back from a silent worker.")
 BLOBS_SWEPT = Counter("blobs_swept_total", "Blobs removed because nothing names them.")
 BLOB_BYTES_SWEPT = Counter("blob_bytes_swept_total", "Their size.")

@@ -80,7 +80,8 @@ class Reconciler:
             images_wait = images.any_pending(session)
             webhooks_wait = webhooks.any_due(session)
             if time.monotonic() >= self._count_at:
-                self._tell_depths(jobs.queued_by_model(session))
+                self._tell_depths(jobs.queued_by_model(session), held=bulks.held_by_model(session))
+                set_gauge("bulk_items_waiting", bulks.waiting_items(session))
         for model in waiting:
             queue.feed(model)
         if images_wait:
@@ -89,10 +90,11 @@ class Reconciler:
             _ring(queue.IO_QUEUE, queue.publish_deliver_webhooks)
         self._last_tick = time.monotonic()
 
-    def _tell_depths(self, queued: dict[str, int]) -> None:
+    def _tell_depths(self, queued: dict[str, int], *, held: dict[str, int]) -> None:
         self._count_at = time.monotonic() + COUNT_S
         for model in {*queued, *self._models_told}:
-            set_gauge("queue_depth", queued.get(model, 0), labels={"queue": model})
+            depth = queued.get(model, 0) - held.get(model, 0)
+            set_gauge("queue_depth", max(depth, 0), labels={"queue": model})
         self._models_told = set(queued)
 
     def _forgive_after_a_gap(self) -> None:

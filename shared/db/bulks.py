@@ -443,6 +443,23 @@ def running_models(session: Session) -> set[str]:
     return set(session.scalars(statement))
 
 
+def waiting_items(session: Session) -> int:
+    """Items of running bulks whose turn to become jobs has not come."""
+    statement = select(func.coalesce(func.sum(Bulk.total - Bulk.fed), 0)).where(Bulk.state == BulkState.RUNNING)
+    return int(session.scalar(statement) or 0)
+
+
+def held_by_model(session: Session) -> dict[str, int]:
+    """Queued jobs that wait because their bulk is paused."""
+    statement = (
+        select(Job.model, func.count())
+        .join(Bulk, Bulk.id == Job.bulk_id)
+        .where(Bulk.state == BulkState.PAUSED, Job.state == JobState.QUEUED)
+        .group_by(Job.model)
+    )
+    return {str(model): count for model, count in session.execute(statement)}
+
+
 def sweep(session: Session, *, abandoned_after_s: float) -> None:
     """Give up bulks whose lines stopped coming, and remove items that will never run, some at a time."""
     stale = and_(
