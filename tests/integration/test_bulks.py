@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from prometheus_client import REGISTRY
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
@@ -375,6 +376,16 @@ def test_a_bulk_with_too_many_items_is_refused(client: Client, monkeypatch: pyte
     assert send(client, *prompts(5)).status_code == 202
 
 
+def test_a_custom_id_is_unique_in_the_bulk_however_far_apart(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFTERIMAGE_BULKS__CHUNK_LINES", "2")
+    get_settings.cache_clear()
+    same = {"prompt": "a", "custom_id": "same"}
+    bulk = accepted(client, header(on_invalid="skip"), same, *prompts(6), same)
+    (error,) = client.get(f"{API}/bulks/{bulk['id']}/errors").json["items"]
+    assert (error["line"], error["errors"][0]["field"]) == (9, "line.9.custom_id")
+    assert send(client, same).status_code == 202, "another bulk may use it"
+
+
 def test_room_is_reserved_for_what_was_announced(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_BULKS__MAX_OPEN_ITEMS", "10")
     monkeypatch.setenv("AFTERIMAGE_BULKS__MAX_OPEN", "2")
@@ -695,3 +706,24 @@ def test_images_of_a_bulk_count_towards_the_quota_when_it_is_complete(
     client.post(f"{API}/bulks/{bulk['id']}/cancel")
     assert used() == 2, "what was not made is given back"
     assert send(client, *prompts(11, num_images=2), headers=KEY).json["state"] == "running", "there is room now"
+
+
+def test_an_archive_that_cannot_go_on_has_no_end(client: Client, session: Session) -> None:
+    bulk = accepted(client, *prompts(3))
+    run_all(bulk["id"])
+    broken = items_of(client, bulk["id"])[1]["outputs"][0]["id"]
+    get_blobs().put(session.get_one(Generation, UUID(broken)).blob_key, b"short", media_type="image/png")
+    answer = client.get(f"{API}/bulks/{bulk['id']}/archive")
+    assert b"000001.json" in answer.data
+    assert b"end.json" not in answer.data
+
+
+def test_jobs_of_a_paused_bulk_are_no_queue_that_does_not_move(client: Client, session: Session) -> None:
+    bulk = accepted(client, *prompts(100))
+    Reconciler(get_settings().jobs).tick()
+    assert REGISTRY.get_sample_value("queue_depth", {"queue": "cheap"}) == 2 * WINDOW
+    assert REGISTRY.get_sample_value("bulk_items_waiting") == 100 - 2 * WINDOW
+    client.post(f"{API}/bulks/{bulk['id']}/pause")
+    Reconciler(get_settings().jobs).tick()
+    assert REGISTRY.get_sample_value("queue_depth", {"queue": "cheap"}) == 0
+    assert REGISTRY.get_sample_value("bulk_items_waiting") == 0
