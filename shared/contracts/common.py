@@ -1,10 +1,11 @@
 """What every request and response shares."""
 
+import re
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 
 class Contract(BaseModel):
@@ -21,6 +22,13 @@ def _no_control_characters(text: str) -> str:
     return text
 
 
+def _not_a_number(moment: object) -> object:
+    # Pydantic reads 0.5 as half a second after 1970, which nobody means.
+    if isinstance(moment, int | float) or (isinstance(moment, str) and re.fullmatch(r"\s*[\d.eE+-]+\s*", moment)):
+        raise ValueError("must be a time as in RFC 3339, such as 2026-01-31T12:00:00Z")
+    return moment
+
+
 def _in_utc(moment: datetime) -> datetime:
     # Postgres reads offsets up to 16 hours only; ISO 8601 allows 24.
     try:
@@ -35,7 +43,7 @@ Text = Annotated[
     AfterValidator(_no_control_characters),
     Field(json_schema_extra={"pattern": r"^[^\u0000-\u0008\u000b-\u001f\u007f]*$"}),
 ]
-Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+Moment = Annotated[AwareDatetime, BeforeValidator(_not_a_number), AfterValidator(_in_utc)]
 """A point in time, in UTC whatever offset it came with."""
 Prompt = Annotated[Text, Field(min_length=1, max_length=2000)]
 Tag = Annotated[Text, Field(min_length=1, max_length=64)]

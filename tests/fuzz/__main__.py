@@ -30,6 +30,8 @@ PROFILE = {
     "AFTERIMAGE_MODEL__DEFAULT_GENERATOR": "cheap",
     "AFTERIMAGE_API__MAX_WAIT_S": "0.5",
     "AFTERIMAGE_API__MAX_STREAM_S": "1",
+    "AFTERIMAGE_LIMITS__READS_PER_MINUTE": "1000000",
+    "AFTERIMAGE_LIMITS__WRITES_PER_MINUTE": "1000000",
 }
 SERVER_ERROR, TIMEOUT = "ServerError", "ResponseTimeExceeded"
 
@@ -115,8 +117,9 @@ def run_pass(stack: RunningStack, name: str, key: str | None, arguments: argpars
     ]
     if key is not None:
         command += ["--header", f"Authorization: Bearer {key}"]
+    environment = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.fuzz.json_lines"}
     with open(arguments.out / f"{name}.log", "w") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=environment)
     answer: dict[str, Any] = json.loads(report.read_text())
     if not answer["complete"]:
         raise SystemExit(f"the pass as {name} did not come to its end: see {log.name}")
