@@ -8,6 +8,7 @@ SHELL := /bin/sh
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
+SHIPPED := afterimage_client api_service ops scripts shared worker_service
 PROMPT ?= a red apple with a bite
 
 help: ## show this list
@@ -46,11 +47,17 @@ bench: $(READY) ## the figures behind what is said of caching, pooling and typin
 chaos: $(READY) ## faults at random moments under load, every promise checked, into out/chaos/  (CHAOS="--seed 7", CHAOS=--help)
 	@$(PY) -u -m tests.chaos $(CHAOS)
 
-lint: $(READY) ## style, types and import rules
+lint: $(READY) ## style, types, import rules and what bandit is fairly sure of
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
+	.venv/bin/bandit --quiet --recursive --severity-level medium --confidence-level medium $(SHIPPED)
+
+# Its own environment: it must not decide which versions the product gets.
+audit: ## which locked packages have known vulnerabilities; asks the network, fails nothing
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit==2.10.1; }
+	-build/audit/bin/pip-audit --requirement requirements.lock --require-hashes --disable-pip --desc off
 
 train-starter: $(READY) ## train the starter models from nothing into starter/models/ (many hours; resumes from var/training)
 	$(PY) -m starter.train all
@@ -75,4 +82,4 @@ clean: ## stop the stack, remove .venv and every cache; var/ and out/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo up down test eval bench chaos lint train-starter docs lock clean
+.PHONY: help setup demo up down test eval bench chaos lint audit train-starter docs lock clean

@@ -54,7 +54,7 @@ class Layout:
     @staticmethod
     def _private_temporary_folder() -> Path:
         name = f"afterimage-{os.geteuid()}"
-        parents = [Path(tempfile.gettempdir()), Path("/tmp")]
+        parents = [Path(tempfile.gettempdir()), Path("/tmp")]  # checked below  # nosec B108
         folder = next(p / name for p in parents if len(os.fsencode(p)) <= LONGEST_SOCKET_PATH - 50)
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
