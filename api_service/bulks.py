@@ -96,6 +96,8 @@ def send(body: Body, *, may_complete: bool, caller: Caller, key: str | None) -> 
         if bulk.state == BulkState.RECEIVING:
             _receive(bulk.id, lines, caller=caller)
         elif next(lines, None) is not None:
+            if bulk.state in (BulkState.ABANDONED, BulkState.CANCELED):
+                raise BulkStateError("The bulk takes no more lines.", state=bulk.state)
             raise IdempotencyKeyReusedError
         return Sent(_done(bulk.id, body, may_complete=may_complete, caller=caller), replayed)
 

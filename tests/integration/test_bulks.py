@@ -346,7 +346,7 @@ def test_more_lines_for_a_key_whose_bulk_runs_are_refused(client: Client) -> Non
 
 
 def test_a_bulk_whose_lines_stopped_coming_is_given_up(client: Client, session: Session) -> None:
-    bulk = accepted(client, *prompts(3), query="?complete=false")
+    bulk = send(client, *prompts(3), query="?complete=false", headers=KEY).json
     reconciler = Reconciler(get_settings().jobs)
     reconciler.tick()
     assert bulk_of(client, bulk["id"])["state"] == "receiving"
@@ -359,6 +359,8 @@ def test_a_bulk_whose_lines_stopped_coming_is_given_up(client: Client, session: 
     assert (answer.status_code, answer.json["code"]) == (409, "bulk_state_conflict")
     done = client.post(f"{API}/bulks/{bulk['id']}/complete", json={"lines": 3})
     assert (done.status_code, done.json["code"]) == (409, "bulk_state_conflict")
+    whole = send(client, *prompts(5), headers=KEY)
+    assert (whole.status_code, whole.json["code"]) == (409, "bulk_state_conflict")
 
 
 # --- bounds -------------------------------------------------------------------------------------------------------
