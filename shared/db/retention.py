@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, delete, func, literal_column, or_, select
+from sqlalchemy import ColumnElement, Select, delete, func, literal_column, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
@@ -70,19 +70,24 @@ def retire_deliveries(session: Session, *, days: float, limit: int) -> int:
 
 
 def begin_chore(session: Session, name: str, *, every_s: float) -> bool:
-    """Take this turn of a chore, if nobody did in the last `every_s` seconds."""
-    statement = upsert(Chore).values(name=name, started_at=func.now())
-    turn = statement.on_conflict_do_update(
-        index_elements=["name"],
-        set_={"started_at": func.now()},
-        where=Chore.started_at <= func.now() - timedelta(seconds=every_s),
+    """Take this turn of a chore, if nobody did in the last `every_s` seconds.
+
+    The first turn of all comes that long after the first call: a release that throws away what the one before it did
+    not know how to keep must not begin while both run.
+    """
+    session.execute(upsert(Chore).values(name=name).on_conflict_do_nothing(index_elements=["name"]))
+    turn = (
+        update(Chore)
+        .where(Chore.name == name, Chore.started_at <= func.now() - timedelta(seconds=every_s))
+        .values(started_at=func.now())
+        .returning(Chore.name)
     )
-    return session.scalar(turn.returning(Chore.name)) is not None
+    return session.scalar(turn) is not None
 
 
 def give_up_chore(session: Session, name: str) -> None:
     """Let the turn be taken again soon: this one failed."""
-    session.execute(delete(Chore).where(Chore.name == name))
+    session.execute(update(Chore).where(Chore.name == name).values(started_at=func.to_timestamp(0)))
 
 
 def _ago(days: float) -> ColumnElement[Any]:
