@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ from afterimage_client import (
     UnreachableError,
     WaitTimeoutError,
 )
+from ops.local.stack import REPOSITORY
 
 NOW = "2026-01-01T00:00:00Z"
 JOB = UUID(int=1)
@@ -390,3 +393,10 @@ def test_a_failed_download_leaves_what_was_there(script: Script, tmp_path: Path)
         client.outputs.download(output(), target)
     assert target.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_client_loads_nothing_of_the_server() -> None:
+    heavy = ["torch", "sqlalchemy", "celery", "redis", "flask", "numpy", "PIL", "pydantic_settings", "api_service"]
+    program = f"import sys, afterimage_client; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

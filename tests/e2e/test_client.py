@@ -1,0 +1,150 @@
+"""The typed client against the real stack: every call, and a wait through a killed API."""
+
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from afterimage_client import (
+    Afterimage,
+    BulkOptions,
+    BulkState,
+    ConflictError,
+    GenerateRequest,
+    IdempotencyKeyReusedError,
+    ImageFile,
+    ImageFilter,
+    ImagePatch,
+    ImageState,
+    InvalidRequestError,
+    JobState,
+    NotFoundError,
+    RagGenerateRequest,
+    RagSearchQuery,
+    SearchRequest,
+    Update,
+    UploadFields,
+    header_line,
+)
+from ops.local.stack import REPOSITORY
+from tests.e2e.conftest import disc
+from tests.stack import RunningStack, wait_until
+
+
+@pytest.fixture
+def service(stack: RunningStack) -> Iterator[Afterimage]:
+    with Afterimage(stack.url) as service:
+        yield service
+
+
+def test_the_python_of_the_readme_runs_as_printed(
+    stack: RunningStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AFTERIMAGE_URL", stack.url)
+    exec(compile(block, "README.md", "exec"), {})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["7.png", "8.png"]
+
+
+def test_jobs_are_submitted_once_followed_listed_and_deleted(service: Afterimage, tmp_path: Path) -> None:
+    request = RagGenerateRequest(prompt="once", seed=3, num_images=2, metadata={"by": "client"})
+    assert service.jobs.dry_run(request).parameters.seeds == [3, 4]
+    key = uuid4().hex
+    job = service.jobs.submit(request, idempotency_key=key)
+    assert service.jobs.submit(request, idempotency_key=key).id == job.id
+    with pytest.raises(IdempotencyKeyReusedError):
+        service.jobs.submit(RagGenerateRequest(prompt="another"), idempotency_key=key)
+    heard: list[Update] = []
+    done = service.jobs.wait(job, on_update=heard.append)
+    assert (done.state, done.metadata) == (JobState.SUCCEEDED, {"by": "client"})
+    assert heard[-1].state is JobState.SUCCEEDED
+    assert job.id in {each.id for each in service.jobs.list(state=JobState.SUCCEEDED, page_size=1)}
+    assert service.outputs.get(done.outputs[0].id) == done.outputs[0]
+    service.outputs.download(done.outputs[1], tmp_path / "1.png")
+    assert (tmp_path / "1.png").read_bytes() == service.outputs.content(done.outputs[1])
+    with pytest.raises(ConflictError):
+        service.jobs.retry(job)
+    with pytest.raises(ConflictError):
+        service.jobs.cancel(job)
+    service.jobs.delete(job)
+    with pytest.raises(NotFoundError):
+        service.jobs.get(job)
+    with pytest.raises(InvalidRequestError) as refused:
+        service.jobs.submit(GenerateRequest(prompt="by nobody", model="there-is-none"))
+    assert refused.value.code == "model_not_found"
+
+
+def test_images_are_uploaded_found_changed_and_forgotten(service: Afterimage, tmp_path: Path) -> None:
+    collection = "client"
+    fields = UploadFields(caption="a disc", tags=["round"], attributes={"side": "left"}, collection=collection)
+    uploaded = service.images.upload([ImageFile("a.png", disc("coral")), ImageFile("b.png", disc("khaki"))], fields)
+    assert (uploaded.created, uploaded.existing) == (2, 0)
+    assert service.images.upload([ImageFile("again.png", disc("coral"))], fields).existing == 1
+    first, second = (image.id for image in uploaded.images)
+    wait_until(
+        lambda: not [*service.images.list(collection=collection, state=ImageState.PENDING)],
+        timeout_s=60,
+        what="both to be searchable",
+    )
+    assert {image.id for image in service.images.list(collection=collection, tag="round", page_size=1)} == {
+        first,
+        second,
+    }
+    changed = service.images.change(first, ImagePatch(caption=None, tags=["ring"]))
+    assert (changed.caption, changed.tags, changed.attributes) == (None, ["ring"], {"side": "left"})
+    like = SearchRequest(image_id=first, k=2, filter=ImageFilter(collection=collection))
+    assert service.search(like).results[0].image_id in (first, second)
+    plan = service.references(RagSearchQuery(prompt="a disc", collection=collection, min_similarity=-1))
+    assert {reference.image_id for reference in plan.references} <= {first, second}
+    job = service.jobs.submit(RagGenerateRequest(prompt="a disc", reference_ids=[first]))
+    assert service.jobs.wait(job).state is JobState.SUCCEEDED
+    assert [output.job_id for output in service.images.generations(first)] == [job.id]
+    service.images.download(service.images.get(second), tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes() == service.images.content(second)
+    service.images.delete(first)
+    with pytest.raises(NotFoundError):
+        service.images.get(first)
+
+
+def test_a_bulk_is_sent_paused_resumed_and_told(service: Afterimage) -> None:
+    header = header_line(BulkOptions(name="by the client"))
+    lines = [header, *(b'{"prompt": "\xe2\x80\xa8 item %d", "custom_id": "c%d"}' % (n, n) for n in range(30))]
+    bulk = service.bulks.create(header, idempotency_key=uuid4().hex)
+    bulk = service.bulks.send(bulk.id, lines)
+    assert service.bulks.send(bulk.id, lines).id == bulk.id
+    assert service.bulks.pause(bulk.id).state is BulkState.PAUSED
+    assert service.bulks.resume(bulk.id).state is BulkState.RUNNING
+    assert service.bulks.wait(bulk.id).counts.succeeded == 30
+    assert [item.custom_id for item in service.bulks.items(bulk.id, page_size=7)] == [f"c{n}" for n in range(30)]
+    records = list(service.bulks.manifest(bulk.id))
+    assert [record["line"] for record in records] == list(range(2, 32))
+    assert service.bulks.retry_failed(bulk.id).state is BulkState.COMPLETED
+    assert bulk.id in {each.id for each in service.bulks.list(page_size=1)}
+
+
+def test_the_service_tells_of_itself(service: Afterimage) -> None:
+    assert [model.name for model in service.models().models] == ["cheap"]
+    assert service.health().status in ("ok", "degraded")
+    assert service.stats().jobs is not None
+
+
+def test_a_wait_goes_through_a_killed_api_and_hears_everything_once(stack: RunningStack, service: Afterimage) -> None:
+    stack.control.stop("generate-cheap")
+    heard: list[Update] = []
+    try:
+        job = service.jobs.submit(GenerateRequest(prompt="through it all"))
+        waiter = threading.Thread(target=lambda: heard.extend(service.jobs.follow(job)))
+        waiter.start()
+        killed = stack.control.pid("api")
+        stack.control.kill("api")
+        wait_until(lambda: stack.control.pid("api") not in (None, killed), timeout_s=30, what="a new API")
+    finally:
+        stack.control.start("generate-cheap")
+    waiter.join(90)
+    assert heard[-1].state is JobState.SUCCEEDED
+    numbers = [update.seq for update in heard if update.progress is None]
+    assert numbers == sorted(set(numbers))
