@@ -66,14 +66,17 @@ def test_swagger_ui_may_run_its_own_inline_script_and_no_other(client: Client) -
 def test_no_page_of_another_origin_may_read_answers_unless_the_operator_says_so(
     client: Client, shared_with: Callable[..., Client]
 ) -> None:
-    def allowed(client: Client, origin: str) -> str | None:
-        return client.get(f"{API}/models", headers={"Origin": origin}).headers.get("Access-Control-Allow-Origin")
+    def allowed_origin(client: Client, origin: str) -> str | None:
+        allowed: str | None = client.get(f"{API}/models", headers={"Origin": origin}).headers.get(
+            "Access-Control-Allow-Origin"
+        )
+        return allowed
 
-    assert allowed(client, ELSEWHERE) is None
+    assert allowed_origin(client, ELSEWHERE) is None
     opened = shared_with(ELSEWHERE)
-    assert allowed(opened, ELSEWHERE) == ELSEWHERE
-    assert allowed(opened, "https://studio.example.evil.example") is None
-    assert allowed(opened, "https://studioxexample") is None
+    assert allowed_origin(opened, ELSEWHERE) == ELSEWHERE
+    assert allowed_origin(opened, "https://studio.example.evil.example") is None
+    assert allowed_origin(opened, "https://studioxexample") is None
     answer = opened.get(f"{API}/models", headers={"Origin": ELSEWHERE})
     assert "Access-Control-Allow-Credentials" not in answer.headers
     assert {"Retry-After", "X-Request-ID"} <= set(answer.headers["Access-Control-Expose-Headers"].split(", "))
@@ -106,7 +109,9 @@ def test_without_keys_the_service_answers_only_to_its_own_names(client: Client) 
         assert (answer.status_code, answer.json["code"]) == (403, "forbidden"), host
 
 
-@pytest.mark.parametrize("origin", [ELSEWHERE, "null", "http://[", "http://localhost:9999", "http://localhost.evil.example"])
+@pytest.mark.parametrize(
+    "origin", [ELSEWHERE, "null", "http://[", "http://localhost:9999", "http://localhost.evil.example"]
+)
 def test_without_keys_a_page_of_another_origin_changes_nothing(client: Client, origin: str) -> None:
     job = client.post(f"{API}/generate", json={"prompt": "x"}, headers={"Origin": "http://localhost"}).json
     # A browser sends such a request without asking first.
