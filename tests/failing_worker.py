@@ -79,11 +79,12 @@ def run(fault: str, job_ids: Sequence[UUID], settings: Settings) -> None:
 
 
 def main() -> None:
-    watchdog.BLOCKED_S = 1.0
     for line in sys.stdin:
         order = json.loads(line)
         if (child := os.fork()) == 0:
             os.environ.update(order["environment"])
+            if order["fault"] == "hold":
+                watchdog.BLOCKED_S = 1.0
             settings = get_settings()
             clip = ClipSettings(model=f"local-dir:{sys.argv[1]}")
             settings = settings.model_copy(update={"model": settings.model.model_copy(update={"clip": clip})})

@@ -19,6 +19,7 @@ from shared.db.session import session_scope
 from shared.errors import DatabaseError
 from shared.settings import Settings
 from worker_service import revocation
+from worker_service.watchdog import end_process
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,10 @@ class WorkerProcess:
         def stop(**_: object) -> None:
             self.stopping.set()
             threading.Thread(target=on_stop, name="stop", daemon=True).start()
-            hard_end = threading.Timer(self.settings.jobs.shutdown_grace_s + 15, os._exit, args=(1,))
+            patience_s = self.settings.jobs.shutdown_grace_s + 15
+            hard_end = threading.Timer(
+                patience_s, end_process, args=("stop_took_too_long", {"seconds": patience_s}), kwargs={"status": 1}
+            )
             hard_end.daemon = True
             hard_end.start()
 

@@ -36,7 +36,7 @@ class Sight:
         if config.get("scaling_factor") is None:
             return None
         sight = cls(pipeline, requests[0].width, requests[0].height)
-        sight._follow(pipeline.scheduler)
+        sight.follow(pipeline.scheduler)
         return sight
 
     def pictures(self, latents: torch.Tensor, rows: Sequence[int]) -> list[np.ndarray]:
@@ -78,7 +78,7 @@ class Sight:
         pixels: np.ndarray = (decoded.float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
         return pixels
 
-    def _follow(self, scheduler: SchedulerMixin) -> None:
+    def follow(self, scheduler: SchedulerMixin) -> None:
         """Note what each step predicts. The scheduler serves this one call only, so nothing has to be undone."""
         step: Callable[..., Any] = scheduler.step
 

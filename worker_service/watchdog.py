@@ -100,7 +100,7 @@ class Watchdog:
         try:
             yield watch
         except AcceleratorLostError as error:
-            _end_process("accelerator_lost", {**_described(watch), "cause": str(error)})
+            end_process("accelerator_lost", {**_described(watch), "cause": str(error)}, status=EXIT_CODE)
         finally:
             with self._lock:
                 self._watches.discard(watch)
@@ -116,7 +116,7 @@ class Watchdog:
             self._arm()
         for watch in watches:
             if self._left_s(watch) < 0:
-                _end_process("model_stuck", {**_described(watch), "stack": _stack(watch.thread_id)})
+                end_process("model_stuck", {**_described(watch), "stack": _stack(watch.thread_id)}, status=EXIT_CODE)
 
     def _arm(self) -> None:
         """Have a call ended that never lets go of the interpreter, so that this module's thread cannot run.
@@ -141,7 +141,6 @@ def _described(watch: Watch) -> dict[str, Any]:
         "stage": stage.value,
         "seconds": round(time.monotonic() - since, 1),
         "jobs": list(watch.jobs),
-        "exit_code": EXIT_CODE,
     }
 
 
@@ -149,9 +148,12 @@ def _stack(thread_id: int) -> str:
     return "".join(traceback.format_stack(sys._current_frames().get(thread_id)))
 
 
-def _end_process(event: str, fields: dict[str, Any]) -> NoReturn:
+def end_process(event: str, fields: dict[str, Any], *, status: int) -> NoReturn:
+    """End this process now, whatever its threads do, after one line of log."""
     # In a thread, because what hangs may hold the lock of the log.
-    line = threading.Thread(target=logger.critical, args=(event,), kwargs={"extra": fields}, daemon=True)
+    line = threading.Thread(
+        target=logger.critical, args=(event,), kwargs={"extra": {**fields, "exit_status": status}}, daemon=True
+    )
     line.start()
     line.join(LOG_S)
-    os._exit(EXIT_CODE)
+    os._exit(status)

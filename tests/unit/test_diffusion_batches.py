@@ -320,8 +320,12 @@ def test_latents_that_are_no_numbers_are_no_image(
         return (torch.full_like(forward(*arguments, **options)[0], value),)
 
     monkeypatch.setattr(model.text_to_image.unet, "forward", broken)
+    decodes: list[object] = []
+    hook = model.text_to_image.vae.decoder.register_forward_hook(lambda *_: decodes.append(1))
     with pytest.raises(InvalidOutputError):
         draw(model, REQUEST)
+    hook.remove()
+    assert decodes == [], "a decoder may make a picture of them"
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
