@@ -201,8 +201,7 @@ def _bring(rows: list[Row], collection_id: UUID, space: Space | None) -> Counter
         # Bytes before rows, and claimed before that, so that nothing is swept in between.
         claim_id = blobs.claim(session, [key for each in new for key in (each.blob_key, each.thumbnail_key)])
     for each in new:
-        get_blobs().put(each.blob_key, each.row["image"], media_type=each.format.media_type)
-        get_blobs().put(each.thumbnail_key, each.row["thumbnail"], media_type=ImageFormat.WEBP.media_type)
+        each.store()
     counts = Counter(existing=len(rows) - len(new))
     with session_scope() as session:
         if not blobs.settle(session, claim_id):
@@ -243,6 +242,17 @@ class _Incoming:
         self.thumbnail_key = thumbnail_key(row["sha256"])
         # Records of generations name images by id, so it stays unless another collection here has it.
         self._id = uuid4() if UUID(row["id"]) in taken else UUID(row["id"])
+        self._size_bytes = len(row["image"])
+
+    def store(self) -> None:
+        """Store the bytes, unless another collection has this image: then its bytes, as they are, are of both."""
+        there = get_blobs().info(self.blob_key)
+        if there is None:
+            get_blobs().put(self.blob_key, self.row["image"], media_type=self.format.media_type)
+        else:
+            self._size_bytes = there.size_bytes
+        if not get_blobs().exists(self.thumbnail_key):
+            get_blobs().put(self.thumbnail_key, self.row["thumbnail"], media_type=ImageFormat.WEBP.media_type)
 
     def columns(self) -> dict[str, Any]:
         fields = UploadFields.model_validate(
@@ -258,7 +268,7 @@ class _Incoming:
             "format": self.format.value,
             "blob_key": self.blob_key,
             "thumbnail_key": self.thumbnail_key,
-            "size_bytes": len(self.row["image"]),
+            "size_bytes": self._size_bytes,
         }
 
 
