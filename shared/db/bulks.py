@@ -311,10 +311,12 @@ def retry_failed(session: Session, bulk: Bulk, limits: LimitSettings, *, ended_b
     retried, images = session.execute(RETRY, parameters).one()
     if not retried and not came_too_late:
         return 0
-    bulk.quota_day = usage.reserve(session, bulk.owner_id, images + came_too_late, limits)
+    today = usage.reserve(session, bulk.owner_id, images + came_too_late, limits)
     bulk.fed -= retried
     bulk.expires_at = None
     if bulk.state == BulkState.COMPLETED:
+        # Items of a bulk that still runs may count towards another day, to which they must be given back.
+        bulk.quota_day = today
         bulk.state, bulk.finished_at = BulkState.RUNNING, None
     session.flush()
     return int(retried)
@@ -376,32 +378,46 @@ FEED = text(
 """As `jobs.insert` does it, for many."""
 
 
+HUNGRY = text(
+    """
+    select bulks.id, waiting.jobs
+    from bulks cross join lateral (
+        select count(*) as jobs from (
+            select from jobs
+            where bulk_id = bulks.id and state = 'queued' and model = :model limit :window
+        ) hungry
+    ) waiting
+    where bulks.state = 'running' and bulks.finished_at is null and bulks.models @> array[:model]
+        and waiting.jobs < :window
+    """
+)
+
+
 def top_up(session: Session, model: str, *, window: int) -> None:
     """Make jobs of the next items of running bulks, so that at least `window` of each wait for the model."""
-    running = and_(Bulk.state == BulkState.RUNNING, Bulk.models.contains([model]))
-    for bulk_id in session.scalars(select(Bulk.id).where(running)).all():
-        queued = select(Job.id).where(Job.bulk_id == bulk_id, Job.state == JobState.QUEUED, Job.model == model)
-        waiting = session.scalar(select(func.count()).select_from(queued.limit(window).subquery())) or 0
-        if waiting < window:
-            # Whoever holds the row is feeding another model of it, or stops it; what is missed now, the next end of a
-            # job makes up for, or the reconciler.
-            locked = select(Bulk).where(Bulk.id == bulk_id, running).with_for_update(skip_locked=True)
-            bulk = session.scalar(locked.execution_options(populate_existing=True))
-            if bulk is not None:
-                _feed(session, bulk, model, most=2 * window - waiting)
+    for bulk_id, waiting in session.execute(HUNGRY, {"model": model, "window": window}).all():
+        # Whoever holds the row is feeding another model of it, or stops it; what is missed now, the next end of a job
+        # makes up for, or the reconciler.
+        locked = select(Bulk, func.coalesce(Bulk.expires_at <= func.now(), False)).where(
+            Bulk.id == bulk_id, Bulk.state == BulkState.RUNNING
+        )
+        locked = locked.with_for_update(skip_locked=True).execution_options(populate_existing=True)
+        row = session.execute(locked).one_or_none()
+        if row is not None:
+            bulk, expired = row
+            _feed(session, bulk, model, most=0 if expired else 2 * window - waiting)
 
 
 def _feed(session: Session, bulk: Bulk, model: str, *, most: int) -> None:
-    now = session.scalars(select(func.now())).one()
-    expired = bulk.expires_at is not None and bulk.expires_at <= now
+    """Make jobs of up to `most` of the bulk's items; 0: the bulk has expired."""
     made = 0
-    if bulk.fed < bulk.total and not expired:
+    if most and bulk.fed < bulk.total:
         for kind, count in session.execute(FEED, {"bulk_id": bulk.id, "model": model, "most": most}):
             JOBS_SUBMITTED.labels(kind).inc(count)
             made += count
         bulk.fed += made
         session.flush()
-    if made == 0 and (bulk.fed == bulk.total or expired):
+    if not made and (bulk.fed == bulk.total or not most):
         alive = select(Job.id).where(Job.bulk_id == bulk.id, Job.state.in_((JobState.QUEUED, JobState.PROCESSING)))
         if session.scalar(alive.limit(1)) is None:
             _end(session, bulk, BulkState.COMPLETED)

@@ -435,12 +435,12 @@ def test_a_paused_bulk_starts_nothing_more_and_goes_on_after(client: Client, ses
     bulk = accepted(client, *prompts(50))
     run_one(bulk["id"])
     published = {message["headers"]["id"] for message in messages("generate.cheap")}
+    queue.broker().flushall()
     for _ in range(2):
         assert client.post(f"{API}/bulks/{bulk['id']}/pause").json["state"] == "paused"
     with session_scope() as other:
         for job_id in published:
             assert jobs.claim(other, UUID(job_id), worker="w", lease_s=30) is None, "a message that is under way"
-    queue.broker().flushall()
     queue.feed("cheap")
     Reconciler(get_settings().jobs).tick()
     assert messages("generate.cheap") == []
