@@ -8,14 +8,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from scripts.admin import main as admin
-from shared import queue
 from shared.contracts.jobs import JobState
 from shared.db import jobs
 from shared.db.models import Job
 from shared.settings import Settings
 from shared.storage import get_blobs, thumbnail_key
 from tests.factories import make_job
-from tests.integration.conftest import API, Client, messages
+from tests.integration.conftest import API, Client
 from tests.integration.test_jobs import claim, let_lease_expire
 
 
@@ -53,7 +52,7 @@ def test_dead_jobs_are_shown_and_tried_again_as_new_jobs_that_are_published(
     again = session.get_one(Job, UUID(new_id))
     assert (again.state, again.retry_of, again.owner_id) == ("queued", first.id, first.owner_id)
     assert (again.crashes, again.parameters) == (0, first.parameters)
-    assert [message["headers"]["id"] for message in messages(queue.generate_queue("cheap"))] == [new_id]
+    assert again.published_at is not None, "it need not wait for the reconciler"
 
     run(monkeypatch, "requeue", "--all")
     (other_id,) = capsys.readouterr().out.split()

@@ -109,7 +109,7 @@ def test_two_uploads_of_the_same_files_in_another_order_do_not_lock_each_other_o
     make_image(session, sha256=first)
     with ThreadPoolExecutor(1) as executor:
         answer = executor.submit(upload, client, *reversed(files))
-        wait_until(lambda: _waits_for_a_lock(session), timeout_s=2, what="the upload to meet the other's row")
+        wait_until(lambda: _waits_for_a_lock(session), timeout_s=20, what="the upload to meet the other's row")
         make_image(session, sha256=second)
         session.commit()
         assert answer.result().status_code == 200
