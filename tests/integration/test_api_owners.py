@@ -1,0 +1,143 @@
+"""Two owners: whatever belongs to one is, for the other, as absent as what never was."""
+
+import re
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
+
+from shared.contracts.generation import Webhook
+from shared.db import jobs, keys, owners
+from shared.db.models import Generation, WebhookDelivery
+from tests.factories import make_image, make_job
+from tests.integration.conftest import API, Client, a_key
+
+ALL_BUT_ADMIN = [scope for scope in keys.SCOPES if scope != "admin"]
+SENT: dict[str, dict[str, Any]] = {
+    "changeImage": {"json": {"caption": "theirs now"}},
+    "completeBulk": {"json": {"lines": 1}},
+    "appendBulkLines": {
+        "data": b'{"prompt": "one more"}\n',
+        "content_type": "application/jsonl",
+        "query_string": {"from_line": 1},
+    },
+}
+"""What an operation with an id needs besides it."""
+
+
+@pytest.fixture
+def mine(guarded: Client, session: Session) -> dict[str, str]:
+    """One of everything that an owner can have, by the name that paths give its id."""
+    key = a_key(session, *ALL_BUT_ADMIN, owner="mine")
+    job = make_job(session, owner="mine", webhook=Webhook(url="https://receiver.example/hook"))
+    ended = make_job(session, owner="mine", webhook=Webhook(url="https://receiver.example/hook"))
+    jobs.cancel(session, ended.id, owner_id=ended.owner_id)
+    collection = owners.ensure_collection(session, "private", owner_id=job.owner_id)
+    image = make_image(session, vector=[1.0] + [0.0] * 15, collection_id=collection.id, caption="a secret")
+    output = _output(ended.id, ended.owner_id)
+    session.add(output)
+    session.flush()
+    delivery = session.scalars(select(WebhookDelivery.id).where(WebhookDelivery.job_id == ended.id)).one()
+    session.commit()
+    bulk = guarded.post(
+        f"{API}/bulks?complete=false",
+        data=b'{"prompt": "a secret"}\n',
+        content_type="application/jsonl",
+        headers=key,
+    )
+    assert bulk.status_code == 202, bulk.text
+    return {
+        "job_id": str(job.id),
+        "image_id": str(image.id),
+        "generation_id": str(output.id),
+        "delivery_id": str(delivery),
+        "bulk_id": bulk.json["id"],
+        "owner_id": str(job.owner_id),
+        "key_id": str(uuid4()),
+    }
+
+
+def test_no_operation_shows_or_changes_what_belongs_to_another_owner(
+    guarded: Client, session: Session, mine: dict[str, str]
+) -> None:
+    theirs = a_key(session, *ALL_BUT_ADMIN, owner="theirs")
+    before = _everything(session)
+    paths = guarded.get(f"{API}/openapi.json").json["paths"]
+    walked = 0
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            name = operation["operationId"]
+            named = re.findall(r"\{(\w+)\}", path)
+            if not named and method != "get":
+                continue  # it makes something new; what it may refer to is another test
+            filled = re.sub(r"\{(\w+)\}", lambda match: mine[match[1]], path)
+            with guarded.open(filled, method=method.upper(), headers=theirs, **SENT.get(name, {})) as answer:
+                if path.startswith(f"{API}/admin"):
+                    assert answer.status_code == 403, name
+                elif name == "listGenerationsOfImage":  # it does not ask whether the image is still there
+                    assert answer.json["items"] == []
+                elif named:
+                    assert (answer.status_code, answer.json["code"]) == (404, "not_found"), name
+                else:
+                    found = [key for key, value in mine.items() if value in answer.text]
+                    assert found == [], name
+                    assert "secret" not in answer.text, name
+            walked += 1
+    assert walked >= 40
+    assert _everything(session) == before
+
+
+def test_what_another_owner_has_cannot_be_referred_to(guarded: Client, session: Session, mine: dict[str, str]) -> None:
+    theirs = a_key(session, *ALL_BUT_ADMIN, owner="theirs")
+
+    def refused(method: str, path: str, **sent: Any) -> None:
+        answer = guarded.open(API + path, method=method, headers=theirs, **sent)
+        assert answer.status_code in (404, 422), answer.text
+        assert "secret" not in answer.text
+
+    refused("POST", "/rag/generate", json={"prompt": "x", "reference_ids": [mine["image_id"]]})
+    refused("POST", "/rag/generate", json={"prompt": "x", "filter": {"collection": "private"}})
+    refused("POST", "/search", json={"image_id": mine["image_id"]})
+    refused("POST", "/search", json={"query": "x", "filter": {"collection": "private"}})
+    refused("GET", "/images", query_string={"collection": "private"})
+    listed = guarded.get(f"{API}/webhooks/deliveries", query_string={"job_id": mine["job_id"]}, headers=theirs)
+    assert listed.json["items"] == []
+
+
+def test_each_of_two_owners_may_use_the_same_names_and_keys(guarded: Client, session: Session) -> None:
+    answers = []
+    for owner in ("one", "other"):
+        key = a_key(session, "generate", owner=owner) | {"Idempotency-Key": "order-1"}
+        answers.append(guarded.post(f"{API}/generate", json={"prompt": owner}, headers=key))
+    assert [answer.status_code for answer in answers] == [202, 202]
+    assert answers[0].json["id"] != answers[1].json["id"]
+
+
+def _output(job_id: UUID, owner_id: UUID) -> Generation:
+    return Generation(
+        id=uuid4(),
+        job_id=job_id,
+        owner_id=owner_id,
+        index=0,
+        seed=1,
+        format="png",
+        blob_key="outputs/x.png",
+        thumbnail_key="outputs/x.webp",
+        width=32,
+        height=32,
+        size_bytes=10,
+        sha256="0" * 64,
+        pixels_sha256="0" * 64,
+        provenance={"prompt": "a secret"},
+    )
+
+
+def _everything(session: Session) -> dict[str, list[str]]:
+    """Every row that belongs to somebody."""
+    session.rollback()
+    tables = ("jobs", "job_events", "images", "generations", "bulks", "bulk_items", "webhook_deliveries", "owners")
+    rows = {name: list(session.scalars(text(f"select t::text from {name} t order by 1"))) for name in tables}
+    assert all(rows.values()), "one of everything"
+    return rows
