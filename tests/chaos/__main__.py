@@ -6,6 +6,7 @@ CHAOS="--jobs 500 --faults 25 --seed 7" sets what is played; a failing run is re
 import argparse
 import secrets
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.chaos.storm import Plan, storm
 
 def main() -> int:
     arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is stopped
     plan = Plan(
         seed=secrets.randbelow(10**6) if arguments.seed is None else arguments.seed,
         jobs=arguments.jobs,
@@ -31,7 +33,7 @@ def main() -> int:
     with storm(plan, out) as (_, outcome):
         summary = outcome.summary()
     (out / "summary.json").write_bytes(orjson.dumps(summary, option=orjson.OPT_INDENT_2))
-    for line in [*outcome.slow, *(f"{each.breach}: {each.what}" for each in outcome.broken)]:
+    for line in [*outcome.failures, *(f"{each.breach}: {each.what}" for each in outcome.broken)]:
         print(line)
     print(
         f"seed {plan.seed}: {outcome.jobs} jobs, {outcome.uploads} uploads, {summary['faults']} faults of "

@@ -98,6 +98,22 @@ def kill_reconciler(scene: Scene) -> Hit:
     return hit
 
 
+def power_cut(scene: Scene) -> Hit:
+    """Everything dies at once, the servers as well."""
+    _, pid = scene.a_ready("generate-cheap")
+    scene.load.jobs(BURST)
+    scene.load.upload(2)
+    scene.wait_for_work(pid)
+    hit = Hit()
+    for name, process in scene.stack.control.states().items():
+        if process.pid is not None:
+            scene.stack.control.kill(name)
+    wait_until(scene.broker_answers, timeout_s=PATIENCE_S, what="the broker to be back")
+    hit.jobs = scene.unfinished()
+    hit.also = lambda: scene.answers("api") and scene.answers("api-2")
+    return hit
+
+
 # --- a worker dies at a certain point ------------------------------------------------------------------------------
 
 
@@ -245,7 +261,7 @@ def _stolen(scene: Scene, pid: int) -> dict[UUID, int]:
         .where(Job.state == JobState.PROCESSING, Job.worker.like(f"%-{pid}@%"))
         .values(
             attempt=Job.attempt + 1,
-            worker="thief",
+            worker=orders.THIEF,
             model_started=False,
             lease_until=func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, scene.lease_s / 2),
             last_seq=Job.last_seq + 1,
@@ -256,7 +272,7 @@ def _stolen(scene: Scene, pid: int) -> dict[UUID, int]:
     with Session(scene.engine) as session, session.begin():
         stolen = {row.id: row.last_seq for row in session.execute(statement)}
         events = [
-            {"job_id": job_id, "seq": seq, "type": EventType.STARTED, "data": {"worker": "thief"}}
+            {"job_id": job_id, "seq": seq, "type": EventType.STARTED, "data": {"worker": orders.THIEF}}
             for job_id, seq in stolen.items()
         ]
         if events:
@@ -288,7 +304,9 @@ def poison(scene: Scene) -> Hit:
     """A prompt that kills its process wherever it runs; every job beside it must succeed."""
     hit = Hit()
     scene.load.jobs(2)
-    poisonous = scene.load.job(words=orders.POISON, ends=JobState.DEAD, code="job_crashed", model="cheap")
+    poisonous = scene.load.job(
+        words=orders.POISON, ends=JobState.DEAD, code="job_crashed", model="cheap", lane=Lane.HIGH
+    )
     scene.load.jobs(BURST)
     wait_until(
         lambda: poisonous.ids and not _is_unfinished(scene, poisonous.id),
@@ -386,6 +404,7 @@ KINDS = {
     "kill_generate": Kind(kill_generate, _after_a_lease),
     "kill_io": Kind(kill_io, _after_a_lease),
     "kill_reconciler": Kind(kill_reconciler, _after_a_lease),
+    "power_cut": Kind(power_cut),
     "kill_mid_batch": Kind(kill_mid_batch, _after_a_lease),
     "kill_before_commit": Kind(kill_before_commit, _after_a_lease),
     "kill_after_commit": Kind(kill_after_commit, _after_a_lease),

@@ -4,7 +4,7 @@ import io
 import random
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -19,6 +19,7 @@ from shared.contracts.jobs import EventType, JobState
 
 GIVE_UP_S = 180.0
 """A service that accepts nothing for this long is broken, whatever the fault."""
+MOST_UNFINISHED = 60
 
 
 @dataclass
@@ -88,11 +89,13 @@ class Load:
             for _ in range(times):
                 self._sent.append(self._pool.submit(self._upload, token, file.getvalue()))
 
-    def flow(self, *, jobs_per_s: float) -> None:
-        """Go on at this rate, one upload to five jobs, until `settle`."""
+    def flow(self, *, jobs_per_s: float, unfinished: Callable[[], int]) -> None:
+        """Go on at this rate, one upload to five jobs, until `settle`; slower on a machine that is slower than that."""
 
         def pace() -> None:
             while not self._stop.wait(self._random.expovariate(jobs_per_s)):
+                if unfinished() > MOST_UNFINISHED:
+                    continue
                 self.jobs(1)
                 if self._random.random() < 0.2:
                     self.upload(1)
@@ -100,17 +103,13 @@ class Load:
         self._pacer = threading.Thread(target=pace, name="load")
         self._pacer.start()
 
-    def settle(self) -> None:
-        """End the flow and wait until everything that was sent is accepted.
-
-        Raises:
-            AssertionError: something never was.
-        """
+    def settle(self) -> list[str]:
+        """End the flow and wait until everything that was sent is accepted; what was not, and why."""
         self._stop.set()
         if self._pacer is not None:
             self._pacer.join()
-        for sent in self._sent:
-            sent.result()
+        errors = [sent.exception() for sent in self._sent]
+        return [repr(error) for error in errors if error is not None]
 
     def close(self) -> None:
         self._stop.set()

@@ -15,3 +15,6 @@ GARBAGE = "garbage"
 
 # What a worker notes of its own.
 DRAWN = "drawn"
+
+THIEF = "thief"
+"""Who claims what others have in hand and never works: its name as a worker."""

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 from uuid import UUID
 
@@ -113,7 +114,7 @@ def right_ends(
 
 
 def whole_stories(jobs: Mapping[UUID, Job], events: Mapping[UUID, list[JobEvent]]) -> Iterator[Broken]:
-    """Every story is numbered without gaps and has one end."""
+    """Every story is numbered without gaps and has one end, and no attempt begins that was not asked for."""
     for job in jobs.values():
         told = events[job.id]
         if [event.seq for event in told] != list(range(1, job.last_seq + 1)):
@@ -121,6 +122,10 @@ def whole_stories(jobs: Mapping[UUID, Job], events: Mapping[UUID, list[JobEvent]
         ends = [event.type for event in told if event.type in FINAL]
         if ends != [job.state] and job.state in FINAL:
             yield Broken(Breach.DOUBLED, f"job {job.id} is {job.state}, and its story ends with {ends}")
+        turns = [event for event in told if event.type in ("queued", "requeued", "started")]
+        for before, event in pairwise(turns):
+            if event.type == before.type == "started" and event.data["worker"] != orders.THIEF:
+                yield Broken(Breach.DOUBLED, f"job {job.id} was started again (seq {event.seq}) while it ran")
 
 
 def intact(scene: Scene, outputs: Sequence[Generation]) -> Iterator[Broken]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 from uuid import UUID
+from xmlrpc.client import Fault
 
 import httpx
 import psutil
@@ -199,12 +200,16 @@ class Scene:
             )
 
     def start(self, name: str) -> None:
-        """Start a process, whether or not it has been started again already."""
-        if self.stack.control.states()[name].state not in ("RUNNING", "STARTING"):
+        """Start a process and wait until it runs, whether or not somebody else has started it already."""
+        with suppress(Fault):
             self.stack.control.start(name)
+        wait_until(
+            lambda: self.stack.control.states()[name].state == "RUNNING", timeout_s=PATIENCE_S, what=f"{name} to run"
+        )
 
     def stop(self, name: str) -> None:
-        if self.stack.control.states()[name].state != "STOPPED":
+        """Stop a process, whether or not it runs, and keep it from being started again."""
+        with suppress(Fault):
             self.stack.control.stop(name)
 
     def answers(self, api: str) -> bool:

@@ -1,6 +1,7 @@
 """The whole storm: a stack under load, fault after fault, and what is left when it is over."""
 
 import random
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +53,7 @@ class Plan:
         return max(5, int(self.lease_s * 2))
 
     def environment(self) -> dict[str, str]:
-        cheap = {"kind": "cheap", "cost_ms": 300, "max_batch_size": 4}
+        cheap = {"kind": "cheap", "cost_ms": 200, "max_batch_size": 4}
         starter = ModelSettings().generators["starter"].model_dump(mode="json", exclude_defaults=True)
         generators = {"cheap": cheap} | ({"starter": starter} if self.starter_share else {})
         settings = {
@@ -96,13 +97,13 @@ class Outcome:
     faults: Counter[str] = field(default_factory=Counter)
     recovery_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     broken: list[Broken] = field(default_factory=list)
-    slow: list[str] = field(default_factory=list)
-    """Recoveries beyond their bounds, and faults that could not be played to their end."""
+    failures: list[str] = field(default_factory=list)
+    """Recoveries beyond their bounds, faults that could not be played to their end, promises broken on the way."""
     took_s: float = 0
 
     @property
     def kept(self) -> bool:
-        return not self.broken and not self.slow
+        return not self.broken and not self.failures
 
     def summary(self) -> dict[str, Any]:
         breaches = Counter(each.breach.value for each in self.broken)
@@ -115,7 +116,7 @@ class Outcome:
             "kinds": len(self.faults),
             **{breach.value: breaches[breach.value] for breach in promises.Breach},
             "recovery_s": dict(sorted(self.recovery_s.items())),
-            "slow": self.slow,
+            "failures": self.failures,
             "broken": [asdict(each) for each in self.broken],
             "lease_s": self.plan.lease_s,
             "took_s": round(self.took_s, 1),
@@ -159,11 +160,12 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
         )
         outcome = Outcome(plan)
         try:
-            load.flow(jobs_per_s=1.0)
+            load.flow(jobs_per_s=0.5, unfinished=lambda: len(scene.unfinished()))
             for number, kind in zip(count(1), plan.sequence()):
-                clock(f"{number:2}/{plan.faults}  {_play(kind, scene, outcome)}")
+                clock(f"{number:2}/{plan.faults}  {kind} ...")
+                clock(f"{number:2}/{plan.faults}  {kind}: {_play(kind, scene, outcome)}")
             load.jobs(max(0, plan.jobs - len(load.submissions)))
-            load.settle()
+            outcome.failures += load.settle()
             clock(f"the storm is over: {len(load.submissions)} jobs were accepted; waiting for rest")
             _rest(scene, plan)
             scene.sweep()
@@ -178,23 +180,24 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
 
 
 def _play(kind: str, scene: Scene, outcome: Outcome) -> str:
-    """One fault, from the first blow until what it hit has recovered; a line about it."""
+    """One fault, from the first blow until what it hit has recovered; what to say of it."""
     bound_s = KINDS[kind].bound_s
     limit_s = None if bound_s is None else bound_s(scene) + outcome.plan.slack_s
     outcome.faults[kind] += 1
+    threading.Event().wait(scene.random.uniform(0, 2))
     try:
         hit = KINDS[kind].play(scene)
         took_s = _recovery_s(hit, scene, timeout_s=max(limit_s or 0, scene.lease_s * 3) + QUIET_S)
     except AssertionError as error:
-        outcome.slow.append(f"{kind}: {error}")
-        return f"{kind}: {error}"
+        outcome.failures.append(f"{kind}: {error}")
+        return str(error)
     outcome.recovery_s[kind].append(round(took_s, 2))
     early = promises.broken_so_far(scene)
     if early:
-        outcome.slow.append(f"{kind}: already broken: {early[0].what}")
+        outcome.failures.append(f"{kind}: already broken: {early[0].what}")
     if limit_s is not None and took_s > limit_s:
-        outcome.slow.append(f"{kind}: recovery took {took_s:.1f} s, allowed are {limit_s:.1f} s")
-    return f"{kind}: {len(hit.jobs)} jobs hit, recovered in {took_s:.1f} s"
+        outcome.failures.append(f"{kind}: recovery took {took_s:.1f} s, allowed are {limit_s:.1f} s")
+    return f"{len(hit.jobs)} jobs hit, recovered in {took_s:.1f} s"
 
 
 def _recovery_s(hit: Hit, scene: Scene, *, timeout_s: float) -> float:

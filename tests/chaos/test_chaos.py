@@ -52,7 +52,7 @@ def test_nothing_is_lost_doubled_or_stuck(after_the_storm: tuple[Scene, Outcome]
     _, outcome = after_the_storm
     seed = f"repeat it with seed {outcome.plan.seed}"
     assert outcome.broken == [], seed
-    assert outcome.slow == [], seed
+    assert outcome.failures == [], seed
     assert set(outcome.recovery_s) == set(KINDS), seed
 
 
