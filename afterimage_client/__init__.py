@@ -35,7 +35,7 @@ from afterimage_client.jobs import Update
 from shared.contracts.bulks import BulkItemView, BulkOptions, BulkState, BulkView, ItemState, OnInvalid
 from shared.contracts.generation import GenerateRequest, Mode, PinnedReference, RagGenerateRequest
 from shared.contracts.images import ImagePatch, ImageState, ImageView, UploadFields, UploadResponse
-from shared.contracts.jobs import EventView, JobKind, JobState, JobView, Lane, OutputView, Progress
+from shared.contracts.jobs import EventView, JobKind, JobState, JobView, Lane, OutputView, Preview, Progress
 from shared.contracts.search import ImageFilter, RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "OutputView",
     "PermissionDeniedError",
     "PinnedReference",
+    "Preview",
     "ProblemError",
     "Progress",
     "QueueFullError",

@@ -6,9 +6,11 @@ from types import TracebackType
 from typing import Self
 
 import httpx
+import pydantic
 
 from afterimage_client.bulks import Bulks
-from afterimage_client.connection import Connection, parsed
+from afterimage_client.connection import Connection, parsed, transport_errors_named
+from afterimage_client.errors import error_of
 from afterimage_client.images import Images
 from afterimage_client.jobs import Jobs
 from afterimage_client.outputs import Outputs
@@ -89,8 +91,12 @@ class Afterimage:
 
     def health(self) -> HealthView:
         """How every part is doing; asked once, and 503 is an answer here."""
-        response = self._connection.http.get("/health")
-        return parsed(HealthView, response)
+        with transport_errors_named("GET", "/health"):
+            response = self._connection.http.get("/health")
+        try:
+            return parsed(HealthView, response)
+        except pydantic.ValidationError:
+            raise error_of(response) from None
 
     def sleep(self, seconds: float) -> None:
         """Wait between two calls; `close` ends it.

@@ -1,7 +1,7 @@
 """Submit, follow, cancel, try again."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,22 +13,29 @@ from httpx_sse import EventSource
 from afterimage_client.connection import Connection, parsed
 from afterimage_client.errors import TooManyStreamsError, WaitTimeoutError
 from shared.contracts.generation import DryRunView, GenerateRequest, RagGenerateRequest
-from shared.contracts.jobs import EventType, EventView, JobKind, JobState, JobView, Progress
+from shared.contracts.jobs import EventType, EventView, JobKind, JobState, JobView, Preview, Progress
 
 LONG_POLL_S = 10.0
 """One wait, shorter than any that the service allows by default."""
 STREAM_SILENCE_S = 45.0
 """A stream says something every 15 s; one that is silent for this long is dead."""
 RECONNECT_S = 1.0
+EVENT_TYPES = frozenset(event.value for event in EventType)
+LIVE: Mapping[str, type[Progress] | type[Preview]] = {"progress": Progress, "preview": Preview}
 
 
 @dataclass(frozen=True)
 class Update:
-    """News of a job. `progress` is how far its present attempt is, when that is known."""
+    """News of a job.
+
+    progress: how far its present attempt is, when that is what is new.
+    preview: one of its images while it is drawn, if the request asked for `preview_every`.
+    """
 
     state: JobState
     seq: int
     progress: Progress | None = None
+    preview: Preview | None = None
 
 
 class Jobs:
@@ -119,8 +126,8 @@ class Jobs:
         if not heard.state.is_final:
             yield from self._updates_from_polls(_id(job), after=heard.seq, until=ends)
 
-    def events(self, job: UUID | JobView, *, after: int = 0) -> Iterator[EventView | Progress]:
-        """The job's log of events later than number `after`, live until it has ended, with its steps in between.
+    def events(self, job: UUID | JobView, *, after: int = 0) -> Iterator[EventView | Progress | Preview]:
+        """The job's log of events later than number `after`, live until it has ended; in between steps and previews.
 
         Raises:
             TooManyStreamsError: the process asked holds as many streams as it may.
@@ -166,12 +173,14 @@ class Jobs:
             if isinstance(event, EventView):
                 heard = Update(_state_after(event.type, heard.state), event.seq)
                 yield heard
-            elif event is not None:
-                yield Update(heard.state, heard.seq, event)
+            elif isinstance(event, Progress):
+                yield Update(heard.state, heard.seq, progress=event)
+            elif isinstance(event, Preview):
+                yield Update(heard.state, heard.seq, preview=event)
             if time.monotonic() >= until:
                 return
 
-    def _stream(self, job_id: UUID, *, after: int) -> Iterator[EventView | Progress | None]:
+    def _stream(self, job_id: UUID, *, after: int) -> Iterator[EventView | Progress | Preview | None]:
         """Events, and None for a sign of life; a broken stream is resumed after the last event heard."""
         while True:
             response = self._connection.again_while_passing(lambda: self._open_stream(job_id, after))  # noqa: B023
@@ -179,16 +188,16 @@ class Jobs:
                 return  # it had ended, and everything of it is known
             with closing(response), suppress(httpx.TransportError):
                 for message in EventSource(response).iter_sse():
-                    if not message.data:
-                        yield None
-                    elif message.event == "progress":
-                        yield Progress.model_validate_json(message.data, extra="ignore")
-                    else:
+                    if message.event in EVENT_TYPES:
                         event = EventView.model_validate_json(message.data, extra="ignore")
                         after = event.seq
                         yield event
                         if event.type.ends_job:
                             return
+                    elif message.event in LIVE:
+                        yield LIVE[message.event].model_validate_json(message.data, extra="ignore")
+                    else:
+                        yield None  # a heartbeat, or what a newer service tells
             self._connection.pause(RECONNECT_S)
             yield None
 

@@ -24,12 +24,13 @@ from shared.storage import get_blobs, image_key, thumbnail_key
 from tests.factories import SHARED_COLLECTION, make_image, make_space
 from tests.integration.conftest import picture
 
-COUNT = 150
+COUNT = 70
+"""More than one group of rows."""
 
 
 @pytest.fixture
 def corpus(session: Session, settings: Settings) -> None:
-    """150 images with bytes, vectors and descriptions, and one that waits for its vector."""
+    """70 images with bytes, vectors and descriptions, and one that waits for its vector."""
     random = np.random.default_rng(7)
     limits = get_settings().api
     for number in range(COUNT + 1):

@@ -320,6 +320,21 @@ def test_a_broken_stream_is_resumed_after_what_was_heard(script: Script) -> None
     assert [request.headers["Last-Event-ID"] for request in asked] == ["0", "2", "2", "2"]
 
 
+def test_previews_are_told_and_what_a_newer_service_tells_is_passed_over(script: Script) -> None:
+    def told(seq: int, kind: str, **more: Any) -> str:
+        data = {"seq": seq, "type": kind, "at": NOW, "data": {}, **more}
+        return f"id: {seq}\nevent: {kind}\ndata: {json.dumps(data)}\n\n"
+
+    preview = {"index": 0, "step": 1, "total_steps": 4, "image": "data:image/jpeg;base64,"}
+    text = told(1, "queued", new_field=1)
+    text += f"event: preview\ndata: {json.dumps(preview)}\n\n"
+    text += told(2, "teleported") + told(3, "succeeded")
+    body = text.encode()
+    client, _ = script(Answer(200, body, {"Content-Type": "text/event-stream"}))
+    updates = list(client.jobs.follow(JOB))
+    assert [(update.seq, update.preview is not None) for update in updates] == [(1, False), (1, True), (3, False)]
+
+
 def test_without_a_stream_it_polls(script: Script) -> None:
     client, asked = script(
         problem(503, "too_many_streams", Retry_After="30"),
