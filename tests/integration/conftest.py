@@ -69,7 +69,7 @@ def server(settings: Settings) -> Iterator[Server]:
     process = subprocess.Popen([sys.executable, "-m", "api_service"], cwd=REPOSITORY, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: _answers(url) or process.poll() is not None, timeout_s=20, what="the API to answer")
+        wait_until(lambda: _answers(url) or process.poll() is not None, timeout_s=60, what="the API to answer")
         assert process.poll() is None
         yield Server(url, process)
     finally:
