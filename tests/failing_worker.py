@@ -1,8 +1,8 @@
 """Generate workers whose model fails in the ways that end a process, without Celery around them.
 
-Started as `python -m tests.failing_worker CLIP_FOLDER`. Each line of stdin is one process that runs some jobs at once:
-`{"fault": ..., "jobs": [...], "environment": {...}}`. Its exit status is printed. They are forks of this one, because
-importing torch takes seconds.
+Started as `python -m tests.failing_worker CLIP_FOLDER`. Each line of stdin is one process that runs the first of some
+jobs, and the others in line behind it: `{"fault": ..., "jobs": [...], "environment": {...}}`. Its exit status is
+printed. They are forks of this one, because importing torch takes seconds.
 """
 
 import json
@@ -34,8 +34,10 @@ FAULTY = "faulty"
 
 class FailingGenerator(CheapGenerator):
     fault = ""
+    started = threading.Event()
 
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
+        self.started.set()
         faulty = any(FAULTY in request.prompt for request in requests)
         if faulty and self.fault == "hang":
             threading.Event().wait()
@@ -68,10 +70,14 @@ def run(fault: str, job_ids: Sequence[UUID], settings: Settings) -> None:
         if fault == "hang-embedding":
             embedder.embed([StuckPicture()])
         with ThreadPoolExecutor(16) as pool:
-            ran = [
-                pool.submit(generation.run, job_id, models=models, leases=leases, settings=settings, worker="failing")
-                for job_id in job_ids
-            ]
+            ran = []
+            for job_id in job_ids:
+                ran.append(
+                    pool.submit(
+                        generation.run, job_id, models=models, leases=leases, settings=settings, worker="failing"
+                    )
+                )
+                image_model.started.wait()
             for each in ran:
                 each.result()
         time.sleep(settings.watchdog.step_s * 1.5)  # what only idles must live on
