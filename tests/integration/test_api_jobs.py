@@ -4,7 +4,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -260,8 +260,11 @@ def test_a_start_is_estimated_from_recent_speed_the_images_ahead_and_the_workers
     assert estimate(first) == 0, "nothing is ahead"
     assert estimate(second) is None, "no speed"
     # Six images in ten seconds of work: two jobs side by side, and one after a rest.
+    began = datetime.now(UTC) - timedelta(seconds=600)
     for start_s, end_s in ((0, 6), (2, 8), (100, 102)):
-        _ended_lately(session, start_s=start_s, end_s=end_s, images=2)
+        ended = make_job(session, state=JobState.SUCCEEDED, seeds=[1, 2])
+        ended.started_at, ended.finished_at = began + timedelta(seconds=start_s), began + timedelta(seconds=end_s)
+    session.commit()
     assert estimate(second) == pytest.approx(1 * 4 * 10 / 6, abs=0.1), "the mean of 3 and 5 images is ahead"
     workers.heartbeat(session, "w2", kind="generate", model="cheap", state="ready")
     session.commit()
@@ -279,15 +282,6 @@ def test_an_estimate_is_remembered_for_a_moment(client: Client, session: Session
     assert client.get(job["url"]).json["estimated_start_s"] is None, "the submit itself has looked"
     get_cache_manager().invalidate("pace:*")
     assert client.get(job["url"]).json["estimated_start_s"] == 0
-
-
-def _ended_lately(session: Session, *, start_s: float, end_s: float, images: int) -> None:
-    """A job that ran between these seconds of the last ten minutes."""
-    job = make_job(session, state=JobState.SUCCEEDED, seeds=list(range(images)))
-    began = func.now() - timedelta(seconds=600)
-    job.started_at = began + timedelta(seconds=start_s)
-    job.finished_at = began + timedelta(seconds=end_s)
-    session.commit()
 
 
 def test_metadata_comes_back_with_the_job(client: Client) -> None:
