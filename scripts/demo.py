@@ -55,6 +55,7 @@ def main() -> None:
 
 def remember(service: Afterimage, corpus: Path, console: Console) -> None:
     """Index what the shared collection lacks, and wait until all of it is searchable."""
+    console.print(f"indexing what is new of {corpus.name} ...")
     index(Uploader(service, "shared", Report(None)), found_in(corpus), Output(console=console))
     if not wait_until_searchable(service, "shared", timeout_s=EMBEDDING_WAIT_S):
         raise SystemExit(f"the corpus is not searchable after {EMBEDDING_WAIT_S} s: is an embed worker up?")
