@@ -130,7 +130,7 @@ class GeneratorStage:
         autoencoder: AutoencoderTiny,
         *,
         batch: int = 32,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 4e-4,
         widths: tuple[int, int, int] = WIDTHS,
         compiled: bool = False,
     ) -> None:
@@ -239,14 +239,14 @@ def encode_images(pixels: Tensor, clip: Any, autoencoder: AutoencoderTiny) -> tu
 
 
 def random_times(count: int) -> Tensor:
-    """Timesteps, int64 (count,): half of them from the noisiest third, where text and references decide the outline.
+    """Timesteps, int64 (count,): three quarters of them from the noisiest 30 %, where the outline is decided.
 
-    Measured after 2,200 steps of uniform times: below t = 600 the error is the same with and without conditioning
-    (0.20 at t = 400), while at t = 999 a training image's own text and vector explained only 28 % of it.
+    Measured after 150,000 samples: below t = 600 the error is the same with and without conditions (0.19 at t = 400)
+    and hardly falls any more, while at t = 999 an image's own text and vector explain 42 % of it, and more every hour.
     """
     anywhere = torch.randint(1000, (count,))
-    noisiest = torch.randint(667, 1000, (count,))
-    return torch.where(torch.rand(count) < 0.5, noisiest, anywhere)
+    noisiest = torch.randint(700, 1000, (count,))
+    return torch.where(torch.rand(count) < 0.75, noisiest, anywhere)
 
 
 def random_weights(count: int, similarity: Tensor, rng: random.Random) -> Tensor:
