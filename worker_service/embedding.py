@@ -12,7 +12,14 @@ from shared.db import images
 from shared.db.images import ImageClaim
 from shared.db.models import Image as ImageRow
 from shared.db.session import session_scope
-from shared.errors import BaseAppException, EmbeddingError, InvalidImageError, ResourceNotFoundError, StorageError
+from shared.errors import (
+    BaseAppException,
+    EmbeddingError,
+    InvalidImageError,
+    ModelError,
+    ResourceNotFoundError,
+    StorageError,
+)
 from shared.imaging import open_image
 from shared.storage import get_blobs
 from worker_service.image_leases import ImageLeases
@@ -84,7 +91,7 @@ class ImageEmbedding:
         claims = list(pictures)
         try:
             vectors = self._embedder.embed(list(pictures.values()), lane=IMAGE_LANE)
-        except EmbeddingError as error:
+        except (EmbeddingError, ModelError) as error:
             if len(claims) == 1:
                 _failed(claims[0], error)
                 return 0

@@ -17,7 +17,7 @@ from shared.db import images
 from shared.db.models import Image as ImageRow
 from shared.db.session import session_scope
 from shared.db.spaces import Space
-from shared.errors import DatabaseConnectionError
+from shared.errors import DatabaseConnectionError, ModelOutOfMemoryError
 from shared.settings import JobSettings, Settings
 from shared.storage import get_blobs
 from tests.factories import DIM, make_image, make_space
@@ -26,6 +26,9 @@ from tests.stack import wait_until
 from worker_service.embedding import ImageEmbedding
 from worker_service.image_leases import ImageLeases
 from worker_service.models import Embedder
+
+TOO_LARGE = (48, 48)
+"""Size of an image that does not fit in memory."""
 
 
 class SlowEmbedder(Embedder):
@@ -47,6 +50,8 @@ class SlowEmbedder(Embedder):
         assert self.go.wait(30)
         with self._lock:
             self.running -= 1
+        if any(isinstance(item, Image.Image) and item.size == TOO_LARGE for item in items):
+            raise ModelOutOfMemoryError
         return np.ones((len(items), DIM), np.float32)
 
 
@@ -63,9 +68,9 @@ def leases(settings: Settings) -> Iterator[ImageLeases]:
         yield leases
 
 
-def waiting_image(session: Session, *, crashes: int = 0) -> ImageRow:
+def waiting_image(session: Session, *, crashes: int = 0, size: tuple[int, int] = (32, 32)) -> ImageRow:
     image = make_image(session)
-    get_blobs().put(image.blob_key, picture(), media_type="image/png")
+    get_blobs().put(image.blob_key, picture(size=size), media_type="image/png")
     session.execute(
         update(ImageRow).where(ImageRow.id == image.id).values(crashes=crashes, created_at=func.clock_timestamp())
     )
@@ -181,3 +186,14 @@ def test_an_image_that_the_store_cannot_give_waits_for_its_lease_and_holds_up_no
         scope.execute(update(ImageRow).where(ImageRow.id == unreadable.id).values(lease_until=func.now()))
     with session_scope() as scope:
         assert images.take_back_expired(scope, max_crashes=1) == [(unreadable.id, ImageState.PENDING)], "not its fault"
+
+
+def test_an_image_that_does_not_fit_in_memory_fails_alone(
+    session: Session, embedder: SlowEmbedder, leases: ImageLeases
+) -> None:
+    huge, others = waiting_image(session, size=TOO_LARGE), [waiting_image(session) for _ in range(3)]
+    embedder.go.set()
+    start(ImageEmbedding(embedder, leases)).join(20)
+    assert states() == {huge.id: "failed", **{other.id: "ready" for other in others}}
+    with session_scope() as scope:
+        assert scope.get_one(ImageRow, huge.id).error_code == "out_of_memory"
