@@ -23,6 +23,7 @@ from shared.db import bulks, idempotency, images, jobs, webhooks
 from shared.db.session import session_scope
 from shared.errors import BaseAppException, BrokerUnavailableError, DatabaseError
 from shared.metrics import increment_counter, set_gauge
+from shared.pools import close_at_exit
 from shared.settings import JobSettings, get_settings
 from worker_service.housekeeping import Housekeeping
 
@@ -143,6 +144,7 @@ def main() -> None:
     settings = get_settings()
     logs.configure(settings, service="reconciler")
     metrics.serve(settings.metrics)
+    close_at_exit()
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
