@@ -372,6 +372,7 @@ def hang_receivers(scene: Scene) -> Hit:
     finally:
         scene.receiver.answers.set()
     deliveries = scene.pending_deliveries()
+    scene.redeliver(deliveries)
     hit.also = lambda: scene.are_delivered(deliveries)
     return hit
 

@@ -142,6 +142,12 @@ class Scene:
     def pending_deliveries(self) -> list[UUID]:
         return [row.id for row in self.rows(select(WebhookDelivery.id).where(WebhookDelivery.state == "pending"))]
 
+    def redeliver(self, deliveries: Iterable[UUID]) -> None:
+        """As an owner does by hand, who will not wait the five minutes to the third try."""
+        for delivery in deliveries:
+            url = f"{self.stack.url}/api/v1/webhooks/deliveries/{delivery}/redeliver"
+            httpx.post(url, timeout=PATIENCE_S).raise_for_status()
+
     def are_delivered(self, deliveries: Iterable[UUID]) -> bool:
         undelivered = select(WebhookDelivery.id)
         return not self.rows(
