@@ -62,13 +62,13 @@ def sabotaged(generate: Generate, requests: Sequence[ImageRequest], on_step: OnS
     images = generate(requests, step)
     if len(requests) > 1 and backstage.takes(orders.WRONG_COUNT):
         return images[1:]
+    if orders.GARBAGE in prompts:  # not noted: such a batch fails, and is drawn again in halves
+        nan = [np.full(image.shape, np.nan, dtype=np.float32) for image in images]
+        return [nan[i] if orders.GARBAGE in request.prompt else images[i] for i, request in enumerate(requests)]
     for request in requests:
         if isinstance(request, Traced):
             backstage.note(orders.DRAWN, job_id=request.job_id, attempt=request.attempt, index=request.index)
-    return [
-        np.full(image.shape, np.nan, dtype=np.float32) if orders.GARBAGE in request.prompt else image
-        for request, image in zip(requests, images, strict=True)
-    ]
+    return images
 
 
 class SabotagedCheap(CheapGenerator):
