@@ -19,7 +19,7 @@ from shared.contracts.jobs import EventType, JobState
 
 GIVE_UP_S = 180.0
 """A service that accepts nothing for this long is broken, whatever the fault."""
-MOST_UNFINISHED = 60
+MOST_UNFINISHED = 30
 
 
 @dataclass

@@ -28,7 +28,7 @@ KINDS = (
     "hang_receivers",
 )
 
-pytestmark = pytest.mark.timeout(600)  # the first test's time includes the storm
+pytestmark = pytest.mark.timeout(900)  # the first test's time includes the storm
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def after_the_storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
         faults=len(KINDS),
         kinds=KINDS,
         lease_s=4,
-        # A killed worker needs longer to load its libraries again than all leases take, on a machine that is busy.
-        slack_s=40,
+        # `make chaos` is for figures. Here a busy machine may need a minute to load a killed worker's libraries again.
+        slack_s=120,
         starter_share=0,
         durable=False,
     )
