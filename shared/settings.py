@@ -95,7 +95,10 @@ class QueueSettings(Section):
     )
     window: int = Field(16, ge=1, le=10_000, description="jobs published per queue and lane; the rest wait in SQL")
     starving_s: float = Field(
-        60, gt=0, description="a lane with nothing in flight for this long gets one job ahead of all others"
+        60,
+        gt=0,
+        description="a lane with nothing in flight for this long gets one job ahead of all others; in a worker's line, "
+        "so does one image",
     )
     max_queued: int = Field(200_000, ge=1, description="queued jobs in all; beyond it a submit gets 503")
     max_queued_per_owner: int = Field(20_000, ge=1, description="queued jobs of one owner; beyond it a submit gets 429")

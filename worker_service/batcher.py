@@ -61,8 +61,9 @@ class Ticket(Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """Runs `run(items, on_step)` for batches of at most `max_batch_size` items with equal `key(item)`.
 
-    Which items go next is decided by lane, then by how much their owner was served lately, then by age. A batch
-    that fails is run again in halves, down to single items, so that one bad item harms only itself.
+    Which items go next is decided by lane, then by how much their owner was served lately, then by age. Once in
+    `starving_s` what has been in line for that long goes first, so that no lane waits for ever under those above it.
+    A batch that fails is run again in halves, down to single items, so that one bad item harms only itself.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Batcher(Generic[Item, Result]):
         name: str,
         watchdog: Watchdog,
         stage: Stage = Stage.STEP,
+        starving_s: float = float("inf"),
     ) -> None:
         """stage: what a call of `run` begins with; after the last step that `run` tells of comes the decoding."""
         self._run = run
@@ -82,6 +84,8 @@ class Batcher(Generic[Item, Result]):
         self._name = name
         self._watchdog = watchdog
         self._stage = stage
+        self._starving_s = starving_s
+        self._starving_served_at = float("-inf")
         self._line: list[Ticket[Item, Result]] = []
         self._served: defaultdict[Hashable, int] = defaultdict(int)
         self._changed = threading.Condition()
@@ -172,7 +176,9 @@ class Batcher(Generic[Item, Result]):
                 fitting = [t for t in self._line if not batch or (t.key == batch[0].key and not t.asker.alone)]
                 if not fitting:
                     break
-                ticket = min(fitting, key=lambda t: (t.asker.lane, self._served[t.asker.owner], t.submitted_at))
+                ticket = None if batch else self._starving()
+                if ticket is None:
+                    ticket = min(fitting, key=lambda t: (t.asker.lane, self._served[t.asker.owner], t.submitted_at))
                 self._line.remove(ticket)
                 # From here on only this thread settles the ticket: its job can no longer withdraw it.
                 if not ticket.result.set_running_or_notify_cancel():
@@ -182,6 +188,15 @@ class Batcher(Generic[Item, Result]):
                 if ticket.asker.alone:
                     break
             return batch
+
+    def _starving(self) -> Ticket[Item, Result] | None:
+        """The oldest in line, if it has waited for too long and none like it was served lately."""
+        oldest = min(self._line, key=lambda t: t.submitted_at)
+        now = time.monotonic()
+        if min(now - oldest.submitted_at, now - self._starving_served_at) < self._starving_s:
+            return None
+        self._starving_served_at = now
+        return oldest
 
     def _run_batch(self, batch: Sequence[Ticket[Item, Result]]) -> None:
         def on_step(step: int, total_steps: int) -> bool:

@@ -110,13 +110,20 @@ class Models:
         with session_scope() as session:
             workers.publish_capabilities(session, name, image_model.capabilities)
         logger.info("generator_loaded", extra={"model": name, "modes": image_model.capabilities.modes})
-        return cls.of(embedder, image_model, generator, watchdog)
+        return cls.of(embedder, image_model, generator, watchdog, starving_s=settings.queue.starving_s)
 
     @classmethod
     def of(
-        cls, embedder: Embedder, image_model: ImageModel, settings: GeneratorSettings, watchdog: Watchdog
+        cls,
+        embedder: Embedder,
+        image_model: ImageModel,
+        settings: GeneratorSettings,
+        watchdog: Watchdog,
+        *,
+        starving_s: float = float("inf"),
     ) -> "Models":
-        """Loaded models, the image model behind a batcher."""
+        """Loaded models, the image model behind a batcher, in whose line nothing waits longer than `starving_s`
+        while others of better lanes keep coming."""
         timed = time_operation("image_generation", model=image_model.name)(partial(draw, image_model))
         batcher: Batcher[ImageRequest, Drawn] = Batcher(
             timed,
@@ -124,6 +131,7 @@ class Models:
             max_batch_size=image_model.capabilities.max_batch_size,
             name=image_model.name,
             watchdog=watchdog,
+            starving_s=starving_s,
         )
         return cls(embedder, image_model, settings, batcher)
 

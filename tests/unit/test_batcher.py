@@ -1,6 +1,7 @@
 """The batcher: who shares a call of the model, and who suffers when one fails."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -44,13 +45,14 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def a_batcher(model: Model, *, max_batch_size: int = 4) -> Batcher[int, int]:
+def a_batcher(model: Model, *, max_batch_size: int = 4, starving_s: float = float("inf")) -> Batcher[int, int]:
     return Batcher(
         model.run,
         key=lambda item: item // 100,
         max_batch_size=max_batch_size,
         name="test",
         watchdog=Watchdog(WatchdogSettings()),
+        starving_s=starving_s,
     )
 
 
@@ -108,6 +110,22 @@ def test_a_better_lane_goes_first(pool: ThreadPoolExecutor) -> None:
     bulk.result(10)
     urgent.result(10)
     assert model.batches == [[0], [2], [1]]
+
+
+def test_what_waited_for_too_long_goes_before_a_better_lane_but_only_one_of_it(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    batcher = a_batcher(model, max_batch_size=1, starving_s=0.2)
+    busy(pool, batcher, model)
+    bulk = [pool.submit(batcher.submit, [item], lane=3) for item in (1, 2)]
+    in_line(batcher, 2)
+    wait_until(lambda: batcher._line[1].submitted_at < time.monotonic() - 0.2, timeout_s=5, what="both to starve")
+    urgent = pool.submit(batcher.submit, [7, 8], lane=0)
+    in_line(batcher, 4)
+    model.go.set()
+    for future in (*bulk, urgent):
+        future.result(10)
+    assert model.batches[1][0] in (1, 2)
+    assert model.batches[2:4] == [[7], [8]], "a lane that starves gets one seat, not the model"
 
 
 def test_an_owner_with_many_items_does_not_delay_one_with_few(pool: ThreadPoolExecutor) -> None:
