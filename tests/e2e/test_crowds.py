@@ -1,0 +1,117 @@
+"""Thousands of waiting jobs of some owners, and what they mean for others."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import redis
+
+from shared import queue
+from shared.settings import QueueSettings
+from tests.conftest import TEST_ENVIRONMENT
+from tests.stack import RunningStack, running_stack, wait_until
+
+BATCH_S = 0.3
+BATCH_IMAGES = 4
+WAITING = 2_500
+"""Jobs of each of the two owners with many."""
+SLACK_S = 1.5
+"""For everything but model work, on a busy machine."""
+
+
+class Owner:
+    """The API as one owner sees it."""
+
+    def __init__(self, stack: RunningStack, name: str) -> None:
+        admin = [sys.executable, "-m", "scripts.admin"]
+        environment = {**os.environ, **stack.environment()}
+        subprocess.run([*admin, "create-owner", name], env=environment, check=True, stdout=subprocess.DEVNULL)
+        made = subprocess.run(
+            [*admin, "create-key", name, "--name", "test", "--scopes", "generate"],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        key = made.stdout.split()[-1]
+        self.http = httpx.Client(base_url=f"{stack.url}/api/v1", headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+    def start_bulk(self, items: int) -> str:
+        header = {"bulk": {"defaults": {"kind": "generate"}}}
+        lines = [header, *({"prompt": f"one of many {number}"} for number in range(items))]
+        answer = self.http.post(
+            "/bulks",
+            content="".join(json.dumps(line) + "\n" for line in lines),
+            headers={"Content-Type": "application/jsonl", "Idempotency-Key": f"crowd-{items}"},
+        )
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    def done(self, bulk_id: str) -> int:
+        return int(self.http.get(f"/bulks/{bulk_id}").raise_for_status().json()["counts"]["succeeded"])
+
+    def drawn_within_s(self, **request: object) -> float:
+        """Seconds from the acceptance of a job to its end, by the service's own clock."""
+        job = self.http.post("/generate", json=request).raise_for_status().json()
+        wait_until(
+            lambda: self.http.get(f"/jobs/{job['id']}", params={"wait": 5}).json()["state"] == "succeeded",
+            timeout_s=60,
+            what="the interactive job to end",
+        )
+        timings = self.http.get(f"/jobs/{job['id']}").json()["timings"]
+        return float(sum(timings.values()))
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
+    """One worker that draws four images in 0.3 s, with keys, so that there are owners."""
+    generator = {"kind": "cheap", "cost_ms": BATCH_S * 1000, "max_batch_size": BATCH_IMAGES}
+    environment = TEST_ENVIRONMENT | {
+        "AFTERIMAGE_MODEL__GENERATORS": json.dumps({"cheap": generator}),
+        "AFTERIMAGE_SECURITY__REQUIRE_API_KEYS": "true",
+    }
+    with running_stack(tmp_path_factory.mktemp("crowded"), environment=environment) as stack:
+        yield stack
+
+
+def listed_in_broker(stack: RunningStack) -> int:
+    """Messages of generate jobs in the broker, taken by a worker or not."""
+    with redis.Redis.from_url(stack.environment()["AFTERIMAGE_QUEUE__URL"]) as broker:
+        lists = queue.broker_lists(queue.generate_queue("cheap"))
+        return sum(int(broker.llen(name)) for name in lists)
+
+
+@pytest.fixture
+def owners(crowded: RunningStack) -> Iterator[list[Owner]]:
+    owners = [Owner(crowded, name) for name in ("one", "other", "guest")]
+    yield owners
+    for owner in owners:
+        owner.http.close()
+
+
+def test_thousands_of_waiting_jobs_delay_nobody_and_share_the_worker_evenly(
+    crowded: RunningStack, owners: list[Owner]
+) -> None:
+    one, other, guest = owners
+    bulks = {owner: owner.start_bulk(WAITING) for owner in (one, other)}
+    wait_until(lambda: all(owner.done(bulk) for owner, bulk in bulks.items()), timeout_s=60, what="both to progress")
+
+    most_listed = 0
+    for number in range(3):
+        seconds = guest.drawn_within_s(prompt=f"now {number}")
+        # The batch that runs when it arrives, at most one that starts after it, and its own.
+        assert seconds <= 3 * BATCH_S + SLACK_S, "an interactive job waits for one batch, not for thousands of jobs"
+        most_listed = max(most_listed, listed_in_broker(crowded))
+
+    wait_until(
+        lambda: sum(owner.done(bulk) for owner, bulk in bulks.items()) >= 160, timeout_s=90, what="work for both"
+    )
+    shares = [owner.done(bulk) for owner, bulk in bulks.items()]
+    assert min(shares) >= 0.8 * max(shares), f"two owners progress side by side: {shares}"
+    assert most_listed <= QueueSettings().window, "the broker holds a window, whatever waits behind it"
+    for owner, bulk in bulks.items():
+        owner.http.post(f"/bulks/{bulk}/cancel").raise_for_status()
