@@ -1,9 +1,11 @@
 """The stack under faults, from outside: what a user and an operator see while something is down."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -143,29 +145,42 @@ def test_without_postgres_every_operation_answers_503_within_three_seconds(
     assert one.ended(one.submit(prompt="recovered")["id"])["state"] == "succeeded"
 
 
+SOME_ID = "00000000-0000-4000-8000-00000000abcd"
+ENDINGS: dict[str, dict[str, Any]] = {
+    "post .../rag/generate": {"json": {"prompt": "a cat"}},
+    "post .../generate": {"json": {"prompt": "a cat"}},
+    "get .../rag/search": {"params": {"prompt": "a cat"}},
+    "post .../search": {"json": {"query": "a cat"}},
+    "post .../bulks": {"content": b'{"prompt": "a cat"}\n', "headers": {"Content-Type": "application/jsonl"}},
+    "post .../lines": {
+        "content": b'{"prompt": "a cat"}\n',
+        "headers": {"Content-Type": "application/jsonl"},
+        "params": {"from_line": 0},
+    },
+    "post .../complete": {"json": {"lines": 1}},
+    "patch .../images/{}": {"json": {"caption": "a cat"}},
+    "post .../owners": {"json": {"name": "team"}},
+    "patch .../owners/{}": {"json": {"daily_images": 5}},
+    "post .../keys": {"json": {"name": "laptop", "scopes": ["search"]}},
+    "patch .../keys/{}": {"json": {"expires_at": None}},
+    "post .../rotate": {"json": {"overlap_s": 0}},
+}
+"""What a valid request of an operation needs besides its path; those that are not here need nothing."""
+
+
+def _ends(operation: str, ending: str) -> bool:
+    method, end = ending.split(" ...")
+    return operation.startswith(f"{method} ") and operation.endswith(end)
+
+
 def call(url: str, method: str, path: str) -> tuple[str, str, int, float]:
     """One valid request: method, path, status, seconds."""
-    some_id = "00000000-0000-4000-8000-00000000abcd"
-    for name in ("job_id", "image_id", "generation_id", "bulk_id", "id"):
-        path = path.replace(f"{{{name}}}", some_id)
-    arguments: dict[str, object] = {}
+    operation = f"{method} {re.sub('{[^}]*}', '{}', path)}"
+    arguments = next((ENDINGS[ending] for ending in ENDINGS if _ends(operation, ending)), {})
     if path.endswith("/upload"):
         arguments = {"files": {"file": ("a.png", disc("navy"))}}
-    elif path.endswith("/rag/search"):
-        arguments = {"params": {"prompt": "a cat"}}
-    elif path.endswith("/search"):
-        arguments = {"json": {"query": "a cat"}}
-    elif path.endswith("/generate"):
-        arguments = {"json": {"prompt": "a cat"}}
-    elif path.endswith(("/bulks", "/lines")) and method == "post":
-        arguments = {"content": b'{"prompt": "a cat"}\n', "headers": {"Content-Type": "application/jsonl"}}
-        arguments |= {"params": {"from_line": 0}} if path.endswith("/lines") else {}
-    elif path.endswith("/complete"):
-        arguments = {"json": {"lines": 1}}
-    elif method == "patch":
-        arguments = {"json": {"caption": "a cat"}}
     started = time.monotonic()
-    answer = httpx.request(method.upper(), url + path, timeout=20, **arguments)  # type: ignore[arg-type]
+    answer = httpx.request(method, url + re.sub("{[^}]*}", SOME_ID, path), timeout=20, **arguments)
     return method, path, answer.status_code, time.monotonic() - started
 
 
