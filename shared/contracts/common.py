@@ -43,8 +43,10 @@ Text = Annotated[
     AfterValidator(_no_control_characters),
     Field(json_schema_extra={"pattern": r"^[^\u0000-\u0008\u000b-\u001f\u007f]*$"}),
 ]
-Moment = Annotated[AwareDatetime, BeforeValidator(_not_a_number), AfterValidator(_in_utc)]
+Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 """A point in time, in UTC whatever offset it came with."""
+QueryMoment = Annotated[AwareDatetime, BeforeValidator(_not_a_number), AfterValidator(_in_utc)]
+"""The same in a query string, where a number is text like any other."""
 Prompt = Annotated[Text, Field(min_length=1, max_length=2000)]
 Tag = Annotated[Text, Field(min_length=1, max_length=64)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from pydantic import Field
 
-from shared.contracts.common import Contract, Metadata, Moment, PageQuery
+from shared.contracts.common import Contract, Metadata, PageQuery, QueryMoment
 
 
 class JobKind(StrEnum):
@@ -130,8 +130,8 @@ class JobQuery(PageQuery):
     state: JobState | None = None
     kind: JobKind | None = None
     bulk_id: UUID | None = Field(None, description="only items of this bulk")
-    created_after: Moment | None = None
-    created_before: Moment | None = None
+    created_after: QueryMoment | None = None
+    created_before: QueryMoment | None = None
 
 
 class JobWait(Contract):
