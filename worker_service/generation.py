@@ -1,6 +1,7 @@
 """The story of a job: embed the prompt, retrieve references, generate images conditioned on them, store, finish."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from uuid import UUID
 
 import numpy as np
@@ -52,22 +53,25 @@ def run(job_id: UUID, *, models: Models, leases: Leases, settings: Settings, wor
         with job.stage("load_references"):
             conditions = outputs.load_references(used, with_pixels=models.needs_pixels(mode))
         requests = image_requests(job, mode, conditions, models=models)
-        with job.stage("generate"):
-            drawn = models.draw(
-                requests,
-                lane=job.lane,
-                owner=job.owner_id,
-                check_in=job.check_in,
-                begin=job.model_starts,
-                alone=job.crashes > 0,
-                job=str(job.id),
-            )
-        job.degraded([image.memory_savers for image in drawn])
+        # Of those that were there when a process died, one at a time, to its end: which of them killed it must not be
+        # counted against the others again, while they store what they have drawn or wait for their next image.
+        with models.suspects if job.crashes > 0 else nullcontext():
+            with job.stage("generate"):
+                drawn = models.draw(
+                    requests,
+                    lane=job.lane,
+                    owner=job.owner_id,
+                    check_in=job.check_in,
+                    begin=job.model_starts,
+                    alone=job.crashes > 0,
+                    job=str(job.id),
+                )
+            job.degraded([image.memory_savers for image in drawn])
 
-        # 4. Store, then publish images and end of the job in one transaction.
-        with job.stage("store"):
-            stored = outputs.store(job, mode, reason, used, requests, drawn, models=models)
-        job.finish(stored)
+            # 4. Store, then publish images and end of the job in one transaction.
+            with job.stage("store"):
+                stored = outputs.store(job, mode, reason, used, requests, drawn, models=models)
+            job.finish(stored)
     return job.outcome
 
 

@@ -1,8 +1,9 @@
 """What a worker process loads once and its threads share: CLIP, and in a generate worker one image model."""
 
 import logging
+import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -83,6 +84,8 @@ class Models:
     image_model: ImageModel
     settings: GeneratorSettings
     batcher: Batcher[ImageRequest, Drawn]
+    suspects: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the one job of this process that may be what killed another process."""
 
     @classmethod
     def load(cls, name: str, settings: Settings, watchdog: Watchdog) -> "Models":
