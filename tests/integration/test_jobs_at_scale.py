@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import pytest
+from psycopg2 import extensions
 from pydantic import SecretStr
 from sqlalchemy import Engine, delete, select, text
 from sqlalchemy.orm import Session, sessionmaker
@@ -23,7 +24,7 @@ from shared.contracts.jobs import JobState
 from shared.db import feed, jobs
 from shared.db import session as session_module
 from shared.db.models import Job
-from shared.db.session import build_engine
+from shared.db.session import bound_waits, build_engine
 from shared.settings import Settings
 from tests.conftest import fresh_database
 from tests.factories import make_job
@@ -83,6 +84,9 @@ class Database:
 @pytest.fixture
 def databases(servers: LocalStack, settings: Settings, postgres_url: str) -> Iterator[tuple[Database, Database]]:
     with ExitStack() as stack:
+        # An API that was built in this process before bounds every wait of it, and filling takes longer.
+        stack.callback(extensions.set_wait_callback, extensions.get_wait_callback())
+        bound_waits(120)
         full_url = stack.enter_context(fresh_database(servers))
 
         def filled(url: str, model: str, *, ended: int, waiting: int) -> Database:
