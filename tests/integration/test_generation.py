@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.generation import Mode, PinnedReference
 from shared.contracts.images import ImageState
-from shared.contracts.jobs import JobState
+from shared.contracts.jobs import JobState, Lane
 from shared.db import images, jobs, outputs, spaces
 from shared.db.models import Generation, Job
 from shared.db.models import Image as ImageRow
@@ -536,3 +536,30 @@ def test_an_image_that_the_store_cannot_give_holds_up_no_other(
     session.execute(update(ImageRow).values(lease_until=None))
     session.commit()
     assert searchable(rings=1) == [unreadable.id, *(image.id for image in others)], "a fault that passed harms nothing"
+
+
+def test_jobs_that_may_have_killed_a_process_take_turns_to_their_ends(
+    session: Session, models: Models, model: Watched, leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = submit(session, prompt="first", seeds=[1, 2, 3], mode=Mode.NONE)
+    second = submit(session, prompt="second", seeds=[4], mode=Mode.NONE, lane=Lane.HIGH)
+    session.execute(update(Job).values(crashes=1))
+    session.commit()
+    at_work, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        at_work.set()
+        assert go.wait(30)
+
+    monkeypatch.setattr(model, "before", hold)
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = [pool.submit(run, first.id, models, leases)]
+        assert at_work.wait(30)
+        outcomes.append(pool.submit(run, second.id, models, leases))
+        wait_until(lambda: reload(session, second).resolution, timeout_s=20, what="the second to be about to draw")
+        go.set()
+        assert [outcome.result(30) for outcome in outcomes] == [Outcome.SUCCEEDED] * 2
+    drawn = [request.prompt for request in model.asked]
+    assert drawn == ["first", "first", "first", "second"], (
+        "the better lane waits, too: a crash would count against both"
+    )
