@@ -10,7 +10,7 @@ from scripts.bulk.folder import BulkFolder, FolderError, Run, some
 from scripts.bulk.plan import PlanError, PlannedItem, Rejected
 from scripts.bulk.results import Record, write_results
 from scripts.rows import RowsError
-from scripts.terminal import Exit, Output, service_of, stoppable
+from scripts.terminal import Exit, Output, finish, service_of
 
 SHOWN_OF_A_DRY_RUN = 5
 
@@ -18,20 +18,13 @@ SHOWN_OF_A_DRY_RUN = 5
 def main() -> None:
     arguments = options.parser().parse_args()
     output = Output(quiet=arguments.quiet, as_json=arguments.as_json)
-    try:
-        with stoppable():
-            code = show(arguments, output) if arguments.dry_run else run(arguments, output)
-    except (PlanError, RowsError, FolderError, ValueError, OSError) as error:
-        output.error(str(error))
-        code = Exit.WRONG
-    except AfterimageError as error:
-        output.error(f"{error}\nThe same command goes on from here.")
-        code = Exit.STOPPED
-    except KeyboardInterrupt:
-        output.say("Interrupted. What was sent goes on; the same command fetches it, --cancel stops it for good.")
-        output.event("interrupted")
-        code = Exit.INTERRUPTED
-    raise SystemExit(int(code))
+    finish(
+        lambda: show(arguments, output) if arguments.dry_run else run(arguments, output),
+        output,
+        wrong=(PlanError, RowsError, FolderError, ValueError, OSError),
+        stopped=AfterimageError,
+        interrupted="Interrupted. What was sent goes on; the same command fetches it, --cancel stops it for good.",
+    )
 
 
 def run(arguments: argparse.Namespace, output: Output) -> Exit:

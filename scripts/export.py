@@ -18,7 +18,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from scripts.corpus_file import CorpusFileError, Header, Row, opened, written
-from scripts.terminal import EXIT_CODES, Exit, Output, add_output_options, stoppable
+from scripts.terminal import EXIT_CODES, Exit, Output, add_output_options, finish
 from shared.contracts.common import ImageFormat
 from shared.contracts.images import ImageState, UploadFields
 from shared.db import blobs, images, owners, spaces
@@ -73,20 +73,14 @@ def main() -> None:
         add_output_options(command)
     arguments = parser.parse_args()
     output = Output(quiet=arguments.quiet, as_json=arguments.as_json)
-    try:
-        with stoppable():
-            act = _export if arguments.command == "corpus" else _import
-            code = act(arguments, output)
-    except (CorpusFileError, ResourceNotFoundError, ValueError, OSError) as error:
-        output.error(str(error))
-        code = Exit.WRONG
-    except BaseAppException as error:
-        output.error(f"{error}\nThe same command goes on from here.")
-        code = Exit.STOPPED
-    except KeyboardInterrupt:
-        output.say("Interrupted. An import goes on from here with the same command; an export begins again.")
-        code = Exit.INTERRUPTED
-    raise SystemExit(int(code))
+    act = _export if arguments.command == "corpus" else _import
+    finish(
+        lambda: act(arguments, output),
+        output,
+        wrong=(CorpusFileError, ResourceNotFoundError, ValueError, OSError),
+        stopped=BaseAppException,
+        interrupted="Interrupted. An import goes on from here with the same command; an export begins again.",
+    )
 
 
 # --- out ----------------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from scripts.terminal import (
     Output,
     add_output_options,
     add_service_options,
+    finish,
     service_of,
-    stoppable,
 )
 
 DESCRIPTION = """\
@@ -104,20 +104,12 @@ def main() -> None:
     add_output_options(parser)
     arguments = parser.parse_args()
     output = Output(quiet=arguments.quiet, as_json=arguments.as_json)
-    try:
-        with stoppable():
-            code = _run(arguments, output)
-    except (SourceError, RowsError, ValueError, OSError) as error:
-        output.error(str(error))
-        code = Exit.WRONG
-    except AfterimageError as error:
-        output.error(f"{error}\nThe same command goes on from here.")
-        code = Exit.STOPPED
-    except KeyboardInterrupt:
-        output.say("Interrupted. The same command goes on from here.")
-        output.event("interrupted")
-        code = Exit.INTERRUPTED
-    raise SystemExit(int(code))
+    finish(
+        lambda: _run(arguments, output),
+        output,
+        wrong=(SourceError, RowsError, ValueError, OSError),
+        stopped=AfterimageError,
+    )
 
 
 def _run(arguments: argparse.Namespace, output: Output) -> Exit:

@@ -3,13 +3,13 @@
 import argparse
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -93,8 +93,37 @@ def service_of(arguments: argparse.Namespace) -> Afterimage:
     return Afterimage(arguments.url, api_key=key, retry_for_s=arguments.retry_for)
 
 
+def finish(
+    work: Callable[[], Exit],
+    output: Output,
+    *,
+    wrong: tuple[type[Exception], ...],
+    stopped: type[Exception],
+    interrupted: str = "Interrupted. The same command goes on from here.",
+) -> NoReturn:
+    """Do a script's work and end the process with what came of it.
+
+    wrong: what is raised when options or input make no sense. stopped: what is raised when the service, or what it
+    stands on, refused or stayed away.
+    """
+    try:
+        with _stoppable():
+            code = work()
+    except wrong as error:
+        output.error(str(error))
+        code = Exit.WRONG
+    except stopped as error:
+        output.error(f"{error}\nThe same command goes on from here.")
+        code = Exit.STOPPED
+    except KeyboardInterrupt:
+        output.say(interrupted)
+        output.event("interrupted")
+        code = Exit.INTERRUPTED
+    raise SystemExit(int(code))
+
+
 @contextmanager
-def stoppable() -> Iterator[None]:
+def _stoppable() -> Iterator[None]:
     """SIGTERM ends the script as Ctrl-C does, also where a shell started it with SIGINT ignored."""
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -35,6 +35,23 @@ class RunningStack(LocalStack):
         """Where a worker or the reconciler shows its metrics."""
         return f"http://127.0.0.1:{self._memory.ports[f'metrics-{name}']}/metrics"
 
+    def new_key(self, owner: str, *scopes: str) -> str:
+        """The secret of an API key for an owner, who is made where there is none, as an operator makes them."""
+        admin = [sys.executable, "-m", "scripts.admin"]
+        environment = {**clean_environment(), **self.environment()}
+        subprocess.run(
+            [*admin, "create-owner", owner], cwd=REPOSITORY, env=environment, check=True, capture_output=True
+        )
+        made = subprocess.run(
+            [*admin, "create-key", owner, "--name", "test", "--scopes", ",".join(scopes)],
+            cwd=REPOSITORY,
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return made.stdout.split()[-1]
+
     def flush_queue(self) -> None:
         """Make the broker forget everything."""
         with redis.Redis.from_url(self.environment()["AFTERIMAGE_QUEUE__URL"]) as broker:

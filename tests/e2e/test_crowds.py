@@ -1,9 +1,6 @@
 """Thousands of waiting jobs of some owners, and what they mean for others."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import httpx
@@ -27,17 +24,7 @@ class Owner:
     """The API as one owner sees it."""
 
     def __init__(self, stack: RunningStack, name: str) -> None:
-        admin = [sys.executable, "-m", "scripts.admin"]
-        environment = {**os.environ, **stack.environment()}
-        subprocess.run([*admin, "create-owner", name], env=environment, check=True, stdout=subprocess.DEVNULL)
-        made = subprocess.run(
-            [*admin, "create-key", name, "--name", "test", "--scopes", "generate"],
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        key = made.stdout.split()[-1]
+        key = stack.new_key(name, "generate")
         self.http = httpx.Client(base_url=f"{stack.url}/api/v1", headers={"Authorization": f"Bearer {key}"}, timeout=60)
 
     def start_bulk(self, items: int) -> str:

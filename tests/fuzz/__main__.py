@@ -22,6 +22,7 @@ from tests.stack import RunningStack, running_stack
 HERE = Path(__file__).parent
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 REQUEST_TIMEOUT_S = 10
+SCOPES = ("generate", "search", "corpus:write", "admin")
 PROFILE = {
     # Keys are asked for, drawing costs nothing, and whoever waits or streams is answered soon.
     "AFTERIMAGE_ENVIRONMENT": "test",
@@ -82,28 +83,13 @@ def main() -> None:
         tempfile.TemporaryDirectory() as var,
         running_stack(Path(var), environment=PROFILE, options=("--io", "0")) as stack,
     ):
-        for name, key in (("owner", create_key(stack)), ("nobody", None)):
+        for name, key in (("owner", stack.new_key("fuzz", *SCOPES)), ("nobody", None)):
             found.add(run_pass(stack, name, key, arguments))
     summary = found.summary(arguments.seed)
     (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
     if found.failures or found.errors or found.requests < arguments.at_least:
         raise SystemExit(1)
-
-
-def create_key(stack: RunningStack) -> str:
-    """The secret of a key with every scope, made as an operator makes one."""
-    admin = [sys.executable, "-m", "scripts.admin"]
-    environment = {**os.environ, **stack.environment()}
-    subprocess.run([*admin, "create-owner", "fuzz"], env=environment, check=True, stdout=subprocess.DEVNULL)
-    made = subprocess.run(
-        [*admin, "create-key", "fuzz", "--name", "fuzz", "--scopes", "generate,search,corpus:write,admin"],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return made.stdout.split()[-1]
 
 
 def run_pass(stack: RunningStack, name: str, key: str | None, arguments: argparse.Namespace) -> dict[str, Any]:
