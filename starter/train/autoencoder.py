@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from starter.train.dataset import Dataset, jitter, to_unit
+from starter.train.optimizer import Optimizer, adamw
 
 LATENT_CHANNELS = 4
 DOWNSCALE = 4
@@ -65,6 +66,9 @@ class AutoencoderStage:
         self.batch = batch
         self.noise = noise
         self.pixels = dataset.pixels[~dataset.held_out]
+
+    def optimizer(self) -> Optimizer:
+        return adamw(self.module, learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=self.betas)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         chosen = torch.randint(len(self.pixels), (self.batch,))

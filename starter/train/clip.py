@@ -13,6 +13,7 @@ from transformers import CLIPTokenizer
 
 from starter.data.corpus import MODEL_PX
 from starter.train.dataset import Dataset, jitter, to_unit
+from starter.train.optimizer import Optimizer, adamw
 from starter.train.texts import main_colours, nonsense_text, random_caption
 from starter.train.tokens import CONTEXT_LENGTH
 
@@ -141,6 +142,9 @@ class ClipStage:
         self.dataset = dataset
         self.members = dataset.images_of
         self.colours = colours or [main_colours(pixels) for pixels in dataset.pixels]
+
+    def optimizer(self) -> Optimizer:
+        return adamw(self.module, learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=self.betas)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(int(torch.randint(2**31, ()).item()))

@@ -17,6 +17,7 @@ from starter.train.adapter import add_fresh_adapter, attend_in_one_product, cond
 from starter.train.clip import tokenize
 from starter.train.dataset import Dataset, to_unit
 from starter.train.loop import autocast
+from starter.train.optimizer import MuonWithAdamW, Optimizer
 from starter.train.texts import main_colours, random_caption
 from starter.train.tokens import CONTEXT_LENGTH
 
@@ -129,7 +130,7 @@ class GeneratorStage:
         tokenizer: CLIPTokenizer,
         autoencoder: AutoencoderTiny,
         *,
-        batch: int = 32,
+        batch: int = 64,
         learning_rate: float = 4e-4,
         widths: tuple[int, int, int] = WIDTHS,
         compiled: bool = False,
@@ -155,6 +156,11 @@ class GeneratorStage:
         self.learning_rate = learning_rate
         self.encoders = torch.cat([self.latents.flatten(1).mean(1)[:64], self.vectors.mean(1)[:64]])
         self.no_text = self.encode_prompts([""])[0]
+
+    def optimizer(self) -> Optimizer:
+        return MuonWithAdamW(
+            self.module, learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=self.betas
+        )
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(int(torch.randint(2**31, ()).item()))

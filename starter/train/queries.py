@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer
 
 from starter.train.clip import encode_text, image_vectors, tokenize
 from starter.train.dataset import Dataset
+from starter.train.optimizer import Optimizer, adamw
 from starter.train.texts import NAME_TEMPLATES, STYLE_PHRASES, main_colours, nonsense_text
 
 NOTHING_COSINE = 0.45
@@ -64,6 +65,9 @@ class QueryStage:
         texts = (sample.caption, sample.attributes["group"], sample.attributes["subgroup"].replace("-", " "))
         single = {word for text in texts for word in re.findall(r"[a-z']+", text.lower())}
         return frozenset((single | set(sample.tags) | set(self.colours[index])) - STOP_WORDS)
+
+    def optimizer(self) -> Optimizer:
+        return adamw(self.module, learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=self.betas)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(int(torch.randint(2**31, ()).item()))

@@ -1,0 +1,87 @@
+"""The optimisers: AdamW, and Muon for the matrices and kernels of a network with AdamW for the rest."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+MUON_RATE = 5.0
+"""Muon's rate for each 1 of AdamW's. Its updates have AdamW's size ("match_rms_adamw"), and bear a higher rate."""
+SMALLEST_WIDTH = 8
+"""Layers from or to fewer channels, the first and the last, are AdamW's."""
+
+
+class Optimizer(Protocol):
+    """What the loop needs to know of an optimiser."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+    def zero_grad(self) -> None: ...
+    def step(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def adamw(
+    module: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """Matrices and kernels decay; biases, gains and the logit scale do not."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
+
+
+class MuonWithAdamW:
+    """Orthogonalised updates (https://kellerjordan.github.io/posts/muon/) where a parameter is a linear map.
+
+    A convolution kernel is one, too: (out, in x height x width). torch.optim.Muon takes matrices only, so it is given
+    a matrix over the kernel's own memory, which `channels_last` lays out so that one exists.
+    """
+
+    def __init__(self, module: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]):
+        self._kernels: list[tuple[nn.Parameter, nn.Parameter]] = []
+        matrices, rest = [], []
+        for parameter in module.parameters():
+            if parameter.ndim == 2:
+                matrices.append(parameter)
+            elif parameter.ndim == 4 and min(parameter.shape[:2]) >= SMALLEST_WIDTH:
+                matrix = nn.Parameter(as_matrix(parameter.detach()))
+                self._kernels.append((parameter, matrix))
+                matrices.append(matrix)
+            else:
+                rest.append(parameter)
+        self._muon = torch.optim.Muon(
+            matrices, lr=MUON_RATE * learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self._adamw = torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.0, betas=betas, fused=True)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [*self._muon.param_groups, *self._adamw.param_groups]
+
+    def zero_grad(self) -> None:
+        self._muon.zero_grad()
+        self._adamw.zero_grad()
+        for kernel, _ in self._kernels:
+            kernel.grad = None
+
+    def step(self) -> None:
+        for kernel, matrix in self._kernels:
+            matrix.grad = None if kernel.grad is None else as_matrix(kernel.grad)
+        self._muon.step()  # type: ignore[no-untyped-call]
+        self._adamw.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._muon.load_state_dict(state_dict["muon"])
+        self._adamw.load_state_dict(state_dict["adamw"])
+
+
+def as_matrix(kernel: Tensor) -> Tensor:
+    """(out, in, h, w) -> (out, h * w * in); of a channels-last kernel the same memory."""
+    return kernel.permute(0, 2, 3, 1).flatten(1)
