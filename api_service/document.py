@@ -4,18 +4,15 @@ from http import HTTPStatus
 from typing import Any
 
 from flask_openapi3.openapi import OpenAPI
-from flask_openapi3.utils import get_model_schema
 
-from api_service import document_headers
+from api_service import document_headers, document_schemas
+from api_service.document_schemas import SCHEMAS
 from api_service.problems import MEDIA_TYPE
 from api_service.routes.bulks import JSON_LINES
-from shared.contracts.bulks import BulkGenerateItem, BulkHeader, BulkManifestLine, BulkRagGenerateItem
-from shared.contracts.common import ImageFormat, Problem
-from shared.contracts.generation import DryRunView
+from shared.contracts.common import ImageFormat
 from shared.contracts.images import UploadFields
 from shared.contracts.search import SearchRequest
 
-SCHEMAS = "#/components/schemas/"
 RESPONSES = "#/components/responses/"
 
 ERRORS = {
@@ -76,8 +73,6 @@ STATE_CHANGES = (
     "cancelBulk",
     "retryFailedBulkItems",
 )
-OF_LINES = (BulkHeader, BulkGenerateItem, BulkRagGenerateItem, BulkManifestLine)
-"""What single lines of JSON Lines hold; no operation's schema can name it."""
 
 
 class Documented(OpenAPI):
@@ -91,11 +86,8 @@ class Documented(OpenAPI):
         super().generate_spec_json()  # type: ignore[no-untyped-call]
         document = self.spec_json
         components = document["components"]
-        for model in (Problem, DryRunView, SearchRequest, UploadFields, *OF_LINES):
-            schema = get_model_schema(model)
-            components["schemas"].update(schema.pop("$defs", {}))
-            components["schemas"][model.__name__] = schema
-        components["schemas"].pop("ValidationErrorModel", None)
+        document_schemas.complete(components["schemas"])
+        components["schemas"] = document_schemas.folded(components["schemas"])
         components["responses"] = {name: _error(status, text) for status, (name, text) in ERRORS.items()}
         components["headers"] = document_headers.COMPONENTS
         for route, path_item in document["paths"].items():
@@ -123,6 +115,10 @@ def _add_headers(operation: dict[str, Any], method: str) -> None:
 
 def _complete(operation: dict[str, Any], route: str) -> None:
     name = operation["operationId"]
+    if "description" in operation:  # flask_openapi3 joins a docstring's lines by <br/>, which is no CommonMark
+        operation["description"] = operation["description"].replace("<br/>", "\n").strip()
+    for parameter in operation.get("parameters", ()):
+        parameter["schema"] = document_schemas.without_null(parameter["schema"])
     if name not in OPEN:
         operation["security"] = [{"apiKey": []}]
     responses = operation["responses"]
@@ -135,10 +131,9 @@ def _complete(operation: dict[str, Any], route: str) -> None:
         responses["304"] = {"description": "The client has it already."}
     match name:
         case "generate" | "ragGenerate":
-            either = [{"$ref": f"{SCHEMAS}JobView"}, {"$ref": f"{SCHEMAS}DryRunView"}]
             responses["200"] = {
                 "description": "The ended job after `Prefer: wait`, or what a `dry_run` would run.",
-                "content": {"application/json": {"schema": {"anyOf": either}}},
+                "content": {"application/json": {"schema": {"$ref": f"{SCHEMAS}SubmitAnswer"}}},
             }
             operation["parameters"] = [*operation.get("parameters", []), _PREFER, _IDEMPOTENCY_KEY]
         case "getJob":
@@ -218,7 +213,7 @@ _LINES = {
 }
 _MANIFEST = {
     "schema": {
-        "type": "string",
+        **BINARY,  # a download: generated clients read text as text only where its type begins with `text/`
         "description": 'JSON Lines: each line a `BulkManifestLine`; the last one is `{"end": true, "items": N}`',
     }
 }
@@ -231,7 +226,7 @@ _LAST_EVENT_ID = {
 
 
 def _upload_form() -> dict[str, Any]:
-    fields = dict(get_model_schema(UploadFields)["properties"])
+    fields = document_schemas.form_fields(UploadFields)
     files = {"type": "array", "items": BINARY, "minItems": 1, "description": "PNG, JPEG or WebP; repeatable"}
     return {
         "schema": {"type": "object", "properties": {"file": files} | fields, "required": ["file"]},
@@ -240,7 +235,7 @@ def _upload_form() -> dict[str, Any]:
 
 
 def _search_form() -> dict[str, Any]:
-    fields = dict(get_model_schema(SearchRequest)["properties"])
+    fields = document_schemas.form_fields(SearchRequest)
     return {
         "schema": {"type": "object", "properties": fields | {"image": BINARY}},
         "encoding": {"filter": {"contentType": "application/json"}},

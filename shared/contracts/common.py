@@ -11,7 +11,8 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, 
 class Contract(BaseModel):
     """A request or response body: unknown fields are refused, values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # What the API sends is whole: its document says of answers that every field is there.
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_serialization_defaults_required=True)
 
 
 def _no_control_characters(text: str) -> str:
@@ -96,6 +97,11 @@ class Page(Contract, Generic[Item]):
 
     items: list[Item]
     next_cursor: str | None = Field(description="pass it as `cursor` for the next page; none on the last one")
+
+    @classmethod
+    def model_parametrized_name(cls, params: tuple[Any, ...]) -> str:
+        """`JobPage` for a page of `JobView`: the name that generated clients give it."""
+        return f"{params[0].__name__.removesuffix('View')}Page"
 
 
 class PageQuery(Contract):

@@ -91,9 +91,9 @@ class RagGenerateRequest(GenerateRequest):
 
     similar_examples_count: int | None = Field(None, ge=0, le=16, description="references looked for")
     mode: Mode = Mode.AUTO
-    reference_ids: Annotated[list[UUID | PinnedReference], Field(max_length=16)] = Field(
-        default_factory=list, description="use exactly these, in this order, instead of searching"
-    )
+    reference_ids: Annotated[
+        list[Annotated[UUID | PinnedReference, Field(title="Reference")]], Field(max_length=16)
+    ] = Field(default_factory=list, description="use exactly these, in this order, instead of searching")
     min_similarity: float | None = Field(None, ge=-1, le=1, description="relevance gate; none: the service's")
     filter: ImageFilter = ImageFilter()
     ip_adapter_scale: float | None = Field(None, ge=0, le=2, description="strength of the image conditioning")

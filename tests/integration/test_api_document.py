@@ -68,6 +68,27 @@ def test_operations_have_ids_that_a_generated_client_can_use(document: dict[str,
     assert all(operation["summary"] and operation["tags"] for _, _, operation in operations(document))
 
 
+def test_names_and_texts_are_what_a_generated_client_may_take_over(document: dict[str, Any]) -> None:
+    assert all(re.fullmatch(r"[A-Z][A-Za-z]+", name) for name in document["components"]["schemas"])
+    assert "<br" not in str(document)
+
+
+def test_of_what_only_answers_hold_every_field_is_there(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    for name in ("JobView", "JobPage", "OutputView", "BulkItemView", "StatsView", "BulkManifestLine"):
+        assert set(schemas[name]["required"]) == set(schemas[name]["properties"]), name
+    assert schemas["RagGenerateRequest"]["required"] == ["prompt"]
+    assert "required" not in schemas["ImageFilter"], "a request may leave out of it what an answer repeats"
+
+
+def test_null_is_offered_only_where_it_can_be_sent(document: dict[str, Any]) -> None:
+    for _, route, operation in operations(document):
+        form = operation.get("requestBody", {}).get("content", {}).get("multipart/form-data", {"schema": {}})["schema"]
+        as_text = [parameter["schema"] for parameter in operation.get("parameters", [])]
+        assert "null" not in str([*as_text, form.get("properties", {})]), route
+    assert document["components"]["schemas"]["ImagePatch"]["properties"]["caption"]["type"] == ["string", "null"]
+
+
 def test_every_route_of_the_api_is_documented_and_the_other_way_round(client: Client, document: dict[str, Any]) -> None:
     served = {
         (method.lower(), re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
