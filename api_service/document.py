@@ -5,7 +5,7 @@ from typing import Any
 
 from flask_openapi3.openapi import OpenAPI
 
-from api_service import document_headers, document_schemas
+from api_service import document_headers, document_links, document_schemas
 from api_service.document_schemas import SCHEMAS
 from api_service.problems import MEDIA_TYPE
 from api_service.routes.bulks import JSON_LINES
@@ -94,6 +94,7 @@ class Documented(OpenAPI):
             for method, operation in path_item.items():
                 _complete(operation, route)
                 _add_headers(operation, method)
+                _add_links(operation)
 
 
 def _error(status: HTTPStatus, description: str) -> dict[str, Any]:
@@ -111,6 +112,12 @@ def _add_headers(operation: dict[str, Any], method: str) -> None:
             response["headers"] = document_headers.of_success(
                 name, method, status, is_file=name in FILES, needs_key=name not in OPEN
             )
+
+
+def _add_links(operation: dict[str, Any]) -> None:
+    for status, response in operation["responses"].items():
+        if links := document_links.of_answer(operation["operationId"], status):
+            response["links"] = links
 
 
 def _complete(operation: dict[str, Any], route: str) -> None:

@@ -89,6 +89,43 @@ def test_null_is_offered_only_where_it_can_be_sent(document: dict[str, Any]) -> 
     assert document["components"]["schemas"]["ImagePatch"]["properties"]["caption"]["type"] == ["string", "null"]
 
 
+def test_every_link_leads_from_an_id_in_its_answer_to_an_operation_that_takes_it(document: dict[str, Any]) -> None:
+    by_id = {operation["operationId"]: operation for _, _, operation in operations(document)}
+    linked = set()
+    for source in by_id.values():
+        for status, response in source["responses"].items():
+            for name, link in response.get("links", {}).items():
+                where = (source["operationId"], status, name)
+                target = by_id[link["operationId"]]
+                taken = {parameter["name"]: parameter for parameter in target["parameters"]}
+                assert set(link["parameters"]) <= set(taken), where
+                assert {name for name, each in taken.items() if each.get("required")} <= set(link["parameters"]), where
+                body = link.get("requestBody", {})
+                if body:
+                    schema = target["requestBody"]["content"]["application/json"]["schema"]
+                    assert set(body) <= set(resolved(document, schema)["properties"]), where
+                for expression in [*link["parameters"].values(), *body.values()]:
+                    answer = response["content"]["application/json"]["schema"]
+                    assert pointed_at(document, answer, expression.removeprefix("$response.body#")), where
+                linked.add(link["operationId"])
+    takes_an_id = {operation["operationId"] for _, route, operation in operations(document) if "{" in route}
+    assert takes_an_id <= linked, "whatever is done with an id is found from where the id comes from"
+
+
+def resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].split("/")[-1]]
+    return schema
+
+
+def pointed_at(document: dict[str, Any], schema: dict[str, Any], pointer: str) -> dict[str, Any]:
+    """The schema of what a JSON pointer into an instance of `schema` finds."""
+    for part in pointer.split("/")[1:]:
+        schema = resolved(document, schema)
+        schema = schema["items"] if part.isdigit() else schema["properties"][part]
+    return schema
+
+
 def test_every_route_of_the_api_is_documented_and_the_other_way_round(client: Client, document: dict[str, Any]) -> None:
     served = {
         (method.lower(), re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
