@@ -44,7 +44,8 @@ def new_job(client: Client, key: Key, **request: Any) -> str:
 
 
 def refused(answer: Any, status: int, code: str) -> None:
-    assert (answer.status_code, answer.json["code"]) == (status, code), answer.text
+    assert answer.status_code == status, answer.text
+    assert answer.json["code"] == code
 
 
 def operations(client: Client) -> Iterator[tuple[str, str, dict[str, Any]]]:

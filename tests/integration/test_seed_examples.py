@@ -1,0 +1,117 @@
+"""The usage examples of the first version, as it printed them, where nothing had to change; on real servers.
+
+Its requests (`search`, `rag/generate`) run against a whole stack in `tests/e2e/test_main_job`. What changed since: a
+key prefix and its time to live are named, a plain function that waits for Postgres stays plain because the driver is,
+and a job that draws is polled instead of awaited.
+"""
+
+import asyncio
+import re
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from shared.cache import cache_result, get_cache_manager
+from shared.metrics import increment_counter, recent_operations, set_gauge, time_operation
+from shared.pools import (
+    ResourceType,
+    aclose,
+    async_connection_from_pool,
+    close_all,
+    connection_from_pool,
+    optimize_performance,
+    pool_statistics,
+)
+from shared.settings import Settings
+from tests.integration.conftest import API, Client, Server
+
+ran: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def _real_servers(settings: Settings) -> Iterator[None]:
+    ran.clear()
+    yield
+    close_all()
+
+
+@cache_result(ttl=300, key_prefix="search")
+async def search_images(query: str, k: int) -> list[str]:
+    ran.append((query, k))
+    return [f"{query} {number}" for number in range(k)]
+
+
+@cache_result(ttl=3600, key_prefix="embeddings")
+def generate_embedding(text: str) -> list[float]:
+    ran.append(text)
+    return [float(len(text)), 0.5]
+
+
+def test_expensive_functions_are_cached_plain_and_async() -> None:
+    assert generate_embedding("a cat") == generate_embedding("a cat") == [5.0, 0.5]
+
+    async def twice() -> list[list[str]]:
+        return [await search_images("a cat playing", k=2), await search_images("a cat playing", 2)]
+
+    first, second = asyncio.run(twice())
+    assert first == second == ["a cat playing 0", "a cat playing 1"]
+    assert ran == ["a cat", ("a cat playing", 2)], "each once"
+    assert get_cache_manager().invalidate("embeddings:*") == 1
+    generate_embedding("a cat")
+    assert len(ran) == 3
+
+
+def test_the_cache_is_used_by_hand() -> None:
+    cache_manager = get_cache_manager()
+    cache_manager.set("key", {"value": 1}, ttl=3600)
+    cached_value = cache_manager.get("key")
+    assert cached_value == {"value": 1}
+    assert cache_manager.stats()["backend"] == "redis"
+
+
+def test_connections_come_from_pools(server: Server) -> None:
+    with connection_from_pool(ResourceType.DATABASE) as conn:
+        assert conn.execute(text("select 1")).scalar_one() == 1
+        assert pool_statistics()["database"]["in_use"] == 1
+    assert pool_statistics()["database"]["in_use"] == 0
+
+    async def ask() -> int:
+        async with async_connection_from_pool(ResourceType.HTTP) as client:
+            status = (await client.get(f"{server.url}/health")).status_code
+        await aclose()
+        return status
+
+    assert asyncio.run(ask()) == 200
+
+
+@optimize_performance
+def expensive_operation() -> str:
+    return "done"
+
+
+def test_what_is_timed_and_counted_is_shown_by_metrics_and_statistics(client: Client) -> None:
+    with time_operation("database_query"), connection_from_pool(ResourceType.DATABASE) as database:
+        results = database.execute(text("select 1")).all()
+    assert len(results) == 1
+    increment_counter("user_actions", labels={"action": "image_upload"})
+    set_gauge("memory_usage_bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    assert expensive_operation() == "done"
+
+    shown = client.get("/metrics").text
+    assert re.search(r'^user_actions_total\{action="image_upload"\} [1-9]', shown, re.MULTILINE)
+    assert re.search(r"^memory_usage_bytes [1-9]", shown, re.MULTILINE)
+    assert re.search(r"^database_query_duration_seconds_count [1-9]", shown, re.MULTILINE)
+    assert re.search(r"^expensive_operation_duration_seconds_count [1-9]", shown, re.MULTILINE)
+    assert "expensive_operation" in recent_operations()
+    assert "expensive_operation" in client.get(f"{API}/stats").json["operations"]
+
+
+def test_the_operational_endpoints_answer_where_they_did(server: Server) -> None:
+    with connection_from_pool(ResourceType.HTTP) as client:
+        for path in ("/health", f"{API}/health", f"{API}/stats"):
+            answer = client.get(server.url + path)
+            assert answer.status_code == 200, path
+        assert {"backend", "hits", "misses"} <= set(answer.json()["cache"])
