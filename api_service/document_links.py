@@ -81,11 +81,7 @@ def of_answer(operation_id: str, status: str) -> dict[str, dict[str, Any]]:
 
 
 def _link(operation_id: str, parameter: str, pointer: str) -> dict[str, Any]:
-    link: dict[str, Any] = {"operationId": operation_id, "parameters": {parameter: f"$response.body#{pointer}"}}
-    # A bulk goes on, and ends, at the line that it has received last.
-    received = f"$response.body#{pointer.rpartition('/')[0]}/received_lines"
-    if operation_id == "appendBulkLines":
-        link["parameters"]["from_line"] = received
-    if operation_id == "completeBulk":
-        link["requestBody"] = {"lines": received}
-    return link
+    parameters = {parameter: f"$response.body#{pointer}"}
+    if operation_id == "appendBulkLines":  # it goes on where the bulk is
+        parameters["from_line"] = f"$response.body#{pointer.rpartition('/')[0]}/received_lines"
+    return {"operationId": operation_id, "parameters": parameters}

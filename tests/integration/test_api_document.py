@@ -100,11 +100,7 @@ def test_every_link_leads_from_an_id_in_its_answer_to_an_operation_that_takes_it
                 taken = {parameter["name"]: parameter for parameter in target["parameters"]}
                 assert set(link["parameters"]) <= set(taken), where
                 assert {name for name, each in taken.items() if each.get("required")} <= set(link["parameters"]), where
-                body = link.get("requestBody", {})
-                if body:
-                    schema = target["requestBody"]["content"]["application/json"]["schema"]
-                    assert set(body) <= set(resolved(document, schema)["properties"]), where
-                for expression in [*link["parameters"].values(), *body.values()]:
+                for expression in link["parameters"].values():
                     answer = response["content"]["application/json"]["schema"]
                     assert pointed_at(document, answer, expression.removeprefix("$response.body#")), where
                 linked.add(link["operationId"])
