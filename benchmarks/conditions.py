@@ -1,10 +1,13 @@
 """What a figure was measured on: without it a figure means nothing."""
 
+import json
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 PACKAGES = ("flask", "granian", "celery", "redis", "sqlalchemy", "psycopg2-binary", "torch")
+KEPT = Path("out/bench")
 
 
 def conditions() -> dict[str, str]:
@@ -25,3 +28,12 @@ def report(title: str, figures: dict[str, object], **measured_with: object) -> N
     width = max(len(name) for name in figures)
     for name, value in figures.items():
         print(f"{name:<{width}}  {value}")
+
+
+def keep(name: str, figures: dict[str, object], **measured_with: object) -> Path:
+    """Write figures with their conditions to `out/bench/NAME.json`."""
+    path = KEPT / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"conditions": {**conditions(), **measured_with}, "figures": figures}
+    path.write_text(json.dumps(whole, indent=2, default=str) + "\n", encoding="utf-8")
+    return path
