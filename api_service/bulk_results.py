@@ -13,10 +13,10 @@ from pydantic import BaseModel
 from api_service import bulks as verbs
 from api_service import views
 from api_service.caller import Caller
-from shared.contracts.bulks import BulkEnd, BulkManifestLine
+from shared.contracts.bulks import BulkEnd, BulkManifestLine, ItemState
 from shared.contracts.jobs import JobKind, JobView
 from shared.db import bulks, outputs
-from shared.db.models import Bulk, BulkItem, Job
+from shared.db.models import BulkItem, Job
 from shared.db.session import session_scope
 from shared.errors import BaseAppException, ResourceNotFoundError, StorageError
 from shared.storage import get_blobs
@@ -121,14 +121,14 @@ def _pages(bulk_id: UUID, after: int, caller: Caller) -> Iterator[_Page]:
         with session_scope() as session:
             bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id)
             rows, behind = bulks.items(session, bulk, after=behind, limit=LINES_AT_A_TIME)
-            found = [job for _, job in rows if job is not None]
+            found = [job for _, job, _ in rows if job is not None]
             seen = {view.id: view for view in views.job_list(session, found)}
             keys = {each.id: each.blob_key for made in outputs.of_jobs(session, list(seen)).values() for each in made}
-            lines = [_line(bulk, item, job, seen.get(job.id) if job else None) for item, job in rows]
+            lines = [_line(item, job, state, seen.get(job.id) if job else None) for item, job, state in rows]
         yield _Page(lines, keys, datetime.now(UTC))
 
 
-def _line(bulk: Bulk, item: BulkItem, job: Job | None, view: JobView | None) -> BulkManifestLine:
+def _line(item: BulkItem, job: Job | None, state: ItemState, view: JobView | None) -> BulkManifestLine:
     return BulkManifestLine(
         line=item.line,
         custom_id=item.custom_id,
@@ -136,8 +136,8 @@ def _line(bulk: Bulk, item: BulkItem, job: Job | None, view: JobView | None) -> 
         model=item.model,
         prompt=item.parameters["prompt"],
         metadata=item.item_metadata,
-        state=verbs.state_of(bulk, item, job),
-        job_id=item.job_id,
+        state=state,
+        job_id=verbs.job_of(item, job, state),
         retry_of=item.retry_of,
         attempt=view.attempt if view else 0,
         parameters=item.parameters,

@@ -11,7 +11,6 @@ from itertools import chain
 from uuid import UUID
 
 import orjson
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from api_service import bulk_items
@@ -56,7 +55,6 @@ from shared.settings import get_settings
 ROUTE = "bulks"
 """The scope of its idempotency keys."""
 ERRORS_SHOWN = 20
-RETRIED_AT_A_TIME = 2000
 LARGE = 10_000
 COUNTS_STAND_S = 2
 
@@ -308,8 +306,8 @@ def items(bulk_id: UUID, query: BulkItemQuery, *, caller: Caller) -> Page[BulkIt
     with session_scope() as session:
         bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id)
         rows, behind = bulks.items(session, bulk, after=query.cursor or 0, limit=query.limit, state=query.state)
-        made = outputs.of_jobs(session, [job.id for _, job in rows if job is not None])
-        views = [_item(bulk, item, job, made.get(job.id, []) if job else []) for item, job in rows]
+        made = outputs.of_jobs(session, [job.id for _, job, _ in rows if job is not None])
+        views = [_item(item, job, state, made.get(job.id, []) if job else []) for item, job, state in rows]
     return Page(items=views, next_cursor=None if behind is None else str(behind))
 
 
@@ -380,20 +378,15 @@ def cancel(bulk_id: UUID, *, caller: Caller) -> BulkView:
 
 
 def retry_failed(bulk_id: UUID, *, caller: Caller) -> BulkView:
-    """Give each item that failed, expired or died another job. Those that fail again meanwhile are left alone.
+    """Have each item that failed, expired or died wait for another job. Those that fail from now on are left alone.
 
     Raises:
-        ResourceNotFoundError, BulkStateError
+        ResourceNotFoundError, BulkStateError, QuotaExceededError
     """
     with session_scope() as session:
-        now = session.scalars(select(func.clock_timestamp())).one()
-    retried = RETRIED_AT_A_TIME
-    while retried == RETRIED_AT_A_TIME:
-        # Some at a time, so that no statement is a long one.
-        with session_scope() as session:
-            bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
-            retried = bulks.retry_failed(session, bulk, get_settings().limits, ended_before=now, most=RETRIED_AT_A_TIME)
-            view = _views(session, [bulk])[0]
+        bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
+        bulks.retry_failed(session, bulk, get_settings().limits)
+        view = _views(session, [bulk])[0]
     _feed(bulk.models)
     return view
 
@@ -415,7 +408,11 @@ def _progress(session: Session, rows: Sequence[Bulk]) -> dict[UUID, bulks.Progre
     """Counting a hundred thousand rows takes 10 to 100 ms, so what was counted of a large bulk stands for a while, as
     long as the bulk itself does not change its state."""
     cache = get_cache_manager()
-    keys = {row.id: f"bulk:{row.id}:{row.state}:{row.finished_at}:{row.total}" for row in rows if row.fed > LARGE}
+    keys = {
+        row.id: f"bulk:{row.id}:{row.state}:{row.finished_at}:{row.total}:{row.retry_before}"
+        for row in rows
+        if row.fed > LARGE
+    }
     known = {bulk_id: cache.get(key) for bulk_id, key in keys.items()}
     progress = bulks.progress(session, [row for row in rows if known.get(row.id) is None])
     for bulk_id, seen in known.items():
@@ -458,13 +455,12 @@ def _view(row: Bulk, progress: bulks.Progress) -> BulkView:
     )
 
 
-def state_of(bulk: Bulk, item: BulkItem, job: Job | None) -> ItemState:
-    if job is not None:
-        return ItemState(job.state)
-    return bulks.state_without_job(bulk) if item.job_id is None else ItemState.DELETED
+def job_of(item: BulkItem, job: Job | None, state: ItemState) -> UUID | None:
+    """The id of an item's job, also of a deleted one; none of one that waits for its first or its next."""
+    return job.id if job is not None else item.job_id if state is ItemState.DELETED else None
 
 
-def _item(bulk: Bulk, item: BulkItem, job: Job | None, made: Sequence[Generation]) -> BulkItemView:
+def _item(item: BulkItem, job: Job | None, state: ItemState, made: Sequence[Generation]) -> BulkItemView:
     return BulkItemView(
         line=item.line,
         custom_id=item.custom_id,
@@ -472,8 +468,8 @@ def _item(bulk: Bulk, item: BulkItem, job: Job | None, made: Sequence[Generation
         model=item.model,
         prompt=item.parameters["prompt"],
         metadata=item.item_metadata,
-        state=state_of(bulk, item, job),
-        job_id=item.job_id,
+        state=state,
+        job_id=job_of(item, job, state),
         error=JobError.model_validate(job.error) if job is not None and job.error else None,
         outputs=[
             BulkOutput(

@@ -6,12 +6,12 @@ waiting jobs sees few rows however long bulks are, and pausing or canceling one 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import orjson
-from sqlalchemy import Row, and_, delete, func, select, text, update
+from sqlalchemy import ColumnElement, Row, and_, delete, false, func, not_, select, text, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.bulks import BulkCounts, BulkOptions, BulkQuery, BulkState, ItemState
@@ -192,7 +192,9 @@ PROGRESS = text(
     """
     select bulks.id, bulks.fed, extract(epoch from now() - bulks.started_at) as runs_s, by_state.*
     from bulks cross join lateral (
-        select state, count(*) as jobs, count(*) filter (where finished_at > now() - :rate_s * interval '1 s') as lately
+        select state, count(*) as jobs,
+            count(*) filter (where finished_at > now() - :rate_s * interval '1 s') as lately,
+            count(*) filter (where finished_at < bulks.retry_before) as before_retry
         from jobs where bulk_id = bulks.id group by state
     ) by_state
     where bulks.id = any(:ids)
@@ -206,6 +208,10 @@ def _progress(bulk: Bulk, rows: Sequence[Row[Any]]) -> Progress:
     counts = {row.state: row.jobs for row in rows}
     waiting = state_without_job(bulk)
     counts[waiting] = counts.get(waiting, 0) + bulk.total - fed
+    for row in rows:
+        if row.state in RETRIED:
+            counts[row.state] -= row.before_retry
+            counts[waiting] += row.before_retry
     counts[ItemState.DELETED] = fed - sum(row.jobs for row in rows)
     rate_per_s = None
     if bulk.state == BulkState.RUNNING and rows:
@@ -223,8 +229,11 @@ def state_without_job(bulk: Bulk) -> ItemState:
 
 def items(
     session: Session, bulk: Bulk, *, after: int, limit: int, state: ItemState | None = None
-) -> tuple[list[tuple[BulkItem, Job | None]], int | None]:
-    """A page of items with their jobs in the order of lines, and the line behind which the next page starts."""
+) -> tuple[list[tuple[BulkItem, Job | None, ItemState]], int | None]:
+    """A page of items with their jobs and states in the order of lines, and the line behind which the next page starts.
+
+    One that waits to be tried again is queued, and has no job.
+    """
     of_bulk = select(BulkItem, Job).where(BulkItem.bulk_id == bulk.id, BulkItem.line > after)
     with_any_job = of_bulk.outerjoin(Job, Job.id == BulkItem.job_id)
     if state is None:
@@ -233,15 +242,35 @@ def items(
         parts = [with_any_job.where(BulkItem.job_id.is_not(None), Job.id.is_(None))]
     else:
         # Asked for by their jobs, the few failed ones of many are found by index.
-        of_job = and_(Job.bulk_id == bulk.id, Job.bulk_line == BulkItem.line, Job.state == state.value)
-        parts = [of_bulk.join(Job, of_job)]
+        of_item = and_(Job.bulk_id == bulk.id, Job.bulk_line == BulkItem.line)
+        parts = [of_bulk.join(Job, and_(of_item, Job.state == state.value, not_(_waits_again(bulk))))]
         if state is state_without_job(bulk):
             parts.append(with_any_job.where(BulkItem.job_id.is_(None)))
-    rows: list[tuple[BulkItem, Job | None]] = [
-        (item, job) for part in parts for item, job in session.execute(part.order_by(BulkItem.line).limit(limit + 1))
+            if bulk.retry_before is not None:
+                parts.append(of_bulk.join(Job, and_(of_item, _waits_again(bulk))))
+    rows = [
+        _with_state(bulk, item, job)
+        for part in parts
+        for item, job in session.execute(part.order_by(BulkItem.line).limit(limit + 1))
     ]
     rows.sort(key=lambda row: row[0].line)
     return rows[:limit], rows[limit - 1][0].line if len(rows) > limit else None
+
+
+def _with_state(bulk: Bulk, item: BulkItem, job: Job | None) -> tuple[BulkItem, Job | None, ItemState]:
+    if job is None:
+        return item, None, state_without_job(bulk) if item.job_id is None else ItemState.DELETED
+    before, ended = bulk.retry_before, job.finished_at
+    if before is not None and ended is not None and job.state in RETRIED and ended < before:
+        return item, None, state_without_job(bulk)
+    return item, job, ItemState(job.state)
+
+
+def _waits_again(bulk: Bulk) -> ColumnElement[bool]:
+    """Of jobs: whether their item will get another one."""
+    if bulk.retry_before is None:
+        return false()
+    return and_(Job.bulk_id == bulk.id, Job.state.in_(RETRIED), Job.finished_at < bulk.retry_before)
 
 
 def line_errors(session: Session, bulk_id: UUID, *, after: int, limit: int) -> tuple[list[BulkLineError], int | None]:
@@ -295,10 +324,11 @@ def cancel(session: Session, bulk: Bulk) -> list[UUID]:
     return ended
 
 
-def retry_failed(session: Session, bulk: Bulk, limits: LimitSettings, *, ended_before: datetime, most: int) -> int:
-    """Give up to `most` items that failed, expired or died by then another job each, and run the bulk again; how many.
+def retry_failed(session: Session, bulk: Bulk, limits: LimitSettings) -> None:
+    """Have items that failed, expired or died by now wait for another job each, and run the bulk again.
 
-    Their jobs of before stay, but leave the bulk; the new ones name them in `retry_of`. Their images count again.
+    They get it when their turn comes, so this takes no longer for many. Their jobs of before stay, but leave the bulk
+    then; the new ones name them in `retry_of`. Their images count again.
 
     Raises:
         BulkStateError: it has not started, or was canceled.
@@ -306,44 +336,56 @@ def retry_failed(session: Session, bulk: Bulk, limits: LimitSettings, *, ended_b
     """
     if bulk.state not in (BulkState.RUNNING, BulkState.PAUSED, BulkState.COMPLETED):
         raise BulkStateError("Only a bulk that runs or has completed can be tried again.", state=bulk.state)
-    parameters = {"bulk_id": bulk.id, "states": list(RETRIED), "before": ended_before, "most": most}
     came_too_late = _images_left(session, bulk) if bulk.state == BulkState.COMPLETED and bulk.fed < bulk.total else 0
-    retried, images = session.execute(RETRY, parameters).one()
-    if not retried and not came_too_late:
-        return 0
+    now = session.scalars(select(func.clock_timestamp())).one()
+    failed = and_(Job.bulk_id == bulk.id, Job.state.in_(RETRIED), Job.finished_at < now, not_(_waits_again(bulk)))
+    images = session.scalar(select(func.sum(Job.images)).where(failed)) or 0
+    if not images and not came_too_late:
+        return
     today = usage.reserve(session, bulk.owner_id, images + came_too_late, limits)
-    bulk.fed -= retried
+    if images:
+        bulk.retry_before = now
     bulk.expires_at = None
     if bulk.state == BulkState.COMPLETED:
         # Items of a bulk that still runs may count towards another day, to which they must be given back.
         bulk.quota_day = today
         bulk.state, bulk.finished_at = BulkState.RUNNING, None
     session.flush()
-    return int(retried)
 
 
 RETRY = text(
     """
-    with gone as (
-        update jobs set bulk_id = null, bulk_line = null where id in (
-            select id from jobs
-            where bulk_id = :bulk_id and state = any(:states) and finished_at < :before limit :most
-        )
-        returning id
+    with failed as (
+        select id, bulk_line from jobs
+        where bulk_id = :bulk_id and state = any(:states) and finished_at < :before and model = :model
+        limit :most for update
+    ), left_behind as (
+        update jobs set bulk_id = null, bulk_line = null from failed where jobs.id = failed.id
     ), waiting as (
-        update bulk_items set job_id = null, retry_of = gone.id
-        from gone where bulk_items.bulk_id = :bulk_id and bulk_items.job_id = gone.id
-        returning images
+        update bulk_items set job_id = null, retry_of = failed.id
+        from failed where bulk_items.bulk_id = :bulk_id and bulk_items.line = failed.bulk_line
+        returning line
     )
-    select count(*), coalesce(sum(images), 0) from waiting
+    select count(*) from waiting
     """
 )
 
 
+def _free_failed(session: Session, bulk: Bulk, model: str, most: int) -> None:
+    """Take the jobs from up to `most` items that wait to be tried again, so that they are fed like any other."""
+    parameters = {"bulk_id": bulk.id, "states": list(RETRIED), "before": bulk.retry_before, "model": model}
+    freed = int(session.execute(RETRY, {**parameters, "most": most}).scalar_one())
+    bulk.fed -= freed
+    if freed < most and session.scalar(select(Job.id).where(_waits_again(bulk)).limit(1)) is None:
+        bulk.retry_before = None
+    session.flush()
+
+
 def _images_left(session: Session, bulk: Bulk) -> int:
-    """Of items that have no job."""
-    left = select(func.sum(BulkItem.images)).where(BulkItem.bulk_id == bulk.id, BulkItem.job_id.is_(None))
-    return session.scalar(left) or 0
+    """Of items that wait for a job."""
+    first = select(func.sum(BulkItem.images)).where(BulkItem.bulk_id == bulk.id, BulkItem.job_id.is_(None))
+    again = select(func.sum(Job.images)).where(_waits_again(bulk))
+    return (session.scalar(first) or 0) + (session.scalar(again) or 0)
 
 
 # --- feeding ------------------------------------------------------------------------------------------------------
@@ -411,22 +453,24 @@ def top_up(session: Session, model: str, *, window: int) -> None:
 def _feed(session: Session, bulk: Bulk, model: str, *, most: int) -> None:
     """Make jobs of up to `most` of the bulk's items; 0: the bulk has expired."""
     made = 0
+    if most and bulk.retry_before is not None:
+        _free_failed(session, bulk, model, most)
     if most and bulk.fed < bulk.total:
         for kind, count in session.execute(FEED, {"bulk_id": bulk.id, "model": model, "most": most}):
             JOBS_SUBMITTED.labels(kind).inc(count)
             made += count
         bulk.fed += made
         session.flush()
-    if not made and (bulk.fed == bulk.total or not most):
+    if not made and bulk.retry_before is None and (bulk.fed == bulk.total or not most):
         alive = select(Job.id).where(Job.bulk_id == bulk.id, Job.state.in_((JobState.QUEUED, JobState.PROCESSING)))
         if session.scalar(alive.limit(1)) is None:
             _end(session, bulk, BulkState.COMPLETED)
 
 
 def _end(session: Session, bulk: Bulk, state: BulkState) -> None:
-    if bulk.quota_day is not None and bulk.fed < bulk.total:
+    if bulk.quota_day is not None and (bulk.fed < bulk.total or bulk.retry_before is not None):
         usage.give_back_images(session, bulk.owner_id, bulk.quota_day, _images_left(session, bulk))
-    bulk.state, bulk.finished_at = state, func.now()
+    bulk.state, bulk.finished_at, bulk.retry_before = state, func.now(), None
     session.flush()
     session.refresh(bulk)
     if bulk.webhook is not None:

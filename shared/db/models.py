@@ -269,6 +269,7 @@ class Bulk(Base):
     received_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]
     expires_at: Mapped[datetime | None]  # no item becomes a job after that
+    retry_before: Mapped[datetime | None]  # items whose jobs failed before then get another one when their turn comes
     finished_at: Mapped[datetime | None]
 
 

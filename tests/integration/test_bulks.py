@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 from prometheus_client import REGISTRY
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
 from shared import queue
@@ -504,6 +504,85 @@ def test_failed_items_are_tried_again_as_new_jobs(client: Client, session: Sessi
     assert (bulk_of(client, bulk["id"])["state"], counts_of(client, bulk["id"])) == ("completed", {"succeeded": 20})
     assert client.post(f"{API}/bulks/{bulk['id']}/retry-failed").json["state"] == "completed", "nothing to retry"
     assert client.get(f"{API}/jobs/{next(iter(failed))}").json["state"] == "failed", "the old ones stay"
+
+
+FILL_FAILED = """
+insert into jobs (
+    id, owner_id, kind, state, lane, model, images, parameters, timeout_s, bulk_id, bulk_line, quota_day, finished_at
+)
+select gen_random_uuid(), owner_id, kind, 'failed', 3, model, 1, parameters, 60, bulk_id, bulk_line + n, quota_day,
+    now() from jobs, generate_series(:first, :last) n where id = :template
+"""
+FILL_ITEMS = """
+insert into bulk_items (bulk_id, line, kind, model, images, parameters, timeout_s, job_id)
+select bulk_id, bulk_line, kind, model, 1, parameters, 60, id from jobs
+where bulk_id = :bulk_id and bulk_line between :first and :last
+"""
+
+
+def with_failed(client: Client, session: Session, count: int) -> str:
+    """A completed bulk of that many failed items."""
+    bulk = accepted(client, *prompts(1))
+    template = run_one(bulk["id"], fails=True)
+    for first in range(1, count, 2000):
+        span = {"first": first, "last": min(first + 1999, count - 1)}
+        session.execute(text(FILL_FAILED), {**span, "template": template})
+        rows = {"first": span["first"] + 1, "last": span["last"] + 1, "bulk_id": bulk["id"]}
+        session.execute(text(FILL_ITEMS), rows)
+        session.commit()
+    filled = {"total": count, "fed": count, "images": count}
+    session.execute(update(Bulk).where(Bulk.id == UUID(bulk["id"])).values(**filled))
+    session.commit()
+    return str(bulk["id"])
+
+
+def test_trying_again_touches_no_more_of_many_failed_items_than_come_next(client: Client, session: Session) -> None:
+    bulk_id = with_failed(client, session, 20_000)
+    assert counts_of(client, bulk_id) == {"failed": 20_000}
+    answer = client.post(f"{API}/bulks/{bulk_id}/retry-failed")
+    assert (answer.json["state"], answer.json["counts"]["queued"]) == ("running", 20_000)
+    left = select(func.count()).where(Job.bulk_id == UUID(bulk_id), Job.state == JobState.FAILED)
+    assert session.scalar(left) == 20_000 - 2 * WINDOW, "the others keep their jobs until their turn"
+    assert {len(items_of(client, bulk_id, state=state, limit=100)) for state in ("queued", "failed")} == {100, 0}
+    items = items_of(client, bulk_id, state="queued", limit=500)
+    assert [item["line"] for item in items] == list(range(1, 501))
+    assert sum(item["job_id"] is None for item in items) >= 500 - 2 * WINDOW
+    # What is fed frees the next; those that fail again are no part of it.
+    assert run_one(bulk_id, fails=True)
+    assert {run_one(bulk_id) is not None for _ in range(2 * WINDOW)} == {True}
+    session.rollback()
+    ended = 1 + 2 * WINDOW
+    assert 20_000 - ended - 2 * WINDOW <= (session.scalar(left) or 0) - 1 < 20_000 - ended
+    states = select(Job.state, func.count()).where(Job.bulk_id == UUID(bulk_id)).group_by(Job.state)
+    assert dict(session.execute(states).tuples().all())["succeeded"] == 2 * WINDOW
+
+
+def test_a_bulk_that_is_tried_again_ends_when_the_last_failed_item_has_had_its_turn(
+    client: Client, session: Session
+) -> None:
+    bulk_id = with_failed(client, session, 3 * WINDOW)
+    client.post(f"{API}/bulks/{bulk_id}/retry-failed")
+    assert run_one(bulk_id, fails=True)
+    assert client.post(f"{API}/bulks/{bulk_id}/retry-failed").json["counts"]["queued"] == 3 * WINDOW, "once more"
+    assert run_all(bulk_id) == 3 * WINDOW
+    assert (bulk_of(client, bulk_id)["state"], counts_of(client, bulk_id)) == ("completed", {"succeeded": 3 * WINDOW})
+
+
+def test_canceled_before_their_turn_failed_items_stay_failed_and_their_images_are_given_back(
+    client: Client, session: Session
+) -> None:
+    bulk_id = with_failed(client, session, 4 * WINDOW)
+
+    def counted() -> int:
+        session.rollback()
+        return session.scalars(select(ImageUsage.images)).one()
+
+    before = counted()
+    client.post(f"{API}/bulks/{bulk_id}/retry-failed")
+    assert counted() == before + 4 * WINDOW
+    client.post(f"{API}/bulks/{bulk_id}/cancel")
+    assert counted() == before
+    assert counts_of(client, bulk_id) == {"failed": 2 * WINDOW, "canceled": 2 * WINDOW}
 
 
 def test_items_that_wait_longer_than_the_bulk_allows_expire_and_can_be_tried_again(
