@@ -59,8 +59,9 @@ examples:
   a WebDataset
     python -m scripts.index_images starter/corpus.tar
 
-  keep the collection in step with a folder until Ctrl-C, deletions included
-    python -m scripts.index_images photos/ --collection photos --watch --delete
+  keep the collection in step with a folder until Ctrl-C, deletions included; the report tells the next time what was
+  deleted while nobody watched
+    python -m scripts.index_images photos/ --collection photos --watch --delete --report photos.report.jsonl
 
 {EXIT_CODES}"""
 
@@ -99,7 +100,11 @@ def main() -> None:
         "--wait", type=float, default=600, metavar="SECONDS", help="for all to be searchable (default: %(default)g)"
     )
     group.add_argument("--watch", action="store_true", help="a folder: go on with what changes in it, until Ctrl-C")
-    group.add_argument("--delete", action="store_true", help="with --watch: delete images whose file was deleted")
+    group.add_argument(
+        "--delete",
+        action="store_true",
+        help="with --watch and --report: delete images whose file was deleted or changed, also before this start",
+    )
     add_service_options(parser)
     add_output_options(parser)
     arguments = parser.parse_args()
@@ -118,8 +123,8 @@ def _run(arguments: argparse.Namespace, output: Output) -> Exit:
         raise SourceError(f"there is no {source}")
     if arguments.watch and not source.is_dir():
         raise SourceError("--watch is for folders")
-    if arguments.delete and not arguments.watch:
-        raise SourceError("--delete is for --watch")
+    if arguments.delete and not (arguments.watch and arguments.report):
+        raise SourceError("--delete is for --watch, and needs a --report to tell what was deleted while nobody watched")
     given = {"licence": arguments.licence, "source": arguments.origin, "tags": arguments.tag}
     defaults = {name: value for name, value in given.items() if value} | {"collection": arguments.collection}
     with service_of(arguments) as service, Report(arguments.report) as report:
@@ -202,12 +207,18 @@ def _told(uploader: Uploader, skipped: list[Entry], output: Output, *, wait_s: f
 def _keep_in_step(uploader: Uploader, folder: Path, output: Output, *, delete: bool) -> Exit:
     """Index the folder, then whatever changes in it, until interrupted."""
     folder = folder.resolve()
+    known = uploader.report.contents if delete else {}
+    if known and not any((folder / name).exists() for name in known):
+        # An empty mount point, or another folder's report, would empty the collection.
+        raise SourceError(f"none of the {len(known)} files of the report is in {folder}: nothing was deleted")
     changes = watch(folder, rust_timeout=WATCH_STEP_MS, yield_on_timeout=True, raise_interrupt=True)
     next(changes)  # it listens from here on, so nothing that happens during the first pass is missed
     contents: dict[str, str | None] = {}
     try:
         uploader.learn()
         _follow(uploader, in_folder(folder), contents, output)
+        if delete:
+            _delete(uploader, known, contents, output)
         output.say(f"{len(contents)} files; watching {folder}")
         output.event("watching", files=len(contents))
         for changed in changes:
@@ -239,7 +250,9 @@ def _delete(uploader: Uploader, before: dict[str, str | None], now: dict[str, st
     for name, sha256 in before.items():
         if sha256 is not None and sha256 not in left and uploader.forget(sha256):
             output.say(f"deleted what was {name}")
-            output.event("file", file=name, outcome="deleted", sha256=sha256)
+            output.event("file", file=name, outcome=Outcome.DELETED, sha256=sha256)
+        if name not in now:
+            uploader.report.gone(name)
 
 
 def _touched(folder: Path, changed: set[str]) -> Iterator[Found]:

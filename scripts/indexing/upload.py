@@ -34,6 +34,7 @@ class Outcome(StrEnum):
     UPDATED = "updated"  # the collection had it, and other things were said of it
     DUPLICATE = "duplicate"  # another file of this run has the same content
     SKIPPED = "skipped"  # `code` and `detail` say why
+    DELETED = "deleted"  # there is no such file any more
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,12 @@ class Report:
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
                 if line.endswith("\n"):  # the last one of a killed run may be half a line
-                    entry = _entry(json.loads(line))
-                    self._entries[entry.file] = entry
+                    self._keep(_entry(json.loads(line)))
+
+    @property
+    def contents(self) -> dict[str, str | None]:
+        """The files that it tells of, and what was in them."""
+        return {name: entry.sha256 for name, entry in self._entries.items()}
 
     def settled(self, found: Found, *, known: Mapping[str, Known]) -> Entry | None:
         """What an earlier run said of a file, if that still holds."""
@@ -88,8 +93,19 @@ class Report:
         # That it is there by now is no news of a file that an earlier run has brought.
         brought = before is not None and entry.outcome is Outcome.EXISTING and before.sha256 == entry.sha256
         if before != entry and not brought:
-            self._entries[entry.file] = entry
+            self._keep(entry)
             self._write(entry)
+
+    def gone(self, file: str) -> None:
+        """That file is not there any more."""
+        if file in self._entries:
+            self.add(Entry(file, Outcome.DELETED))
+
+    def _keep(self, entry: Entry) -> None:
+        if entry.outcome is Outcome.DELETED:
+            self._entries.pop(entry.file, None)
+        else:
+            self._entries[entry.file] = entry
 
     def _write(self, entry: Entry) -> None:
         if self._file is not None:
@@ -153,6 +169,7 @@ class Uploader:
         known = self.known.pop(sha256, None)
         if known is not None:
             self.service.images.delete(known[0])
+            self.counts[Outcome.DELETED] += 1
         self._taken.discard(sha256)
         return known is not None
 
