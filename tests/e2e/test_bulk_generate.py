@@ -128,6 +128,28 @@ def test_bad_rows_are_named_with_their_reasons_and_the_others_run(stack: Running
     assert [json.loads(line)["row"] for line in (out / "rejected.jsonl").read_text().splitlines()] == [4, 16]
 
 
+def test_of_a_thousand_rows_the_three_bad_ones_are_named_and_all_others_run(
+    stack: RunningStack, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"prompt": f"of a thousand {number}", "width": 32, "height": 32}) for number in range(1, 1001)]
+    lines[6] = '{"prompt": "cut off'
+    lines[499] = json.dumps({"prompt": "far too wide", "width": 99_999})
+    lines[999] = json.dumps({"prompt": "by nobody", "model": "there-is-none"})
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    prompts.write_text("\n".join(lines))
+    code, events = generate(stack, str(prompts), "--out", str(out), "--skip-invalid", "--kind", "generate")
+    assert code == 1
+    rejected = {event["row"]: event["reason"] for event in events if event["event"] == "rejected"}
+    assert rejected.keys() == {7, 500, 1000}
+    assert "not valid JSON" in rejected[7]
+    assert "width" in rejected[500]
+    assert "model_not_found" in rejected[1000]
+    (done,) = (event for event in events if event["event"] == "done")
+    assert (done["succeeded"], done["failed"], done["missing"], done["rejected"]) == (997, 0, 0, 3)
+    assert [record["row"] for record in manifest(out)] == [row for row in range(1, 1001) if row not in rejected]
+    assert len(images(out)) == 997
+
+
 def test_a_folder_goes_on_with_its_own_run_only(stack: RunningStack, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, _ = generate(stack, "--out", str(out))
