@@ -185,7 +185,7 @@ def thumbnail(picture: "Image.Image | Pixels") -> bytes:
     """A small WebP of an RGB image or of uint8 pixels (H, W, 3): longest side 256 pixels, never enlarged."""
     small = picture.copy() if isinstance(picture, Image.Image) else Image.fromarray(picture)
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    return _encode(small, ImageFormat.WEBP, quality=80)
+    return _encode(small, ImageFormat.WEBP, quality=80, method=2)
 
 
 def pixels_sha256(pixels: "Pixels") -> str:
@@ -273,8 +273,10 @@ def _encode(
     *,
     quality: int,
     lossless: bool = False,
+    method: int = 4,
     record: Mapping[str, Any] | None = None,
 ) -> bytes:
+    """method: of WebP; 2 takes half the time of the default 4, and 5 % more bytes."""
     text = None if record is None else orjson.dumps(record, option=orjson.OPT_SORT_KEYS).decode()
     file = io.BytesIO()
     match image_format:
@@ -290,7 +292,7 @@ def _encode(
         case ImageFormat.WEBP:
             xmp = b"" if text is None else _xmp(_record_property(text))
             # Lossless: the fastest method, because quality then only buys size with time.
-            how = {"lossless": True, "quality": 0, "method": 0} if lossless else {"quality": quality}
+            how = {"lossless": True, "quality": 0, "method": 0} if lossless else {"quality": quality, "method": method}
             picture.save(file, "WEBP", xmp=xmp, **how)
     return file.getvalue()
 

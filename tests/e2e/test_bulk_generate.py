@@ -34,7 +34,7 @@ def command(stack: RunningStack, *arguments: str) -> list[str]:
 
 def generate(stack: RunningStack, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
     """The script's exit code, and what it says to programs."""
-    done = subprocess.run(command(stack, *arguments), cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command(stack, *arguments), cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
