@@ -106,7 +106,7 @@ def generated(chosen: Chosen) -> Iterator[Row]:
             if last is not None:
                 statement = statement.where(tuple_(Generation.created_at, Generation.id) > last)
             statement = statement.order_by(Generation.created_at, Generation.id).limit(PAGE)
-            page = session.execute(statement).tuples().all()
+            page = session.execute(statement).all()
             used = outputs.references_of(session, [output.id for output, *_ in page])
         if not page:
             return

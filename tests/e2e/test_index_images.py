@@ -3,7 +3,6 @@
 The stack is shared by all tests, so each uses a collection of its own.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -24,7 +23,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from afterimage_client import Afterimage, ImageFile, UploadFields
+from afterimage_client import Afterimage
 from ops.local.stack import REPOSITORY
 from tests.integration.conftest import picture
 from tests.stack import RunningStack, wait_until
@@ -272,49 +271,6 @@ def test_watching_keeps_the_collection_in_step_until_it_is_interrupted(
         wait_until(lambda: len(captions()) == 2, timeout_s=20, what="the other content instead of the old")
         watching.send_signal(signal.SIGINT)
         assert watching.wait(20) == 0
-
-
-def test_what_was_deleted_or_changed_while_nobody_watched_is_deleted_at_the_next_start(
-    stack: RunningStack, service: Afterimage, collection: str, tmp_path: Path
-) -> None:
-    folder, report, log = tmp_path / "watched", tmp_path / "report.jsonl", tmp_path / "log"
-    folder.mkdir()
-    for name in ("stays", "goes", "changes", "twin", "other twin"):
-        (folder / f"{name}.png").write_bytes(picture("navy" if "twin" in name else f"#{len(name)}0{len(name)}0f0"))
-    # Nobody's business: it came from elsewhere.
-    upload = [ImageFile("foreign.png", picture("orange"))]
-    service.images.upload(upload, UploadFields(collection=collection))
-    arguments = command(stack, str(folder), "--watch", "--delete", "--report", str(report), "--collection", collection)
-
-    def watched() -> set[str]:
-        with running(arguments, log) as watching:
-            wait_until(
-                lambda: "watching" in log.read_text() or watching.poll() is not None, timeout_s=60, what="a first pass"
-            )
-            watching.send_signal(signal.SIGINT)
-            assert watching.wait(20) in (0, 2)
-        return {image.sha256 for image in service.images.list(collection=collection)}
-
-    def sha256(data: bytes) -> str:
-        return hashlib.sha256(data).hexdigest()
-
-    first = watched()
-    assert len(first) == 5
-    gone = {sha256((folder / name).read_bytes()) for name in ("goes.png", "changes.png")}
-    (folder / "goes.png").unlink()
-    (folder / "twin.png").unlink()
-    (folder / "changes.png").write_bytes(picture("olive"))
-    assert watched() == first - gone | {sha256(picture("olive"))}, "what another file, or nobody, has stays"
-    names = {json.loads(line)["file"] for line in report.read_text().splitlines() if '"deleted"' not in line}
-    (folder / "other twin.png").unlink()
-    assert watched() == first - gone - {sha256(picture("navy"))} | {sha256(picture("olive"))}
-    assert names >= {"stays.png", "changes.png", "other twin.png"}
-    # An empty folder is no folder from which everything was deleted, but one that is not mounted.
-    before = watched()
-    for path in folder.iterdir():
-        path.unlink()
-    assert watched() == before
-    assert "none of the 2 files" in log.read_text()
 
 
 @contextmanager
