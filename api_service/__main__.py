@@ -8,6 +8,7 @@ import tempfile
 from granian.constants import Interfaces
 from granian.server import Server
 
+from api_service.serving import server_threads
 from shared.errors import ConfigurationError
 from shared.logging import configure as configure_logging
 from shared.settings import Settings, get_settings
@@ -15,7 +16,7 @@ from shared.storage import get_blobs
 
 TARGET = "api_service.app:served_app"
 CONNECTIONS = 1024
-"""What one process holds open at a time; `threads` of them are served."""
+"""What one process holds open at a time; `api.threads` requests of them are worked on."""
 STOP_WAIT_S = 10
 """Requests in work get this long to end; waits and streams end by themselves."""
 
@@ -54,7 +55,7 @@ def serve(settings: Settings) -> None:
         address=settings.api.host,
         port=settings.api.port,
         workers=settings.api.workers,
-        blocking_threads=settings.api.threads,
+        blocking_threads=server_threads(settings.api),
         # It counts connections, idle ones included: were it the number of threads, as many idle clients would lock
         # everybody else out.
         backpressure=CONNECTIONS,

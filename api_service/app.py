@@ -22,6 +22,7 @@ from api_service.routes.outputs import outputs
 from api_service.routes.search import search
 from api_service.routes.service import probes, service
 from api_service.routes.webhooks import webhooks
+from api_service.serving import Serving
 from api_service.views import API
 from shared import metrics
 from shared.db.session import bound_waits
@@ -73,6 +74,7 @@ def create_app(settings: Settings | None = None) -> Documented:
     limits.register(app, settings)
     hardening.register(app, settings)
     app.after_request(_finish)
+    app.wsgi_app = Serving(app.wsgi_app, settings.api)  # type: ignore[method-assign] # Flask's own way to wrap it
     return app
 
 

@@ -24,6 +24,7 @@ ERRORS = {
         "Conflict",
         "The state it is in does not allow this: `job_state_conflict`, `bulk_offset_mismatch`.",
     ),
+    HTTPStatus.REQUEST_TIMEOUT: ("Timeout", "The body came too slowly: `request_timeout`."),
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("TooLarge", "The body, or an image in it, is over the limit."),
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: ("UnsupportedMediaType", "The body, or a file in it, has the wrong type."),
     HTTPStatus.UNPROCESSABLE_ENTITY: (
@@ -188,7 +189,7 @@ def _errors_of(operation: dict[str, Any], route: str) -> list[HTTPStatus]:
     if "{" in route:
         statuses.append(HTTPStatus.NOT_FOUND)
     if operation.get("requestBody"):
-        statuses += [HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNSUPPORTED_MEDIA_TYPE]
+        statuses += [HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNSUPPORTED_MEDIA_TYPE]
     if operation["operationId"] in STATE_CHANGES:
         statuses.append(HTTPStatus.CONFLICT)
     return statuses

@@ -2,17 +2,22 @@
 
 import hashlib
 import re
+from functools import partial
 
 import orjson
-from flask import Response, request
+from flask import Response, g, request
 from pydantic import BaseModel
 from werkzeug.datastructures import Headers
 
+from api_service.serving import downloads
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobView
+from shared.errors import TooManyStreamsError
 from shared.storage import get_blobs
 
 POLL_AFTER_S = 1
+AT_ONCE_BYTES = 2**20
+"""A file up to this size is handed to the server in one piece: however slowly it is read, no thread waits for that."""
 
 
 def json(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -59,6 +64,7 @@ def blob(key: str, *, etag: str, media_type: str, size_bytes: int | None, filena
 
     Raises:
         ResourceNotFoundError, StorageError
+        TooManyStreamsError: it is large, and this process sends as many of those as it may.
     """
     headers = Headers()
     headers["Cache-Control"] = "private, max-age=31536000, immutable"
@@ -66,12 +72,30 @@ def blob(key: str, *, etag: str, media_type: str, size_bytes: int | None, filena
     if request.if_none_match.contains_weak(etag):
         response = Response(status=304, headers=headers)
     else:
-        # Opened before the headers leave, so that a missing blob is a 404 and not a broken 200.
-        chunks = () if request.method == "HEAD" else get_blobs().stream(key)
-        response = Response(chunks, content_type=media_type, headers=headers)
+        response = _content(key, size_bytes)
+        response.content_type = media_type
+        response.headers.extend(headers)
         if size_bytes is not None:
             response.content_length = size_bytes
     response.set_etag(etag)
+    return response
+
+
+def _content(key: str, size_bytes: int | None) -> Response:
+    if request.method == "HEAD":
+        return Response()
+    if (size_bytes or 0) <= AT_ONCE_BYTES:
+        return Response(get_blobs().get(key))
+    owner_id = g.caller.owner_id
+    if not downloads().take(owner_id):
+        raise TooManyStreamsError("This process sends as many large files as it may, in all or to this owner.")
+    try:
+        # Opened before the headers leave, so that a missing blob is a 404 and not a broken 200.
+        response = Response(get_blobs().stream(key))
+    except BaseException:
+        downloads().give_back(owner_id)
+        raise
+    response.call_on_close(partial(downloads().give_back, owner_id))
     return response
 
 

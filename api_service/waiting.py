@@ -4,9 +4,8 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from uuid import UUID
 
 import orjson
@@ -14,6 +13,7 @@ from flask import Response
 
 from api_service import respond, views
 from api_service.caller import Caller
+from api_service.serving import waiters, work
 from shared.contracts.jobs import EventView, JobState, JobView
 from shared.db import jobs
 from shared.db.session import session_scope
@@ -47,14 +47,16 @@ def wait_for_job(
         ResourceNotFoundError, DatabaseConnectionError
     """
     deadline = time.monotonic() + min(timeout_s, get_settings().api.max_wait_s)
-    places = _places()
+    places = waiters()
     if not places.take(caller.owner_id):
         return job(job_id, caller=caller), False
     try:
         with subscriber().watch(job_id) as watch:
             view = job(job_id, caller=caller)
             while not until(view) and not subscriber().closing and (left_s := deadline - time.monotonic()) > 0:
-                if watch.wait(left_s).changed:
+                with work().left():
+                    changed = watch.wait(left_s).changed
+                if changed:
                     view = job(job_id, caller=caller)
             return view, True
     finally:
@@ -91,7 +93,7 @@ def event_stream(job_id: UUID, *, caller: Caller, after: int) -> Response:
     now = job(job_id, caller=caller)
     if now.state.is_final and now.seq <= after:
         return respond.no_content()
-    places = _places()
+    places = waiters()
     if not places.take(caller.owner_id):
         raise TooManyStreamsError
     response = Response(_stream(job_id, after), content_type="text/event-stream")
@@ -143,34 +145,3 @@ def _events(job_id: UUID, after: int) -> tuple[list[EventView], bool]:
 def _message(name: str, data: object, *, event_id: int | None = None) -> bytes:
     number = b"" if event_id is None else b"id: %d\n" % event_id
     return b"%sevent: %s\ndata: %s\n\n" % (number, name.encode(), orjson.dumps(data))
-
-
-class Places:
-    """Waiters that a process holds at a time: so many that they never take all of its threads, and of one owner so
-    many that others can wait too."""
-
-    def __init__(self, *, most: int, most_per_owner: int) -> None:
-        self._most = most
-        self._most_per_owner = most_per_owner
-        self._lock = threading.Lock()
-        self._taken = Counter[UUID]()
-
-    def take(self, owner_id: UUID) -> bool:
-        """Whether there was a place; it is the caller's until he gives it back."""
-        with self._lock:
-            if self._taken.total() >= self._most or self._taken[owner_id] >= self._most_per_owner:
-                return False
-            self._taken[owner_id] += 1
-            return True
-
-    def give_back(self, owner_id: UUID) -> None:
-        with self._lock:
-            self._taken[owner_id] -= 1
-            if not self._taken[owner_id]:
-                del self._taken[owner_id]
-
-
-@cache
-def _places() -> Places:
-    settings = get_settings().api
-    return Places(most=settings.max_waiters, most_per_owner=settings.max_waiters_per_owner)

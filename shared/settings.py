@@ -274,8 +274,15 @@ class APISettings(Section):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65_535, description="port to listen on")
     workers: int = Field(1, ge=1, le=64, description="API processes")
-    threads: int = Field(32, ge=1, le=512, description="requests one process serves at a time")
+    threads: int = Field(
+        32, ge=1, le=512, description="requests one process works on at a time, those that only wait not counted"
+    )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="one whole request")
+    body_timeout_s: float = Field(10, gt=0, le=600, description="head start of a body over `body_bytes_per_s`")
+    body_bytes_per_s: int = Field(2048, ge=1, description="a request whose body comes more slowly gets 408")
+    max_slow_bodies: int = Field(
+        256, ge=1, le=10_000, description="requests whose bodies one process waits for at a time; others get 503"
+    )
     max_upload_bytes: int = Field(16 * 2**20, ge=1024, description="one image of an upload")
     max_upload_pixels: int = Field(40_000_000, ge=4096, description="one image of an upload, decoded")
     max_upload_files: int = Field(32, ge=1, le=1000, description="files of one upload")
@@ -286,8 +293,10 @@ class APISettings(Section):
     )
     max_wait_s: float = Field(30, ge=0, le=120, description="longest `Prefer: wait` or long-poll")
     max_stream_s: float = Field(600, ge=1, le=86_400, description="longest life of one event stream")
-    max_waiters: int = Field(16, ge=0, le=1000, description="long-polls and streams one process holds at a time")
-    max_waiters_per_owner: int = Field(12, ge=0, le=1000, description="of them, those of one owner")
+    max_waiters: int = Field(80, ge=0, le=1000, description="long-polls and streams one process holds at a time")
+    max_waiters_per_owner: int = Field(60, ge=0, le=1000, description="of them, those of one owner")
+    max_downloads: int = Field(64, ge=1, le=1000, description="files over 1 MiB that one process sends at a time")
+    max_downloads_per_owner: int = Field(48, ge=1, le=1000, description="of them, those to one owner")
 
 
 class LimitSettings(Section):

@@ -12,6 +12,7 @@ from api_service import bulks as verbs
 from api_service.bulk_lines import Body
 from api_service.resource import Resource
 from api_service.routes.generation import idempotency_key
+from api_service.serving import unwatched_body
 from api_service.views import API
 from shared.contracts.bulks import (
     BulkAppend,
@@ -165,6 +166,7 @@ def _body() -> Body:
         raise UnsupportedMediaType(f"Send JSON Lines with Content-Type: {JSON_LINES[0]}.")
     settings = get_settings().bulks
     request.max_content_length = settings.max_body_bytes
+    unwatched_body(request.environ)
     return Body(request.stream, content_length=request.content_length, settings=settings)
 
 

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api_service.waiting import Places
+from api_service.serving import Places
 from shared import progress, queue
 from shared.cache import get_cache_manager
 from shared.contracts.jobs import JobState

@@ -22,6 +22,7 @@ from shared.contracts.jobs import JobState
 from shared.db import jobs
 from shared.db.models import Job
 from shared.db.session import session_scope
+from shared.settings import Settings
 from tests.integration.conftest import API, Server
 from tests.stack import wait_until
 
@@ -137,9 +138,13 @@ def test_streams_and_waits_hold_no_database_connection(server: Server, http: htt
         assert "event: canceled" in listener.lines
 
 
-def test_a_client_that_left_frees_its_place(server: Server, http: httpx.Client) -> None:
+def test_a_client_that_left_frees_its_place(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_API__MAX_WAITERS", "16")
+    http: httpx.Client = request.getfixturevalue("http")
     job = submit(http)
-    for _ in range(40):  # more than the 16 places
+    for _ in range(40):
         with http.stream("GET", f"/jobs/{job['id']}/events") as answer:
             lines = answer.iter_lines()
             if answer.status_code == 503:
