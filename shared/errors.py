@@ -180,6 +180,14 @@ class JobCrashedError(JobError):
     status = 500
 
 
+class JobUnreadableError(JobError):
+    """The worker that took the job cannot read it: it was accepted by another release."""
+
+    code = "job_unreadable"
+    status = 503
+    retry_after_s = 5
+
+
 class QueueFullError(JobError):
     """The service has more queued work than it accepts."""
 
@@ -389,5 +397,12 @@ class DecoderBusyError(ExternalServiceError):
     retry_after_s = 2
 
 
-TRANSIENT = (DatabaseConnectionError, StorageError, BrokerUnavailableError, EmbeddingUnavailableError)
+TRANSIENT = (
+    DatabaseConnectionError,
+    StorageError,
+    BrokerUnavailableError,
+    EmbeddingUnavailableError,
+    # While releases change places, one that can read it will take it.
+    JobUnreadableError,
+)
 """Faults that pass: a job that meets one goes back to the queue instead of failing."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 from uuid import UUID
 
+from pydantic import ValidationError
 from structlog.contextvars import bound_contextvars
 
 from shared import queue
@@ -17,7 +18,7 @@ from shared.db import jobs
 from shared.db.jobs import Output
 from shared.db.models import Job
 from shared.db.session import session_scope
-from shared.errors import TRANSIENT, BaseAppException, ImageGenerationError, JobTimeoutError
+from shared.errors import TRANSIENT, BaseAppException, ImageGenerationError, JobTimeoutError, JobUnreadableError
 from shared.metrics import observe_duration, time_operation
 from shared.progress import PreviewStream, publish_changed
 from shared.settings import JobSettings
@@ -62,8 +63,15 @@ class Attempt:
 
     @cached_property
     def parameters(self) -> GenerationParameters:
-        """Read on first use, inside the story: a row that this release cannot read fails its job, and holds nothing."""
-        return GenerationParameters.model_validate(self._job.parameters)
+        """Read on first use, inside the story, where every failure becomes the attempt's end.
+
+        Raises:
+            JobUnreadableError: another release wrote them, with what this one does not know.
+        """
+        try:
+            return GenerationParameters.model_validate(self._job.parameters)
+        except ValidationError as error:
+            raise JobUnreadableError from error
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -426,15 +426,30 @@ def test_a_fault_ends_the_attempt_as_its_kind_demands(
     assert "secret" not in str(job.error)
 
 
-def test_a_row_that_this_release_cannot_read_fails_its_job_and_is_not_held(
+def test_a_row_that_this_release_cannot_read_goes_back_for_one_that_can_and_is_not_held(
     session: Session, models: Models, leases: Leases
 ) -> None:
     job = submit(session)
-    session.execute(text("update jobs set parameters = '{}'"))
+    session.execute(text("update jobs set parameters = parameters || '{\"of_the_next_release\": 1}'"))
     session.commit()
-    assert run(job.id, models, leases) is Outcome.FAILED
-    assert reload(session, job).state == JobState.FAILED
+    assert run(job.id, models, leases) is Outcome.REQUEUED
+    assert reload(session, job).state == JobState.QUEUED
     assert leases.wait_until_empty(0)
+
+    session.execute(text("update jobs set parameters = parameters - 'of_the_next_release', run_after = null"))
+    session.commit()
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED, "by a worker of the next release"
+
+
+def test_a_row_that_no_worker_can_read_fails_its_job_and_says_why(
+    session: Session, models: Models, leases: Leases
+) -> None:
+    job = submit(session)
+    session.execute(text("update jobs set parameters = '{}', transient_retries = 3"))
+    session.commit()
+    run(job.id, models, leases)
+    failed = reload(session, job)
+    assert (failed.state, (failed.error or {})["code"]) == (JobState.FAILED, "job_unreadable")
 
 
 def test_a_job_that_runs_longer_than_it_allows_fails_with_job_timeout(

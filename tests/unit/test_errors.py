@@ -60,6 +60,7 @@ PUBLISHED = {
     "job_state_conflict": 409,
     "job_timeout": 500,
     "job_crashed": 500,
+    "job_unreadable": 503,
     "queue_full": 503,
     "owner_queue_full": 429,
     "validation_failed": 422,
