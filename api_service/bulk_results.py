@@ -142,6 +142,7 @@ def _line(item: BulkItem, job: Job | None, state: ItemState, view: JobView | Non
         attempt=view.attempt if view else 0,
         parameters=item.parameters,
         resolution=view.resolution if view else None,
+        safety=view.safety if view else None,
         error=view.error if view else None,
         outputs=view.outputs if view else [],
         timings=view.timings if view else {},

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from api_service.caller import Caller
 from shared.cache import get_cache_manager
 from shared.contracts.jobs import JobState
+from shared.contracts.safety import ConceptView, PolicyView, SafetyAction
 from shared.contracts.service import JobWindow, ModelsResponse, ModelView, StatsView, UsageView
 from shared.db import admission, spaces, usage, workers
 from shared.db.models import Generation, Image, Job
@@ -16,14 +17,14 @@ from shared.db.session import session_scope
 from shared.metrics import recent_operations
 from shared.pools import pool_statistics
 from shared.request_windows import WINDOWS_MIN, request_windows
-from shared.settings import get_settings
+from shared.settings import ConceptSettings, get_settings
 
 PERCENTILES = [0.5, 0.95, 0.99]
 
 
 def models() -> ModelsResponse:
-    """The configured generators, with what their workers have told."""
-    settings = get_settings().model
+    """The configured generators, with what their workers have told, and what their outputs are looked through for."""
+    settings, concepts = get_settings().model, get_settings().safety.concepts
     with session_scope() as session:
         known = workers.capabilities(session)
         live = workers.live(session)
@@ -38,7 +39,16 @@ def models() -> ModelsResponse:
                 updated_at=known[name][1].updated_at if name in known else None,
             )
             for name, generator in settings.generators.items()
-        ]
+        ],
+        policy=PolicyView(concepts=[_concept(each) for each in concepts]) if concepts else None,
+    )
+
+
+def _concept(concept: ConceptSettings) -> ConceptView:
+    return ConceptView(
+        name=concept.name,
+        prompt=SafetyAction(concept.prompt.action) if concept.prompt else None,
+        output=SafetyAction(concept.output.action) if concept.output else None,
     )
 
 

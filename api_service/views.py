@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -21,6 +22,7 @@ from shared.contracts.jobs import (
     Progress,
     UsedReference,
 )
+from shared.contracts.safety import SafetyRecord
 from shared.contracts.search import Neighbour
 from shared.contracts.webhooks import DeliveryState, DeliveryView
 from shared.db import outputs, pace, places
@@ -61,6 +63,7 @@ def job_list(session: Session, rows: Sequence[Job]) -> list[JobView]:
             bulk_id=row.bulk_id,
             parameters=row.parameters,
             resolution=row.resolution,
+            safety=_safety(row.safety),
             error=JobError.model_validate(row.error) if row.error else None,
             outputs=[output(each, used.get(each.id, [])) for each in made.get(row.id, [])],
             metadata=row.job_metadata,
@@ -123,8 +126,13 @@ def output(row: Generation, references: Sequence[GenerationReference]) -> Output
             )
             for each in references
         ],
+        safety=_safety(row.provenance.get("safety")),
         provenance=row.provenance,
     )
+
+
+def _safety(record: Any) -> SafetyRecord | None:
+    return SafetyRecord.model_validate(record, extra="ignore") if record else None
 
 
 def delivery(row: WebhookDelivery, type: str) -> DeliveryView:  # noqa: A002 - the field's name

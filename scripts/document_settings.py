@@ -12,7 +12,16 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from shared.settings import STARTER, GeneratorSettings, IPAdapterSettings, LoraSettings, Settings
+from shared.settings import (
+    STARTER,
+    ConceptSettings,
+    GeneratorSettings,
+    IPAdapterSettings,
+    LoraSettings,
+    OutputRule,
+    PromptRule,
+    Settings,
+)
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 INTRODUCTION = """\
@@ -35,12 +44,16 @@ def page() -> str:
         section = _section(field)
         if section is not None:
             parts.append(_table(f"`[{name}]`", list(_variables(section, f"AFTERIMAGE_{name.upper()}__"))))
-    for title, model in (
-        ("`[model.generators.NAME]`", GeneratorSettings),
-        ("`[model.generators.NAME.ip_adapter]`", IPAdapterSettings),
-        ("`[model.generators.NAME.loras.NAME]`", LoraSettings),
+    for title, variable, model in (
+        ("`[model.generators.NAME]`", "MODEL__GENERATORS", GeneratorSettings),
+        ("`[model.generators.NAME.ip_adapter]`", "MODEL__GENERATORS", IPAdapterSettings),
+        ("`[model.generators.NAME.loras.NAME]`", "MODEL__GENERATORS", LoraSettings),
+        ("`[[safety.concepts]]`", "SAFETY__CONCEPTS", ConceptSettings),
+        ("`[safety.concepts.prompt]`", "SAFETY__CONCEPTS", PromptRule),
+        ("`[safety.concepts.output]`", "SAFETY__CONCEPTS", OutputRule),
     ):
-        parts.append(_table(f"{title} (TOML, or JSON in `AFTERIMAGE_MODEL__GENERATORS`)", list(_variables(model, ""))))
+        title = f"{title} (TOML, or JSON in `AFTERIMAGE_{variable}`)"
+        parts.append(_table(title, list(_variables(model, ""))))
     return "\n".join(parts)
 
 

@@ -150,6 +150,20 @@ class InvalidOutputError(ImageGenerationError):
     code = "invalid_output"
 
 
+class PromptBlockedError(ImageGenerationError):
+    """The content policy of this service does not allow this prompt."""
+
+    code = "prompt_blocked"
+    status = 422
+
+
+class OutputBlockedError(ImageGenerationError):
+    """The content policy of this service withheld every image of the job."""
+
+    code = "output_blocked"
+    status = 422
+
+
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
 

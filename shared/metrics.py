@@ -98,6 +98,11 @@ GENERATION_MEMORY_SAVED = Counter(
     "Model calls that did not fit in memory and were repeated in a way that needs less.",
     ["model", "by"],
 )
+SAFETY_DECISIONS = Counter(
+    "safety_decisions_total",
+    "Prompts and images in which a content policy recognised a concept.",
+    ["concept", "stage", "action"],
+)
 MODEL_LOAD_DURATION = Histogram(
     "model_load_duration_seconds", "Loading and warming one model.", ["model"], buckets=LONG
 )

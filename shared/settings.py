@@ -31,6 +31,9 @@ NOT_SECTIONS = ("environment", "config_file", "url", "stack", "api_key")
 """What else may stand behind `AFTERIMAGE_`: `url` and `stack` are what a local stack tells the processes around it,
 `url` and `api_key` are what a client reads."""
 
+SAFETY_CHECKER = "safety_checker"
+"""What decisions of the checker that a model brings are called."""
+
 STARTER = Path(__file__).resolve().parent.parent / "starter"
 
 
@@ -204,6 +207,10 @@ class GeneratorSettings(Section):
     any_size: bool = Field(True, description="the model draws sizes near its native one well, not only that one")
     max_batch_size: int = Field(4, ge=1, le=64, description="images per call of the model")
     max_references: int = Field(4, ge=1, le=16, description="references per image; fewer are padded to this number")
+    safety_checker: Literal["off", "flag", "blur", "block"] = Field(
+        "block",
+        description="what becomes of an image that the model's own safety checker, if it brings one, objects to",
+    )
     cost_ms: float = Field(5, ge=0, le=10_000, description="cheap generator only: time of one batch")
 
     @model_validator(mode="after")
@@ -388,6 +395,61 @@ class SecuritySettings(Section):
     )
 
 
+class PromptRule(Section):
+    threshold: float = Field(ge=-1, le=1, description="cosine between two texts from which on the concept counts")
+    action: Literal["flag", "block"] = Field("flag", description="`block`: the job fails before anything is drawn")
+
+
+class OutputRule(Section):
+    threshold: float = Field(
+        ge=-1,
+        le=1,
+        description="cosine between image and text from which on the concept counts; lower than of two texts",
+    )
+    action: Literal["flag", "blur", "block"] = Field(
+        "flag", description="`blur`: what is stored shows a few blots of colour; `block`: nothing is stored"
+    )
+
+
+ConceptText = Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")]
+
+
+class ConceptSettings(Section):
+    """Something that prompts or outputs are looked through for."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="how decisions, metrics and logs call it")
+    texts: list[ConceptText] = Field(
+        min_length=1, max_length=64, description="short descriptions of it, each embedded; the nearest counts"
+    )
+    unless: list[ConceptText] = Field(
+        default_factory=list, max_length=64, description="what it is not: nearer to one of these it does not count"
+    )
+    prompt: PromptRule | None = Field(None, description="none: prompts are not looked through for it")
+    output: OutputRule | None = Field(None, description="none: outputs are not looked through for it")
+
+    @model_validator(mode="after")
+    def _it_is_looked_for(self) -> Self:
+        if self.prompt is None and self.output is None:
+            raise ValueError("prompt or output is required")
+        return self
+
+
+class SafetySettings(Section):
+    concepts: list[ConceptSettings] = Field(
+        default_factory=list, max_length=64, description="what the content policy looks for; none: there is no policy"
+    )
+
+    @model_validator(mode="after")
+    def _names_tell_concepts_apart(self) -> Self:
+        names = [concept.name for concept in self.concepts]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"concepts has a name twice: {', '.join(twice)}")
+        if SAFETY_CHECKER in names:
+            raise ValueError(f"concepts cannot have the name {SAFETY_CHECKER}: so the models' own checker is called")
+        return self
+
+
 class Settings(BaseSettings):
     """The whole configuration of one process."""
 
@@ -419,6 +481,7 @@ class Settings(BaseSettings):
     logging: LoggingSettings = LoggingSettings()
     metrics: MetricsSettings = MetricsSettings()
     security: SecuritySettings = SecuritySettings()
+    safety: SafetySettings = SafetySettings()
 
     @classmethod
     def settings_customise_sources(

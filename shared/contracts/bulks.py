@@ -14,6 +14,7 @@ from pydantic import Field
 from shared.contracts.common import Contract, FieldProblem, Metadata, PageQuery, Text
 from shared.contracts.generation import GenerateRequest, RagGenerateRequest
 from shared.contracts.jobs import JobError, JobKind, Lane, OutputView
+from shared.contracts.safety import SafetyRecord
 
 CustomId = Annotated[Text, Field(min_length=1, max_length=200)]
 
@@ -212,6 +213,7 @@ class BulkManifestLine(Contract):
     attempt: int = Field(0, description="tries of the job so far")
     parameters: dict[str, Any] = Field(description="the request with every default resolved")
     resolution: dict[str, Any] | None = Field(None, description="mode and references chosen, and why")
+    safety: SafetyRecord | None = Field(None, description="what a content policy decided; none: there was no policy")
     error: JobError | None = None
     outputs: list[OutputView] = Field(default_factory=list)
     missing: list[int] = Field(default_factory=list, description="in an archive: outputs whose file is gone")

@@ -8,6 +8,7 @@ from uuid import UUID
 from pydantic import Field
 
 from shared.contracts.common import Contract, Metadata, PageQuery, QueryMoment
+from shared.contracts.safety import SafetyRecord
 
 
 class JobKind(StrEnum):
@@ -90,6 +91,9 @@ class OutputView(Contract):
     content_url: str
     thumbnail_url: str
     references: list[UsedReference]
+    safety: SafetyRecord | None = Field(
+        None, description="what a content policy decided about it and its prompt; none: there was no policy"
+    )
     provenance: dict[str, Any] = Field(description="everything that decided the pixels")
 
 
@@ -115,6 +119,11 @@ class JobView(Contract):
     )
     parameters: dict[str, Any] = Field(description="the request with every default resolved")
     resolution: dict[str, Any] | None = Field(None, description="mode and references chosen, and why")
+    safety: SafetyRecord | None = Field(
+        None,
+        description="what a content policy decided; images with the action `block` are not among the outputs. None: "
+        "there was no policy",
+    )
     error: JobError | None = None
     outputs: list[OutputView] = Field(default_factory=list)
     metadata: Metadata = Field(default_factory=dict)
@@ -152,6 +161,7 @@ class EventType(StrEnum):
     STARTED = "started"
     RESOLVED = "resolved"
     DEGRADED = "degraded"
+    MODERATED = "moderated"
     REQUEUED = "requeued"
     SUCCEEDED = "succeeded"
     FAILED = "failed"

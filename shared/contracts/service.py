@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from shared.contracts.common import Contract
+from shared.contracts.safety import PolicyView
 
 
 class HealthStatus(StrEnum):
@@ -58,6 +59,9 @@ class ModelView(Contract):
 
 class ModelsResponse(Contract):
     models: list[ModelView]
+    policy: PolicyView | None = Field(
+        None, description="what prompts and outputs are looked through for; none: nothing"
+    )
 
 
 class UsageView(Contract):

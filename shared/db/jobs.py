@@ -172,6 +172,7 @@ def claim(session: Session, job_id: UUID, *, worker: str, lease_s: float) -> tup
         model_started=False,
         lease_until=_from_now(lease_s),
         started_at=func.coalesce(Job.started_at, func.now()),
+        safety=None,
         error=None,
         run_after=None,
     )
@@ -192,10 +193,19 @@ def still_owned(session: Session, claims: Iterable[Claim]) -> set[UUID]:
     return set(session.scalars(select(Job.id).where(_owned(claims))))
 
 
-def resolved(session: Session, claim: Claim, resolution: dict[str, Any]) -> bool:
-    """Record what the attempt will do: the mode and the references, and why."""
-    changed = _transition(session, _owned([claim]), event=EventType.RESOLVED, data=resolution, resolution=resolution)
-    return bool(changed)
+def resolved(
+    session: Session, claim: Claim, resolution: dict[str, Any], *, safety: dict[str, Any] | None = None
+) -> bool:
+    """Record what the attempt will do: the mode and the references, and why; and that a policy lets it."""
+    owned = _owned([claim])
+    return bool(
+        _transition(session, owned, event=EventType.RESOLVED, data=resolution, resolution=resolution, safety=safety)
+    )
+
+
+def moderated(session: Session, claim: Claim, data: dict[str, Any], *, safety: dict[str, Any]) -> bool:
+    """Tell what a policy has just decided. safety: all that it has decided about the job so far."""
+    return bool(_transition(session, _owned([claim]), event=EventType.MODERATED, data=data, safety=safety))
 
 
 def degraded(session: Session, claim: Claim, data: dict[str, Any]) -> bool:

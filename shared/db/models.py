@@ -210,6 +210,7 @@ class Job(Base):
     bulk_id: Mapped[UUID | None] = mapped_column(ForeignKey("bulks.id", ondelete="SET NULL"))
     bulk_line: Mapped[int | None] = mapped_column(Integer)
     resolution: Mapped[dict[str, Any] | None]
+    safety: Mapped[dict[str, Any] | None]  # what a content policy decided; none: there was none
     timings: Mapped[dict[str, float]] = mapped_column(server_default="{}")
 
     attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))

@@ -56,6 +56,8 @@ PUBLISHED = {
     "reference_unavailable": 422,
     "reference_deleted": 422,
     "invalid_output": 500,
+    "prompt_blocked": 422,
+    "output_blocked": 422,
     "job_error": 409,
     "job_state_conflict": 409,
     "job_timeout": 500,

@@ -1,5 +1,6 @@
 """Where settings come from, and how a wrong one is told."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from pydantic_core import PydanticUndefined
 
 from shared.errors import ConfigurationError
 from shared.settings import (
+    ConceptSettings,
     Environment,
     GeneratorSettings,
     IPAdapterSettings,
     LoraSettings,
+    OutputRule,
+    PromptRule,
     Section,
     Settings,
     get_settings,
@@ -61,7 +65,13 @@ def test_nothing_has_to_be_set() -> None:
 @pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
 def test_every_field_of_every_section_has_a_default(section: type[BaseModel]) -> None:
     # These describe one entry of a list that is empty by default: what they name cannot be guessed.
-    required = {IPAdapterSettings: {"source"}, LoraSettings: {"source"}}.get(section, set())
+    required = {
+        IPAdapterSettings: {"source"},
+        LoraSettings: {"source"},
+        ConceptSettings: {"name", "texts"},
+        PromptRule: {"threshold"},
+        OutputRule: {"threshold"},
+    }.get(section, set())
     without = {name for name, field in section.model_fields.items() if field.is_required()}
     assert without == required
 
@@ -290,3 +300,37 @@ def test_several_unsafe_combinations_are_told_at_once() -> None:
 )
 def test_a_safe_combination_is_accepted(overrides: dict[str, Any]) -> None:
     load_settings(**overrides)
+
+
+# --- the content policy -------------------------------------------------------------------------------------------
+
+RULE = {"threshold": 0.9, "action": "block"}
+WEAPON = {"name": "weapon", "texts": ["a gun"], "prompt": RULE}
+
+
+def test_there_is_no_content_policy_unless_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().safety.concepts == []
+    monkeypatch.setenv("AFTERIMAGE_SAFETY__CONCEPTS", json.dumps([WEAPON]))
+    (concept,) = load_settings().safety.concepts
+    assert concept.prompt is not None
+    assert (concept.name, concept.prompt.action, concept.output) == ("weapon", "block", None)
+
+
+@pytest.mark.parametrize(
+    ("concepts", "place"),
+    [
+        ([{**WEAPON, "name": "Weapons!"}], "concepts.0.name"),
+        ([{**WEAPON, "texts": []}], "concepts.0.texts"),
+        ([{**WEAPON, "texts": [" "]}], "concepts.0.texts.0"),
+        ([{**WEAPON, "prompt": {"threshold": 1.1}}], "concepts.0.prompt.threshold"),
+        ([{**WEAPON, "prompt": {"threshold": 0.5, "action": "blur"}}], "concepts.0.prompt.action"),
+        ([{**WEAPON, "treshold": 1}], "concepts.0.treshold"),
+        ([{**WEAPON, "prompt": None}], "prompt or output is required"),
+        ([WEAPON, WEAPON], "a name twice: weapon"),
+        ([{**WEAPON, "name": "safety_checker"}], "safety_checker"),
+    ],
+)
+def test_a_policy_that_would_not_hold_stops_the_start(concepts: list[dict[str, Any]], place: str) -> None:
+    (line,) = mistakes(safety={"concepts": concepts})
+    assert line.startswith("safety")
+    assert place in line
