@@ -21,12 +21,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -70,8 +73,11 @@ def save_clip(folder: Path, *, seed: int = 0, dim: int = CLIP_DIM) -> None:
     )
 
 
-def save_sd15(folder: Path, *, seed: int = 0) -> None:
-    """StableDiffusionPipeline; in `ip_adapter/`, an adapter whose encoder is the retrieval CLIP."""
+def save_sd15(folder: Path, *, seed: int = 0, objects: bool | None = None) -> None:
+    """StableDiffusionPipeline; in `ip_adapter/`, an adapter whose encoder is the retrieval CLIP.
+
+    objects: with a safety checker, which objects to everything or to nothing.
+    """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(**_unet(cross_attention_dim=32))
     StableDiffusionPipeline(
@@ -80,9 +86,9 @@ def save_sd15(folder: Path, *, seed: int = 0) -> None:
         tokenizer=_clip_tokenizer(),
         unet=unet,
         scheduler=PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        safety_checker=None if objects is None else _safety_checker(objects=objects),
+        feature_extractor=None if objects is None else CLIPImageProcessor(size=32, crop_size=32),
+        requires_safety_checker=objects is not None,
     ).save_pretrained(folder)
     projection = _global_projection(dim=CLIP_DIM, cross_attention_dim=32)
     _save_ip_adapter(folder / "ip_adapter" / "ip_adapter.safetensors", unet, projection)
@@ -167,6 +173,16 @@ def save_flux(folder: Path, *, seed: int = 0) -> None:
             guidance_embeds=True,
         ),
     ).save_pretrained(folder)
+
+
+def _safety_checker(*, objects: bool) -> StableDiffusionSafetyChecker:
+    vision = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config={**vision, "image_size": 32, "patch_size": 16}, projection_dim=16)
+    checker = StableDiffusionSafetyChecker(config)
+    # These are its thresholds: no cosine is below -2, and none above 2.
+    checker.concept_embeds_weights.data.fill_(-2 if objects else 2)
+    checker.special_care_embeds_weights.data.fill_(2)
+    return checker
 
 
 def _vae(**overrides: Any) -> AutoencoderKL:

@@ -25,6 +25,10 @@ class CheapGenerator:
     cost_s: float
     reference_dim: int | None = None
 
+    @property
+    def has_safety_checker(self) -> bool:
+        return False
+
     @classmethod
     def load(cls, name: str, settings: ModelSettings) -> "CheapGenerator":
         generator = settings.generators.get(name)
@@ -69,6 +73,9 @@ class CheapGenerator:
             if not on_step(step, steps):
                 raise Interrupted
         return [_blocks(request) for request in requests]
+
+    def unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:
+        return [False for _ in images]
 
 
 def _preview(request: ImageRequest) -> np.ndarray:

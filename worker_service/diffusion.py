@@ -19,6 +19,7 @@ from shared.errors import InvalidOutputError, ModelLoadError, ModelNotFoundError
 from shared.settings import GeneratorDefaults, GeneratorSettings, ModelSettings
 from worker_service import accelerator, conditioning, loading, pipelines, previews, schedulers
 from worker_service.image_request import ImageRequest, Interrupted, OnStep, Reference, to_show
+from worker_service.safety_checker import SafetyChecker
 
 VAE_SLICING, VAE_TILING = "vae_slicing", "vae_tiling"
 
@@ -40,6 +41,7 @@ class Diffusion:
     own_scheduler: SchedulerMixin
     """Only a pattern: no call runs it, because a run changes it."""
     settings: GeneratorSettings
+    safety_checker: SafetyChecker | None = None
 
     @classmethod
     def load(cls, name: str, settings: ModelSettings) -> Self:
@@ -59,6 +61,7 @@ class Diffusion:
         with loading.readable_load_errors(type(pipeline).__name__, generator.source):
             capabilities = _capabilities(pipeline, image_to_image, generator)
             check_parameters(capabilities, scheduler=generator.defaults.scheduler)
+        checker = SafetyChecker.taken_from(pipeline, image_to_image)
         return cls(
             name=name,
             capabilities=capabilities,
@@ -67,6 +70,7 @@ class Diffusion:
             image_to_image=image_to_image,
             own_scheduler=pipeline.scheduler,
             settings=generator,
+            safety_checker=None if generator.safety_checker == "off" else checker,
         )
 
     @property
@@ -102,6 +106,10 @@ class Diffusion:
             references=(blank,) if adapted else (),
         )
         self.generate([request], lambda step, steps: True)
+
+    @property
+    def has_safety_checker(self) -> bool:
+        return self.safety_checker is not None
 
     def memory_savers(self, images: int) -> Sequence[str]:
         """Asked of the VAE, whose decoding is the peak: slices take the images of a batch one by one, tiles take an
@@ -144,6 +152,12 @@ class Diffusion:
                 negative_prompt=request.negative_prompt,
             )
         return accelerator.run_on(self.text_to_image.device, lambda: self._call(requests, on_step), items=len(requests))
+
+    def unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:
+        checker = self.safety_checker
+        if checker is None:
+            return [False for _ in images]
+        return accelerator.run_on(self.text_to_image.device, lambda: checker.objects_to(images), items=len(images))
 
     def _call(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
         first = requests[0]

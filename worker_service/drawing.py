@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shared.contracts.safety import SafetyDecision
 from shared.errors import InvalidOutputError, ModelOutOfMemoryError
 from shared.metrics import GENERATION_MEMORY_SAVED
 from worker_service.image_request import ImageModel, ImageRequest, OnStep
@@ -21,6 +22,10 @@ class Drawn:
     """uint8, shape (height, width, 3), RGB."""
     memory_savers: tuple[str, ...] = ()
     """What was done to make it fit, such as `vae_tiling`; its pixels differ from those drawn without."""
+    unsafe: bool = False
+    """The safety checker that came with the model objects to it."""
+    decisions: tuple[SafetyDecision, ...] = ()
+    """What the content policy recognised in it."""
 
 
 def draw(model: ImageModel, requests: Sequence[ImageRequest], on_step: OnStep) -> list[Drawn]:
@@ -42,10 +47,11 @@ def draw(model: ImageModel, requests: Sequence[ImageRequest], on_step: OnStep) -
         try:
             with model.saving_memory(savers):
                 images = model.generate(requests, on_step)
+                _check(images, requests)
+                unsafe = model.unsafe(images)
         except ModelOutOfMemoryError:
             continue
-        _check(images, requests)
-        return [Drawn(image, savers) for image in images]
+        return [Drawn(image, savers, bad) for image, bad in zip(images, unsafe, strict=True)]
     first = requests[0]
     raise ModelOutOfMemoryError(
         f"{len(requests)} image(s) of {first.width} x {first.height} do not fit in memory.",

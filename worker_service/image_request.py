@@ -107,6 +107,10 @@ class ImageModel(Protocol):
     defaults: GeneratorDefaults
 
     @property
+    def has_safety_checker(self) -> bool:
+        """Did it bring a safety checker, and is it to be asked?"""
+
+    @property
     def reference_dim(self) -> int | None:
         """Length that the references' vectors must have; none when the model conditions on no vectors."""
 
@@ -129,4 +133,11 @@ class ImageModel(Protocol):
             Interrupted: `on_step` returned False.
             ModelOutOfMemoryError: the batch does not fit; a smaller one may.
             InvalidOutputError: the model returned something that is not an image.
+        """
+
+    def unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:
+        """Which of the images that it drew its safety checker objects to; none where it has none.
+
+        Raises:
+            ModelOutOfMemoryError
         """
