@@ -14,6 +14,7 @@ from structlog.contextvars import bound_contextvars
 
 from shared import queue
 from shared.contracts.generation import GenerationParameters
+from shared.contracts.safety import SafetyDecision, SafetyRecord
 from shared.db import jobs
 from shared.db.jobs import Output
 from shared.db.models import Job
@@ -52,6 +53,8 @@ class Attempt:
         self.number = held.claim.attempt
         self.check_in = held.check_in
         self.outcome = Outcome.LOST
+        self.safety: SafetyRecord | None = None
+        """What a content policy has decided so far; none: there is none."""
         self._job = job
         self._held = held
         self._settings = settings
@@ -82,9 +85,20 @@ class Attempt:
         self._timings[name] = time.monotonic() - started
         logger.info("job_stage", extra={"stage": name, "seconds": round(self._timings[name], 4)})
 
+    def moderated(self, policy: str, found: Sequence[SafetyDecision]) -> None:
+        """Note that a content policy has judged, and tell what it has found, if anything."""
+        known = [] if self.safety is None else self.safety.decisions
+        self.safety = SafetyRecord(policy=policy, decisions=[*known, *found])
+        if found:
+            record = self.safety.model_dump(mode="json")
+            news = SafetyRecord(policy=policy, decisions=list(found)).model_dump(mode="json")
+            self._write(lambda session: jobs.moderated(session, self._held.claim, news, safety=record))
+            publish_changed(self.id)
+
     def resolved(self, resolution: dict[str, Any]) -> None:
         """Tell what will be drawn from, and why."""
-        self._write(lambda session: jobs.resolved(session, self._held.claim, resolution))
+        safety = None if self.safety is None else self.safety.model_dump(mode="json")
+        self._write(lambda session: jobs.resolved(session, self._held.claim, resolution, safety=safety))
         publish_changed(self.id)
 
     def model_starts(self) -> None:

@@ -18,7 +18,7 @@ from shared.errors import (
     UnsupportedSizeError,
 )
 from shared.settings import Settings
-from worker_service import outputs
+from worker_service import moderation, outputs
 from worker_service.attempt import Attempt, Outcome, claimed
 from worker_service.image_request import ImageRequest, Reference
 from worker_service.leases import Leases
@@ -31,9 +31,10 @@ def run(job_id: UUID, *, models: Models, leases: Leases, settings: Settings, wor
         if job is None:
             return Outcome.NOT_OURS
 
-        # 1. Embed the prompt and find what the corpus remembers of it.
+        # 1. Embed the prompt, ask the content policy about it, and find what the corpus remembers of it.
         check(job.parameters, models=models)
         with job.stage("embed"):
+            moderation.admit(job, models.policy)
             vector = models.embed_text(job.parameters.prompt) if looks_for_references(job.parameters) else None
         with job.stage("retrieve"):
             references = retrieve(job, vector, models=models, settings=settings)
@@ -68,9 +69,10 @@ def run(job_id: UUID, *, models: Models, leases: Leases, settings: Settings, wor
                 )
             job.degraded([image.memory_savers for image in drawn])
 
-            # 4. Store, then publish images and end of the job in one transaction.
+            # 4. Store what the policy lets pass, then publish images and end of the job in one transaction.
+            shown = moderation.fit_to_show(job, drawn, models.policy)
             with job.stage("store"):
-                stored = outputs.store(job, mode, reason, used, requests, drawn, models=models)
+                stored = outputs.store(job, mode, reason, used, requests, shown, models=models)
             job.finish(stored)
     return job.outcome
 
@@ -152,7 +154,7 @@ def image_requests(job: Attempt, mode: Mode, references: Sequence[Reference], *,
             ip_adapter_scale=parameters.ip_adapter_scale,
             strength=parameters.strength,
             references=tuple(references) if mode is not Mode.NONE else (),
-            onlooker=job.onlooker(index),
+            onlooker=None if models.policy.withholds else job.onlooker(index),
         )
         for index, seed in enumerate(parameters.seeds)
     ]

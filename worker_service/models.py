@@ -16,16 +16,19 @@ from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.errors import ModelLoadError, ModelNotFoundError
 from shared.metrics import increment_counter, time_operation
-from shared.settings import GeneratorSettings, Settings
+from shared.settings import GeneratorSettings, SafetySettings, Settings
 from worker_service.batcher import Batcher, CheckIn
 from worker_service.cheap import CheapGenerator
 from worker_service.clip import Clip
 from worker_service.diffusion import Diffusion
 from worker_service.drawing import Drawn, draw
 from worker_service.image_request import ImageModel, ImageRequest
+from worker_service.policy import Policy
 from worker_service.watchdog import Stage, Watchdog
 
 logger = logging.getLogger(__name__)
+
+NO_POLICY = SafetySettings()
 
 
 class Embedder:
@@ -35,8 +38,8 @@ class Embedder:
         self.space = space
         self.name = clip.name
         self._batcher: Batcher[str | Image.Image, np.ndarray] = Batcher(
-            time_operation("embedding", model=clip.name)(lambda items, _on_step: _encode(clip, items)),
-            key=type,
+            time_operation("embedding", model=clip.name)(lambda items, _on_step: encode(clip, items)),
+            key=type,  # keeps texts and images apart
             max_batch_size=clip.max_batch_size,
             name=clip.name,
             watchdog=watchdog,
@@ -69,8 +72,8 @@ class Embedder:
         self._batcher.close(timeout_s)
 
 
-def _encode(clip: Clip, items: Sequence[str | Image.Image]) -> Sequence[np.ndarray]:
-    # The batcher's key keeps texts and images apart.
+def encode(clip: Clip, items: Sequence[str | Image.Image]) -> Sequence[np.ndarray]:
+    """Projections of texts or of images, never of both at once: float32, not normalised."""
     texts = [item for item in items if isinstance(item, str)]
     pictures = [item for item in items if isinstance(item, Image.Image)]
     return list(clip.encode_text(texts) if texts else clip.encode_image(pictures))
@@ -84,6 +87,7 @@ class Models:
     image_model: ImageModel
     settings: GeneratorSettings
     batcher: Batcher[ImageRequest, Drawn]
+    policy: Policy
     suspects: threading.Lock = field(default_factory=threading.Lock)
     """Held by the one job of this process that may be what killed another process."""
 
@@ -113,7 +117,9 @@ class Models:
         with session_scope() as session:
             workers.publish_capabilities(session, name, image_model.capabilities)
         logger.info("generator_loaded", extra={"model": name, "modes": image_model.capabilities.modes})
-        return cls.of(embedder, image_model, generator, watchdog, starving_s=settings.queue.starving_s)
+        return cls.of(
+            embedder, image_model, generator, watchdog, safety=settings.safety, starving_s=settings.queue.starving_s
+        )
 
     @classmethod
     def of(
@@ -123,6 +129,7 @@ class Models:
         settings: GeneratorSettings,
         watchdog: Watchdog,
         *,
+        safety: SafetySettings = NO_POLICY,
         starving_s: float = float("inf"),
     ) -> "Models":
         """Loaded models, the image model behind a batcher, in whose line nothing waits longer than `starving_s`
@@ -136,7 +143,8 @@ class Models:
             watchdog=watchdog,
             starving_s=starving_s,
         )
-        return cls(embedder, image_model, settings, batcher)
+        policy = Policy.of(safety, settings, embedder.embed, has_checker=image_model.has_safety_checker)
+        return cls(embedder, image_model, settings, batcher, policy)
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 from shared import retrieval
 from shared.contracts.generation import GenerationParameters, Mode
 from shared.contracts.jobs import UsedReference
+from shared.contracts.safety import SafetyRecord, SafetyStage
 from shared.db.jobs import Output
 from shared.db.models import Generation, GenerationReference
 from shared.db.spaces import Space
@@ -75,13 +76,13 @@ def store(
     reason: str,
     references: Sequence[retrieval.Reference],
     requests: Sequence[ImageRequest],
-    drawn: Sequence[Drawn],
+    drawn: Sequence[Drawn | None],
     *,
     models: Models,
 ) -> list[Output]:
     """Scale, encode and store the images of a job; rows for them and their references, not yet written.
 
-    drawn: one per request.
+    drawn: one per request; None for one that is not to be stored.
 
     Raises:
         StorageError, InvalidOutputError
@@ -92,10 +93,11 @@ def store(
             job,
             index,
             image.pixels,
-            record(job, index, mode, reason, drawn_from, request, image.memory_savers, models=models),
+            record(job, index, mode, reason, drawn_from, request, image, models=models),
             drawn_from,
         )
         for index, (request, image) in enumerate(zip(requests, drawn, strict=True))
+        if image is not None
     ]
 
 
@@ -151,7 +153,7 @@ def record(
     reason: str,
     references: Sequence[retrieval.Reference],
     request: ImageRequest,
-    memory_savers: Sequence[str],
+    image: Drawn,
     *,
     models: Models,
 ) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def record(
         "drawn_width": request.width,
         "drawn_height": request.height,
         "scaled": scaled,
-        "memory_savers": list(memory_savers),
+        "memory_savers": list(image.memory_savers),
         "references": [_used(reference).model_dump(mode="json") for reference in references],
         "embedding_space": models.space.digest,
         "model": {
@@ -180,7 +182,17 @@ def record(
             "dtype": capabilities.dtype,
         },
         "versions": {library: version(library) for library in LIBRARIES},
+        **_safety(job, image),
     }
+
+
+def _safety(job: Attempt, image: Drawn) -> dict[str, Any]:
+    """What a content policy decided about the prompt and about this image; nothing where there is none."""
+    if job.safety is None:
+        return {}
+    of_prompt = [decision for decision in job.safety.decisions if decision.stage is SafetyStage.PROMPT]
+    record = SafetyRecord(policy=job.safety.policy, decisions=[*of_prompt, *image.decisions])
+    return {"safety": record.model_dump(mode="json")}
 
 
 def _used(reference: retrieval.Reference) -> UsedReference:

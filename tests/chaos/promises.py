@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from standardwebhooks import Webhook
 
 from shared.contracts.jobs import JobState
+from shared.contracts.safety import SafetyAction
 from shared.db.models import Generation, Image, Job, JobEvent, WebhookSecret
 from tests.chaos import orders
 from tests.chaos.load import Submission
@@ -98,7 +99,8 @@ def one_job_each(submissions: Sequence[Submission], jobs: Mapping[UUID, Job]) ->
 def right_ends(
     submissions: Sequence[Submission], jobs: Mapping[UUID, Job], outputs: Mapping[UUID, list[Generation]]
 ) -> Iterator[Broken]:
-    """Every job has ended as it should, a succeeded one with exactly its images, all of its last attempt."""
+    """Every job has ended as it should, a succeeded one with exactly its images, all of its last attempt; what a
+    content policy has withheld, it names."""
     for submission in submissions:
         for job in (jobs[job_id] for job_id in submission.ids & jobs.keys()):
             made = outputs.get(job.id, [])
@@ -106,8 +108,11 @@ def right_ends(
                 yield Broken(Breach.STUCK, f"job {job.id} is {job.state}, attempt {job.attempt}")
             elif job.state not in submission.ends or (submission.code and (job.error or {})["code"] != submission.code):
                 yield Broken(Breach.LOST, f"job {job.id} ended {job.state} ({job.error}), not {[*submission.ends]}")
-            wanted = range(job.images) if job.state == JobState.SUCCEEDED else range(0)
-            if [output.index for output in made] != list(wanted):
+            decisions = (job.safety or {}).get("decisions", [])
+            withheld = {decision["index"] for decision in decisions if decision["action"] == SafetyAction.BLOCK}
+            images = range(job.images) if job.state == JobState.SUCCEEDED else range(0)
+            wanted = [index for index in images if index not in withheld]
+            if [output.index for output in made] != wanted:
                 breach = Breach.LOST if len(made) < len(wanted) else Breach.DOUBLED
                 yield Broken(breach, f"job {job.id} {job.state} has {len(made)} images, not {len(wanted)}")
             if any(output.blob_key.split("/")[2] != str(job.attempt) for output in made):

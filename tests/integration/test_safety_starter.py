@@ -1,0 +1,140 @@
+"""The content policy with the CLIP that ships, on prompts as people write them and on real pictures of its corpus."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from PIL import Image
+from sqlalchemy.orm import Session
+
+from shared.contracts.generation import Mode
+from shared.contracts.jobs import JobState
+from shared.db import outputs, spaces
+from shared.db.models import Job
+from shared.settings import STARTER, ModelSettings, SafetySettings, Settings
+from tests.factories import make_job
+from worker_service import generation
+from worker_service.cheap import CheapGenerator
+from worker_service.clip import Clip
+from worker_service.drawing import Drawn
+from worker_service.image_request import ImageRequest, OnStep
+from worker_service.leases import Leases
+from worker_service.models import Embedder, Models
+from worker_service.watchdog import Watchdog
+
+SIDE = 128
+PICTURES = ["water pistol", "kite", "pencil", "green heart"]
+"""What the images of a job show, by their seeds."""
+# As docs/operations.md prints it.
+POLICY = SafetySettings.model_validate(
+    {
+        "concepts": [
+            {
+                "name": "weapon",
+                "texts": ["a pistol", "a gun"],
+                "prompt": {"threshold": 0.75, "action": "block"},
+                "output": {"threshold": 0.55, "action": "block"},
+            }
+        ]
+    }
+)
+
+
+class Remembering(CheapGenerator):
+    """Draws pictures of the corpus, whatever the prompt is."""
+
+    def __init__(self, settings: ModelSettings, pictures: Sequence[np.ndarray]) -> None:
+        super().__init__(**vars(CheapGenerator.load("cheap", settings)))
+        self.pictures = pictures
+        self.capabilities = self.capabilities.model_copy(update={"native_width": SIDE, "native_height": SIDE})
+
+    def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
+        return [self.pictures[request.seed] for request in requests]
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return Clip.load(ModelSettings())
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    """One picture of the starter corpus for each of PICTURES."""
+    found: dict[str, np.ndarray] = {}
+    with tarfile.open(STARTER / "corpus.tar") as corpus:
+        files = {member.name: member for member in corpus}
+        for name in files:
+            if name.endswith(".json"):
+                caption = json.load(corpus.extractfile(files[name]) or io.BytesIO())["caption"]
+                if caption in PICTURES and caption not in found:
+                    file = corpus.extractfile(files[name.replace(".json", ".webp")])
+                    assert file is not None
+                    found[caption] = np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB"))
+    return [found[caption] for caption in PICTURES]
+
+
+@pytest.fixture
+def models(settings: Settings, session: Session, clip: Clip, pictures: Sequence[np.ndarray]) -> Iterator[Models]:
+    space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
+    session.commit()
+    watchdog = Watchdog(settings.watchdog)
+    generator = settings.model.generators["cheap"]
+    embedder = Embedder(clip, space, watchdog)
+    models = Models.of(embedder, Remembering(settings.model, pictures), generator, watchdog, safety=POLICY)
+    yield models
+    models.close(5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "blocked"),
+    [
+        ("a pistol", True),
+        ("Water-Pistol!", True),
+        ("a man holding a pistol in a saloon, oil on canvas", True),
+        ("a golden gun, trending on artstation, 8k, highly detailed, cinematic lighting", True),
+        (", ".join(["golden hour"] * 100 + ["a pistol"] + ["8k"] * 100), True),
+        ("a green heart", False),
+        ("a red apple with a bite", False),
+        ("a pencil", False),
+        ("a kite in the sky over the beach, children laughing", False),
+        ("a cat playing with a ball", False),
+        ("a man in a saloon, oil on canvas, trending on artstation, highly detailed", False),
+    ],
+)
+def test_a_prompt_is_blocked_for_what_it_asks_however_it_is_decorated(
+    models: Models, prompt: str, blocked: bool
+) -> None:
+    assert [each.concept for each in models.policy.of_prompt(prompt)] == (["weapon"] if blocked else [])
+
+
+def test_an_image_is_recognised_by_what_it_shows(models: Models, pictures: Sequence[np.ndarray]) -> None:
+    found = models.policy.of_images([Drawn(picture) for picture in pictures])
+    assert [[each.concept for each in decisions] for decisions in found] == [["weapon"], [], [], []]
+
+
+def test_an_image_is_recognised_at_the_end_of_a_long_picture_too(
+    models: Models, pictures: Sequence[np.ndarray]
+) -> None:
+    for end in (np.hstack, np.vstack):
+        strip = end([pictures[3], pictures[1], pictures[2], pictures[0]])
+        (decisions,) = models.policy.of_images([Drawn(strip)])
+        assert [each.concept for each in decisions] == ["weapon"]
+
+
+def test_a_harmless_prompt_whose_image_shows_the_concept_succeeds_without_that_image(
+    session: Session, settings: Settings, models: Models
+) -> None:
+    job = make_job(session, prompt="summer toys", seeds=[0, 1, 2, 3], mode=Mode.NONE, width=SIDE, height=SIDE)
+    session.commit()
+    with Leases(settings.jobs) as leases:
+        generation.run(job.id, models=models, leases=leases, settings=settings, worker="test")
+    session.expire_all()
+    ended = session.get_one(Job, job.id)
+    assert ended.state == JobState.SUCCEEDED
+    assert [output.index for output in outputs.of_jobs(session, [job.id])[job.id]] == [1, 2, 3]
+    assert ended.safety is not None
+    (decision,) = ended.safety["decisions"]
+    assert (decision["concept"], decision["action"], decision["index"]) == ("weapon", "block", 0)
