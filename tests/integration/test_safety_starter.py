@@ -138,3 +138,12 @@ def test_a_harmless_prompt_whose_image_shows_the_concept_succeeds_without_that_i
     assert ended.safety is not None
     (decision,) = ended.safety["decisions"]
     assert (decision["concept"], decision["action"], decision["index"]) == ("weapon", "block", 0)
+
+
+def test_a_worker_that_starts_under_a_policy_applies_it(session: Session, settings: Settings) -> None:
+    under_policy = settings.model_copy(update={"safety": POLICY})
+    models = Models.load("cheap", under_policy, Watchdog(settings.watchdog))
+    try:
+        assert [each.action for each in models.policy.of_prompt("a pistol")] == ["block"]
+    finally:
+        models.close(5)
