@@ -1,5 +1,7 @@
 """`python -m starter.train STAGE`: train one stage from its last checkpoint on, or `all`, or `export`, or `measure`.
 
+`adopt` makes checkpoints of the models that were exported, to go on from where no others are.
+
 Order: clip and autoencoder (in any order), then queries (needs clip) and generator (needs both), judge, export.
 """
 
@@ -12,13 +14,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from starter.train.adapter import join_adapter
 from starter.train.autoencoder import AutoencoderStage
 from starter.train.clip import JUDGE, RETRIEVER, ClipShape, ClipStage, image_vectors
 from starter.train.dataset import load_dataset
 from starter.train.export import export_clip, export_generator, replace_folder
 from starter.train.generator import GeneratorStage
-from starter.train.loop import Plan, Stage, best_checkpoint, load_checkpoint, train
+from starter.train.loop import CHECKPOINT, Plan, Stage, best_checkpoint, load_checkpoint, save_checkpoint, train
 from starter.train.measure import NONSENSE, recall, reconstruction_psnr, similarity_ranges, text_vectors
 from starter.train.plot import plot_losses
 from starter.train.queries import QueryStage
@@ -28,6 +33,7 @@ from starter.train.tokens import learn_tokenizer, load_tokenizer
 VOCAB_SIZE = 5000
 AnyStage = TypeVar("AnyStage", bound=Stage)
 MODELS = Path(__file__).parents[1] / "models"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def clip(folder: Path, shape: ClipShape = RETRIEVER, name: str = "clip") -> ClipStage:
@@ -103,6 +109,43 @@ def export(folder: Path, out: Path) -> None:
             replace_folder(Path(new) / "generator", out / "generator")
 
 
+def adopt(models: Path, folder: Path) -> None:
+    """Write checkpoints into `folder` that hold the weights of `models`: training goes on from what was exported.
+
+    What an export leaves out begins anew: the optimisers' states, and float32's last digits.
+    """
+    if (folder / "clip").exists():
+        raise FileExistsError(f"{folder} holds checkpoints already")
+    load_tokenizer(models / "clip").save_pretrained(str(folder / "tokenizer"))
+    retriever = clip(folder)
+    retriever.module.load_state_dict(weights(models / "clip" / "open_clip_model.safetensors"))
+    write_checkpoint(retriever, folder)
+    write_checkpoint(queries(folder), folder)
+    second = judge(folder)
+    second.module.load_state_dict(weights(models / "judge" / "open_clip_model.safetensors"))
+    write_checkpoint(second, folder)
+    parts = models / "generator"
+    pixels = autoencoder(folder)
+    pixels.module.load_state_dict(weights(parts / "vae" / DIFFUSERS_WEIGHTS))
+    write_checkpoint(pixels, folder)
+    painter = generator(folder)
+    adapter = weights(parts / "ip_adapter" / "ip_adapter.safetensors")
+    painter.average = join_adapter(weights(parts / "unet" / DIFFUSERS_WEIGHTS), adapter, painter.unet)
+    painter.module.load_state_dict(painter.average)
+    write_checkpoint(painter, folder)
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    """A safetensors file in float32."""
+    return {key: value.float() for key, value in load_file(path).items()}
+
+
+def write_checkpoint(stage: Stage, folder: Path) -> None:
+    """As if after one step: the warm-up of the rate comes again."""
+    (folder / stage.name).mkdir(exist_ok=True)
+    save_checkpoint(stage, folder / stage.name / CHECKPOINT, stage.optimizer(), 1)
+
+
 def measure(folder: Path) -> dict[str, object]:
     """The figures of the model card, of the trained checkpoints in `folder`."""
     dataset = load_dataset()
@@ -136,9 +179,9 @@ def run(name: str, folder: Path, *, steps: int | None, cooldown: int | None, min
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*RECIPE, "all", "export", "measure"])
+    parser.add_argument("stage", choices=[*RECIPE, "all", "export", "measure", "adopt"])
     parser.add_argument("--folder", type=Path, default=Path("var/training"), help="checkpoints and logs")
-    parser.add_argument("--out", type=Path, default=MODELS, help="where `export` writes")
+    parser.add_argument("--out", type=Path, default=MODELS, help="where `export` writes and `adopt` reads")
     parser.add_argument("--steps", type=int, help="stop when the stage has this many in all (default: the recipe's)")
     parser.add_argument("--cooldown", type=int, help="then decay the rate for this many steps (default: the recipe's)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="or stop each stage after this time")
@@ -148,6 +191,9 @@ def main() -> None:
     torch.manual_seed(0)
     if arguments.stage == "measure":
         print(json.dumps(measure(arguments.folder), indent=2))
+        return
+    if arguments.stage == "adopt":
+        adopt(arguments.out, arguments.folder)
         return
     for name in RECIPE if arguments.stage == "all" else [arguments.stage]:
         if name != "export":

@@ -98,6 +98,21 @@ def split_adapter(state: dict[str, Tensor], unet: UNet2DConditionModel) -> tuple
     return plain, adapter
 
 
+def join_adapter(plain: dict[str, Tensor], adapter: dict[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The state dict that `split_adapter` took apart."""
+    names = cross_attention_names(unet)
+    state = dict(plain)
+    for key, value in adapter.items():
+        kind, rest = key.split(".", maxsplit=1)
+        if kind == "image_proj":
+            own = {"proj.weight": "image_embeds.weight", "proj.bias": "image_embeds.bias"}.get(rest, rest)
+            state[f"encoder_hid_proj.image_projection_layers.0.{own}"] = value
+        else:
+            number, part, _weight = rest.split(".")
+            state[f"{names[(int(number) - 1) // 2]}.{part}.0.weight"] = value
+    return state
+
+
 def conditioning(vectors: Tensor, weights: Tensor, size: int) -> dict[str, Any]:
     """Arguments for `unet(...)`. `vectors` (B, K, E), `weights` (B, K): each reference's share, 0 for padding.
 

@@ -44,9 +44,8 @@ def export_generator(stage: GeneratorStage, folder: Path) -> None:
 
     The weights are the stage's running average; the text encoder is the CLIP's text tower.
     """
-    unet: Any = stage.module
-    plain_state, adapter_state = split_adapter(stage.average, unet)
-    plain = UNet2DConditionModel(**plain_config(unet))
+    plain_state, adapter_state = split_adapter(stage.average, stage.unet)
+    plain = UNet2DConditionModel(**plain_config(stage.unet))
     plain.load_state_dict(plain_state)
     pipeline = StableDiffusionPipeline(
         vae=copy.deepcopy(stage.autoencoder),

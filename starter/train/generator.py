@@ -147,6 +147,7 @@ class GeneratorStage:
         self.units = F.normalize(self.vectors, dim=-1)
         unet = build_unet(self.text_encoder.config.hidden_size, self.vectors.shape[1], widths)
         attend_in_one_product(unet)
+        self.unet = unet
         self.module: nn.Module = unet
         self.forward: Any = torch.compile(unet, dynamic=False) if compiled else unet
         self.average = {name: value.detach().clone() for name, value in unet.state_dict().items()}

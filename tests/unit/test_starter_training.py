@@ -11,16 +11,18 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from torch import nn
 from transformers import CLIPTokenizer
 
 from starter.train import loop
-from starter.train.adapter import OneProductAttention, conditioning
+from starter.train.adapter import OneProductAttention, conditioning, join_adapter, split_adapter
 from starter.train.autoencoder import AutoencoderStage
 from starter.train.clip import ClipShape, ClipStage, encode_text, image_vectors, tokenize
 from starter.train.dataset import Dataset, load_dataset, to_unit
 from starter.train.export import export_clip, export_generator
 from starter.train.generator import LATENT_PX, REFERENCES, GeneratorStage
 from starter.train.loop import Plan, Stage, train
+from starter.train.optimizer import MuonWithAdamW, as_matrix
 from starter.train.plot import plot_losses
 from starter.train.queries import QueryStage
 from starter.train.texts import vocabulary_texts
@@ -159,6 +161,24 @@ def test_the_generator_learns_and_its_folder_loads_through_diffusers(
     torch.testing.assert_close(alone, both[1:], atol=1e-3, rtol=0)
     without = paint(pipeline, ["robot"], torch.zeros_like(vectors[1:]), torch.zeros(1, REFERENCES), seeds=[2])
     assert (without - alone).abs().max() > 1e-5
+
+
+def test_an_exported_generator_can_be_taken_up_again(dataset: Dataset, tokenizer: CLIPTokenizer) -> None:
+    stage = small_generator(dataset, tokenizer)
+    together = join_adapter(*split_adapter(stage.average, stage.unet), stage.unet)
+    assert together.keys() == stage.average.keys()
+    assert all(torch.equal(together[name], value) for name, value in stage.average.items())
+
+
+def test_kernels_are_trained_in_place_as_the_matrices_that_they_are() -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(16, 16, 3, bias=False).to(memory_format=torch.channels_last)
+    optimizer = MuonWithAdamW(module, learning_rate=1e-2, weight_decay=0.0, betas=(0.9, 0.99))
+    before = module.weight.detach().clone()
+    module(torch.randn(4, 16, 5, 5)).square().mean().backward()
+    optimizer.step()
+    step = as_matrix(module.weight.detach() - before)
+    assert torch.linalg.cond(step) < 5, "the update of a hidden layer moves in all directions alike"
 
 
 def paint(
