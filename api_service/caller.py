@@ -8,7 +8,7 @@ from flask import Request
 
 from shared.db import keys, owners
 from shared.db.session import session_scope
-from shared.errors import AuthenticationError, AuthorizationError
+from shared.errors import AuthenticationError, AuthorizationError, DatabaseConnectionError
 from shared.settings import get_settings
 
 SCOPES = {
@@ -56,6 +56,16 @@ def authenticated(request: Request) -> Caller:
     if needed is not None and needed not in key.scopes:
         raise AuthorizationError(f"This API key lacks the scope {needed!r}.", scope=needed)
     return Caller(key.owner_id, frozenset(key.scopes), key.id)
+
+
+def may_see_details(request: Request) -> bool:
+    """Whether an operator asks a probe: others learn which part is away, not why."""
+    if not get_settings().security.require_api_keys:
+        return True
+    try:
+        return "admin" in authenticated(request).scopes
+    except (AuthenticationError, AuthorizationError, DatabaseConnectionError):
+        return False
 
 
 def scope_of(request: Request) -> str | None:

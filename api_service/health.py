@@ -14,6 +14,7 @@ from shared.contracts.service import ComponentHealth, HealthStatus, HealthView
 from shared.db import workers
 from shared.db.session import session_scope
 from shared.errors import BaseAppException
+from shared.queue import generate_queue
 from shared.settings import get_settings
 from shared.storage import get_blobs
 from shared.version import VERSION
@@ -21,15 +22,20 @@ from shared.version import VERSION
 PATIENCE_S = 2.0
 
 Check = Callable[[], str | None]
-"""Raises when the part is away; may return a remark."""
+"""Raises when the part is away; returns what is missing of it."""
 
 
 def alive() -> HealthView:
     return HealthView(status=HealthStatus.OK, version=VERSION, components={})
 
 
-def ready() -> HealthView:
-    return _asked(needed={"database": _database, "storage": _storage}, useful={})
+def ready(*, strict: bool) -> HealthView:
+    """strict: jobs must be able to run, too; else it is enough that they are accepted and run later."""
+    accepting: dict[str, Check] = {"database": _database, "storage": _storage}
+    running: dict[str, Check] = {"broker": _broker, "workers": _workers}
+    if strict:
+        return _asked(needed=accepting | running, useful={})
+    return _asked(needed=accepting, useful=running)
 
 
 def everything() -> HealthView:
@@ -44,7 +50,7 @@ def _asked(*, needed: dict[str, Check], useful: dict[str, Check]) -> HealthView:
     futures = {name: _askers().submit(_timed, check) for name, check in (needed | useful).items()}
     wait(futures.values(), timeout=PATIENCE_S)
     components = {
-        name: _outcome(future, worst=HealthStatus.DOWN if name in needed else HealthStatus.DEGRADED)
+        name: _outcome(future, missing=HealthStatus.DOWN if name in needed else HealthStatus.DEGRADED)
         for name, future in futures.items()
     }
     order = [HealthStatus.OK, HealthStatus.DEGRADED, HealthStatus.DOWN]
@@ -60,22 +66,22 @@ def _timed(check: Check) -> tuple[str | None, float]:
     return check(), (time.monotonic() - started) * 1000
 
 
-def _outcome(future: "Future[tuple[str | None, float]]", *, worst: HealthStatus) -> ComponentHealth:
+def _outcome(future: "Future[tuple[str | None, float]]", *, missing: HealthStatus) -> ComponentHealth:
     if not future.done():
         future.cancel()
-        return ComponentHealth(status=worst, detail=f"does not answer within {PATIENCE_S:g} s")
+        return ComponentHealth(status=missing, detail=f"does not answer within {PATIENCE_S:g} s")
     error = future.exception()
     if error is None:
         remark, latency_ms = future.result()
         return ComponentHealth(
-            status=HealthStatus.OK if remark is None else HealthStatus.DEGRADED,
+            status=HealthStatus.OK if remark is None else missing,
             detail=remark,
             latency_ms=round(latency_ms, 2),
         )
     if isinstance(error, BaseAppException):
-        return ComponentHealth(status=worst, detail=error.message)
+        return ComponentHealth(status=missing, detail=error.message)
     if isinstance(error, redis.RedisError):
-        return ComponentHealth(status=worst, detail="cannot be reached")
+        return ComponentHealth(status=missing, detail="cannot be reached")
     raise error
 
 
@@ -98,9 +104,11 @@ def _cache() -> None:
 
 def _workers() -> str | None:
     with session_scope() as session:
-        ready_kinds = {worker.kind for worker in workers.live(session) if worker.state == "ready"}
-    missing = sorted({"embed", "generate"} - ready_kinds)
-    return f"no {' and no '.join(missing)} worker is ready" if missing else None
+        ready = {(worker.kind, worker.model) for worker in workers.live(session) if worker.state == "ready"}
+    kinds = {kind for kind, _ in ready}
+    missing = [kind for kind in ("embed", "io") if kind not in kinds]
+    missing += [generate_queue(name) for name in get_settings().model.generators if ("generate", name) not in ready]
+    return f"no worker is ready for {', '.join(missing)}" if missing else None
 
 
 def _ping(url: str) -> None:

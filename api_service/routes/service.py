@@ -1,12 +1,20 @@
 """The service itself: health, models, statistics."""
 
-from flask import Response, g
+from flask import Response, g, request
 from flask_openapi3.models.tag import Tag
 
 from api_service import health, respond, status
+from api_service.caller import may_see_details
 from api_service.resource import Resource
 from api_service.views import API
-from shared.contracts.service import HealthStatus, HealthView, ModelsResponse, StatsView, UsageView
+from shared.contracts.service import (
+    HealthStatus,
+    HealthView,
+    ModelsResponse,
+    ReadinessQuery,
+    StatsView,
+    UsageView,
+)
 
 TAG = Tag(name="service", description="How it is doing.")
 
@@ -19,7 +27,8 @@ probes = Resource("probes", __name__, url_prefix=API, abp_tags=[TAG])
 def get_health() -> Response:
     """How every part is doing
 
-    503 when a part without which nothing works is away; `degraded`, with 200, when the service works around it.
+    503 when a part without which nothing works is away; `degraded`, with 200, when the service works around it. Where
+    keys are on, only one with the scope `admin` is told details.
     """
     return _answer(health.everything())
 
@@ -31,9 +40,13 @@ def get_liveness() -> Response:
 
 
 @probes.get("/health/ready", operation_id="getReadiness", responses={200: HealthView, 503: HealthView})
-def get_readiness() -> Response:
-    """Can this process serve requests?"""
-    return _answer(health.ready())
+def get_readiness(query: ReadinessQuery) -> Response:
+    """Can this process serve requests?
+
+    503 while database or storage is away. Without a broker or a worker it is `degraded`, with 200: jobs are accepted
+    and run later. With `strict=true` that is 503, too.
+    """
+    return _answer(health.ready(strict=query.strict))
 
 
 @service.get("/models", operation_id="listModels", responses={200: ModelsResponse})
@@ -55,6 +68,8 @@ def get_usage() -> UsageView:
 
 
 def _answer(view: HealthView) -> Response:
+    if not may_see_details(request):
+        view = view.without_details()
     response = respond.json(view, 503 if view.status is HealthStatus.DOWN else 200)
     if view.status is HealthStatus.DOWN:
         response.headers["Retry-After"] = "5"

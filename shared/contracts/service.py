@@ -2,7 +2,7 @@
 
 from datetime import date, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 
@@ -26,6 +26,14 @@ class HealthView(Contract):
     status: HealthStatus
     version: str
     components: dict[str, ComponentHealth]
+
+    def without_details(self) -> Self:
+        bare = {name: ComponentHealth(status=component.status) for name, component in self.components.items()}
+        return self.model_copy(update={"components": bare})
+
+
+class ReadinessQuery(Contract):
+    strict: bool = Field(False, description="ready only if jobs can run now: a broker, and a worker for every queue")
 
 
 class Capabilities(Contract):
