@@ -47,6 +47,9 @@ bench: $(READY) ## the figures behind what is said of caching, pooling and typin
 chaos: $(READY) ## faults at random moments under load, every promise checked, into out/chaos/  (CHAOS="--seed 7", CHAOS=--help)
 	@$(PY) -u -m tests.chaos $(CHAOS)
 
+soak: $(READY) ## thousands of jobs and requests, and whether any process keeps more than it should, into out/soak/  (SOAK=--help)
+	@$(PY) -m tests.soak $(SOAK)
+
 fuzz: $(READY) ## the whole OpenAPI document by Schemathesis against a stack, into out/fuzz/  (FUZZ="--seed 7", FUZZ=--help)
 	@$(PY) -m tests.fuzz $(FUZZ)
 
@@ -85,4 +88,4 @@ clean: ## stop the stack, remove .venv and every cache; var/ and out/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo up down test eval bench chaos fuzz lint audit train-starter docs lock clean
+.PHONY: help setup demo up down test eval bench chaos soak fuzz lint audit train-starter docs lock clean
