@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import numpy as np
@@ -25,6 +25,12 @@ class Api:
     def __init__(self, url: str) -> None:
         self.url = url
         self.http = httpx.Client(base_url=f"{url}/api/v1", timeout=30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
 
     def submit(self, **request: Any) -> dict[str, Any]:
         answer = self.http.post("/rag/generate", json={"prompt": "a red apple", **request})

@@ -157,10 +157,12 @@ def test_old_workers_serve_beside_the_new_api_and_are_replaced_without_losing_a_
         REPLACED: str(replaced),
     }
     options = ("--worker-module", "tests.release_worker", "--generate", "2")
-    with running_stack(tmp_path / "stack", environment=environment, options=options) as stack:
+    with (
+        running_stack(tmp_path / "stack", environment=environment, options=options) as stack,
+        Api(stack.url) as api,
+    ):
         workers = ("embed", *GENERATORS, "io")
         assert {runs_in(stack, name) for name in workers} == {previous_release}
-        api = Api(stack.url)
         first = api.upload(disc("white", background="black"))["id"]
         api.searchable(first)
         load = Load(api)
