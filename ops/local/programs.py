@@ -106,6 +106,7 @@ def _flower(memory: Memory) -> Program:
             # By environment, because everyone on the machine may read a command line.
             "FLOWER_BASIC_AUTH": f"afterimage:{memory.password('flower')}",
             "FLOWER_READ_ONLY": "true",
+            "FLOWER_MAX_TASKS": "5000",  # it keeps each in memory, some 6 KB; its own 100,000 would never stop growing
         },
     )
 
