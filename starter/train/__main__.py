@@ -69,7 +69,7 @@ RECIPE: dict[str, tuple[int, int]] = {
     "clip": (740, 240),
     "autoencoder": (2200, 650),
     "queries": (1150, 150),
-    "generator": (20_000, 1_000),
+    "generator": (6_000, 1_500),
     "judge": (700, 200),
 }
 """Stage -> steps at the constant rate, steps of cool-down, in the order in which they need each other."""
