@@ -49,6 +49,8 @@ class MuonWithAdamW:
                 matrices.append(parameter)
             elif parameter.ndim == 4 and min(parameter.shape[:2]) >= SMALLEST_WIDTH:
                 matrix = nn.Parameter(as_matrix(parameter.detach()))
+                if matrix.data_ptr() != parameter.data_ptr():  # a copy would be trained, and the kernel never
+                    raise ValueError("the module's kernels must be channels_last")
                 self._kernels.append((parameter, matrix))
                 matrices.append(matrix)
             else:

@@ -181,6 +181,11 @@ def test_kernels_are_trained_in_place_as_the_matrices_that_they_are() -> None:
     assert torch.linalg.cond(step) < 5, "the update of a hidden layer moves in all directions alike"
 
 
+def test_kernels_that_would_be_trained_as_copies_are_refused() -> None:
+    with pytest.raises(ValueError, match="channels_last"):
+        MuonWithAdamW(nn.Conv2d(16, 16, 3), learning_rate=1e-2, weight_decay=0.0, betas=(0.9, 0.99))
+
+
 def paint(
     pipeline: Any, prompts: list[str], vectors: torch.Tensor, weights: torch.Tensor, *, seeds: list[int]
 ) -> torch.Tensor:
