@@ -64,6 +64,9 @@ class Batcher(Generic[Item, Result]):
     Which items go next is decided by lane, then by how much their owner was served lately, then by age. Once in
     `starving_s` what has been in line for that long goes first, so that no lane waits for ever under those above it.
     A batch that fails is run again in halves, down to single items, so that one bad item harms only itself.
+
+    With `longest_s` a batch is as large as the latest pace lets it end in about that time, one item at least: nothing
+    interrupts it, so the next item of a better lane waits for its end.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Batcher(Generic[Item, Result]):
         watchdog: Watchdog,
         stage: Stage = Stage.STEP,
         starving_s: float = float("inf"),
+        longest_s: float = float("inf"),
     ) -> None:
         """stage: what a call of `run` begins with; after the last step that `run` tells of comes the decoding."""
         self._run = run
@@ -85,6 +89,9 @@ class Batcher(Generic[Item, Result]):
         self._watchdog = watchdog
         self._stage = stage
         self._starving_s = starving_s
+        self._longest_s = longest_s
+        self._item_s: dict[Hashable, float] = {}
+        """Seconds per item of the latest batch, by key."""
         self._starving_served_at = float("-inf")
         self._line: list[Ticket[Item, Result]] = []
         self._served: defaultdict[Hashable, int] = defaultdict(int)
@@ -172,7 +179,7 @@ class Batcher(Generic[Item, Result]):
                     return None
                 self._changed.wait()
             batch: list[Ticket[Item, Result]] = []
-            while len(batch) < self._max_batch_size:
+            while not batch or len(batch) < self._largest(batch[0].key):
                 fitting = [t for t in self._line if not batch or (t.key == batch[0].key and not t.asker.alone)]
                 if not fitting:
                     break
@@ -188,6 +195,12 @@ class Batcher(Generic[Item, Result]):
                 if ticket.asker.alone:
                     break
             return batch
+
+    def _largest(self, key: Hashable) -> int:
+        if self._longest_s == float("inf"):
+            return self._max_batch_size
+        fitting = self._longest_s / self._item_s.get(key, self._longest_s)  # the first batch, of one item, sets a pace
+        return max(1, min(self._max_batch_size, round(fitting)))
 
     def _starving(self) -> Ticket[Item, Result] | None:
         """The oldest in line, if it has waited for too long and none like it was served lately."""
@@ -210,8 +223,10 @@ class Batcher(Generic[Item, Result]):
         failure: BaseException | None = None
         try:
             jobs = sorted({ticket.asker.job for ticket in batch if ticket.asker.job})
+            started = time.monotonic()
             with self._watchdog.watch(self._stage, model=self._name, jobs=jobs) as watch:
                 results = self._run([ticket.item for ticket in batch], on_step)
+            self._item_s[batch[0].key] = (time.monotonic() - started) / len(batch)
             if len(results) != len(batch):
                 raise ModelError(f"The model returned {len(results)} results for {len(batch)} items.")
         except Exception as error:

@@ -29,6 +29,8 @@ from worker_service.watchdog import Stage, Watchdog
 logger = logging.getLogger(__name__)
 
 NO_POLICY = SafetySettings()
+LONGEST_EMBEDDING_S = 0.5
+"""A search waits for the batch of images that is in the model when it comes."""
 
 
 class Embedder:
@@ -44,6 +46,7 @@ class Embedder:
             name=clip.name,
             watchdog=watchdog,
             stage=Stage.EMBED,
+            longest_s=LONGEST_EMBEDDING_S,
         )
 
     @classmethod

@@ -267,3 +267,24 @@ def test_a_batch_that_returns_too_few_results_is_run_again_one_by_one(pool: Thre
     model = Forgetful()
     model.go.set()
     assert a_batcher(model).submit([1, 2, 3]) == [2, 4, 6]
+
+
+def test_a_batch_is_no_larger_than_can_be_waited_for(pool: ThreadPoolExecutor) -> None:
+    sizes: list[int] = []
+
+    def run(items: Sequence[int], on_step: OnStep) -> Sequence[int]:
+        sizes.append(len(items))
+        time.sleep(0.05 * len(items))  # the model's work
+        return items
+
+    batcher: Batcher[int, int] = Batcher(
+        run,
+        key=lambda item: item // 100,
+        max_batch_size=100,
+        name="test",
+        watchdog=Watchdog(WatchdogSettings()),
+        longest_s=0.2,
+    )
+    assert batcher.submit(list(range(12))) == list(range(12))
+    assert sizes[0] == 1, "nothing is known of its pace yet"
+    assert 2 <= max(sizes) <= 4
