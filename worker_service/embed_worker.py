@@ -1,10 +1,7 @@
 """The embed worker: CLIP for queries whose asker waits, then for images that wait for their vectors."""
 
 import logging
-import threading
 from typing import Any
-
-from celery.exceptions import Ignore
 
 from shared import queue
 from shared.embedding_query import answer
@@ -36,7 +33,6 @@ def serve(settings: Settings) -> None:
 def _consume(process: WorkerProcess, embedder: Embedder, leases: ImageLeases) -> None:
     app = process.app()
     images = embedding.ImageEmbedding(embedder, leases)
-    draining = threading.Semaphore(embedding.AT_ONCE)
 
     @app.task(name=queue.EMBED_QUERY)
     def embed_query(reply_key: str, payload: dict[str, Any]) -> None:
@@ -50,13 +46,8 @@ def _consume(process: WorkerProcess, embedder: Embedder, leases: ImageLeases) ->
 
     @app.task(name=queue.EMBED_PENDING)
     def embed_pending() -> None:
-        """Embed whatever waits; many rings are one."""
-        if not draining.acquire(blocking=False):
-            raise Ignore
-        try:
-            images.drain(stopping=process.stopping.is_set)
-        finally:
-            draining.release()
+        """Embed whatever waits."""
+        images.ring(stopping=process.stopping.is_set)
 
     def finish_or_hand_back() -> None:
         if not leases.wait_until_empty(process.settings.jobs.shutdown_grace_s):

@@ -39,11 +39,29 @@ class ImageEmbedding:
     def __init__(self, embedder: Embedder, leases: ImageLeases) -> None:
         self._embedder = embedder
         self._leases = leases
+        self._rung = threading.Event()
+        self._hands = threading.BoundedSemaphore(AT_ONCE)
         self._entry = threading.Lock()
         self._places = threading.BoundedSemaphore(AT_ONCE)
 
+    def ring(self, *, stopping: Callable[[], bool]) -> int:
+        """Embed what waits; how many became searchable. Rings that come while all hands are full are one."""
+        done = 0
+        self._rung.set()
+        # Asked again after each release: a ring that found no free hand just before it is not lost.
+        while self._rung.is_set() and self._hands.acquire(blocking=False):
+            self._rung.clear()
+            try:
+                done += self.drain(stopping=stopping)
+            finally:
+                self._hands.release()
+        return done
+
     def drain(self, *, stopping: Callable[[], bool]) -> int:
-        """Embed until no image waits or the process stops; how many became searchable.
+        """Embed what waits, unless the process stops; how many became searchable.
+
+        What comes while the last chunk is in work is rung for: taken at once, it would come one by one and share no
+        batch.
 
         When the blob store fails it ends early: the image that could not be read waits for its lease, so that it holds
         up nobody for ever, and the others wait for the next ring.
@@ -62,6 +80,8 @@ class ImageEmbedding:
                     with session_scope() as session:
                         images.hand_back(session, unread)
                     break
+            if len(claimed) < CHUNK and not claimed[0].crashes:
+                break
         return done
 
     def _embed_files(self, files: Mapping[ImageClaim, bytes], *, alone: bool) -> int:

@@ -23,7 +23,7 @@ from shared.storage import get_blobs
 from tests.factories import DIM, make_image, make_space
 from tests.integration.conftest import picture
 from tests.stack import wait_until
-from worker_service.embedding import ImageEmbedding
+from worker_service.embedding import AT_ONCE, ImageEmbedding
 from worker_service.image_leases import ImageLeases
 from worker_service.models import Embedder
 
@@ -81,6 +81,12 @@ def waiting_image(session: Session, *, crashes: int = 0, size: tuple[int, int] =
 def start(work: ImageEmbedding) -> threading.Thread:
     """Drain the table in a thread, as a ring makes a worker do."""
     thread = threading.Thread(target=work.drain, kwargs={"stopping": lambda: False})
+    thread.start()
+    return thread
+
+
+def rung(work: ImageEmbedding) -> threading.Thread:
+    thread = threading.Thread(target=work.ring, kwargs={"stopping": lambda: False})
     thread.start()
     return thread
 
@@ -197,3 +203,21 @@ def test_an_image_that_does_not_fit_in_memory_fails_alone(
     assert states() == {huge.id: "failed", **{other.id: "ready" for other in others}}
     with session_scope() as scope:
         assert scope.get_one(ImageRow, huge.id).error_code == "out_of_memory"
+
+
+def test_an_image_whose_ring_came_while_all_hands_were_full_is_embedded_after_them(
+    session: Session, embedder: SlowEmbedder, leases: ImageLeases
+) -> None:
+    work = ImageEmbedding(embedder, leases)
+    busy: list[threading.Thread] = []
+    for _ in range(AT_ONCE):
+        waiting_image(session)
+        busy.append(rung(work))
+        wait_until(lambda: embedder.running == len(busy), timeout_s=20, what="another chunk in the model")
+    late = waiting_image(session)
+    assert work.ring(stopping=lambda: False) == 0, "this ring leaves the work to those who are at it"
+    embedder.go.set()
+    for thread in busy:
+        thread.join(20)
+    assert states()[late.id] == "ready"
+    assert set(states().values()) == {"ready"}

@@ -1,0 +1,50 @@
+"""The bell: everybody who pulls it is rung for, and not everybody gets a ring."""
+
+import threading
+import time
+
+from api_service.bell import Bell
+from shared.errors import BrokerUnavailableError
+from tests.stack import wait_until
+
+
+class Heard:
+    """Remembers when it was rung. `answer` is waited for in every ring."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+        self.answer = threading.Event()
+        self.fails = False
+
+    def __call__(self) -> None:
+        self.at.append(time.monotonic())
+        assert self.answer.wait(10)
+        if self.fails:
+            raise BrokerUnavailableError
+
+
+def test_many_pulls_are_two_rings_one_at_once_and_one_after_all_of_them() -> None:
+    heard = Heard()
+    bell = Bell(heard, interval_s=0.05)
+    bell.pull()
+    wait_until(lambda: len(heard.at) == 1, timeout_s=10, what="the first ring")
+    for _ in range(100):
+        bell.pull()  # too late for the ring that is going on
+    pulled = time.monotonic()
+    heard.answer.set()
+    wait_until(lambda: len(heard.at) == 2, timeout_s=10, what="a ring for the others")
+    assert heard.at[1] > pulled
+    assert heard.at[1] - heard.at[0] >= 0.05
+    bell.pull()
+    wait_until(lambda: len(heard.at) == 3, timeout_s=10, what="a ring for whoever comes later")
+
+
+def test_a_broker_that_is_away_ends_no_bell() -> None:
+    heard = Heard()
+    heard.fails = True
+    heard.answer.set()
+    bell = Bell(heard, interval_s=0)
+    bell.pull()
+    wait_until(lambda: len(heard.at) == 1, timeout_s=10, what="a ring")
+    bell.pull()
+    wait_until(lambda: len(heard.at) == 2, timeout_s=10, what="another ring")
