@@ -32,9 +32,19 @@ from afterimage_client.errors import (
 )
 from afterimage_client.images import ImageFile
 from afterimage_client.jobs import Update
-from shared.contracts.bulks import BulkItemView, BulkOptions, BulkState, BulkView, ItemState, OnInvalid
+from shared.contracts.bulks import BulkItemView, BulkOptions, BulkState, BulkView, ItemState
+from shared.contracts.common import OnInvalid
 from shared.contracts.generation import GenerateRequest, Mode, PinnedReference, RagGenerateRequest
-from shared.contracts.images import ImagePatch, ImageState, ImageView, UploadFields, UploadResponse
+from shared.contracts.images import (
+    FileOutcome,
+    ImageDescription,
+    ImagePatch,
+    ImageState,
+    ImageView,
+    UploadedFile,
+    UploadFields,
+    UploadResponse,
+)
 from shared.contracts.jobs import EventView, JobKind, JobState, JobView, Lane, OutputView, Preview, Progress
 from shared.contracts.search import ImageFilter, RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
 
@@ -50,8 +60,10 @@ __all__ = [
     "ConflictError",
     "CorruptDownloadError",
     "EventView",
+    "FileOutcome",
     "GenerateRequest",
     "IdempotencyKeyReusedError",
+    "ImageDescription",
     "ImageFile",
     "ImageFilter",
     "ImagePatch",
@@ -86,6 +98,7 @@ __all__ = [
     "Update",
     "UploadFields",
     "UploadResponse",
+    "UploadedFile",
     "WaitTimeoutError",
     "header_line",
 ]

@@ -32,12 +32,14 @@ class Images:
         self._connection = connection
 
     def upload(self, files: Sequence[ImageFile], fields: UploadFields | None = None) -> UploadResponse:
-        """Add images to the corpus, all or none; `fields` are said of each.
+        """Add images to the corpus; `fields` are said of each, and `fields.each` of single ones.
 
-        A file that the collection has already is answered with the image it has, so sending again is safe.
+        All are kept or none, or with `on_invalid="skip"` all that are images: `files` of the answer tells. A file that
+        the collection has already is answered with the image it has, so sending again is safe.
 
         Raises:
-            InvalidRequestError: a file is no image that the service takes; `context["index"]` says which.
+            InvalidRequestError: a file is no image that the service takes, and is not to be skipped; `context["index"]`
+                says which.
         """
         return parsed(
             UploadResponse,
@@ -99,7 +101,8 @@ class Images:
 
 
 def _form(fields: UploadFields) -> Mapping[str, Any]:
-    given = fields.model_dump(exclude_unset=True)
-    if "attributes" in given:
-        given["attributes"] = json.dumps(given["attributes"])
+    given = fields.model_dump(mode="json", exclude_unset=True)
+    for name in ("attributes", "each"):
+        if name in given:
+            given[name] = json.dumps(given[name])
     return {name: value for name, value in given.items() if value not in (None, [])}

@@ -32,9 +32,8 @@ from shared.contracts.bulks import (
     BulkView,
     ItemState,
     LineQuery,
-    OnInvalid,
 )
-from shared.contracts.common import Page
+from shared.contracts.common import OnInvalid, Page
 from shared.contracts.jobs import JobError, JobKind, Lane
 from shared.db import bulks, idempotency, outputs
 from shared.db.models import Bulk, BulkItem, Generation, Job

@@ -1,7 +1,7 @@
 """Adding, changing and removing images of the corpus, without HTTP."""
 
-import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -10,52 +10,74 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from api_service import problems, views
+from api_service.bell import embed_bell
 from api_service.caller import Caller
-from shared import metrics, queue
-from shared.contracts.common import ImageFormat, Page
-from shared.contracts.images import ImagePatch, ImageQuery, ImageState, ImageView, UploadFields, UploadResponse
+from shared import metrics
+from shared.contracts.common import ImageFormat, OnInvalid, Page
+from shared.contracts.images import (
+    FileOutcome,
+    ImageDescription,
+    ImagePatch,
+    ImageQuery,
+    ImageState,
+    ImageView,
+    UploadedFile,
+    UploadFields,
+    UploadResponse,
+)
 from shared.db import blobs, images, owners
 from shared.db.models import Collection, Image
 from shared.db.session import session_scope
-from shared.errors import BrokerUnavailableError, InvalidImageError, ResourceNotFoundError, UploadInterruptedError
+from shared.errors import InvalidImageError, ResourceNotFoundError, UploadInterruptedError
 from shared.imaging import DecodedImage, UploadDecoder
 from shared.settings import get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key
-
-logger = logging.getLogger(__name__)
 
 SHARED = "shared"
 FILENAME_LENGTH = 200
 
 
 @dataclass(frozen=True)
-class UploadedFile:
+class SentFile:
     name: str | None
     data: bytes
 
 
-def upload(
-    files: list[UploadedFile], fields: UploadFields, *, caller: Caller, decoder: UploadDecoder
-) -> UploadResponse:
+@dataclass(frozen=True)
+class _Checked:
+    """A file that is an image, and what is said of it."""
+
+    file: SentFile
+    image: DecodedImage
+    description: ImageDescription
+
+
+def upload(files: list[SentFile], fields: UploadFields, *, caller: Caller, decoder: UploadDecoder) -> UploadResponse:
     """Store images, all or none; they become searchable as soon as an embed worker has their vectors.
 
-    A file that the collection already has is answered with the image it has.
+    A file that the collection already has is answered with the image it has. With `on_invalid: skip` files that are
+    no images are left out, and all others are stored or none.
 
     Raises:
-        ValidationError: no file, or too many.
+        ValidationError: no file, or too many, or `each` is not about as many.
         InvalidImageError: and its kinds; `context` says which file.
         DecoderBusyError, StorageError, DatabaseConnectionError
     """
     most = get_settings().api.max_upload_files
     if not 1 <= len(files) <= most:
         raise problems.mistake("form.file", "file_count", f"Send 1 to {most} files under the name `file`.")
+    if fields.each and len(fields.each) != len(files):
+        raise problems.mistake("form.each", "length", f"Has {len(fields.each)} entries for {len(files)} files.")
     # 1. Every file is checked before anything of it is kept.
-    decoded = [_decoded(file, index, decoder) for index, file in enumerate(files)]
+    outcomes = [_checked(file, index, fields, decoder) for index, file in enumerate(files)]
+    checked = [outcome for outcome in outcomes if isinstance(outcome, _Checked)]
+    if not checked:
+        return _response(outcomes, [], fields.collection)
     # 2. Bytes before rows: a blob without a row is swept away, a row without its blob would be broken. Claimed first,
     # so that it is not swept in between.
     with session_scope() as session:
-        claim_id = blobs.claim(session, _keys(decoded))
-    for image in decoded:
+        claim_id = blobs.claim(session, _keys(checked))
+    for image in (each.image for each in checked):
         get_blobs().put(image_key(image.sha256, image.format), image.data, media_type=image.format.media_type)
         get_blobs().put(thumbnail_key(image.sha256), image.thumbnail, media_type=ImageFormat.WEBP.media_type)
     # 3. All rows in one transaction.
@@ -63,16 +85,11 @@ def upload(
         if not blobs.settle(session, claim_id):
             raise UploadInterruptedError
         collection = _writable(session, fields.collection, caller=caller)
-        rows = _add_all(session, collection, list(zip(files, decoded, strict=True)), fields)
-        response = UploadResponse(
-            images=[views.image(row, collection.name) for row, _ in rows],
-            created=sum(new for _, new in rows),
-            existing=sum(not new for _, new in rows),
-        )
+        response = _response(outcomes, _add_all(session, collection, checked), collection.name)
     metrics.increment_counter("uploads_total", response.created, {"outcome": "created"})
     metrics.increment_counter("uploads_total", response.existing, {"outcome": "existing"})
     if any(image.state is ImageState.PENDING for image in response.images):
-        _ring()
+        embed_bell().pull()
     return response
 
 
@@ -146,16 +163,42 @@ def named(session: Session, name: str, *, caller: Caller, field: str) -> Collect
         raise problems.mistake(field, "unknown", error.message) from None
 
 
-def _decoded(file: UploadedFile, index: int, decoder: UploadDecoder) -> DecodedImage:
+def _checked(file: SentFile, index: int, fields: UploadFields, decoder: UploadDecoder) -> _Checked | UploadedFile:
     try:
-        return decoder.decode(file.data)
+        image = decoder.decode(file.data)
     except InvalidImageError as error:
         metrics.increment_counter("uploads_total", labels={"outcome": error.code})
+        if fields.on_invalid is OnInvalid.SKIP:
+            return UploadedFile(outcome=FileOutcome.SKIPPED, code=error.code, detail=error.message)
         error.context.update(file=file.name, index=index)
         raise
+    description = fields.each[index] if fields.each else ImageDescription()
+    for_all = {name: getattr(fields, name) for name in ImageDescription.model_fields}
+    said = {name: getattr(description, name) for name in description.model_fields_set}
+    return _Checked(file, image, ImageDescription.model_construct(**for_all | said))
 
 
-def _keys(images: Sequence[DecodedImage]) -> set[str]:
+def _response(
+    outcomes: Sequence[_Checked | UploadedFile], rows: Sequence[tuple[Image, bool]], collection: str
+) -> UploadResponse:
+    """rows: of the checked ones, in their order."""
+    remaining = iter(rows)
+    files = [outcome if isinstance(outcome, UploadedFile) else _stored(*next(remaining)) for outcome in outcomes]
+    counts = Counter(file.outcome for file in files)
+    return UploadResponse(
+        images=[views.image(row, collection) for row, _ in rows],
+        files=files,
+        created=counts[FileOutcome.CREATED],
+        existing=counts[FileOutcome.EXISTING],
+    )
+
+
+def _stored(row: Image, is_new: bool) -> UploadedFile:
+    return UploadedFile(outcome=FileOutcome.CREATED if is_new else FileOutcome.EXISTING, image_id=row.id)
+
+
+def _keys(checked: Sequence[_Checked]) -> set[str]:
+    images = [each.image for each in checked]
     return {key for image in images for key in (image_key(image.sha256, image.format), thumbnail_key(image.sha256))}
 
 
@@ -165,19 +208,16 @@ def _writable(session: Session, name: str, *, caller: Caller) -> Collection:
     return owners.ensure_collection(session, name, owner_id=caller.owner_id)
 
 
-def _add_all(
-    session: Session, collection: Collection, sent: Sequence[tuple[UploadedFile, DecodedImage]], fields: UploadFields
-) -> list[tuple[Image, bool]]:
+def _add_all(session: Session, collection: Collection, checked: Sequence[_Checked]) -> list[tuple[Image, bool]]:
     """A row for each file, in the order they were sent, and whether it is new."""
     # Added in the order of their content: two uploads of the same files would otherwise wait for each other's rows.
-    order = sorted(range(len(sent)), key=lambda index: sent[index][1].sha256)
-    rows = {index: _add(session, collection, sent[index][1], sent[index][0], fields) for index in order}
-    return [rows[index] for index in range(len(sent))]
+    order = sorted(range(len(checked)), key=lambda index: checked[index].image.sha256)
+    rows = {index: _add(session, collection, checked[index]) for index in order}
+    return [rows[index] for index in range(len(checked))]
 
 
-def _add(
-    session: Session, collection: Collection, image: DecodedImage, file: UploadedFile, fields: UploadFields
-) -> tuple[Image, bool]:
+def _add(session: Session, collection: Collection, checked: _Checked) -> tuple[Image, bool]:
+    image, description = checked.image, checked.description
     return images.add(
         session,
         collection.id,
@@ -189,12 +229,12 @@ def _add(
         height=image.height,
         size_bytes=len(image.data),
         perceptual_hash=image.perceptual_hash,
-        caption=fields.caption or None,
-        tags=fields.tags,
-        source=fields.source,
-        licence=fields.licence,
-        attributes=fields.attributes,
-        filename=_clean(file.name),
+        caption=description.caption or None,
+        tags=description.tags,
+        source=description.source,
+        licence=description.licence,
+        attributes=description.attributes,
+        filename=_clean(checked.file.name),
     )
 
 
@@ -203,11 +243,3 @@ def _clean(name: str | None) -> str | None:
     last = PurePosixPath((name or "").replace("\\", "/")).name
     clean = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "", last)[-FILENAME_LENGTH:].strip()
     return clean if clean.strip(".") else None
-
-
-def _ring() -> None:
-    try:
-        queue.publish_embed_pending()
-    except BrokerUnavailableError as error:
-        # The images wait in their table; the reconciler rings again.
-        logger.warning("embed_not_announced", extra={"cause": error.code})

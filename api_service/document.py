@@ -238,7 +238,7 @@ def _upload_form() -> dict[str, Any]:
     files = {"type": "array", "items": BINARY, "minItems": 1, "description": "PNG, JPEG or WebP; repeatable"}
     return {
         "schema": {"type": "object", "properties": {"file": files} | fields, "required": ["file"]},
-        "encoding": {"attributes": {"contentType": "application/json"}},
+        "encoding": {name: {"contentType": "application/json"} for name in ("attributes", "each")},
     }
 
 

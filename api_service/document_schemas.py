@@ -9,11 +9,12 @@ from pydantic import BaseModel
 from shared.contracts.bulks import BulkGenerateItem, BulkHeader, BulkManifestLine, BulkRagGenerateItem
 from shared.contracts.common import Problem
 from shared.contracts.generation import DryRunView
+from shared.contracts.images import ImageDescription
 from shared.contracts.search import SearchRequest
 
 SCHEMAS = "#/components/schemas/"
 OF_ANSWERS = (DryRunView, BulkManifestLine)
-OF_REQUESTS = (SearchRequest, BulkHeader, BulkGenerateItem, BulkRagGenerateItem)
+OF_REQUESTS = (ImageDescription, SearchRequest, BulkHeader, BulkGenerateItem, BulkRagGenerateItem)
 """No operation's signature names these, or those of `OF_ANSWERS`: they are one of several, or lines of JSON Lines."""
 
 Schema = dict[str, Any]

@@ -8,14 +8,14 @@ from flask import Request
 from werkzeug.exceptions import UnsupportedMediaType
 
 from api_service import parsing, problems
-from api_service.corpus import UploadedFile
+from api_service.corpus import SentFile
 from shared.contracts.images import UploadFields
 from shared.contracts.search import SearchRequest
 
 MULTIPART = "multipart/form-data"
 
 
-def files(request: Request) -> list[UploadedFile]:
+def files(request: Request) -> list[SentFile]:
     """Every file sent under the name `file`.
 
     Raises:
@@ -24,16 +24,21 @@ def files(request: Request) -> list[UploadedFile]:
     """
     _only_multipart(request)
     _only_files_named(request, "file")
-    return [UploadedFile(name=sent.filename, data=sent.read()) for sent in request.files.getlist("file")]
+    return [SentFile(name=sent.filename, data=sent.read()) for sent in request.files.getlist("file")]
 
 
 def upload_fields(request: Request) -> UploadFields:
-    """What the form says of its files: `tags` once, several times or separated by commas, `attributes` as JSON."""
+    """What the form says of its files: `tags` once, repeated or separated by commas; as JSON `attributes`, `each`."""
     values = parsing.fields(UploadFields, request.form, where="form")
     if "tags" in values:
         tags = (tag.strip() for given in values["tags"] for tag in given.split(","))
         values["tags"] = list(dict.fromkeys(tag for tag in tags if tag))
+    if len(values.get("each", [])) > 1:
+        raise problems.mistake("form.each", "repeated", "Must be given once, as one JSON array.")
+    if "each" in values:
+        values["each"] = values["each"][0]
     _read_json(values, "attributes")
+    _read_json(values, "each")
     return parsing.form(UploadFields, values)
 
 
@@ -73,4 +78,4 @@ def _read_json(values: dict[str, Any], name: str) -> None:
         try:
             values[name] = orjson.loads(values[name])
         except orjson.JSONDecodeError:
-            raise problems.mistake(f"form.{name}", "json_invalid", "Must be a JSON object.") from None
+            raise problems.mistake(f"form.{name}", "json_invalid", "Must be JSON.") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from watchfiles import Change, watch
 
-from afterimage_client import Afterimage, AfterimageError, UploadFields
+from afterimage_client import Afterimage, AfterimageError, ImageDescription
 from scripts.indexing.sources import (
     DESCRIBING,
     SIDECAR_SUFFIXES,
@@ -126,13 +126,13 @@ def _run(arguments: argparse.Namespace, output: Output) -> Exit:
     if arguments.delete and not (arguments.watch and arguments.report):
         raise SourceError("--delete is for --watch, and needs a --report to tell what was deleted while nobody watched")
     given = {"licence": arguments.licence, "source": arguments.origin, "tags": arguments.tag}
-    defaults = {name: value for name, value in given.items() if value} | {"collection": arguments.collection}
+    defaults = {name: value for name, value in given.items() if value}
     with service_of(arguments) as service, Report(arguments.report) as report:
         uploader = Uploader(
             service,
             arguments.collection,
             report,
-            UploadFields.model_validate(defaults),
+            ImageDescription.model_validate(defaults),
             update=arguments.update or arguments.watch,
             parallel=max(1, arguments.parallel),
             largest_bytes=int(arguments.max_file_mb * 2**20),

@@ -25,7 +25,8 @@ class ImagePath(Contract):
 def upload() -> Response:
     """Add images to the corpus
 
-    All files of a request are kept or none. A file that the collection already has is answered with the image it has.
+    All files of a request are kept or none, or with `on_invalid=skip` all that are images; `files` says what became of
+    each. A file that the collection already has is answered with the image it has.
     They become searchable as soon as a worker has embedded them: `state` is then `ready`.
     """
     uploaded = corpus.upload(

@@ -3,10 +3,11 @@
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 from uuid import UUID
@@ -15,14 +16,21 @@ import pydantic
 
 from afterimage_client import (
     Afterimage,
+    ImageDescription,
     ImageFile,
     ImagePatch,
     ImageState,
     ImageView,
     InvalidRequestError,
+    OnInvalid,
+    UploadedFile,
     UploadFields,
 )
 from scripts.indexing.sources import DESCRIBING, Found, Sample, SkippedError
+
+FILES_AT_ONCE = 8
+BYTES_AT_ONCE = 4 * 2**20
+"""In one request: what each costs beside its images is shared, and none keeps others waiting for long."""
 
 Known = tuple[UUID, dict[str, Any]]
 """An image of the collection, and what is said of it."""
@@ -47,6 +55,16 @@ class Entry:
     code: str | None = None
     detail: str | None = None
     stamp: str | None = None
+
+
+@dataclass(frozen=True)
+class _ToSend:
+    """A content that the collection lacks."""
+
+    found: Found
+    sample: Sample = field(repr=False)
+    sha256: str
+    description: ImageDescription
 
 
 class Report:
@@ -125,7 +143,7 @@ class Uploader:
     service: Afterimage
     collection: str
     report: Report
-    defaults: UploadFields = field(default_factory=UploadFields)
+    defaults: ImageDescription = field(default_factory=ImageDescription)
     update: bool = False
     parallel: int = 4
     largest_bytes: int = 16 * 2**20
@@ -148,11 +166,12 @@ class Uploader:
         """
         self._taken.clear()
         pool = ThreadPoolExecutor(self.parallel, thread_name_prefix="upload")
-        working: set[Future[Entry]] = set()
+        working: set[Future[list[Entry]]] = set()
+        remaining = iter(files)
         try:
-            for found in files:
-                working.add(pool.submit(self._one, found))
-                if len(working) >= 4 * self.parallel:
+            while group := list(islice(remaining, FILES_AT_ONCE)):
+                working.add(pool.submit(self._bring, group))
+                if len(working) >= 2 * self.parallel:
                     done, working = wait(working, return_when=FIRST_COMPLETED)
                     yield from self._told(done)
             while working:
@@ -173,60 +192,95 @@ class Uploader:
         self._taken.discard(sha256)
         return known is not None
 
-    def _told(self, done: Iterable[Future[Entry]]) -> Iterator[Entry]:
-        for each in done:
-            entry = each.result()
+    def _told(self, done: Iterable[Future[list[Entry]]]) -> Iterator[Entry]:
+        for entry in chain.from_iterable(each.result() for each in done):
             self.counts[entry.outcome] += 1
             self.report.add(entry)
             yield entry
 
-    def _one(self, found: Found) -> Entry:
-        settled = self.report.settled(found, known=self.known)
-        if settled is not None and not self.update:
-            return settled
+    def _bring(self, group: Sequence[Found]) -> list[Entry]:
+        """What became of these files; those that the collection lacks go to it together."""
+        entries: list[Entry] = []
+        to_send: list[_ToSend] = []
+        for found in group:
+            entry = self.report.settled(found, known=self.known)
+            if entry is None or self.update:
+                entry = self._looked_at(found, to_send)
+            if entry is not None:
+                entries.append(entry)
+            elif sum(len(each.sample.data) for each in to_send) >= BYTES_AT_ONCE:
+                entries += self._sent(to_send)
+                to_send = []
+        return entries + self._sent(to_send)
+
+    def _looked_at(self, found: Found, to_send: list[_ToSend]) -> Entry | None:
+        """What becomes of the file; None when it is to be sent."""
         sha256 = None
         try:
             sample = found.read()
-            self._check(sample)
+            if not sample.data:
+                raise SkippedError("empty_file", "it is empty")
+            if len(sample.data) > self.largest_bytes:
+                raise SkippedError("image_too_large", f"{len(sample.data)} bytes are more than {self.largest_bytes}")
             sha256 = sample.sha256
-            fields = self._fields(sample)
-            outcome = self._bring(sample, sha256, fields)
+            description = self._description(sample)
+            outcome = self._known_outcome(sha256, description)
         except SkippedError as error:
             return Entry(found.name, Outcome.SKIPPED, sha256, error.code, str(error), found.stamp)
         except InvalidRequestError as error:
             return Entry(found.name, Outcome.SKIPPED, sha256, error.code, error.detail, found.stamp)
+        if outcome is None:
+            to_send.append(_ToSend(found, sample, sha256, description))
+            return None
         return Entry(found.name, outcome, sha256, stamp=found.stamp)
 
-    def _check(self, sample: Sample) -> None:
-        if not sample.data:
-            raise SkippedError("empty_file", "it is empty")
-        if len(sample.data) > self.largest_bytes:
-            raise SkippedError("image_too_large", f"{len(sample.data)} bytes are more than {self.largest_bytes}")
-
-    def _bring(self, sample: Sample, sha256: str, fields: UploadFields) -> Outcome:
+    def _known_outcome(self, sha256: str, description: ImageDescription) -> Outcome | None:
+        """What becomes of a content that this run or the collection has already; None when neither has."""
         with self._lock:
             known = self.known.get(sha256)
             if sha256 in self._taken:
                 return Outcome.DUPLICATE
             self._taken.add(sha256)
-        said = {name: getattr(fields, name) for name in DESCRIBING if name in fields.model_fields_set}
-        if known is not None:
-            image_id, before = known
-            patch = {name: value for name, value in said.items() if before.get(name) != value}
-            if not self.update or not patch:
-                return Outcome.EXISTING
-            self.service.images.change(image_id, ImagePatch.model_validate(patch))
-            self.known[sha256] = (image_id, before | patch)
-            return Outcome.UPDATED
-        try:
-            answer = self.service.images.upload([ImageFile(sample.filename, sample.data)], fields)
-        except BaseException:
-            self._taken.discard(sha256)
-            raise
-        self.known[sha256] = (answer.images[0].id, said)
-        return Outcome.CREATED if answer.created else Outcome.EXISTING
+        if known is None:
+            return None
+        image_id, before = known
+        patch = {name: value for name, value in _said(description).items() if before.get(name) != value}
+        if not self.update or not patch:
+            return Outcome.EXISTING
+        self.service.images.change(image_id, ImagePatch.model_validate(patch))
+        self.known[sha256] = (image_id, before | patch)
+        return Outcome.UPDATED
 
-    def _fields(self, sample: Sample) -> UploadFields:
+    def _sent(self, to_send: Sequence[_ToSend]) -> list[Entry]:
+        if not to_send:
+            return []
+        fields = UploadFields(
+            collection=self.collection, on_invalid=OnInvalid.SKIP, each=[each.description for each in to_send]
+        )
+        try:
+            answer = self.service.images.upload(
+                [ImageFile(each.sample.filename, each.sample.data) for each in to_send], fields
+            )
+        except InvalidRequestError as error:
+            self._taken.difference_update(each.sha256 for each in to_send)
+            if len(to_send) > 1:  # together they are more than the service takes, or one of them is refused
+                return [entry for each in to_send for entry in self._sent([each])]
+            (only,) = to_send
+            return [Entry(only.found.name, Outcome.SKIPPED, only.sha256, error.code, error.detail, only.found.stamp)]
+        except BaseException:
+            self._taken.difference_update(each.sha256 for each in to_send)
+            raise
+        return [self._entry(each, file) for each, file in zip(to_send, answer.files, strict=True)]
+
+    def _entry(self, sent: _ToSend, file: UploadedFile) -> Entry:
+        if file.image_id is not None:
+            self.known[sent.sha256] = (file.image_id, _said(sent.description))
+        else:
+            self._taken.discard(sent.sha256)
+        outcome = Outcome(file.outcome.value)
+        return Entry(sent.found.name, outcome, sent.sha256, file.code, file.detail, sent.found.stamp)
+
+    def _description(self, sample: Sample) -> ImageDescription:
         said = {name: sample.fields[name] for name in DESCRIBING if sample.fields.get(name)}
         if isinstance(said.get("tags"), str):
             said["tags"] = _tags(said["tags"])
@@ -237,7 +291,7 @@ class Uploader:
         defaults = self.defaults.model_dump(exclude_unset=True)
         tags = dict.fromkeys([*said.get("tags", []), *defaults.pop("tags", [])])
         try:
-            return UploadFields.model_validate({**defaults, **said, "tags": list(tags), "collection": self.collection})
+            return ImageDescription.model_validate({**defaults, **said, "tags": list(tags)})
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -261,6 +315,10 @@ def _listed(service: Afterimage, collection: str, **options: Any) -> Iterator[Im
     except InvalidRequestError as error:
         if [mistake.field for mistake in error.errors] != ["query.collection"]:
             raise
+
+
+def _said(description: ImageDescription) -> dict[str, Any]:
+    return {name: getattr(description, name) for name in DESCRIBING if name in description.model_fields_set}
 
 
 def _entry(line: dict[str, Any]) -> Entry:

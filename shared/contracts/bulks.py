@@ -11,7 +11,7 @@ from uuid import UUID
 
 from pydantic import Field
 
-from shared.contracts.common import Contract, FieldProblem, Metadata, PageQuery, Text
+from shared.contracts.common import Contract, FieldProblem, Metadata, OnInvalid, PageQuery, Text
 from shared.contracts.generation import GenerateRequest, RagGenerateRequest
 from shared.contracts.jobs import JobError, JobKind, Lane, OutputView
 from shared.contracts.safety import SafetyRecord
@@ -31,11 +31,6 @@ class BulkState(StrEnum):
     @property
     def is_final(self) -> bool:
         return self not in (BulkState.RECEIVING, BulkState.RUNNING, BulkState.PAUSED)
-
-
-class OnInvalid(StrEnum):
-    REFUSE = "refuse"
-    SKIP = "skip"
 
 
 class BulkWebhook(Contract):

@@ -76,6 +76,13 @@ class FieldProblem(Contract):
     message: str
 
 
+class OnInvalid(StrEnum):
+    """What becomes of a request of many parts when some are invalid."""
+
+    REFUSE = "refuse"
+    SKIP = "skip"
+
+
 class Problem(Contract):
     """Every error, as `application/problem+json` (RFC 9457)."""
 

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from pydantic import Field
 
-from shared.contracts.common import Contract, Name, PageQuery, Tag, Text
+from shared.contracts.common import Contract, Name, OnInvalid, PageQuery, Tag, Text
 
 
 class ImageState(StrEnum):
@@ -23,15 +23,29 @@ Attributes = Annotated[
 ]
 
 
-class UploadFields(Contract):
-    """What an upload says of its images; each value holds for every file of the request."""
+class ImageDescription(Contract):
+    """What is said of an image."""
 
     caption: Caption | None = None
     tags: list[Tag] = Field(default_factory=list, max_length=32)
     licence: Annotated[Text, Field(max_length=100)] | None = None
     source: Annotated[Text, Field(max_length=200)] | None = None
     attributes: Attributes = Field(default_factory=dict)
+
+
+class UploadFields(ImageDescription):
+    """What an upload says of its images; each value holds for every file of which `each` does not say another."""
+
     collection: Name = "shared"
+    on_invalid: OnInvalid = Field(
+        OnInvalid.REFUSE,
+        description="`refuse`: one file that is no image, and nothing is kept; `skip`: the others are",
+    )
+    each: list[ImageDescription] = Field(
+        default_factory=list,
+        max_length=1000,
+        description="as JSON, what is said of single files, in the order of the files",
+    )
 
 
 class ImagePatch(Contract):
@@ -66,8 +80,24 @@ class ImageView(Contract):
     thumbnail_url: str
 
 
+class FileOutcome(StrEnum):
+    CREATED = "created"
+    EXISTING = "existing"  # the collection had it
+    SKIPPED = "skipped"  # see `code`
+
+
+class UploadedFile(Contract):
+    """What became of one file."""
+
+    outcome: FileOutcome
+    image_id: UUID | None = None
+    code: str | None = Field(None, description="why it was skipped")
+    detail: str | None = None
+
+
 class UploadResponse(Contract):
-    images: list[ImageView]
+    images: list[ImageView] = Field(description="those of the files that were kept")
+    files: list[UploadedFile] = Field(description="in the order in which they were sent")
     created: int
     existing: int = Field(description="files that the collection already had; answered with the image it has")
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from datetime import timedelta
 from uuid import UUID, uuid4
 
-from sqlalchemy import ARRAY, Text, cast, delete, func, select, text
+from sqlalchemy import ARRAY, Text, cast, delete, func, insert, select, text
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
@@ -23,16 +23,15 @@ def claim(session: Session, keys: Collection[str]) -> UUID:
     Waits while the sweeper is removing one of them.
     """
     _lock(session, keys, shared=True)
-    claim = BlobClaim(id=uuid4(), keys=sorted(keys))
-    session.add(claim)
-    session.flush()
-    return claim.id
+    claim_id = uuid4()
+    session.execute(insert(BlobClaim).values(id=claim_id, keys=sorted(keys)))
+    return claim_id
 
 
 def settle(session: Session, claim_id: UUID) -> bool:
     """End a claim in the transaction that names its blobs; False when it had run out, and they may be gone."""
     statement = delete(BlobClaim).where(BlobClaim.id == claim_id).returning(BlobClaim.id)
-    return session.scalar(statement) is not None
+    return session.scalar(statement.execution_options(synchronize_session=False)) is not None
 
 
 def forget_claims(session: Session, *, older_than_s: float) -> None:

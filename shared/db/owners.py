@@ -48,6 +48,10 @@ def disable(session: Session, owner: Owner, *, disabled: bool) -> None:
 
 def ensure_collection(session: Session, name: str, *, owner_id: UUID) -> Collection:
     """The owner's collection of that name, made on first sight."""
-    statement = upsert(Collection).values(id=uuid4(), owner_id=owner_id, name=name)
-    session.execute(statement.on_conflict_do_nothing(index_elements=["owner_id", "name"]))
-    return session.scalars(select(Collection).where(Collection.owner_id == owner_id, Collection.name == name)).one()
+    statement = select(Collection).where(Collection.owner_id == owner_id, Collection.name == name)
+    collection = session.scalar(statement)
+    if collection is None:
+        new = upsert(Collection).values(id=uuid4(), owner_id=owner_id, name=name)
+        session.execute(new.on_conflict_do_nothing(index_elements=["owner_id", "name"]))
+        collection = session.scalars(statement).one()
+    return collection

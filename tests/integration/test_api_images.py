@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from PIL import Image as Picture
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from shared import queue
@@ -88,7 +89,42 @@ def test_many_files_of_one_request_are_all_kept_and_their_workers_are_rung(clien
     answer = upload(client, *(picture(colour) for colour in ("red", "green", "blue")), tags=["a", "b"])
     assert (answer.status_code, answer.json["created"], answer.json["existing"]) == (201, 3, 0)
     assert {tuple(image["tags"]) for image in answer.json["images"]} == {("a", "b")}
-    assert len(messages(queue.EMBED_IMAGES_QUEUE)) == 1
+    wait_until(lambda: len(messages(queue.EMBED_IMAGES_QUEUE)) == 1, timeout_s=10, what="the ring")
+
+
+def test_files_that_are_no_images_are_skipped_when_asked_and_what_is_said_of_single_files_stays_with_them(
+    client: Client, session: Session
+) -> None:
+    each = [{"caption": "a red one", "tags": ["own"]}, {"caption": "lost"}, {}, {"caption": "again"}]
+    files = (picture("red"), b"no image", picture("green"), picture("red"))
+    answer = upload(client, *files, on_invalid="skip", each=json.dumps(each), caption="for all", tags="common")
+    assert (answer.status_code, answer.json["created"], answer.json["existing"]) == (201, 2, 1)
+    red, green, again = answer.json["images"]
+    assert (red["caption"], red["tags"]) == ("a red one", ["own"])
+    assert (green["caption"], green["tags"]) == ("for all", ["common"])
+    assert again["id"] == red["id"]
+    told = [(file["outcome"], file["image_id"], file["code"]) for file in answer.json["files"]]
+    assert told == [
+        ("created", red["id"], None),
+        ("skipped", None, "unsupported_image_type"),
+        ("created", green["id"], None),
+        ("existing", red["id"], None),
+    ]
+    nothing = upload(client, b"no image", picture()[:50], on_invalid="skip")
+    assert (nothing.status_code, nothing.json["images"], nothing.json["created"]) == (200, [], 0)
+    assert [file["code"] for file in nothing.json["files"]] == ["unsupported_image_type", "invalid_image"]
+    refused = upload(client, picture("blue"), b"no image", each="[{}, {}]")
+    assert (refused.status_code, refused.json["code"]) == (415, "unsupported_image_type")
+    assert session.scalar(select(func.count()).select_from(Image)) == 2, "nothing of what was refused was kept"
+
+
+@pytest.mark.parametrize(
+    "each", ["[{}]", "{}", "[{}, {}, {}]", "no json", '[{"collection": "mine"}, {}]', '[{"tags": "a"}, {}]', "[1, {}]"]
+)
+def test_what_is_said_of_single_files_must_fit_them(client: Client, each: str) -> None:
+    answer = upload(client, picture("red"), picture("green"), each=each)
+    assert answer.status_code == 422
+    assert answer.json["errors"][0]["field"].startswith("form.each")
 
 
 def test_the_same_content_again_is_answered_with_the_image_there_is(client: Client) -> None:
