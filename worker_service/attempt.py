@@ -2,18 +2,20 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from pydantic import ValidationError
+from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
 from shared import queue
 from shared.contracts.generation import GenerationParameters
+from shared.contracts.jobs import JobState
 from shared.contracts.safety import SafetyDecision, SafetyRecord
 from shared.db import jobs
 from shared.db.jobs import Output
@@ -25,6 +27,8 @@ from shared.progress import PreviewStream, publish_changed
 from shared.settings import JobSettings
 from worker_service.image_request import Interrupted, Onlooker
 from worker_service.leases import Held, Leases
+
+Owned = TypeVar("Owned")
 
 logger = logging.getLogger(__name__)
 
@@ -138,14 +142,18 @@ class Attempt:
 
     def retry_later(self, error: BaseAppException) -> None:
         delay_s, most = self._settings.transient_retry_delay_s, self._settings.max_transient_retries
-        self._write(lambda session: jobs.retry_later(session, self._held.claim, error, delay_s=delay_s, most=most))
-        self.outcome = Outcome.REQUEUED
+        state = self._write(
+            lambda session: jobs.retry_later(session, self._held.claim, error, delay_s=delay_s, most=most)
+        )
+        self.outcome = Outcome.FAILED if state is JobState.FAILED else Outcome.REQUEUED
 
-    def _write(self, change: Any) -> None:
+    def _write(self, change: Callable[[Session], Owned]) -> Owned:
+        """What `change` returns, which is false when the attempt has lost its job."""
         with session_scope() as session:
             owned = change(session)
         if not owned:
             raise LostError
+        return owned
 
     @property
     def timed_out(self) -> bool:

@@ -244,13 +244,18 @@ def fail(session: Session, claim: Claim, error: BaseAppException) -> bool:
     return _end(session, _owned([claim]), JobState.FAILED, data=error.body(), error=error.body())
 
 
-def retry_later(session: Session, claim: Claim, error: BaseAppException, *, delay_s: float, most: int) -> bool:
-    """After a passing fault: back to the queue with a doubled wait, or `failed` when that happened `most` times."""
+def retry_later(
+    session: Session, claim: Claim, error: BaseAppException, *, delay_s: float, most: int
+) -> JobState | None:
+    """After a passing fault: back to the queue with a doubled wait, or `failed` when that happened `most` times.
+
+    What has become of the job; None when it was not owned any more.
+    """
     job = session.scalar(select(Job).where(_owned([claim])).with_for_update())
     if job is None:
-        return False
+        return None
     if job.transient_retries >= most:
-        return fail(session, claim, error)
+        return JobState.FAILED if fail(session, claim, error) else None
     wait_s = delay_s * 2**job.transient_retries
     requeued = _requeue(
         session,
@@ -259,7 +264,7 @@ def retry_later(session: Session, claim: Claim, error: BaseAppException, *, dela
         transient_retries=Job.transient_retries + 1,
         run_after=_from_now(wait_s),
     )
-    return bool(requeued)
+    return JobState.QUEUED if requeued else None
 
 
 def hand_back(session: Session, claims: Iterable[Claim]) -> int:

@@ -447,7 +447,7 @@ def test_a_row_that_no_worker_can_read_fails_its_job_and_says_why(
     job = submit(session)
     session.execute(text("update jobs set parameters = '{}', transient_retries = 3"))
     session.commit()
-    run(job.id, models, leases)
+    assert run(job.id, models, leases) is Outcome.FAILED
     failed = reload(session, job)
     assert (failed.state, (failed.error or {})["code"]) == (JobState.FAILED, "job_unreadable")
 

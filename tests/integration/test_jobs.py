@@ -156,7 +156,7 @@ def test_a_passing_fault_waits_longer_each_time_and_fails_in_the_end(session: Se
     waits = []
     for _ in range(3):
         held = claim(session, job)
-        assert jobs.retry_later(session, held, StorageError(), delay_s=4, most=3)
+        assert jobs.retry_later(session, held, StorageError(), delay_s=4, most=3) is JobState.QUEUED
         session.refresh(job)
         assert job.state == JobState.QUEUED
         assert jobs.claim(session, job.id, worker="w", lease_s=30) is None, "not due yet"
@@ -164,7 +164,7 @@ def test_a_passing_fault_waits_longer_each_time_and_fails_in_the_end(session: Se
         waits.append(jobs.events(session, job.id, after=job.last_seq - 1)[0].data["wait_s"])
         session.execute(update(Job).where(Job.id == job.id).values(run_after=func.now()))
     assert waits == [4, 8, 16]
-    assert jobs.retry_later(session, claim(session, job), StorageError(), delay_s=4, most=3)
+    assert jobs.retry_later(session, claim(session, job), StorageError(), delay_s=4, most=3) is JobState.FAILED
     assert state(session, job) == JobState.FAILED
 
 

@@ -139,7 +139,7 @@ class JobTable(RuleBasedStateMachine):
     @rule(claim=claims)
     def meet_a_passing_fault(self, claim: Claim) -> None:
         expected = self.expected[claim.job_id]
-        changed = jobs.retry_later(self.session, claim, StorageError(), delay_s=60, most=MAX_RETRIES)
+        changed = bool(jobs.retry_later(self.session, claim, StorageError(), delay_s=60, most=MAX_RETRIES))
         assert changed == expected.owned_by(claim)
         if changed and expected.retries == MAX_RETRIES:
             expected.moves(JobState.FAILED)
