@@ -15,6 +15,7 @@ from typing import Any
 import psycopg2
 import pytest
 import redis
+from psycopg2 import extensions
 from sqlalchemy import URL, make_url
 from sqlalchemy.orm import Session
 
@@ -63,6 +64,9 @@ def fresh_database(servers: LocalStack) -> Iterator[str]:
 
 
 def _administer(server: URL, statement: str) -> None:
+    # Copying a database takes as long as it takes: the bound that the API sets is for what people wait for.
+    bound = extensions.get_wait_callback()
+    extensions.set_wait_callback(None)
     # A connection for each statement: a test may have restarted the server in between.
     admin = psycopg2.connect(
         host=server.host, port=server.port, user=server.username, password=server.password, dbname="postgres"
@@ -73,6 +77,7 @@ def _administer(server: URL, statement: str) -> None:
             cursor.execute(statement)
     finally:
         admin.close()
+        extensions.set_wait_callback(bound)
 
 
 @pytest.fixture
