@@ -42,8 +42,10 @@ QUERY_IMAGE_SIDE = 512
 """Longest side, in pixels, of an image to look like: CLIP sees less, and the broker need not carry more."""
 
 
-def images_like(request: SearchRequest, *, caller: Caller, decoder: UploadDecoder) -> SearchResponse:
-    """The images of a collection nearest to a text, an image, or both.
+def images_like(request: SearchRequest, *, caller: Caller, decoder: UploadDecoder) -> bytes:
+    """The images of a collection nearest to a text, an image, or both: a `SearchResponse` as JSON.
+
+    As JSON, because an answer that is remembered is sent as it is.
 
     Raises:
         EmbeddingUnavailableError: no embed worker answered in time.
@@ -58,9 +60,9 @@ def images_like(request: SearchRequest, *, caller: Caller, decoder: UploadDecode
         collection = corpus.named(session, request.filter.collection, caller=caller, field="body.filter.collection")
         stored = _stored_vector(session, space, request.image_id, caller=caller) if request.image_id else None
     key = _answer_key(request, space, collection)
-    remembered = get_cache_manager().get(key)
+    remembered: bytes | None = get_cache_manager().get(key)
     if remembered is not None:
-        return SearchResponse.model_validate_json(remembered)
+        return remembered
     parts = [] if stored is None else [stored]
     if request.image is not None:
         parts.append(_unit(_in_space(embed_image(_query_image(request.image, decoder)), space)))
@@ -91,8 +93,9 @@ def images_like(request: SearchRequest, *, caller: Caller, decoder: UploadDecode
         embedding_space=space.digest,
         exact=nearest.exact,
     )
-    get_cache_manager().set(key, response.model_dump_json().encode())
-    return response
+    encoded = response.model_dump_json().encode()
+    get_cache_manager().set(key, encoded)
+    return encoded
 
 
 def references_for(query: RagSearchQuery, *, caller: Caller) -> RagSearchResponse:

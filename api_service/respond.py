@@ -31,6 +31,11 @@ def json(body: BaseModel, status: int = 200, headers: dict[str, str] | None = No
     return response
 
 
+def encoded(data: bytes) -> Response:
+    """A contract that is JSON already."""
+    return Response(data, content_type="application/json")
+
+
 def job(view: JobView, *, waited: float | None = None) -> Response:
     """A job; one that has not ended with the advice when to ask again."""
     headers = {} if view.state.is_final else {"Retry-After": str(POLL_AFTER_S)}

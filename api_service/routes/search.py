@@ -1,9 +1,9 @@
 """Asking the corpus."""
 
-from flask import current_app, g, request
+from flask import Response, current_app, g, request
 from flask_openapi3.models.tag import Tag
 
-from api_service import find, forms, parsing
+from api_service import find, forms, parsing, respond
 from api_service.resource import Resource
 from api_service.views import API
 from shared.contracts.search import RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
@@ -14,13 +14,14 @@ search = Resource(
 
 
 @search.post("/search", operation_id="search", responses={200: SearchResponse})
-def search_images() -> SearchResponse:
+def search_images() -> Response:
     """Find images by text, by an image, or by both
 
     As JSON, or as multipart with the image as a file and the JSON body's fields as form fields.
     """
     wanted = forms.search_request(request) if forms.is_multipart(request) else parsing.body(SearchRequest, request)
-    return find.images_like(wanted, caller=g.caller, decoder=current_app.extensions["decoder"])
+    found = find.images_like(wanted, caller=g.caller, decoder=current_app.extensions["decoder"])
+    return respond.encoded(found)
 
 
 @search.get("/rag/search", operation_id="ragSearch", responses={200: RagSearchResponse})
