@@ -288,3 +288,4 @@ def test_a_batch_is_no_larger_than_can_be_waited_for(pool: ThreadPoolExecutor) -
     assert batcher.submit(list(range(12))) == list(range(12))
     assert sizes[0] == 1, "nothing is known of its pace yet"
     assert 2 <= max(sizes) <= 4
+    assert sizes.count(1) <= 2, "its pace is that of an item, not of a batch"
