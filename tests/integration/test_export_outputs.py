@@ -19,7 +19,7 @@ from shared.contracts.jobs import JobState
 from shared.db import bulks, images, jobs, owners
 from shared.db.jobs import Output
 from shared.db.models import BulkItem, Generation, GenerationReference, Image, Job
-from shared.imaging import encode_image, pixels_sha256, thumbnail
+from shared.imaging import encode_image, open_image, perceptual_hash, pixels_sha256, thumbnail
 from shared.storage import get_blobs, output_key, output_thumbnail_key
 from tests.factories import make_image, make_job, make_space
 from tests.integration.test_export import run
@@ -91,6 +91,7 @@ def test_every_output_leaves_with_its_bytes_and_its_whole_record(session: Sessio
     assert [row["id"] for row in rows] == [str(each.id) for each in made], "the oldest first"
     for row, output in zip(rows, made, strict=True):
         assert hashlib.sha256(row["image"]).hexdigest() == row["sha256"] == output.sha256
+        assert row["perceptual_hash"] == perceptual_hash(open_image(row["image"]))
         assert (row["prompt"], row["seed"], row["owner"]) == (f"apfel „{output.seed}“", output.seed, "local")
         assert json.loads(row["provenance"]) == output.provenance
         assert json.loads(row["parameters"])["num_inference_steps"] == 4
