@@ -61,6 +61,7 @@ def test_swagger_ui_may_run_its_own_inline_script_and_no_other(client: Client) -
     assert directives["script-src"] == f"'self' 'sha256-{digest}'"
     assert directives["default-src"] == "'self'"
     assert directives["frame-ancestors"] == "'none'"
+    assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
 
 
 def test_no_page_of_another_origin_may_read_answers_unless_the_operator_says_so(
