@@ -85,7 +85,7 @@ lock: ## resolve pyproject.toml afresh into requirements.lock and the locks of t
 
 clean: ## stop the stack, remove .venv and every cache; var/ and out/ stay
 	@if test -x $(PY); then $(PY) -m ops.local down; fi
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help setup demo up down test eval bench chaos soak fuzz lint audit train-starter docs lock clean

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from scripts.exporting.image_file import Header, ImageFileError, Row
 from scripts.exporting.outgoing import COPIED
 from shared.contracts.common import ImageFormat
-from shared.contracts.images import ImageState, UploadFields
+from shared.contracts.images import ImageDescription, ImageState
 from shared.db import blobs, images, spaces
 from shared.db.models import Image
 from shared.db.session import session_scope
@@ -97,7 +97,7 @@ class _Incoming:
             get_blobs().put(self.thumbnail_key, self.row["thumbnail"], media_type=ImageFormat.WEBP.media_type)
 
     def columns(self) -> dict[str, Any]:
-        fields = UploadFields.model_validate(
+        described = ImageDescription.model_validate(
             {
                 **{name: self.row[name] for name in ("caption", "tags", "source", "licence")},
                 "attributes": json.loads(self.row["attributes"]),
@@ -105,7 +105,7 @@ class _Incoming:
         )
         return {
             **{name: self.row[name] for name in COPIED},
-            **fields.model_dump(exclude={"collection"}),
+            **described.model_dump(),
             "id": self._id,
             "format": self.format.value,
             "blob_key": self.blob_key,

@@ -1,5 +1,6 @@
 """Outputs into a file and into a corpus, on the whole stack: they are found, and drawn from, at once."""
 
+import base64
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from afterimage_client import Afterimage, ImageState, RagGenerateRequest
+from afterimage_client import Afterimage, ImageFilter, ImageState, RagGenerateRequest, SearchRequest
 from ops.local.stack import REPOSITORY
 from tests.stack import RunningStack
 
@@ -53,6 +54,12 @@ def test_outputs_leave_with_their_vectors_and_are_drawn_from_where_they_arrive(
     images = {image.id: image for image in service.images.list(collection="remembered")}
     assert {output.id for output in job.outputs} <= images.keys()
     assert {image.state for image in images.values()} == {ImageState.READY}
+    # Each has the vector that its own bytes get here.
+    for output in job.outputs:
+        own = base64.b64encode(rows[str(output.id)]["image"]).decode()
+        search = SearchRequest(image=own, k=len(rows), filter=ImageFilter(collection="remembered"))
+        similarities = {found.image_id: found.similarity for found in service.search(search).results}
+        assert similarities[output.id] > 0.9999
     # Drawn from, and the record names the output that it was.
     request = RagGenerateRequest(prompt="the kite again", reference_ids=[job.outputs[0].id])
     drawn = service.jobs.wait(service.jobs.submit(request))
