@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
 import open_clip
@@ -17,7 +17,9 @@ from shared.errors import EmbeddingError
 from shared.settings import ClipSettings, ModelSettings
 from worker_service import accelerator, loading
 
-Item = TypeVar("Item", str, Image.Image)
+Picture: TypeAlias = Image.Image | torch.Tensor
+"""An image, or what `Clip.prepare` makes of it."""
+Item = TypeVar("Item", str, Picture)
 
 TOKENIZER_PROBE = "A photo of 2 red apples; naïve café, Tokyo's 東京!"
 
@@ -94,7 +96,11 @@ class Clip:
         """
         return self._in_batches(texts, lambda batch: self.model.encode_text(self.tokenizer(batch).to(self.device)))
 
-    def encode_image(self, images: Sequence[Image.Image]) -> np.ndarray:
+    def prepare(self, image: Image.Image) -> torch.Tensor:
+        """What the model sees of an image: shape (3, height, width), float32. Any thread may call it."""
+        return cast(torch.Tensor, self.preprocess(image.convert("RGB")))
+
+    def encode_image(self, images: Sequence[Picture]) -> np.ndarray:
         """Projections of the images, not normalised: shape (n, dim), float32.
 
         Raises:
@@ -102,8 +108,8 @@ class Clip:
             ModelOutOfMemoryError: a batch of that size does not fit.
         """
 
-        def encode(batch: list[Image.Image]) -> torch.Tensor:
-            pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in batch])
+        def encode(batch: list[Picture]) -> torch.Tensor:
+            pixels = torch.stack([each if isinstance(each, torch.Tensor) else self.prepare(each) for each in batch])
             return cast(torch.Tensor, self.model.encode_image(pixels.to(self.device, self.dtype)))
 
         return self._in_batches(images, encode)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
 
 from shared.db import images
 from shared.db.images import ImageClaim
@@ -22,6 +21,7 @@ from shared.errors import (
 )
 from shared.imaging import open_image
 from shared.storage import get_blobs
+from worker_service.clip import Picture
 from worker_service.image_leases import ImageLeases
 from worker_service.models import Embedder
 
@@ -89,7 +89,7 @@ class ImageEmbedding:
             # Decoding is part of it: damaged bytes can end a process as well as a model can.
             with session_scope() as session:
                 owned = images.model_started(session, files)
-            pictures = _decode({claim: data for claim, data in files.items() if claim.image_id in owned})
+            pictures = self._decode({claim: data for claim, data in files.items() if claim.image_id in owned})
             return self._embed(pictures) if pictures else 0
 
     @contextmanager
@@ -107,7 +107,17 @@ class ImageEmbedding:
         finally:
             self._places.release(places)
 
-    def _embed(self, pictures: Mapping[ImageClaim, Image.Image]) -> int:
+    def _decode(self, files: Mapping[ImageClaim, bytes]) -> dict[ImageClaim, Picture]:
+        """One after the other: of an image with many pixels only what the model needs is kept."""
+        pictures = {}
+        for claim, data in files.items():
+            try:
+                pictures[claim] = self._embedder.prepare(open_image(data))
+            except InvalidImageError as error:
+                _failed(claim, error)
+        return pictures
+
+    def _embed(self, pictures: Mapping[ImageClaim, Picture]) -> int:
         claims = list(pictures)
         try:
             vectors = self._embedder.embed(list(pictures.values()), lane=IMAGE_LANE)
@@ -136,16 +146,6 @@ def _read(rows: Sequence[ImageRow]) -> tuple[dict[ImageClaim, bytes], Sequence[I
             logger.warning("image_unreadable", extra={"image_id": str(row.id), "cause": error.code}, exc_info=True)
             return files, [ImageClaim.of(later) for later in rows[position + 1 :]]
     return files, None
-
-
-def _decode(files: Mapping[ImageClaim, bytes]) -> dict[ImageClaim, Image.Image]:
-    pictures = {}
-    for claim, data in files.items():
-        try:
-            pictures[claim] = open_image(data)
-        except InvalidImageError as error:
-            _failed(claim, error)
-    return pictures
 
 
 def _failed(claim: ImageClaim, error: BaseAppException) -> None:

@@ -19,7 +19,7 @@ from shared.metrics import increment_counter, time_operation
 from shared.settings import GeneratorSettings, SafetySettings, Settings
 from worker_service.batcher import Batcher, CheckIn
 from worker_service.cheap import CheapGenerator
-from worker_service.clip import Clip
+from worker_service.clip import Clip, Picture
 from worker_service.diffusion import Diffusion
 from worker_service.drawing import Drawn, draw
 from worker_service.image_request import ImageModel, ImageRequest
@@ -39,7 +39,8 @@ class Embedder:
     def __init__(self, clip: Clip, space: Space, watchdog: Watchdog) -> None:
         self.space = space
         self.name = clip.name
-        self._batcher: Batcher[str | Image.Image, np.ndarray] = Batcher(
+        self._clip = clip
+        self._batcher: Batcher[str | Picture, np.ndarray] = Batcher(
             time_operation("embedding", model=clip.name)(lambda items, _on_step: encode(clip, items)),
             key=type,  # keeps texts and images apart
             max_batch_size=clip.max_batch_size,
@@ -65,7 +66,11 @@ class Embedder:
         logger.info("clip_loaded", extra={"model": clip.name, "space": space.digest[:12], "device": str(clip.device)})
         return cls(clip, space, watchdog)
 
-    def embed(self, items: Sequence[str] | Sequence[Image.Image], *, lane: int = 0) -> np.ndarray:
+    def prepare(self, image: Image.Image) -> Picture:
+        """What the model needs of an image: less than the image, and made while the model works on others."""
+        return self._clip.prepare(image)
+
+    def embed(self, items: Sequence[str] | Sequence[Picture], *, lane: int = 0) -> np.ndarray:
         """Shape (n, space.dim). Texts and images may come from any number of threads."""
         vectors = np.stack(self._batcher.submit(items, lane=lane))
         increment_counter("embedding_generation_total", len(items), labels={"model": self.name})
@@ -75,10 +80,10 @@ class Embedder:
         self._batcher.close(timeout_s)
 
 
-def encode(clip: Clip, items: Sequence[str | Image.Image]) -> Sequence[np.ndarray]:
+def encode(clip: Clip, items: Sequence[str | Picture]) -> Sequence[np.ndarray]:
     """Projections of texts or of images, never of both at once: float32, not normalised."""
     texts = [item for item in items if isinstance(item, str)]
-    pictures = [item for item in items if isinstance(item, Image.Image)]
+    pictures = [item for item in items if not isinstance(item, str)]
     return list(clip.encode_text(texts) if texts else clip.encode_image(pictures))
 
 

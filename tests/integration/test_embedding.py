@@ -23,6 +23,7 @@ from shared.storage import get_blobs
 from tests.factories import DIM, make_image, make_space
 from tests.integration.conftest import picture
 from tests.stack import wait_until
+from worker_service.clip import Picture
 from worker_service.embedding import AT_ONCE, ImageEmbedding
 from worker_service.image_leases import ImageLeases
 from worker_service.models import Embedder
@@ -42,7 +43,10 @@ class SlowEmbedder(Embedder):
         self.most_running = 0
         self._lock = threading.Lock()
 
-    def embed(self, items: Sequence[str] | Sequence[Image.Image], *, lane: int = 0) -> np.ndarray:
+    def prepare(self, image: Image.Image) -> Image.Image:
+        return image
+
+    def embed(self, items: Sequence[str] | Sequence[Picture], *, lane: int = 0) -> np.ndarray:
         with self._lock:
             self.sizes.append(len(items))
             self.running += 1
