@@ -21,6 +21,8 @@ Picture: TypeAlias = Image.Image | torch.Tensor
 """An image, or what `Clip.prepare` makes of it."""
 Item = TypeVar("Item", str, Picture)
 
+MAX_ASPECT = 32
+"""Of an image as a model sees it; beyond, its middle stands for it."""
 TOKENIZER_PROBE = "A photo of 2 red apples; naïve café, Tokyo's 東京!"
 
 
@@ -97,8 +99,15 @@ class Clip:
         return self._in_batches(texts, lambda batch: self.model.encode_text(self.tokenizer(batch).to(self.device)))
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
-        """What the model sees of an image: shape (3, height, width), float32. Any thread may call it."""
-        return cast(torch.Tensor, self.preprocess(image.convert("RGB")))
+        """What the model sees of an image: shape (3, height, width), float32. Any thread may call it.
+
+        Raises:
+            EmbeddingError: the preprocessing of this model cannot take it.
+        """
+        try:
+            return cast(torch.Tensor, self.preprocess(_without_far_ends(image).convert("RGB")))
+        except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+            raise EmbeddingError("The embedding model cannot be shown this image.") from error
 
     def encode_image(self, images: Sequence[Picture]) -> np.ndarray:
         """Projections of the images, not normalised: shape (n, dim), float32.
@@ -132,6 +141,16 @@ class Clip:
     def _on_cpu(encode: Callable[[list[Item]], torch.Tensor], batch: list[Item]) -> np.ndarray:
         vectors: np.ndarray = encode(batch).float().cpu().numpy()
         return vectors
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """The middle of a strip: scaled to what a model sees, its short side would be less than a pixel."""
+    width, height = image.size
+    longest = min(width, height) * MAX_ASPECT
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def _name(settings: ClipSettings) -> str:

@@ -113,7 +113,7 @@ class ImageEmbedding:
         for claim, data in files.items():
             try:
                 pictures[claim] = self._embedder.prepare(open_image(data))
-            except InvalidImageError as error:
+            except (InvalidImageError, EmbeddingError) as error:
                 _failed(claim, error)
         return pictures
 

@@ -17,7 +17,7 @@ from shared.db import images
 from shared.db.models import Image as ImageRow
 from shared.db.session import session_scope
 from shared.db.spaces import Space
-from shared.errors import DatabaseConnectionError, ModelOutOfMemoryError
+from shared.errors import DatabaseConnectionError, EmbeddingError, ModelOutOfMemoryError
 from shared.settings import JobSettings, Settings
 from shared.storage import get_blobs
 from tests.factories import DIM, make_image, make_space
@@ -32,6 +32,10 @@ TOO_LARGE = (48, 48)
 """Size of an image that does not fit in memory."""
 
 
+NOT_TO_BE_SHOWN = (47, 48)
+"""Size of an image that the preprocessing cannot take."""
+
+
 class SlowEmbedder(Embedder):
     """Answers when told to, and remembers how many calls ran at the same time."""
 
@@ -44,6 +48,8 @@ class SlowEmbedder(Embedder):
         self._lock = threading.Lock()
 
     def prepare(self, image: Image.Image) -> Image.Image:
+        if image.size == NOT_TO_BE_SHOWN:
+            raise EmbeddingError
         return image
 
     def embed(self, items: Sequence[str] | Sequence[Picture], *, lane: int = 0) -> np.ndarray:
@@ -207,6 +213,15 @@ def test_an_image_that_does_not_fit_in_memory_fails_alone(
     assert states() == {huge.id: "failed", **{other.id: "ready" for other in others}}
     with session_scope() as scope:
         assert scope.get_one(ImageRow, huge.id).error_code == "out_of_memory"
+
+
+def test_an_image_that_cannot_be_shown_to_the_model_fails_alone_and_at_once(
+    session: Session, embedder: SlowEmbedder, leases: ImageLeases
+) -> None:
+    strange, others = waiting_image(session, size=NOT_TO_BE_SHOWN), [waiting_image(session) for _ in range(3)]
+    embedder.go.set()
+    start(ImageEmbedding(embedder, leases)).join(20)
+    assert states() == {strange.id: "failed", **{other.id: "ready" for other in others}}
 
 
 def test_an_image_whose_ring_came_while_all_hands_were_full_is_embedded_after_them(

@@ -15,7 +15,7 @@ from PIL import Image
 from shared.errors import EmbeddingError, ModelLoadError
 from shared.settings import ClipSettings, ModelSettings
 from tests import small_pipelines
-from worker_service.clip import Clip
+from worker_service.clip import MAX_ASPECT, Clip
 
 
 def close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-4) -> bool:
@@ -156,3 +156,13 @@ def test_a_model_without_weights_is_not_loaded_with_random_ones(small_models: Pa
     (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
     with pytest.raises(ModelLoadError):
         Clip.load(settings_for(f"local-dir:{tmp_path / 'clip'}"))
+
+
+@pytest.mark.parametrize("size", [(2000, 8), (8, 2000), (5000, 1)])
+def test_of_a_strip_the_middle_is_seen(clip: Clip, size: tuple[int, int]) -> None:
+    strip = Image.linear_gradient("L").resize(size).convert("RGB")
+    width, height = size
+    longest = min(size) * MAX_ASPECT
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    middle = strip.crop((left, top, left + min(width, longest), top + min(height, longest)))
+    assert close(clip.encode_image([strip]), clip.encode_image([middle]))
