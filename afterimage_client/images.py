@@ -12,6 +12,9 @@ from afterimage_client.connection import Connection, parsed
 from shared.contracts.images import ImagePatch, ImageState, ImageView, UploadFields, UploadResponse
 from shared.contracts.jobs import OutputView
 
+SLOWEST_FILE_S = 20.0
+"""How long a service may take to decode one file, by default."""
+
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -48,6 +51,8 @@ class Images:
                 "/upload",
                 data=_form(fields or UploadFields()),
                 files=[("file", (file.name, file.data)) for file in files],
+                # They are decoded before the answer, one after the other, and behind those of others.
+                timeout=self._connection.timeout(read_s=SLOWEST_FILE_S * max(2, len(files))),
             ),
         )
 

@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
@@ -372,6 +372,8 @@ class UploadDecoder:
     def __init__(self, settings: "APISettings") -> None:
         self._settings = settings
         self._closed = threading.Event()
+        # First come, first served: who decodes many files, one after the other, would else be ahead of all who wait.
+        self._turns = ThreadPoolExecutor(settings.decoder_processes, thread_name_prefix="decoder")
         # One pool per child: when a child dies, the file it held is the one to blame.
         self._idle: queue.LifoQueue[ProcessPoolExecutor | None] = queue.LifoQueue()
         for _ in range(settings.decoder_processes):
@@ -381,11 +383,11 @@ class UploadDecoder:
         self._at_exit = Finalize(None, self.close, exitpriority=20)
 
     def decode(self, data: bytes) -> DecodedImage:
-        """Like `decode_upload`, with the limits of the settings.
+        """Like `decode_upload`, with the limits of the settings, when it is this file's turn.
 
         Raises:
             InvalidImageError: and its kinds; also when decoding crashed twice or ran out of time.
-            DecoderBusyError: no child became free within `decode_timeout_s`.
+            DecoderBusyError: its turn did not come within `decode_timeout_s`.
         """
         if len(data) > self._settings.max_upload_bytes:
             raise ImageTooLargeError(
@@ -394,9 +396,20 @@ class UploadDecoder:
         if self._closed.is_set():
             raise DecoderBusyError
         try:
-            pool = self._idle.get(timeout=self._settings.decode_timeout_s)
-        except queue.Empty:
+            turn = self._turns.submit(self._decode, data)
+            try:
+                return turn.result(self._settings.decode_timeout_s)
+            except TimeoutError:
+                if turn.cancel():
+                    raise DecoderBusyError from None
+                return turn.result()  # its turn has come, and ends in time by itself
+        except (CancelledError, RuntimeError):
+            if not self._closed.is_set():
+                raise
             raise DecoderBusyError from None
+
+    def _decode(self, data: bytes) -> DecodedImage:
+        pool = self._idle.get()
         started = time.monotonic()
         try:
             for _ in range(2):  # the first death may be the child's own: killed while idle, or by the kernel
@@ -418,6 +431,7 @@ class UploadDecoder:
             return
         self._closed.set()
         self._at_exit.cancel()
+        self._turns.shutdown(wait=False, cancel_futures=True)
         for _ in range(self._settings.decoder_processes):
             pool = self._idle.get()
             if pool is not None:

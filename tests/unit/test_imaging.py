@@ -44,6 +44,7 @@ from shared.imaging import (
     thumbnail,
 )
 from shared.settings import APISettings
+from tests.stack import wait_until
 
 # Pillow remarks on damaged metadata; what becomes of the image is asserted here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -567,6 +568,30 @@ def test_a_file_that_takes_too_long_is_refused_and_the_next_one_decoded() -> Non
         assert decoder.decode(encoded(picture(8, 8), "PNG")).width == 8
     finally:
         decoder.close()
+
+
+def test_one_who_decodes_many_files_is_not_ahead_of_those_who_wait(decoder: UploadDecoder) -> None:
+    data = encoded(picture(800, 800), "PNG")
+    decoder.decode(data)
+    done: list[str] = []
+
+    def many() -> None:
+        for _ in range(30):
+            decoder.decode(data)
+            done.append("many")
+
+    def one() -> None:
+        wait_until(lambda: done, timeout_s=20, what="the first of many")
+        decoder.decode(data)
+        done.append("one")
+
+    threads = [threading.Thread(target=target) for target in (many, one, one)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done.count("one") == 2
+    assert max(place for place, who in enumerate(done) if who == "one") < 12, done
 
 
 def test_closing_leaves_no_process_and_refuses_what_comes_later() -> None:
