@@ -52,7 +52,7 @@ class Output:
     def event(self, name: str, **fields: Any) -> None:
         """For programs: one object per line."""
         if self.as_json:
-            print(json.dumps({"event": name, **fields}, ensure_ascii=False, default=str), flush=True)
+            print(json.dumps({"event": name, **fields}, default=str), flush=True)
 
     def error(self, text: str) -> None:
         """For both, also when quiet."""

@@ -108,10 +108,15 @@ def is_candidate(path: Path) -> bool:
 
 def file_in_folder(path: Path, folder: Path) -> Found:
     return Found(
-        path.relative_to(folder).as_posix(),
-        lambda: Sample(path.name, _image_bytes(path), _beside(path)),
+        _printable(path.relative_to(folder).as_posix()),
+        lambda: Sample(_printable(path.name), _image_bytes(path), _beside(path)),
         stamp=_stamp(path, *(path.with_suffix(suffix) for suffix in SIDECAR_SUFFIXES)),
     )
+
+
+def _printable(name: str) -> str:
+    """A name that is no text, as file systems allow, with what cannot be written replaced."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def images_of(sidecar: Path) -> Iterator[Path]:
@@ -138,8 +143,10 @@ def _image_bytes(path: Path) -> bytes:
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise SkippedError("not_an_image", f"{path.suffix or 'no suffix'}: only {', '.join(IMAGE_SUFFIXES)} are read")
     try:
+        if path.exists() and not path.is_file():  # a pipe would be read for ever
+            raise SkippedError("not_an_image", "it is no file")
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SkippedError("file_unreadable", str(error)) from error
 
 
@@ -149,7 +156,7 @@ def _stamp(*paths: Path) -> str | None:
     for path in paths:
         try:
             status = path.stat()
-        except OSError:
+        except (OSError, ValueError):  # a name may hold what no path can
             continue
         parts.append(f"{status.st_size}@{status.st_mtime_ns}")
     return " ".join(parts) or None
@@ -244,7 +251,7 @@ def _in_tar(path: Path) -> Iterator[Found]:
 def _described(data: bytes) -> dict[str, Any]:
     try:
         said = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SkippedError("sidecar_unreadable", f"its JSON cannot be read: {error}") from error
     if not isinstance(said, dict):
         raise SkippedError("sidecar_unreadable", "its JSON is no object")

@@ -36,6 +36,10 @@ Known = tuple[UUID, dict[str, Any]]
 """An image of the collection, and what is said of it."""
 
 
+BY_CIRCUMSTANCE = ("file_unreadable", "image_too_large", "body_too_large")
+"""Why a file was skipped that may be taken another time, though it is the same: who may read it, and limits, change."""
+
+
 class Outcome(StrEnum):
     CREATED = "created"
     EXISTING = "existing"  # the collection had it
@@ -75,9 +79,9 @@ class Report:
         self._entries: dict[str, Entry] = {}
         self._file: IO[str] | None = None
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):  # the last one of a killed run may be half a line
-                    self._keep(_entry(json.loads(line)))
+            *lines, _ = path.read_text(encoding="utf-8").split("\n")  # the last of a killed run may be half a line
+            for line in lines:
+                self._keep(_entry(json.loads(line)))
 
     @property
     def contents(self) -> dict[str, str | None]:
@@ -90,7 +94,7 @@ class Report:
         if entry is None or found.stamp is None or entry.stamp != found.stamp:
             return None
         if entry.outcome == Outcome.SKIPPED:
-            return entry
+            return None if entry.code in BY_CIRCUMSTANCE else entry
         return replace(entry, outcome=Outcome.EXISTING) if entry.sha256 in known else None
 
     def __enter__(self) -> "Report":
@@ -127,7 +131,7 @@ class Report:
 
     def _write(self, entry: Entry) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+            self._file.write(json.dumps(asdict(entry)) + "\n")
             self._file.flush()
 
 
@@ -262,10 +266,10 @@ class Uploader:
                 [ImageFile(each.sample.filename, each.sample.data) for each in to_send], fields
             )
         except InvalidRequestError as error:
-            self._taken.difference_update(each.sha256 for each in to_send)
             if len(to_send) > 1:  # together they are more than the service takes, or one of them is refused
                 return [entry for each in to_send for entry in self._sent([each])]
             (only,) = to_send
+            self._taken.discard(only.sha256)
             return [Entry(only.found.name, Outcome.SKIPPED, only.sha256, error.code, error.detail, only.found.stamp)]
         except BaseException:
             self._taken.difference_update(each.sha256 for each in to_send)
@@ -289,9 +293,11 @@ class Uploader:
         if isinstance(said.get("attributes"), dict):
             said["attributes"] = {str(name): str(value) for name, value in said["attributes"].items()}
         defaults = self.defaults.model_dump(exclude_unset=True)
-        tags = dict.fromkeys([*said.get("tags", []), *defaults.pop("tags", [])])
+        common = defaults.pop("tags", [])
         try:
-            return ImageDescription.model_validate({**defaults, **said, "tags": list(tags)})
+            own = ImageDescription.model_validate(said)
+            tags = list(dict.fromkeys([*own.tags, *common]))
+            return ImageDescription.model_validate({**defaults, **said, "tags": tags})
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -334,5 +340,5 @@ def _tags(text: str) -> Any:
 def _object(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text

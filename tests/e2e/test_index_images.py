@@ -61,6 +61,11 @@ def folder(tmp_path: Path) -> Path:
     (folder / "drawing.svg").write_text("<svg/>")
     (folder / "badly described.png").write_bytes(picture("pink"))
     (folder / "badly described.json").write_text("{")
+    (folder / "wrongly tagged.png").write_bytes(picture("pink", size=(50, 40)))
+    (folder / "wrongly tagged.json").write_text('{"tags": 5}')
+    (folder / "deep.png").write_bytes(picture("pink", size=(50, 41)))
+    (folder / "deep.json").write_text("[" * 200_000)
+    os.mkfifo(folder / "pipe.png")
     moving = io.BytesIO()
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(moving, "WEBP", save_all=True, append_images=frames[1:])
@@ -76,6 +81,9 @@ SKIPPED = {
     "huge.png": "image_too_large",
     "drawing.svg": "not_an_image",
     "badly described.png": "sidecar_unreadable",
+    "wrongly tagged.png": "invalid_description",
+    "deep.png": "sidecar_unreadable",
+    "pipe.png": "not_an_image",
     "moving.webp": "animated_image",
 }
 
@@ -106,7 +114,7 @@ def test_a_folder_is_indexed_and_every_file_that_is_not_is_named_with_its_reason
     told = outcomes(events)
     assert {name: told[name] for name in SKIPPED} == SKIPPED
     assert sorted(told[name] for name in ("plain.png", "same as plain.png")) == ["created", "duplicate"]
-    assert events[-1] | {"event": "done", "created": 4, "duplicate": 1, "skipped": 7, "existing": 0} == events[-1]
+    assert events[-1] | {"event": "done", "created": 4, "duplicate": 1, "skipped": 10, "existing": 0} == events[-1]
     images = {image.filename: image for image in service.images.list(collection=collection)}
     assert len(images) == 4
     sea, field = images["described.WEBP"], images["captioned.jpg"]
@@ -124,13 +132,26 @@ def test_a_second_run_sends_nothing_and_with_a_report_reads_nothing(
     assert Counter(json.loads(line)["outcome"] for line in first.splitlines()) == {
         "created": 4,
         "duplicate": 1,
-        "skipped": 7,
+        "skipped": 10,
     }
     with uploads_counted(stack) as uploads:
         _, events = index(stack, str(folder), "--report", str(report), "--collection", collection)
         assert uploads() == 0
     assert Counter(outcomes(events).values())["existing"] == 5
     assert sorted(report.read_text().splitlines()) == sorted(first.splitlines())
+    # Names that are hard to write are kept like others.
+    (folder / "a\u2028b\x85.png").write_bytes(picture("navy"))
+    Path(os.fsdecode(os.fsencode(folder) + b"/no \xff text.png")).write_bytes(picture("maroon"))
+    for _ in range(2):
+        _, events = index(stack, str(folder), "--report", str(report), "--collection", collection)
+    told = outcomes(events)
+    assert (told["a\u2028b\x85.png"], told["no \\udcff text.png"]) == ("existing", "existing")
+    # What was skipped for a limit of that run is taken by a run with another.
+    lenient = ("--report", str(tmp_path / "another.jsonl"), "--collection", collection)
+    _, events = index(stack, str(folder), *lenient, "--max-file-mb", "0.00001")
+    assert outcomes(events)["plain.png"] == "image_too_large"
+    _, events = index(stack, str(folder), *lenient)
+    assert outcomes(events)["plain.png"] in ("existing", "duplicate")
     # A file that changes is looked at again, also when it was skipped.
     (folder / "broken.png").write_bytes(picture("cyan"))
     _, events = index(stack, str(folder), "--report", str(report), "--collection", collection)
