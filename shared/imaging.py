@@ -409,7 +409,11 @@ class UploadDecoder:
             raise DecoderBusyError from None
 
     def _decode(self, data: bytes) -> DecodedImage:
-        pool = self._idle.get()
+        try:
+            # There are as many threads as pools; only `close` may have taken this one's.
+            pool = self._idle.get(timeout=self._settings.decode_timeout_s)
+        except queue.Empty:
+            raise DecoderBusyError from None
         started = time.monotonic()
         try:
             for _ in range(2):  # the first death may be the child's own: killed while idle, or by the kernel
