@@ -44,6 +44,7 @@ class Images:
             InvalidRequestError: a file is no image that the service takes, and is not to be skipped; `context["index"]`
                 says which.
         """
+        usual_s = self._connection.http.timeout.read
         return parsed(
             UploadResponse,
             self._connection.send(
@@ -52,7 +53,7 @@ class Images:
                 data=_form(fields or UploadFields()),
                 files=[("file", (file.name, file.data)) for file in files],
                 # They are decoded before the answer, one after the other, and behind those of others.
-                timeout=self._connection.timeout(read_s=SLOWEST_FILE_S * max(2, len(files))),
+                timeout=self._connection.timeout(read_s=(usual_s or 0) + SLOWEST_FILE_S * len(files)),
             ),
         )
 

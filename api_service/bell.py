@@ -42,6 +42,8 @@ class Bell:
                 self._ring()
             except BrokerUnavailableError as error:
                 logger.warning("embed_not_announced", extra={"cause": error.code})
+            except Exception:  # whatever it is, the next pull must find a bell
+                logger.exception("bell_failed")
             time.sleep(self._interval_s)
 
 

@@ -226,7 +226,8 @@ class Batcher(Generic[Item, Result]):
             started = time.monotonic()
             with self._watchdog.watch(self._stage, model=self._name, jobs=jobs) as watch:
                 results = self._run([ticket.item for ticket in batch], on_step)
-            self._item_s[batch[0].key] = (time.monotonic() - started) / len(batch)
+            if self._longest_s < float("inf"):  # nobody else asks, and of some models there are very many keys
+                self._item_s[batch[0].key] = (time.monotonic() - started) / len(batch)
             if len(results) != len(batch):
                 raise ModelError(f"The model returned {len(results)} results for {len(batch)} items.")
         except Exception as error:

@@ -274,9 +274,9 @@ class Uploader:
         except BaseException:
             self._taken.difference_update(each.sha256 for each in to_send)
             raise
-        return [self._entry(each, file) for each, file in zip(to_send, answer.files, strict=True)]
+        return [self._became(each, file) for each, file in zip(to_send, answer.files, strict=True)]
 
-    def _entry(self, sent: _ToSend, file: UploadedFile) -> Entry:
+    def _became(self, sent: _ToSend, file: UploadedFile) -> Entry:
         if file.image_id is not None:
             self.known[sent.sha256] = (file.image_id, _said(sent.description))
         else:

@@ -204,24 +204,16 @@ def test_an_image_that_the_store_cannot_give_waits_for_its_lease_and_holds_up_no
         assert images.take_back_expired(scope, max_crashes=1) == [(unreadable.id, ImageState.PENDING)], "not its fault"
 
 
-def test_an_image_that_does_not_fit_in_memory_fails_alone(
-    session: Session, embedder: SlowEmbedder, leases: ImageLeases
+@pytest.mark.parametrize(("size", "code"), [(TOO_LARGE, "out_of_memory"), (NOT_TO_BE_SHOWN, "embedding_failed")])
+def test_an_image_that_the_model_cannot_take_fails_alone(
+    session: Session, embedder: SlowEmbedder, leases: ImageLeases, size: tuple[int, int], code: str
 ) -> None:
-    huge, others = waiting_image(session, size=TOO_LARGE), [waiting_image(session) for _ in range(3)]
-    embedder.go.set()
-    start(ImageEmbedding(embedder, leases)).join(20)
-    assert states() == {huge.id: "failed", **{other.id: "ready" for other in others}}
-    with session_scope() as scope:
-        assert scope.get_one(ImageRow, huge.id).error_code == "out_of_memory"
-
-
-def test_an_image_that_cannot_be_shown_to_the_model_fails_alone_and_at_once(
-    session: Session, embedder: SlowEmbedder, leases: ImageLeases
-) -> None:
-    strange, others = waiting_image(session, size=NOT_TO_BE_SHOWN), [waiting_image(session) for _ in range(3)]
+    strange, others = waiting_image(session, size=size), [waiting_image(session) for _ in range(3)]
     embedder.go.set()
     start(ImageEmbedding(embedder, leases)).join(20)
     assert states() == {strange.id: "failed", **{other.id: "ready" for other in others}}
+    with session_scope() as scope:
+        assert scope.get_one(ImageRow, strange.id).error_code == code
 
 
 def test_an_image_whose_ring_came_while_all_hands_were_full_is_embedded_after_them(

@@ -3,6 +3,8 @@
 import threading
 import time
 
+import pytest
+
 from api_service.bell import Bell
 from shared.errors import BrokerUnavailableError
 from tests.stack import wait_until
@@ -11,16 +13,16 @@ from tests.stack import wait_until
 class Heard:
     """Remembers when it was rung. `answer` is waited for in every ring."""
 
-    def __init__(self) -> None:
+    def __init__(self, fault: Exception | None = None) -> None:
         self.at: list[float] = []
         self.answer = threading.Event()
-        self.fails = False
+        self.fault = fault
 
     def __call__(self) -> None:
         self.at.append(time.monotonic())
         assert self.answer.wait(10)
-        if self.fails:
-            raise BrokerUnavailableError
+        if self.fault is not None:
+            raise self.fault
 
 
 def test_many_pulls_are_two_rings_one_at_once_and_one_after_all_of_them() -> None:
@@ -39,9 +41,9 @@ def test_many_pulls_are_two_rings_one_at_once_and_one_after_all_of_them() -> Non
     wait_until(lambda: len(heard.at) == 3, timeout_s=10, what="a ring for whoever comes later")
 
 
-def test_a_broker_that_is_away_ends_no_bell() -> None:
-    heard = Heard()
-    heard.fails = True
+@pytest.mark.parametrize("fault", [BrokerUnavailableError(), ValueError()])
+def test_no_fault_ends_the_bell(fault: Exception) -> None:
+    heard = Heard(fault)
     heard.answer.set()
     bell = Bell(heard, interval_s=0)
     bell.pull()
