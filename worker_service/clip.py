@@ -106,7 +106,7 @@ class Clip:
         """
         try:
             return cast(torch.Tensor, self.preprocess(_without_far_ends(image).convert("RGB")))
-        except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+        except (ValueError, ArithmeticError) as error:  # not a lack of memory, which may pass
             raise EmbeddingError("The embedding model cannot be shown this image.") from error
 
     def encode_image(self, images: Sequence[Picture]) -> np.ndarray:
