@@ -56,6 +56,7 @@ class Attempt:
         self.crashes = job.crashes
         self.number = held.claim.attempt
         self.check_in = held.check_in
+        self.held_up = held.held_up
         self.outcome = Outcome.LOST
         self.safety: SafetyRecord | None = None
         """What a content policy has decided so far; none: there is none."""

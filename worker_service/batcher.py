@@ -1,6 +1,8 @@
 """Many threads, one model: a batcher gathers compatible items from all of them and runs each batch on its own thread.
 
-It never waits for company. While the model is idle, an item starts at once; while it is busy, the next batch forms.
+It never waits for company. While the model is idle, an item starts at once; while it is busy, the next batch forms. A
+batch whose model tells of its steps lets better lanes pass between two of them: what they wait for is a step, not a
+batch.
 """
 
 import logging
@@ -15,7 +17,7 @@ from typing import Generic, TypeVar
 from shared.errors import ModelError, ModelOutOfMemoryError
 from shared.metrics import GENERATION_BATCH_SIZE, GENERATION_MEMORY_SAVED
 from worker_service.image_request import Interrupted, OnStep
-from worker_service.watchdog import Stage, Watchdog
+from worker_service.watchdog import Stage, Watch, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Asker:
     owner: Hashable
     check_in: CheckIn
     begin: Callable[[], None]
+    held_up: Callable[[float], None]
     alone: bool
     job: str
     begun: bool = False
@@ -58,12 +61,25 @@ class Ticket(Generic[Item, Result]):
         return not self.result.done()
 
 
+@dataclass(eq=False)
+class Batch(Generic[Item, Result]):
+    """Items that share a call of the model."""
+
+    tickets: Sequence[Ticket[Item, Result]]
+    lane: float
+    """Better ones pass between its steps; -inf: none is better."""
+    held_up_s: float = 0.0
+
+
 class Batcher(Generic[Item, Result]):
-    """Runs `run(items, on_step)` for batches of at most `max_batch_size` items with equal `key(item)`.
+    """Runs `run(items, on_step)` for batches of at most `max_batch_size` items with equal lanes and `key(item)`.
 
     Which items go next is decided by lane, then by how much their owner was served lately, then by age. Once in
     `starving_s` what has been in line for that long goes first, so that no lane waits for ever under those above it.
     A batch that fails is run again in halves, down to single items, so that one bad item harms only itself.
+
+    Whenever `run` tells of a step, batches of better lanes run before that call returns: `run` is entered again inside
+    of itself, and must not mind. A batch is held up for `starving_s` at most, all in all.
 
     With `longest_s` a batch is as large as the latest pace lets it end in about that time, one item at least: nothing
     interrupts it, so the next item of a better lane waits for its end.
@@ -108,6 +124,7 @@ class Batcher(Generic[Item, Result]):
         owner: Hashable = None,
         check_in: CheckIn = lambda _index, _step, _total: True,
         begin: Callable[[], None] = lambda: None,
+        held_up: Callable[[float], None] = lambda _seconds: None,
         alone: bool = False,
         job: str = "",
     ) -> list[Result]:
@@ -115,14 +132,15 @@ class Batcher(Generic[Item, Result]):
 
         begin: called once, on the model's thread, right before the first of the items runs: waiting in line is not
             running. What it raises ends the submit.
-        alone: never share a batch, for items that may bring their process down.
+        held_up: told on the model's thread for how many seconds better lanes have just passed one of the items.
+        alone: never share a batch, nor pass one or let one pass, for items that may bring their process down.
         job: who this is, for the log of the watchdog.
 
         Raises:
             Interrupted: `check_in` said no, or the batcher was closed.
             Exception: whatever the model raised for the first item that failed.
         """
-        asker = Asker(lane, owner, check_in, begin, alone, job)
+        asker = Asker(lane, owner, check_in, begin, held_up, alone, job)
         tickets = [Ticket[Item, Result](item, index, self._key(item), asker) for index, item in enumerate(items)]
         with self._changed:
             if self._closed:
@@ -148,10 +166,23 @@ class Batcher(Generic[Item, Result]):
 
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
-            batch = self._begin(batch)
-            if batch:
-                GENERATION_BATCH_SIZE.labels(self._name).observe(len(batch))
-                self._run_batch(batch)
+            self._serve(batch)
+
+    def _serve(self, batch: Batch[Item, Result], within: Watch | None = None) -> None:
+        batch.tickets = self._begin(batch.tickets)
+        if batch.tickets:
+            GENERATION_BATCH_SIZE.labels(self._name).observe(len(batch.tickets))
+            self._run_batch(batch, batch.tickets, within)
+
+    def _let_pass(self, batch: Batch[Item, Result], watch: Watch) -> None:
+        """Run what waits in better lanes than that of `batch`, whose call is between two steps."""
+        while batch.held_up_s < self._starving_s and (better := self._choose(batch.lane)) is not None:
+            started = time.monotonic()
+            self._serve(better, within=watch)
+            held_up_s = time.monotonic() - started
+            batch.held_up_s += held_up_s
+            for asker in {ticket.asker for ticket in batch.tickets}:
+                asker.held_up(held_up_s)
 
     def _begin(self, batch: Sequence[Ticket[Item, Result]]) -> list[Ticket[Item, Result]]:
         """Tell those whose first turn this is; the tickets of the others, and of those who still want theirs."""
@@ -168,33 +199,36 @@ class Batcher(Generic[Item, Result]):
                 ticket.result.set_exception(refused[asker])
         return [ticket for ticket in batch if not ticket.result.done()]
 
-    def _next_batch(self) -> list[Ticket[Item, Result]] | None:
+    def _next_batch(self) -> Batch[Item, Result] | None:
+        """What goes next, waited for; None when the batcher is closed and nothing is left in line."""
         with self._changed:
-            while True:
-                self._line = [ticket for ticket in self._line if not ticket.result.done()]
-                if self._line:
-                    break
+            while (batch := self._choose()) is None:
                 self._served.clear()
                 if self._closed:
                     return None
                 self._changed.wait()
+            return batch
+
+    def _choose(self, passed: float = float("inf")) -> Batch[Item, Result] | None:
+        """Take out of line what goes next; None when nobody waits in a lane better than `passed`."""
+        with self._changed:
+            self._line = [ticket for ticket in self._line if not ticket.result.done()]
+            starving = self._starving() if passed == float("inf") else None
             batch: list[Ticket[Item, Result]] = []
-            while not batch or len(batch) < self._largest(batch[0].key):
-                fitting = [t for t in self._line if not batch or (t.key == batch[0].key and not t.asker.alone)]
-                if not fitting:
-                    break
-                ticket = None if batch else self._starving()
-                if ticket is None:
-                    ticket = min(fitting, key=lambda t: (t.asker.lane, self._served[t.asker.owner], t.submitted_at))
+            while fitting := [ticket for ticket in self._line if _fits(ticket, batch, passed)]:
+                best = min(fitting, key=lambda t: (t.asker.lane, self._served[t.asker.owner], t.submitted_at))
+                ticket = starving if starving in fitting else best
                 self._line.remove(ticket)
                 # From here on only this thread settles the ticket: its job can no longer withdraw it.
                 if not ticket.result.set_running_or_notify_cancel():
                     continue
                 self._served[ticket.asker.owner] += 1
                 batch.append(ticket)
-                if ticket.asker.alone:
+                if ticket.asker.alone or ticket is starving:
+                    return Batch(batch, lane=float("-inf"))
+                if len(batch) == self._largest(ticket.key):
                     break
-            return batch
+            return Batch(batch, batch[0].asker.lane) if batch else None
 
     def _largest(self, key: Hashable) -> int:
         if self._longest_s == float("inf"):
@@ -204,6 +238,8 @@ class Batcher(Generic[Item, Result]):
 
     def _starving(self) -> Ticket[Item, Result] | None:
         """The oldest in line, if it has waited for too long and none like it was served lately."""
+        if not self._line:
+            return None
         oldest = min(self._line, key=lambda t: t.submitted_at)
         now = time.monotonic()
         if min(now - oldest.submitted_at, now - self._starving_served_at) < self._starving_s:
@@ -211,42 +247,56 @@ class Batcher(Generic[Item, Result]):
         self._starving_served_at = now
         return oldest
 
-    def _run_batch(self, batch: Sequence[Ticket[Item, Result]]) -> None:
+    def _run_batch(
+        self, batch: Batch[Item, Result], tickets: Sequence[Ticket[Item, Result]], within: Watch | None
+    ) -> None:
+        """Run these tickets of `batch` in one call, and in halves if it fails. within: the call between whose steps."""
+
         def on_step(step: int, total_steps: int) -> bool:
+            wanted = [ticket.wanted(step, total_steps) for ticket in tickets]  # every job hears of every step
+            if any(wanted):
+                self._let_pass(batch, watch)
             watch.progress(Stage.STEP if step < total_steps else Stage.DECODE)
-            wanted = [ticket.wanted(step, total_steps) for ticket in batch]  # every job hears of every step
             return any(wanted)
 
-        batch = [ticket for ticket in batch if not ticket.result.done()]
-        if not batch:
+        tickets = [ticket for ticket in tickets if not ticket.result.done()]
+        if not tickets:
             return
         failure: BaseException | None = None
         try:
-            jobs = sorted({ticket.asker.job for ticket in batch if ticket.asker.job})
+            jobs = sorted({ticket.asker.job for ticket in tickets if ticket.asker.job})
             started = time.monotonic()
-            with self._watchdog.watch(self._stage, model=self._name, jobs=jobs) as watch:
-                results = self._run([ticket.item for ticket in batch], on_step)
+            with self._watchdog.watch(self._stage, model=self._name, jobs=jobs, within=within) as watch:
+                results = self._run([ticket.item for ticket in tickets], on_step)
             if self._longest_s < float("inf"):  # nobody else asks, and of some models there are very many keys
-                self._item_s[batch[0].key] = (time.monotonic() - started) / len(batch)
-            if len(results) != len(batch):
-                raise ModelError(f"The model returned {len(results)} results for {len(batch)} items.")
+                self._item_s[tickets[0].key] = (time.monotonic() - started) / len(tickets)
+            if len(results) != len(tickets):
+                raise ModelError(f"The model returned {len(results)} results for {len(tickets)} items.")
         except Exception as error:
             failure = error
         # Outside of the handler: its traceback would keep the failed batch's tensors alive through the retry.
         if failure is None:
-            for ticket, result in zip(batch, results, strict=True):
+            for ticket, result in zip(tickets, results, strict=True):
                 if not ticket.result.done():
                     ticket.result.set_result(result)
-        elif isinstance(failure, Interrupted) or len(batch) == 1:
-            for ticket in batch:
+        elif isinstance(failure, Interrupted) or len(tickets) == 1:
+            for ticket in tickets:
                 if not ticket.result.done():
                     ticket.result.set_exception(failure)
         else:
             cause = "out_of_memory" if isinstance(failure, ModelOutOfMemoryError) else type(failure).__name__
             if cause == "out_of_memory":
                 GENERATION_MEMORY_SAVED.labels(self._name, "smaller_batch").inc()
-            logger.warning("batch_split", extra={"model": self._name, "size": len(batch), "cause": cause})
+            logger.warning("batch_split", extra={"model": self._name, "size": len(tickets), "cause": cause})
             failure = None
-            middle = len(batch) // 2
-            self._run_batch(batch[:middle])
-            self._run_batch(batch[middle:])
+            middle = len(tickets) // 2
+            self._run_batch(batch, tickets[:middle], within)
+            self._run_batch(batch, tickets[middle:], within)
+
+
+def _fits(ticket: Ticket[Item, Result], batch: Sequence[Ticket[Item, Result]], passed: float) -> bool:
+    """May it be the first of a batch that passes the lane `passed`, or share the batch that others have begun?"""
+    asker = ticket.asker
+    if batch:
+        return (ticket.key, asker.lane) == (batch[0].key, batch[0].asker.lane) and not asker.alone
+    return asker.lane < passed and not (asker.alone and passed < float("inf"))

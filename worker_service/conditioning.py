@@ -1,7 +1,6 @@
 """How references reach a diffusion pipeline: as an image prompt, as the initial image, or as words."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -85,27 +84,20 @@ class ImagePrompt:
             "cross_attention_kwargs": {"ip_adapter_masks": [self.masks]},
         }
 
-    @contextmanager
-    def each_row_its_own(self, pipeline: DiffusionPipeline) -> Iterator[None]:
-        """While this is open, every row of the pipeline's call is conditioned on its own references.
+    def instead_of(self, repeated: torch.Tensor) -> torch.Tensor:
+        """The embeddings of every row, in place of those of the first row that the pipeline has repeated.
 
         `prepare_ip_adapter_image_embeds` repeats the embeddings as often as there are rows, so embeddings for several
         rows come out as their square, and the attention layers deal the tokens out to the wrong rows without a word.
+
+        Raises:
+            ImageGenerationError: the pipeline runs another number of rows.
         """
-
-        def replace(projection: torch.nn.Module, arguments: tuple[list[torch.Tensor]]) -> tuple[list[torch.Tensor]]:
-            ((repeated,),) = arguments
-            if repeated.shape != self.embeds.shape:
-                raise ImageGenerationError(
-                    f"The pipeline runs {repeated.shape[0]} rows, the image prompt has {self.embeds.shape[0]}."
-                )
-            return ([self.embeds],)
-
-        handle = pipeline.unet.encoder_hid_proj.register_forward_pre_hook(replace)
-        try:
-            yield
-        finally:
-            handle.remove()
+        if repeated.shape != self.embeds.shape:
+            raise ImageGenerationError(
+                f"The pipeline runs {repeated.shape[0]} rows, the image prompt has {self.embeds.shape[0]}."
+            )
+        return self.embeds
 
 
 def _encode(

@@ -1,5 +1,6 @@
 """Text-to-image pipelines of diffusers: one loaded pipeline that draws batches of unrelated images."""
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +25,22 @@ from worker_service.safety_checker import SafetyChecker
 VAE_SLICING, VAE_TILING = "vae_slicing", "vae_tiling"
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What a call sets in the modules themselves, which all calls share."""
+
+    loras: tuple[tuple[str, float], ...] = ()
+    adapter_scale: float = 0.0
+    image_prompt: conditioning.ImagePrompt | None = None
+
+
 @dataclass
 class Diffusion:
     """A loaded pipeline, with its adapter and LoRAs: an `ImageModel`.
 
     Batching changes no image: prompts, seeds, initial images and references belong to their row, and everything that
-    diffusers has only once per call is in `ImageRequest.batch_key`.
+    diffusers has only once per call is in `ImageRequest.batch_key`. Nor does a call inside of another one, between two
+    of its steps: each runs on a copy of the pipeline, and leaves the modules under the conditions it found.
     """
 
     name: str
@@ -42,6 +53,13 @@ class Diffusion:
     """Only a pattern: no call runs it, because a run changes it."""
     settings: GeneratorSettings
     safety_checker: SafetyChecker | None = None
+    savers: Sequence[str] = ()
+    conditions: Conditions = Conditions()
+    """Both: of the running call."""
+
+    def __post_init__(self) -> None:
+        if self.settings.ip_adapter is not None:
+            self.text_to_image.unet.encoder_hid_proj.register_forward_pre_hook(self._rows_of_their_own)
 
     @classmethod
     def load(cls, name: str, settings: ModelSettings) -> Self:
@@ -121,18 +139,20 @@ class Diffusion:
 
     @contextmanager
     def saving_memory(self, savers: Sequence[str]) -> Iterator[None]:
-        vae = self.text_to_image.vae
+        before = self.savers
+        self._save_memory_by(savers)
         try:
-            if VAE_SLICING in savers:
-                vae.enable_slicing()
-            if VAE_TILING in savers:
-                vae.enable_tiling()
             yield
         finally:
-            if VAE_SLICING in savers:
-                vae.disable_slicing()
-            if VAE_TILING in savers:
-                vae.disable_tiling()
+            self._save_memory_by(before)
+
+    def _save_memory_by(self, savers: Sequence[str]) -> None:
+        self.savers = savers
+        vae: Any = getattr(self.text_to_image, "vae", None)
+        if hasattr(vae, "use_slicing"):
+            (vae.enable_slicing if VAE_SLICING in savers else vae.disable_slicing)()
+        if hasattr(vae, "use_tiling"):
+            (vae.enable_tiling if VAE_TILING in savers else vae.disable_tiling)()
 
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
         """Draw one image per request: see `ImageModel.generate`.
@@ -182,42 +202,64 @@ class Diffusion:
         optional = {"guidance_scale": first.guidance_scale, "width": first.width, "height": first.height}
         arguments |= {name: value for name, value in optional.items() if name in accepted}
 
+        pipeline = copy.copy(pipeline)
         pipeline.scheduler = schedulers.fresh(self.own_scheduler, first.scheduler)
         arguments["callback_on_step_end"] = _between_steps(requests, on_step, previews.Sight.of(pipeline, requests))
-        self._use_loras(first.loras)
-        with self._image_prompt(pipeline, requests) as image_prompt:
-            return _checked(pipeline(**arguments, **image_prompt).images, requests)
+        image_prompt = self._image_prompt(pipeline, requests)
+        if image_prompt is not None:
+            arguments |= image_prompt.arguments()
+        # A scale of 0 spares the whole branch.
+        conditioned = any(conditioning.shares(request) for request in requests)
+        with self._under(Conditions(first.loras, first.ip_adapter_scale if conditioned else 0.0, image_prompt)):
+            return _checked(pipeline(**arguments).images, requests)
 
-    @contextmanager
-    def _image_prompt(self, pipeline: DiffusionPipeline, requests: Sequence[ImageRequest]) -> Iterator[dict[str, Any]]:
-        """The arguments that condition the call on the rows' references; none without an adapter."""
+    def _image_prompt(
+        self, pipeline: DiffusionPipeline, requests: Sequence[ImageRequest]
+    ) -> conditioning.ImagePrompt | None:
+        """What conditions the call on the rows' references; None without an adapter."""
         adapter = self.settings.ip_adapter
         if adapter is None:
-            yield {}
-            return
+            return None
         first = requests[0]
         multiple = self.capabilities.size_multiple
-        image_prompt = conditioning.ImagePrompt.of(
+        return conditioning.ImagePrompt.of(
             pipeline,
             requests,
             conditions_on=adapter.conditions_on,
             guided=_is_guided(pipeline, first.guidance_scale),
             aspect=(max(1, first.height // multiple), max(1, first.width // multiple)),
         )
-        # The scale is state of the pipeline; 0 spares the whole branch.
-        conditioned = any(conditioning.shares(request) for request in requests)
-        pipeline.set_ip_adapter_scale(first.ip_adapter_scale if conditioned else 0.0)
-        with image_prompt.each_row_its_own(pipeline):
-            yield image_prompt.arguments()
 
-    def _use_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+    @contextmanager
+    def _under(self, conditions: Conditions) -> Iterator[None]:
+        before = self.conditions
+        self._set(conditions)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, conditions: Conditions) -> None:
+        self.conditions = conditions
+        if self.settings.ip_adapter is not None:
+            self.text_to_image.set_ip_adapter_scale(conditions.adapter_scale)
         if not self.settings.loras:
             return
-        if not loras:
+        if not conditions.loras:
             self.text_to_image.disable_lora()
             return
         self.text_to_image.enable_lora()
-        self.text_to_image.set_adapters([name for name, _ in loras], [scale for _, scale in loras])
+        self.text_to_image.set_adapters(
+            [name for name, _ in conditions.loras], [scale for _, scale in conditions.loras]
+        )
+
+    def _rows_of_their_own(
+        self, _projection: torch.nn.Module, arguments: tuple[list[torch.Tensor]]
+    ) -> tuple[list[torch.Tensor]]:
+        """A forward pre-hook of the adapter's projection."""
+        ((repeated,),) = arguments
+        image_prompt = self.conditions.image_prompt
+        return ([repeated if image_prompt is None else image_prompt.instead_of(repeated)],)
 
 
 def _between_steps(

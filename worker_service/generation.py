@@ -64,6 +64,7 @@ def run(job_id: UUID, *, models: Models, leases: Leases, settings: Settings, wor
                     owner=job.owner_id,
                     check_in=job.check_in,
                     begin=job.model_starts,
+                    held_up=job.held_up,
                     alone=job.crashes > 0,
                     job=str(job.id),
                 )

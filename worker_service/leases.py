@@ -36,6 +36,11 @@ class Held:
     steps: dict[int, int] = field(default_factory=dict)
     """Steps done of each image, by its index: a job's images may run in different batches."""
 
+    def held_up(self, seconds: float) -> None:
+        """Better lanes have passed: that is no work on this job, and does not count as its run."""
+        if self.deadline is not None:
+            self.deadline += seconds
+
     @property
     def timed_out(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline

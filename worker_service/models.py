@@ -185,12 +185,13 @@ class Models:
         owner: Hashable,
         check_in: CheckIn,
         begin: Callable[[], None],
+        held_up: Callable[[float], None],
         alone: bool,
         job: str,
     ) -> list[Drawn]:
         """One image per request; see `Batcher.submit` for what it takes and raises."""
         images = self.batcher.submit(
-            requests, lane=lane, owner=owner, check_in=check_in, begin=begin, alone=alone, job=job
+            requests, lane=lane, owner=owner, check_in=check_in, begin=begin, held_up=held_up, alone=alone, job=job
         )
         increment_counter("image_generation_total", len(images), labels={"model": self.name})
         return images

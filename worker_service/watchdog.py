@@ -46,15 +46,18 @@ class AcceleratorLostError(Exception):
 class Watch:
     """One model at work. Its own thread says how far it is."""
 
-    def __init__(self, stage: Stage, model: str, jobs: Sequence[str]) -> None:
+    def __init__(self, stage: Stage, model: str, jobs: Sequence[str], within: Self | None) -> None:
         self.model = model
         self.jobs = jobs
+        self.within = within
         self.thread_id = threading.get_ident()
-        self.at = (stage, time.monotonic())
+        self.progress(stage)
 
     def progress(self, stage: Stage) -> None:
-        """Something was done; from now on the limit of `stage` counts."""
+        """Something was done, also for the call that this one is within; from now on the limit of `stage` counts."""
         self.at = (stage, time.monotonic())  # one assignment: the watchdog sees both or neither
+        if self.within is not None:
+            self.within.progress(stage)
 
 
 class Watchdog:
@@ -87,12 +90,15 @@ class Watchdog:
         self._thread.join()
 
     @contextmanager
-    def watch(self, stage: Stage, *, model: str, jobs: Sequence[str] = ()) -> Iterator[Watch]:
-        """Around one model call of this thread. jobs: whom the call works for, for the log.
+    def watch(
+        self, stage: Stage, *, model: str, jobs: Sequence[str] = (), within: Watch | None = None
+    ) -> Iterator[Watch]:
+        """Around one model call of this thread. jobs: whom the call works for, for the log. within: the call that
+        waits meanwhile.
 
         An AcceleratorLostError inside ends the process too.
         """
-        watch = Watch(stage, model, jobs)
+        watch = Watch(stage, model, jobs, within)
         with self._lock:
             self._watches.add(watch)
             if self._thread.is_alive():

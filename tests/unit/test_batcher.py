@@ -289,3 +289,155 @@ def test_a_batch_is_no_larger_than_can_be_waited_for(pool: ThreadPoolExecutor) -
     assert sizes[0] == 1, "nothing is known of its pace yet"
     assert 2 <= max(sizes) <= 4
     assert sizes.count(1) <= 2, "its pace is that of an item, not of a batch"
+
+
+class Stepping(Model):
+    """Tells of its steps and counts them, so that a test sees who ran between whose."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(steps)
+        self.told: list[tuple[int, int]] = []
+        """(first item, step), as they began."""
+
+    def run(self, items: Sequence[int], on_step: OnStep) -> list[int]:
+        def noting(step: int, steps: int) -> bool:
+            self.told.append((items[0], step))
+            return on_step(step, steps)
+
+        return super().run(items, noting)
+
+
+def test_a_better_lane_passes_between_two_steps_and_shares_no_batch_with_a_worse_one(pool: ThreadPoolExecutor) -> None:
+    model = Stepping(steps=2)
+    batcher = a_batcher(model)
+    bulk = pool.submit(batcher.submit, [1, 2, 3, 4, 5], lane=2)
+    assert model.started.wait(10)
+    in_line(batcher, 1)
+    urgent = pool.submit(batcher.submit, [8], lane=1)
+    in_line(batcher, 2)
+    most_urgent = pool.submit(batcher.submit, [9], lane=0)
+    in_line(batcher, 3)
+    model.go.set()
+    assert urgent.result(10) + most_urgent.result(10) == [16, 18]
+    assert bulk.result(10) == [2, 4, 6, 8, 10]
+    assert model.batches == [[1, 2, 3, 4], [9], [8], [5]]
+    assert model.told == [(1, 1), (9, 1), (9, 2), (8, 1), (8, 2), (1, 2), (5, 1), (5, 2)]
+
+
+def test_what_runs_between_the_steps_of_another_is_passed_itself(pool: ThreadPoolExecutor) -> None:
+    model = Stepping(steps=2)
+    batcher = a_batcher(model)
+    later: list[Future[list[int]]] = []
+
+    def meanwhile(_index: int, step: int, _steps: int) -> bool:
+        if step == 1:
+            later.append(pool.submit(batcher.submit, [9], lane=0))
+            in_line(batcher, 1)
+        return True
+
+    bulk = pool.submit(batcher.submit, [1], lane=2)
+    assert model.started.wait(10)
+    urgent = pool.submit(batcher.submit, [8], lane=1, check_in=meanwhile)
+    in_line(batcher, 1)
+    model.go.set()
+    assert [*bulk.result(10), *urgent.result(10), *later[0].result(10)] == [2, 16, 18]
+    assert model.told == [(1, 1), (8, 1), (9, 1), (9, 2), (8, 2), (1, 2)]
+
+
+def test_its_own_lane_and_worse_ones_wait_for_a_batchs_end(pool: ThreadPoolExecutor) -> None:
+    model = Stepping(steps=2)
+    batcher = a_batcher(model)
+    first = busy(pool, batcher, model)
+    others = [pool.submit(batcher.submit, [5], lane=0), pool.submit(batcher.submit, [6], lane=1)]
+    in_line(batcher, 2)
+    model.go.set()
+    for each in (first, *others):
+        each.result(10)
+    assert model.told == [(0, 1), (0, 2), (5, 1), (5, 2), (6, 1), (6, 2)]
+
+
+def test_a_batch_is_held_up_for_so_long_and_told_how_long(pool: ThreadPoolExecutor) -> None:
+    model = Stepping(steps=2)
+    batcher = a_batcher(model, max_batch_size=1, starving_s=0.2)
+    held_up: list[float] = []
+    stop = threading.Event()
+
+    def slow(_index: int, _step: int, _steps: int) -> bool:
+        time.sleep(0.03)  # the work of a step
+        return True
+
+    def keep_coming() -> None:
+        while not stop.is_set():
+            batcher.submit([9], lane=0, check_in=slow)
+
+    bulk = pool.submit(batcher.submit, [1], lane=1, held_up=held_up.append)
+    assert model.started.wait(10)
+    streams = [pool.submit(keep_coming) for _ in range(3)]  # there is always one in line
+    in_line(batcher, 3)
+    model.go.set()
+    assert bulk.result(10) == [2]
+    stop.set()
+    for stream in streams:
+        stream.result(10)
+    assert 0.2 <= sum(held_up) < 2
+
+
+def test_what_may_bring_its_process_down_passes_nobody_and_is_not_passed(pool: ThreadPoolExecutor) -> None:
+    model = Stepping(steps=2)
+    batcher = a_batcher(model)
+    later: list[Future[list[int]]] = []
+
+    def meanwhile(_index: int, step: int, _steps: int) -> bool:
+        if step == 1:
+            later.append(pool.submit(batcher.submit, [9], lane=0, alone=True))
+            in_line(batcher, 1)
+        return True
+
+    suspect = pool.submit(batcher.submit, [1], lane=2, alone=True)
+    assert model.started.wait(10)
+    innocent = pool.submit(batcher.submit, [2], lane=1, check_in=meanwhile)
+    in_line(batcher, 1)
+    model.go.set()
+    assert [*suspect.result(10), *innocent.result(10), *later[0].result(10)] == [2, 4, 18]
+    assert model.told == [(1, 1), (1, 2), (2, 1), (2, 2), (9, 1), (9, 2)]
+
+
+def test_what_fails_between_the_steps_of_another_harms_it_not(pool: ThreadPoolExecutor) -> None:
+    model = Stepping(steps=2)
+    batcher = a_batcher(model)
+    bulk = pool.submit(batcher.submit, [1, 2], lane=2)
+    assert model.started.wait(10)
+    bad = pool.submit(batcher.submit, [13], lane=1)
+    in_line(batcher, 1)
+    good = pool.submit(batcher.submit, [7], lane=1)
+    in_line(batcher, 2)
+    model.go.set()
+    with pytest.raises(ValueError, match="thirteen"):
+        bad.result(10)
+    assert good.result(10) == [14]
+    assert bulk.result(10) == [2, 4]
+    assert model.batches == [[1, 2], [13, 7], [13], [7]]
+
+
+def test_a_batch_that_is_held_up_is_not_stuck(pool: ThreadPoolExecutor) -> None:
+    watchdog = Watchdog(WatchdogSettings(step_s=0.5))
+    model = Stepping(steps=1)
+    batcher: Batcher[int, int] = Batcher(
+        model.run, key=lambda item: item // 100, max_batch_size=4, name="test", watchdog=watchdog
+    )
+    left: list[float] = []
+
+    def look(_index: int, _step: int, _steps: int) -> bool:
+        time.sleep(0.3)  # the work of a step
+        left.append(min(watchdog._left_s(watch) for watch in watchdog._watches))
+        return True
+
+    bulk = pool.submit(batcher.submit, [1], lane=1)
+    assert model.started.wait(10)
+    better = [pool.submit(batcher.submit, [item], lane=0, check_in=look) for item in (100, 200, 300)]
+    in_line(batcher, 3)
+    model.go.set()
+    for each in (bulk, *better):
+        each.result(10)
+    assert len(left) == 3
+    assert min(left) > 0, "0.9 s of others are not 0.9 s without progress"

@@ -12,7 +12,7 @@ from shared.contracts.generation import Mode
 from shared.errors import ImageGenerationError, ReferenceUnavailableError
 from tests.unit.test_diffusion_batches import DIFFERENT, REQUEST, ROUNDING, distance, draw, noting, reference
 from worker_service import conditioning, schedulers
-from worker_service.diffusion import Diffusion
+from worker_service.diffusion import Conditions, Diffusion
 from worker_service.image_request import ImageRequest, Interrupted, Reference
 
 Loaded = Callable[[str], Diffusion]
@@ -204,15 +204,15 @@ def test_rows_that_the_pipeline_would_mix_are_refused(loaded: Loaded) -> None:
         model.text_to_image, [PROMPTED, PROMPTED], conditions_on="embedding_space", guided=True, aspect=(4, 4)
     )
     with (
-        two_rows.each_row_its_own(model.text_to_image),
+        model._under(Conditions(image_prompt=two_rows)),
         pytest.raises(ImageGenerationError, match="runs 2 rows, the image prompt has 4"),
     ):
         drawn_by_diffusers(model, PROMPTED, **two_rows.arguments())
 
 
-def test_no_hook_of_a_call_outlives_it(loaded: Loaded) -> None:
+def test_the_conditions_of_a_call_do_not_outlive_it(loaded: Loaded) -> None:
     model = loaded("sd15")
     draw(model, PROMPTED)
     with pytest.raises(Interrupted):
         model.generate([PROMPTED], lambda step, steps: False)
-    assert not model.text_to_image.unet.encoder_hid_proj._forward_pre_hooks
+    assert model.conditions == Conditions()
