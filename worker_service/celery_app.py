@@ -37,6 +37,8 @@ class WorkerProcess:
     kind: str
     model: str | None
     settings: Settings
+    spare_seats: int = 0
+    """How many more jobs it takes of each lane than of the next worse one."""
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Self:
@@ -59,10 +61,16 @@ class WorkerProcess:
     def id(self) -> str:
         return f"{self.kind}{f'.{self.model}' if self.model else ''}-{os.getpid()}@{socket.gethostname()}"
 
+    @property
+    def lane_seats(self) -> list[int]:
+        """With how many jobs in hand it takes no more of a lane, best lane first."""
+        return [self.settings.worker.concurrency + self.spare_seats * worse for worse in reversed(queue.LANES)]
+
     def app(self) -> Celery:
         """A Celery application for this process's tasks."""
         app = queue.configure(Celery("afterimage"), self.settings.queue)
         app.conf.worker_consumer = "worker_service.consumer:Consumer"
+        app.conf.broker_transport_options["lane_seats"] = self.lane_seats
         return app
 
     def announce(self, state: str) -> None:
@@ -107,7 +115,7 @@ class WorkerProcess:
                 "--quiet",  # no banner between the log's lines
                 "worker",
                 "--pool=threads",
-                f"--concurrency={self.settings.worker.concurrency}",
+                f"--concurrency={max(self.lane_seats)}",
                 f"--queues={','.join(queues)}",
                 f"--hostname={self.id}",
                 "--task-events",

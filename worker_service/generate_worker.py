@@ -29,7 +29,11 @@ def serve(settings: Settings, model: str | None) -> None:
         ModelNotFoundError, ModelLoadError
     """
     name = model or settings.worker.generator or settings.model.default_generator
-    with WorkerProcess("generate", name, settings) as process, Watchdog(settings.watchdog) as watchdog:
+    spare_seats = settings.worker.spare_seats
+    with (
+        WorkerProcess("generate", name, settings, spare_seats) as process,
+        Watchdog(settings.watchdog) as watchdog,
+    ):
         models = Models.load(name, settings, watchdog)
         try:
             with Leases(settings.jobs) as leases:
