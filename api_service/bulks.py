@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from itertools import chain
 from uuid import UUID
 
@@ -18,6 +17,7 @@ from api_service.bulk_lines import Body, Line, chunks
 from api_service.caller import Caller
 from api_service.views import API
 from shared import queue
+from shared.bell import feed_bell
 from shared.cache import get_cache_manager
 from shared.contracts.bulks import (
     BulkComplete,
@@ -47,6 +47,7 @@ from shared.errors import (
     IdempotencyKeyReusedError,
     TooManyStreamsError,
 )
+from shared.once import once
 from shared.outbound import check_url
 from shared.progress import publish_changed
 from shared.settings import get_settings
@@ -269,7 +270,7 @@ def place() -> threading.BoundedSemaphore:
     return _places()
 
 
-@cache
+@once
 def _places() -> threading.BoundedSemaphore:
     """Transfers that this process may hold at a time, so that they never take all of its threads."""
     return threading.BoundedSemaphore(get_settings().bulks.max_transfers)
@@ -392,7 +393,7 @@ def retry_failed(bulk_id: UUID, *, caller: Caller) -> BulkView:
 
 def _feed(models: Sequence[str]) -> None:
     for model in models:
-        queue.feed(model)
+        feed_bell(model).pull()
 
 
 # --- views --------------------------------------------------------------------------------------------------------

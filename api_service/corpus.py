@@ -10,9 +10,9 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from api_service import problems, views
-from api_service.bell import embed_bell
 from api_service.caller import Caller
 from shared import metrics
+from shared.bell import embed_bell
 from shared.contracts.common import ImageFormat, OnInvalid, Page
 from shared.contracts.images import (
     FileOutcome,

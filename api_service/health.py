@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cache
 
 import redis
 from redis.backoff import NoBackoff
@@ -14,6 +13,7 @@ from shared.contracts.service import ComponentHealth, HealthStatus, HealthView
 from shared.db import workers
 from shared.db.session import session_scope
 from shared.errors import BaseAppException
+from shared.once import once
 from shared.queue import generate_queue
 from shared.settings import get_settings
 from shared.storage import get_blobs
@@ -115,14 +115,14 @@ def _ping(url: str) -> None:
     _connection(url).ping()
 
 
-@cache
+@once
 def _connection(url: str) -> redis.Redis:
     return redis.Redis.from_url(
         url, socket_timeout=PATIENCE_S / 2, socket_connect_timeout=PATIENCE_S / 2, retry=Retry(NoBackoff(), 0)
     )
 
 
-@cache
+@once
 def _askers() -> ThreadPoolExecutor:
     # As many as checks: one that hangs must not keep the others from being asked.
     return ThreadPoolExecutor(max_workers=16, thread_name_prefix="health")

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import IO, Any
 from uuid import UUID
 
@@ -21,6 +20,7 @@ from werkzeug.exceptions import RequestTimeout
 
 from api_service.views import API
 from shared.errors import TooManyStreamsError
+from shared.once import once
 from shared.settings import APISettings, get_settings
 
 PROBES = ("/health", f"{API}/health", "/metrics")
@@ -212,26 +212,26 @@ class Places:
                 del self._taken[owner_id]
 
 
-@cache
+@once
 def work() -> Work:
     """The places of this process."""
     return Work(get_settings().api.threads)
 
 
-@cache
+@once
 def waiters() -> Places:
     """Long-polls and event streams."""
     settings = get_settings().api
     return Places(most=settings.max_waiters, most_per_owner=settings.max_waiters_per_owner)
 
 
-@cache
+@once
 def downloads() -> Places:
     """Files that are too large to be handed to the server in one piece."""
     settings = get_settings().api
     return Places(most=settings.max_downloads, most_per_owner=settings.max_downloads_per_owner)
 
 
-@cache
+@once
 def _slow_bodies() -> threading.Semaphore:
     return threading.Semaphore(get_settings().api.max_slow_bodies)

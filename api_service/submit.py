@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from api_service import corpus, views
 from api_service.caller import Caller
-from shared import metrics, queue
+from shared import metrics
+from shared.bell import feed_bell
 from shared.capabilities import check_parameters, drawable_size
 from shared.contracts.generation import (
     DryRunView,
@@ -86,7 +87,7 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
         view = views.job(session, job)
         job.quota_day = usage.reserve(session, caller.owner_id, job.images, get_settings().limits)
     metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})
-    queue.feed(view.model)
+    feed_bell(view.model).pull()
     return view
 
 
@@ -156,7 +157,7 @@ def _submit(
     metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})
     # After the commit: no worker may look for a row that is not there yet. A broker that is away fails nothing, the
     # row is the outbox.
-    queue.feed(view.model)
+    feed_bell(view.model).pull()
     return Submitted(view)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import cache, cached_property, wraps
+from functools import cached_property, wraps
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, get_origin, get_type_hints
 
 import numpy as np
@@ -26,6 +26,7 @@ from pydantic import BaseModel, TypeAdapter
 from redis import Redis, RedisError
 
 from shared.metrics import CACHE_FALLBACKS, increment_counter
+from shared.once import once
 from shared.settings import CacheSettings, get_settings
 
 P = ParamSpec("P")
@@ -248,7 +249,7 @@ class Cache:
         return sum(int(self._redis.unlink(*page)) for page in pages)
 
 
-@cache
+@once
 def get_cache_manager() -> Cache:
     """The cache of this process, opened at first use."""
     return Cache(get_settings().cache)

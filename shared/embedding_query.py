@@ -7,7 +7,6 @@ only the asker knows. Nothing of it lives longer than half a minute.
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from uuid import uuid4
 
@@ -22,6 +21,7 @@ from redis.retry import Retry
 from shared import queue
 from shared.errors import BaseAppException, BrokerUnavailableError, EmbeddingError, EmbeddingUnavailableError
 from shared.imaging import open_image
+from shared.once import once
 from shared.settings import get_settings
 
 LIFE_S = 30
@@ -80,7 +80,7 @@ def _ask(payload: dict[str, Any]) -> Answer:
     return _decoded(orjson.loads(reply[1]))
 
 
-@cache
+@once
 def _waiting_connection() -> redis.Redis:
     """A connection that may be silent for as long as a worker may take."""
     settings = get_settings()

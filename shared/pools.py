@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from enum import StrEnum
-from functools import cache
 from multiprocessing.util import Finalize
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 from weakref import WeakKeyDictionary
@@ -19,9 +18,11 @@ import httpx
 from redis import Redis
 from sqlalchemy import Connection
 
+from shared.bell import close_bells
 from shared.cache import get_cache_manager
 from shared.db.session import get_engine, session_scope
 from shared.metrics import time_operation
+from shared.once import once
 from shared.queue import broker
 
 P = ParamSpec("P")
@@ -85,7 +86,7 @@ def optimize_performance(function: Callable[P, R]) -> Callable[P, R]:
     return time_operation(re.sub(r"\W+", "_", function.__name__).strip("_").lower())(function)
 
 
-@cache
+@once
 def thread_executor() -> Executor:
     """Threads for work that waits, such as many reads of the blob store.
 
@@ -113,7 +114,9 @@ def pool_statistics() -> dict[str, dict[str, int]]:
 
 
 def close_all() -> None:
-    """Close every pool that this process opened; the next use opens it anew. For the end of a process."""
+    """Close every pool that this process opened, and whatever uses them by itself; the next use opens it anew. For the
+    end of a process."""
+    close_bells()
     if get_engine.cache_info().currsize:
         get_engine().dispose()  # the engine stays, with a new empty pool: sessions are bound to it
     if get_cache_manager.cache_info().currsize:
@@ -140,7 +143,7 @@ async def aclose() -> None:
         await client.aclose()
 
 
-@cache
+@once
 def _http_client() -> httpx.Client:
     return httpx.Client(timeout=HTTP_TIMEOUT, limits=HTTP_LIMITS)
 

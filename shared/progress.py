@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 from uuid import UUID
 
@@ -25,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from shared.contracts.jobs import Preview, Progress
+from shared.once import once
 from shared.settings import QueueSettings, get_settings
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class _Publisher:
                 time.sleep(PAUSE_S)
 
 
-@cache
+@once
 def _publisher() -> _Publisher:
     return _Publisher(get_settings().queue)
 
@@ -335,7 +335,7 @@ _building = threading.Lock()
 """`cache` alone would let two threads that come first together start one each."""
 
 
-@cache
+@once
 def _subscriber() -> Subscriber:
     return Subscriber(get_settings().queue)
 

@@ -5,7 +5,6 @@ Messages carry ids only. The broker is a doorbell: what is true stands in Postgr
 
 import logging
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import redis
@@ -18,6 +17,7 @@ from shared.contracts.jobs import Lane
 from shared.db.feed import Published, next_jobs
 from shared.db.session import session_scope
 from shared.errors import BrokerUnavailableError, DatabaseError
+from shared.once import once
 from shared.settings import QueueSettings, get_settings
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def configure(app: Celery, settings: QueueSettings) -> Celery:
     return app
 
 
-@cache
+@once
 def celery_app() -> Celery:
     """The Celery application of this process, without tasks: publishers send by name."""
     app = configure(Celery("afterimage"), get_settings().queue)
@@ -94,7 +94,7 @@ def celery_app() -> Celery:
     return app
 
 
-@cache
+@once
 def broker() -> redis.Redis:
     """A plain connection to the broker's Redis, for query replies and for looking into the queues."""
     settings = get_settings().queue
@@ -155,6 +155,14 @@ def feed(model: str) -> None:
         publish_jobs(model, published)
     except (BrokerUnavailableError, DatabaseError) as error:
         logger.warning("feed_failed", extra={"model": model, "cause": error.code})
+
+
+def ring_for_images() -> None:
+    """Tell the embed workers that images wait. A fault here fails no caller: the reconciler rings again."""
+    try:
+        publish_embed_pending()
+    except BrokerUnavailableError as error:
+        logger.warning("embed_not_announced", extra={"cause": error.code})
 
 
 def ring_for_webhooks() -> None:

@@ -12,12 +12,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import cache
 
 from redis import Redis, RedisError
 
 from shared.cache import get_cache_manager
 from shared.contracts.service import RequestWindow
+from shared.once import once
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _percentile(by_step: list[int], share: float) -> float | None:
     return None
 
 
-@cache
+@once
 def request_windows() -> RequestWindows:
     """The counts of this process, on the cache's Redis: they may be lost."""
     return RequestWindows(get_cache_manager().redis)

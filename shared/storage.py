@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -22,6 +21,7 @@ from obstore.store import LocalStore, from_url
 
 from shared.contracts.common import ImageFormat
 from shared.errors import ConfigurationError, ResourceNotFoundError, StorageError
+from shared.once import once
 from shared.settings import StorageSettings, get_settings
 
 IMAGES = "images/"
@@ -187,7 +187,7 @@ class Blobs:
         next(self.list("health"), None)
 
 
-@cache
+@once
 def get_blobs() -> Blobs:
     """The blob store of this process, opened at first use."""
     return Blobs(get_settings().storage)

@@ -5,7 +5,6 @@ from typing import Any
 
 from kombu.transport import redis
 
-
 LOOK_S = 0.1
 """How soon after it has let one of its jobs go a worker looks again into the lanes that had no seat left."""
 

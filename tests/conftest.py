@@ -21,7 +21,9 @@ from sqlalchemy.orm import Session
 
 from ops.local.stack import DATABASE, LocalStack
 from shared import queue
+from shared.bell import close_bells
 from shared.db.session import build_engine, get_engine
+from shared.once import once
 from shared.settings import Settings, get_settings
 from tests.stack import RunningStack, running_stack
 
@@ -141,6 +143,7 @@ TEST_ENVIRONMENT = {
 
 def forget_process_resources() -> None:
     """Close and forget what this process has built lazily from its settings, so that new settings count."""
+    close_bells()
     if get_engine.cache_info().currsize:
         get_engine().dispose()
     if queue.broker.cache_info().currsize:
@@ -151,8 +154,8 @@ def forget_process_resources() -> None:
         cached.cache_clear()
 
 
-def _cached_functions() -> Iterator["_lru_cache_wrapper[Any]"]:
+def _cached_functions() -> Iterator["_lru_cache_wrapper[Any] | once[..., Any]"]:
     ours = ("shared.", "api_service.", "worker_service.")
     for name, module in list(sys.modules.items()):
         if name.startswith(ours):
-            yield from (value for value in vars(module).values() if isinstance(value, _lru_cache_wrapper))
+            yield from (value for value in vars(module).values() if isinstance(value, _lru_cache_wrapper | once))

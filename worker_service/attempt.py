@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
 from shared import queue
+from shared.bell import feed_bell
 from shared.contracts.generation import GenerationParameters
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import SafetyDecision, SafetyRecord
@@ -190,7 +191,7 @@ def claimed(job_id: UUID, *, leases: Leases, settings: JobSettings, worker: str)
             observe_duration("job", time.monotonic() - started, {"model": job.model})
             logger.info("job_ended", extra={"outcome": attempt.outcome.value})
             publish_changed(job_id)
-            queue.feed(job.model)
+            feed_bell(job.model).pull()
             if job.webhook is not None:
                 queue.ring_for_webhooks()
 

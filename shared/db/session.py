@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import psycopg2
@@ -17,6 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from shared.errors import DatabaseConnectionError, DatabaseQueryError
 from shared.metrics import observe_database
+from shared.once import once
 from shared.settings import DatabaseSettings, get_settings
 
 
@@ -95,7 +95,7 @@ def _waits() -> BoundedWait:
     )
 
 
-@cache
+@once
 def get_engine() -> Engine:
     """The engine of this process. Never used before a fork: every process of the product is started, not forked."""
     engine = build_engine(get_settings().database)
@@ -103,7 +103,7 @@ def get_engine() -> Engine:
     return engine
 
 
-@cache
+@once
 def _factory() -> sessionmaker[Session]:
     # Views are built after the commit, from rows already loaded: expiring them would reopen a transaction.
     return sessionmaker(get_engine(), expire_on_commit=False)
