@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import httpx
-import pytest
 import redis
 
 from shared import queue
@@ -13,6 +14,7 @@ from tests.conftest import TEST_ENVIRONMENT
 from tests.stack import RunningStack, running_stack, wait_until
 
 BATCH_S = 0.3
+LONG_BATCH_S = 4.0
 BATCH_IMAGES = 4
 WAITING = 2_500
 """Jobs of each of the two owners with many."""
@@ -38,8 +40,12 @@ class Owner:
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
 
+    def counts(self, bulk_id: str) -> dict[str, int]:
+        counts: dict[str, int] = self.http.get(f"/bulks/{bulk_id}").raise_for_status().json()["counts"]
+        return counts
+
     def done(self, bulk_id: str) -> int:
-        return int(self.http.get(f"/bulks/{bulk_id}").raise_for_status().json()["counts"]["succeeded"])
+        return self.counts(bulk_id)["succeeded"]
 
     def drawn_within_s(self, **request: object) -> float:
         """Seconds from the acceptance of a job to its end, by the service's own clock."""
@@ -53,16 +59,19 @@ class Owner:
         return float(sum(timings.values()))
 
 
-@pytest.fixture(scope="module")
-def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
-    """One worker that draws four images in 0.3 s, with keys, so that there are owners."""
-    generator = {"kind": "cheap", "cost_ms": BATCH_S * 1000, "max_batch_size": BATCH_IMAGES}
+@contextmanager
+def crowded(folder: Path, batch_s: float) -> Iterator[tuple[RunningStack, list[Owner]]]:
+    """A stack whose one worker draws four images in `batch_s`, with keys, and three owners."""
+    generator = {"kind": "cheap", "cost_ms": batch_s * 1000, "max_batch_size": BATCH_IMAGES}
     environment = TEST_ENVIRONMENT | {
         "AFTERIMAGE_MODEL__GENERATORS": json.dumps({"cheap": generator}),
         "AFTERIMAGE_SECURITY__REQUIRE_API_KEYS": "true",
     }
-    with running_stack(tmp_path_factory.mktemp("crowded"), environment=environment) as stack:
-        yield stack
+    with running_stack(folder, environment=environment) as stack, ExitStack() as opened:
+        owners = [Owner(stack, name) for name in ("one", "other", "guest")]
+        for owner in owners:
+            opened.enter_context(owner.http)
+        yield stack, owners
 
 
 def listed_in_broker(stack: RunningStack) -> int:
@@ -72,33 +81,33 @@ def listed_in_broker(stack: RunningStack) -> int:
         return sum(int(broker.llen(name)) for name in lists)
 
 
-@pytest.fixture
-def owners(crowded: RunningStack) -> Iterator[list[Owner]]:
-    owners = [Owner(crowded, name) for name in ("one", "other", "guest")]
-    yield owners
-    for owner in owners:
-        owner.http.close()
+def test_thousands_of_waiting_jobs_delay_nobody_and_share_the_worker_evenly(tmp_path: Path) -> None:
+    with crowded(tmp_path, BATCH_S) as (stack, (one, other, guest)):
+        bulks = {owner: owner.start_bulk(WAITING) for owner in (one, other)}
+        wait_until(
+            lambda: all(owner.done(bulk) for owner, bulk in bulks.items()), timeout_s=60, what="progress of both"
+        )
+
+        most_listed = 0
+        for number in range(3):
+            seconds = guest.drawn_within_s(prompt=f"now {number}")
+            assert seconds <= BATCH_S + SLACK_S, "an interactive job waits for its own batch, not for thousands of jobs"
+            most_listed = max(most_listed, listed_in_broker(stack))
+
+        wait_until(
+            lambda: sum(owner.done(bulk) for owner, bulk in bulks.items()) >= 160, timeout_s=90, what="work for both"
+        )
+        shares = [owner.done(bulk) for owner, bulk in bulks.items()]
+        assert min(shares) >= 0.8 * max(shares), f"two owners progress side by side: {shares}"
+        assert most_listed <= QueueSettings().window, "the broker holds a window, whatever waits behind it"
 
 
-def test_thousands_of_waiting_jobs_delay_nobody_and_share_the_worker_evenly(
-    crowded: RunningStack, owners: list[Owner]
-) -> None:
-    one, other, guest = owners
-    bulks = {owner: owner.start_bulk(WAITING) for owner in (one, other)}
-    wait_until(lambda: all(owner.done(bulk) for owner, bulk in bulks.items()), timeout_s=60, what="both to progress")
-
-    most_listed = 0
-    for number in range(3):
-        seconds = guest.drawn_within_s(prompt=f"now {number}")
-        # The batch that runs when it arrives, at most one that starts after it, and its own.
-        assert seconds <= 3 * BATCH_S + SLACK_S, "an interactive job waits for one batch, not for thousands of jobs"
-        most_listed = max(most_listed, listed_in_broker(crowded))
-
-    wait_until(
-        lambda: sum(owner.done(bulk) for owner, bulk in bulks.items()) >= 160, timeout_s=90, what="work for both"
-    )
-    shares = [owner.done(bulk) for owner, bulk in bulks.items()]
-    assert min(shares) >= 0.8 * max(shares), f"two owners progress side by side: {shares}"
-    assert most_listed <= QueueSettings().window, "the broker holds a window, whatever waits behind it"
-    for owner, bulk in bulks.items():
-        owner.http.post(f"/bulks/{bulk}/cancel").raise_for_status()
+def test_an_interactive_job_waits_neither_for_a_seat_nor_for_the_end_of_a_bulks_batch(tmp_path: Path) -> None:
+    with crowded(tmp_path, LONG_BATCH_S) as (_stack, (one, _other, guest)):
+        bulk = one.start_bulk(60)
+        wait_until(lambda: one.done(bulk), timeout_s=60, what="progress of the bulk")
+        # The second one finds a worker whose seats the bulk has taken again, and a batch that has just begun.
+        for number in range(2):
+            assert guest.drawn_within_s(prompt=f"now {number}") <= LONG_BATCH_S + SLACK_S
+        wait_until(lambda: one.done(bulk) >= 2 * BATCH_IMAGES, timeout_s=60, what="the batch that was passed")
+        assert one.counts(bulk)["failed"] == 0
