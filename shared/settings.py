@@ -344,11 +344,7 @@ class WebhookSettings(Section):
 class WorkerSettings(Section):
     concurrency: int = Field(16, ge=1, le=512, description="jobs one worker process walks through at a time")
     spare_seats: int = Field(
-        8,
-        ge=0,
-        le=512,
-        description="seats for better lanes: when `concurrency` jobs of the lowest fill a generate worker, it takes so "
-        "many more of the next better one, and as many again of the best",
+        4, ge=0, le=512, description="so many more of each better lane does a generate worker take, full or not"
     )
     generator: str | None = Field(None, description="which generator this process serves; none: the default one")
 

@@ -18,8 +18,8 @@ class Channel(redis.Channel):
     """
 
     lane_seats: Sequence[int] = ()
-    """A transport option: how many messages may be in hand when one of each lane is taken. Without it, and beyond it,
-    the prefetch count of Celery decides, which knows no lanes: long jobs of the worst would fill all seats."""
+    """A transport option, best lane first: with so many messages in hand no more are taken of that lane. Celery has one
+    prefetch count for all, so that long jobs of the worst lane would fill every seat."""
     from_transport_options = (*redis.Channel.from_transport_options, "lane_seats")
 
     def _brpop_start(self, timeout: float | None = None) -> None:
