@@ -88,7 +88,10 @@ EMBEDDING_GENERATION = Counter("embedding_generation_total", "Vectors computed."
 EMBEDDING_DURATION = Histogram("embedding_duration_seconds", "One call of an embedding model.", ["model"])
 IMAGE_GENERATION = Counter("image_generation_total", "Images generated.", ["model"])
 IMAGE_GENERATION_DURATION = Histogram(
-    "image_generation_duration_seconds", "One call of a generating model.", ["model"], buckets=LONG
+    "image_generation_duration_seconds",
+    "One call of a generating model, and what passed it.",
+    ["model"],
+    buckets=LONG,
 )
 GENERATION_BATCH_SIZE = Histogram(
     "generation_batch_size", "Images in one call of a model.", ["model"], buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32, 64)

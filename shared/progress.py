@@ -332,7 +332,7 @@ def subscriber() -> Subscriber:
 
 
 _building = threading.Lock()
-"""`cache` alone would let two threads that come first together start one each."""
+"""One that is closed must not be started at the same time."""
 
 
 @once

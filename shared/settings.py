@@ -101,7 +101,7 @@ class QueueSettings(Section):
         60,
         gt=0,
         description="a lane with nothing in flight for this long gets one job ahead of all others; in a worker's line, "
-        "so does one image",
+        "so does one image; after it was held up for so long, nothing more passes a batch",
     )
     max_queued: int = Field(200_000, ge=1, description="queued jobs in all; beyond it a submit gets 503")
     max_queued_per_owner: int = Field(20_000, ge=1, description="queued jobs of one owner; beyond it a submit gets 429")
@@ -114,7 +114,12 @@ class JobSettings(Section):
     max_crashes: int = Field(3, ge=1, le=10, description="crashes during model work before a job is `dead`")
     max_transient_retries: int = Field(3, ge=0, le=20, description="returns to the queue after a passing fault")
     transient_retry_delay_s: float = Field(5, gt=0, le=3600, description="first wait; it doubles each time")
-    timeout_s: float = Field(600, gt=0, le=86_400, description="longest run of one attempt, unless the job says less")
+    timeout_s: float = Field(
+        600,
+        gt=0,
+        le=86_400,
+        description="longest run of one attempt, unless the job says less; what passes it does not count",
+    )
     shutdown_grace_s: float = Field(20, ge=0, le=600, description="time to finish or hand back on SIGTERM")
 
     @model_validator(mode="after")
@@ -344,7 +349,7 @@ class WebhookSettings(Section):
 class WorkerSettings(Section):
     concurrency: int = Field(16, ge=1, le=512, description="jobs one worker process walks through at a time")
     spare_seats: int = Field(
-        4, ge=0, le=512, description="so many more of each better lane does a generate worker take, full or not"
+        4, ge=0, le=512, description="a generate worker takes so many more of a lane than of the next worse one"
     )
     generator: str | None = Field(None, description="which generator this process serves; none: the default one")
 

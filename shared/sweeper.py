@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
+from shared.contracts.jobs import Lane
 from shared.db import blobs as needs
 from shared.db.session import session_scope
 from shared.errors import ForeignStorageError, ResourceNotFoundError
@@ -33,7 +34,8 @@ class Swept:
 
 def grace_s(settings: Settings) -> float:
     """How old a blob has to be, in seconds: in no case younger than work that could still come to name it."""
-    longest_work_s = settings.jobs.timeout_s + 2 * settings.jobs.lease_s
+    held_up_s = settings.queue.starving_s + len(Lane) * settings.jobs.timeout_s  # and what passes when that is over
+    longest_work_s = settings.jobs.timeout_s + held_up_s + 2 * settings.jobs.lease_s
     return max(settings.retention.blob_grace_s, longest_work_s)
 
 

@@ -69,6 +69,7 @@ class Batch(Generic[Item, Result]):
     lane: float
     """Better ones pass between its steps; -inf: none is better."""
     held_up_s: float = 0.0
+    """How long it has been, or the one between whose steps it runs."""
 
 
 class Batcher(Generic[Item, Result]):
@@ -79,7 +80,7 @@ class Batcher(Generic[Item, Result]):
     A batch that fails is run again in halves, down to single items, so that one bad item harms only itself.
 
     Whenever `run` tells of a step, batches of better lanes run before that call returns: `run` is entered again inside
-    of itself, and must not mind. A batch is held up for `starving_s` at most, all in all.
+    of itself, and must not mind. After it was held up for `starving_s` in all, a batch lets nothing more pass.
 
     With `longest_s` a batch is as large as the latest pace lets it end in about that time, one item at least: nothing
     interrupts it, so the next item of a better lane waits for its end.
@@ -169,22 +170,25 @@ class Batcher(Generic[Item, Result]):
             self._serve(batch)
 
     def _serve(self, batch: Batch[Item, Result], within: Watch | None = None) -> None:
-        batch.tickets = self._begin(batch.tickets)
+        batch.tickets = self._begin(batch.tickets, within)
         if batch.tickets:
             GENERATION_BATCH_SIZE.labels(self._name).observe(len(batch.tickets))
             self._run_batch(batch, batch.tickets, within)
 
-    def _let_pass(self, batch: Batch[Item, Result], watch: Watch) -> None:
-        """Run what waits in better lanes than that of `batch`, whose call is between two steps."""
-        while batch.held_up_s < self._starving_s and (better := self._choose(batch.lane)) is not None:
-            started = time.monotonic()
-            self._serve(better, within=watch)
-            held_up_s = time.monotonic() - started
-            batch.held_up_s += held_up_s
-            for asker in {ticket.asker for ticket in batch.tickets}:
-                asker.held_up(held_up_s)
+    def _let_one_pass(self, batch: Batch[Item, Result], watch: Watch) -> bool:
+        """Run a batch of a better lane than that of `batch`, whose call is between two steps; False: there is none."""
+        if batch.held_up_s >= self._starving_s or (better := self._choose(batch.lane)) is None:
+            return False
+        started = time.monotonic()
+        better.held_up_s = batch.held_up_s  # whoever passes it holds up both
+        self._serve(better, within=watch)
+        held_up_s = time.monotonic() - started
+        batch.held_up_s += held_up_s
+        for asker in {ticket.asker for ticket in batch.tickets}:
+            asker.held_up(held_up_s)
+        return True
 
-    def _begin(self, batch: Sequence[Ticket[Item, Result]]) -> list[Ticket[Item, Result]]:
+    def _begin(self, batch: Sequence[Ticket[Item, Result]], within: Watch | None) -> list[Ticket[Item, Result]]:
         """Tell those whose first turn this is; the tickets of the others, and of those who still want theirs."""
         refused: dict[Asker, Exception] = {}
         for ticket in batch:
@@ -195,6 +199,8 @@ class Batcher(Generic[Item, Result]):
                     asker.begun = True
                 except Exception as error:
                     refused[asker] = error
+                if within is not None:  # a database that keeps it waiting is no model that is stuck
+                    within.progress(self._stage)
             if asker in refused:
                 ticket.result.set_exception(refused[asker])
         return [ticket for ticket in batch if not ticket.result.done()]
@@ -253,9 +259,10 @@ class Batcher(Generic[Item, Result]):
         """Run these tickets of `batch` in one call, and in halves if it fails. within: the call between whose steps."""
 
         def on_step(step: int, total_steps: int) -> bool:
-            wanted = [ticket.wanted(step, total_steps) for ticket in tickets]  # every job hears of every step
-            if any(wanted):
-                self._let_pass(batch, watch)
+            while True:
+                wanted = [ticket.wanted(step, total_steps) for ticket in tickets]  # every job hears of every step
+                if not any(wanted) or not self._let_one_pass(batch, watch):
+                    break
             watch.progress(Stage.STEP if step < total_steps else Stage.DECODE)
             return any(wanted)
 
@@ -283,6 +290,7 @@ class Batcher(Generic[Item, Result]):
             for ticket in tickets:
                 if not ticket.result.done():
                     ticket.result.set_exception(failure)
+            failure = None  # it knows this frame, and those below it what they hold
         else:
             cause = "out_of_memory" if isinstance(failure, ModelOutOfMemoryError) else type(failure).__name__
             if cause == "out_of_memory":

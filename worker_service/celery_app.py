@@ -70,7 +70,9 @@ class WorkerProcess:
         """A Celery application for this process's tasks."""
         app = queue.configure(Celery("afterimage"), self.settings.queue)
         app.conf.worker_consumer = "worker_service.consumer:Consumer"
+        app.conf.broker_transport = "worker_service.seats:Transport"
         app.conf.broker_transport_options["lane_seats"] = self.lane_seats
+        app.conf.worker_disable_prefetch = True
         return app
 
     def announce(self, state: str) -> None:

@@ -140,8 +140,8 @@ class Diffusion:
     @contextmanager
     def saving_memory(self, savers: Sequence[str]) -> Iterator[None]:
         before = self.savers
-        self._save_memory_by(savers)
         try:
+            self._save_memory_by(savers)
             yield
         finally:
             self._save_memory_by(before)
@@ -233,11 +233,16 @@ class Diffusion:
     @contextmanager
     def _under(self, conditions: Conditions) -> Iterator[None]:
         before = self.conditions
-        self._set(conditions)
+        vae = getattr(self.text_to_image, "vae", None)
+        dtype = getattr(vae, "dtype", None)
         try:
+            self._set(conditions)
             yield
         finally:
             self._set(before)
+            # SDXL decodes in float32, and one that ran out of memory meanwhile does not take it back.
+            if vae is not None and vae.dtype != dtype:
+                vae.to(dtype)
 
     def _set(self, conditions: Conditions) -> None:
         self.conditions = conditions

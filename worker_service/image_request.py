@@ -100,7 +100,11 @@ def to_show(requests: Sequence[ImageRequest], step: int, total_steps: int) -> li
 
 
 class ImageModel(Protocol):
-    """A loaded generator. It is not thread-safe: one thread owns it."""
+    """A loaded generator. It is not thread-safe: one thread owns it.
+
+    That thread may enter it again from within `on_step`, for images of a better lane: neither call changes a bit of the
+    other's images, and what a call has set, also by `saving_memory`, holds again when the one inside of it has ended.
+    """
 
     name: str
     capabilities: Capabilities

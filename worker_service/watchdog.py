@@ -120,7 +120,8 @@ class Watchdog:
         with self._lock:
             watches = list(self._watches)
             self._arm()
-        for watch in watches:
+        waiting = {watch.within for watch in watches}
+        for watch in set(watches) - waiting:
             if self._left_s(watch) < 0:
                 end_process("model_stuck", {**_described(watch), "stack": _stack(watch.thread_id)}, status=EXIT_CODE)
 

@@ -1,7 +1,7 @@
 """Which waiting jobs go to the broker next: by lane, then fair share of owners, then age.
 
 Each model has a small published window. What waits behind it stays in SQL, so that a hundred thousand bulk jobs
-neither flood the broker nor delay an interactive user: whatever is published can no longer be overtaken.
+neither flood the broker nor delay an interactive user: of one lane, what is published can no longer be overtaken.
 """
 
 from collections import Counter, defaultdict

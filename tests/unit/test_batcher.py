@@ -1,9 +1,11 @@
 """The batcher: who shares a call of the model, and who suffers when one fails."""
 
+import gc
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from weakref import WeakSet
 
 import pytest
 
@@ -330,7 +332,7 @@ def test_what_runs_between_the_steps_of_another_is_passed_itself(pool: ThreadPoo
     later: list[Future[list[int]]] = []
 
     def meanwhile(_index: int, step: int, _steps: int) -> bool:
-        if step == 1:
+        if step == 1 and not later:
             later.append(pool.submit(batcher.submit, [9], lane=0))
             in_line(batcher, 1)
         return True
@@ -388,7 +390,7 @@ def test_what_may_bring_its_process_down_passes_nobody_and_is_not_passed(pool: T
     later: list[Future[list[int]]] = []
 
     def meanwhile(_index: int, step: int, _steps: int) -> bool:
-        if step == 1:
+        if step == 1 and not later:
             later.append(pool.submit(batcher.submit, [9], lane=0, alone=True))
             in_line(batcher, 1)
         return True
@@ -417,6 +419,61 @@ def test_what_fails_between_the_steps_of_another_harms_it_not(pool: ThreadPoolEx
     assert good.result(10) == [14]
     assert bulk.result(10) == [2, 4]
     assert model.batches == [[1, 2], [13, 7], [13], [7]]
+
+
+def test_what_was_canceled_between_the_steps_of_another_keeps_nothing_of_it(pool: ThreadPoolExecutor) -> None:
+    class Tensor:
+        """What a call holds while others pass it."""
+
+    tensors: WeakSet[Tensor] = WeakSet()
+
+    class Holding(Stepping):
+        def run(self, items: Sequence[int], on_step: OnStep) -> list[int]:
+            tensor = Tensor()
+            tensors.add(tensor)
+            return super().run(items, on_step)
+
+    model = Holding(steps=2)
+    batcher = a_batcher(model)
+    gc.disable()
+    try:
+        bulk = pool.submit(batcher.submit, [1], lane=2)
+        assert model.started.wait(10)
+        canceled = pool.submit(batcher.submit, [7], lane=1, check_in=lambda _index, _step, _total: False)
+        in_line(batcher, 1)
+        model.go.set()
+        assert bulk.result(10) == [2]
+        with pytest.raises(Interrupted):
+            canceled.result(10)
+        wait_until(lambda: not tensors, timeout_s=5, what="what was held to be let go without the collector")
+    finally:
+        gc.enable()
+
+
+def test_a_database_that_keeps_a_job_from_beginning_is_no_model_that_is_stuck(pool: ThreadPoolExecutor) -> None:
+    watchdog = Watchdog(WatchdogSettings(step_s=0.5))
+    model = Model()
+    batcher: Batcher[int, int] = Batcher(
+        model.run, key=lambda item: item // 100, max_batch_size=4, name="test", watchdog=watchdog
+    )
+    left: list[float] = []
+
+    def away() -> None:
+        time.sleep(0.3)  # its time-out
+        left.append(min(watchdog._left_s(watch) for watch in watchdog._watches))
+        raise ConnectionError
+
+    bulk = pool.submit(batcher.submit, [1], lane=1)
+    assert model.started.wait(10)
+    refused = [pool.submit(batcher.submit, [item], lane=0, begin=away) for item in (2, 3, 4)]
+    in_line(batcher, 3)
+    model.go.set()
+    assert bulk.result(10) == [2]
+    for each in refused:
+        with pytest.raises(ConnectionError):
+            each.result(10)
+    assert len(left) == 3
+    assert min(left) > 0
 
 
 def test_a_batch_that_is_held_up_is_not_stuck(pool: ThreadPoolExecutor) -> None:

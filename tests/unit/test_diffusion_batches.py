@@ -247,6 +247,26 @@ def test_a_batch_that_does_not_fit_in_memory_says_so_and_the_next_one_runs(loade
     assert distance(draw(model, REQUEST)[0], before) == 0
 
 
+def test_a_decoder_that_ran_out_of_memory_in_float32_is_put_back(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SDXL decodes in float32 where half would overflow, and takes it back only when that went well."""
+    model = loaded("sdxl")
+    vae = model.text_to_image.vae
+    before = draw(model, REQUEST)[0]
+
+    def too_large(*_: Any, **__: Any) -> Any:
+        vae.to(torch.float64)
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vae, "decode", too_large)
+        with pytest.raises(ModelOutOfMemoryError):
+            draw(model, REQUEST)
+    assert vae.dtype == torch.float32
+    assert distance(draw(model, REQUEST)[0], before) == 0
+
+
 class Looking:
     """Asks to see every second step."""
 
