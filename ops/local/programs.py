@@ -1,6 +1,7 @@
 """What runs in a stack, and how supervisor is told."""
 
 import configparser
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -106,7 +107,8 @@ def _flower(memory: Memory) -> Program:
             # By environment, because everyone on the machine may read a command line.
             "FLOWER_BASIC_AUTH": f"afterimage:{memory.password('flower')}",
             "FLOWER_READ_ONLY": "true",
-            "FLOWER_MAX_TASKS": "5000",  # it keeps each in memory, some 6 KB; its own 100,000 would never stop growing
+            # It keeps each in memory, some 6 KB; its own 100,000 would never stop growing.
+            "FLOWER_MAX_TASKS": os.environ.get("FLOWER_MAX_TASKS", "5000"),
         },
     )
 

@@ -42,6 +42,8 @@ class Plan:
             "AFTERIMAGE_ENVIRONMENT": "test",
             "AFTERIMAGE_MODEL__GENERATORS": orjson.dumps(generators).decode(),
             "AFTERIMAGE_MODEL__DEFAULT_GENERATOR": "cheap",
+            # Flower grows until it has as many, which should be over before the first measurement that counts.
+            "FLOWER_MAX_TASKS": "500",
         }
 
 
