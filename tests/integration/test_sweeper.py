@@ -159,8 +159,11 @@ def test_a_store_that_another_database_sweeps_is_not_touched_until_it_is_adopted
 
 
 def test_the_grace_is_never_shorter_than_the_longest_job(settings: Settings) -> None:
-    short = load_settings(retention={"blob_grace_s": 0}, jobs={"timeout_s": 500, "lease_s": 40})
-    assert sweeper.grace_s(short) == 580
+    short = load_settings(
+        retention={"blob_grace_s": 0}, jobs={"timeout_s": 500, "lease_s": 40}, queue={"starving_s": 60}
+    )
+    held_up_s = 60 + 4 * 500
+    assert sweeper.grace_s(short) == 500 + held_up_s + 2 * 40
     assert sweeper.grace_s(load_settings()) == DAY_S
 
 
