@@ -19,12 +19,14 @@ import argparse
 import sys
 from uuid import UUID
 
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared import queue, sweeper
+from shared.contracts.common import Name
 from shared.contracts.jobs import JobState
 from shared.db import jobs, keys, owners, webhooks
 from shared.db.jobs import DeadJob
@@ -41,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("create-owner", help="make an owner; one that exists stays as it is")
-    command.add_argument("name")
+    command.add_argument("name", type=_owner_name, help="lower-case letters, digits, - and _")
     command = commands.add_parser("create-key", help="make an API key and print its secret")
     command.add_argument("owner")
     command.add_argument("--name", required=True, help="what the key is for")
@@ -171,8 +173,17 @@ def _show_dead(dead: list[DeadJob]) -> None:
     Console().print(table)
 
 
+def _owner_name(text: str) -> str:
+    """The rule of the API: what it could not name it could not change."""
+    try:
+        return TypeAdapter(Name).validate_python(text)
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of an owner") from None
+
+
 def _show(listed: list[tuple[ApiKey, Owner]]) -> None:
-    table = Table("id", "owner", "name", "begins with", "scopes", "expires", "revoked")
+    # The id is what other commands want, so a narrow terminal takes its room from the rest.
+    table = Table(Column("id", no_wrap=True), "owner", "name", "begins with", "scopes", "expires", "revoked")
     for key, owner in listed:
         moments = [f"{moment:%Y-%m-%d %H:%M}" if moment else "" for moment in (key.expires_at, key.revoked_at)]
         table.add_row(str(key.id), owner.name, key.name, key.prefix, " ".join(key.scopes), *moments)

@@ -72,10 +72,10 @@ class Reconciler:
             idempotency.forget_old(session)
             published = jobs.published(session, older_than_s=UNCLAIMED_S)
             missing = self._missing_from_broker(published)
-            if missing:
-                jobs.unpublish(session, missing)
-                increment_counter("jobs_republished_total", len(missing))
-                logger.warning("jobs_missing_from_broker", extra={"jobs": len(missing)})
+            # A worker that took one while the broker was asked has it: that is no loss.
+            if missing and (again := jobs.unpublish(session, missing)):
+                increment_counter("jobs_republished_total", again)
+                logger.warning("jobs_missing_from_broker", extra={"jobs": again})
         with session_scope() as session:
             waiting = {*jobs.waiting_models(session), *bulks.running_models(session)}
             images_wait = images.any_pending(session)

@@ -380,13 +380,15 @@ def published(session: Session, *, older_than_s: float) -> list[tuple[UUID, str]
     return [(row.id, row.model) for row in session.execute(statement)]
 
 
-def unpublish(session: Session, job_ids: Sequence[UUID]) -> None:
-    """Give jobs that the broker lost their place in the queue again."""
-    session.execute(
+def unpublish(session: Session, job_ids: Sequence[UUID]) -> int:
+    """Give jobs that the broker lost their place in the queue again; how many were not claimed in the meantime."""
+    statement = (
         update(Job)
         .where(Job.id.in_(job_ids), Job.state == JobState.QUEUED)
         .values(published_at=None, published_lane=None)
+        .returning(Job.id)
     )
+    return len(session.scalars(statement).all())
 
 
 def queued_by_model(session: Session) -> dict[str, int]:

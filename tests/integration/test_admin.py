@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from scripts.admin import main as admin
 from shared.contracts.jobs import JobState
 from shared.db import jobs
-from shared.db.models import Job
+from shared.db.models import Job, Owner
 from shared.settings import Settings
 from shared.storage import get_blobs, thumbnail_key
 from tests.factories import make_job
@@ -108,3 +108,26 @@ def test_a_store_swept_for_another_database_is_refused_in_words(
     assert "another database" in capsys.readouterr().err
     run(monkeypatch, "sweep", "--adopt")
     run(monkeypatch, "sweep")
+
+
+@pytest.mark.parametrize("name", ["", "bad\x01name", "Team A", "x" * 64])
+def test_an_owner_whom_the_api_could_not_name_is_not_made(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "create-owner", name)
+    assert ended.value.code == 2
+    assert "is no name of an owner" in capsys.readouterr().err
+    assert name not in session.scalars(select(Owner.name)).all()
+
+
+def test_the_ids_of_keys_are_whole_also_in_a_narrow_terminal(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "create-owner", "team-a")
+    run(monkeypatch, "create-key", "team-a", "--name", "a laptop with a long name")
+    key_id = capsys.readouterr().out.split()[1]
+    monkeypatch.setattr("sys.argv", ["admin", "list-keys"])
+    monkeypatch.setenv("COLUMNS", "60")
+    admin()
+    assert key_id in capsys.readouterr().out

@@ -261,9 +261,11 @@ def test_a_job_missing_from_the_broker_is_published_again(session: Session) -> N
     job = make_job(session)
     assert feed(session) == [job.id]
     assert jobs.published(session, older_than_s=-1) == [(job.id, "cheap")]
-    jobs.unpublish(session, [job.id])
+    assert jobs.unpublish(session, [job.id]) == 1
     assert jobs.waiting_models(session) == ["cheap"]
     assert feed(session) == [job.id]
+    claim(session, job)
+    assert jobs.unpublish(session, [job.id]) == 0, "a worker took it while the broker was asked"
 
 
 def test_the_queue_position_counts_the_jobs_that_go_first(session: Session) -> None:
