@@ -3,7 +3,7 @@
 import gc
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from weakref import WeakSet
 
@@ -12,7 +12,7 @@ import pytest
 from shared.errors import ModelOutOfMemoryError
 from shared.settings import WatchdogSettings
 from tests.stack import wait_until
-from worker_service.batcher import Batcher
+from worker_service.batcher import Batcher, CheckIn
 from worker_service.image_request import Interrupted, OnStep
 from worker_service.watchdog import Watchdog
 
@@ -309,6 +309,19 @@ class Stepping(Model):
         return super().run(items, noting)
 
 
+def once_begun(submit: Callable[[], None], batcher: Batcher[int, int]) -> CheckIn:
+    """A `check_in` under which another item is in line when the first step of its own has been done."""
+    todo = [submit]
+
+    def check_in(_index: int, _step: int, _steps: int) -> bool:
+        if todo:
+            todo.pop()()
+            in_line(batcher, 1)
+        return True
+
+    return check_in
+
+
 def test_a_better_lane_passes_between_two_steps_and_shares_no_batch_with_a_worse_one(pool: ThreadPoolExecutor) -> None:
     model = Stepping(steps=2)
     batcher = a_batcher(model)
@@ -330,13 +343,7 @@ def test_what_runs_between_the_steps_of_another_is_passed_itself(pool: ThreadPoo
     model = Stepping(steps=2)
     batcher = a_batcher(model)
     later: list[Future[list[int]]] = []
-
-    def meanwhile(_index: int, step: int, _steps: int) -> bool:
-        if step == 1 and not later:
-            later.append(pool.submit(batcher.submit, [9], lane=0))
-            in_line(batcher, 1)
-        return True
-
+    meanwhile = once_begun(lambda: later.append(pool.submit(batcher.submit, [9], lane=0)), batcher)
     bulk = pool.submit(batcher.submit, [1], lane=2)
     assert model.started.wait(10)
     urgent = pool.submit(batcher.submit, [8], lane=1, check_in=meanwhile)
@@ -388,13 +395,7 @@ def test_what_may_bring_its_process_down_passes_nobody_and_is_not_passed(pool: T
     model = Stepping(steps=2)
     batcher = a_batcher(model)
     later: list[Future[list[int]]] = []
-
-    def meanwhile(_index: int, step: int, _steps: int) -> bool:
-        if step == 1 and not later:
-            later.append(pool.submit(batcher.submit, [9], lane=0, alone=True))
-            in_line(batcher, 1)
-        return True
-
+    meanwhile = once_begun(lambda: later.append(pool.submit(batcher.submit, [9], lane=0, alone=True)), batcher)
     suspect = pool.submit(batcher.submit, [1], lane=2, alone=True)
     assert model.started.wait(10)
     innocent = pool.submit(batcher.submit, [2], lane=1, check_in=meanwhile)
@@ -451,7 +452,7 @@ def test_what_was_canceled_between_the_steps_of_another_keeps_nothing_of_it(pool
 
 
 def test_a_database_that_keeps_a_job_from_beginning_is_no_model_that_is_stuck(pool: ThreadPoolExecutor) -> None:
-    watchdog = Watchdog(WatchdogSettings(step_s=0.5))
+    watchdog = Watchdog(WatchdogSettings(step_s=0.8))
     model = Model()
     batcher: Batcher[int, int] = Batcher(
         model.run, key=lambda item: item // 100, max_batch_size=4, name="test", watchdog=watchdog
@@ -477,7 +478,7 @@ def test_a_database_that_keeps_a_job_from_beginning_is_no_model_that_is_stuck(po
 
 
 def test_a_batch_that_is_held_up_is_not_stuck(pool: ThreadPoolExecutor) -> None:
-    watchdog = Watchdog(WatchdogSettings(step_s=0.5))
+    watchdog = Watchdog(WatchdogSettings(step_s=0.8))
     model = Stepping(steps=1)
     batcher: Batcher[int, int] = Batcher(
         model.run, key=lambda item: item // 100, max_batch_size=4, name="test", watchdog=watchdog
