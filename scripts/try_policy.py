@@ -20,7 +20,7 @@ from shared.errors import ConfigurationError, InvalidImageError, ModelLoadError
 from shared.imaging import open_image
 from shared.settings import GeneratorSettings, OutputRule, PromptRule, get_settings
 from worker_service.clip import Clip
-from worker_service.models import encode
+from worker_service.embedder import encode
 from worker_service.policy import Policy, parts_of_image, parts_of_prompt, unit
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -184,7 +184,7 @@ def open_image(data: bytes) -> Image.Image:
 def thumbnail(picture: "Image.Image | Pixels") -> bytes:
     """A small WebP of an RGB image or of uint8 pixels (H, W, 3): longest side 256 pixels, never enlarged."""
     small = picture.copy() if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.HAMMING)
     return _encode(small, ImageFormat.WEBP, quality=80, method=2)
 
 

@@ -23,9 +23,10 @@ from shared import logging as logs
 from shared.settings import ClipSettings, Settings, get_settings
 from worker_service import generation, watchdog
 from worker_service.cheap import CheapGenerator
+from worker_service.embedder import Embedder
 from worker_service.image_request import ImageRequest, OnStep
 from worker_service.leases import Leases
-from worker_service.models import Embedder, Models
+from worker_service.models import Models
 from worker_service.watchdog import AcceleratorLostError, Stage, Watchdog
 
 FAULTY = "faulty"

@@ -84,6 +84,8 @@ class Batcher(Generic[Item, Result]):
 
     With `longest_s` a batch is as large as the latest pace lets it end in about that time, one item at least: nothing
     interrupts it, so the next item of a better lane waits for its end.
+
+    With `at_once` above 1 that many batches run side by side, each on its own thread: `run` must not mind that either.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Batcher(Generic[Item, Result]):
         stage: Stage = Stage.STEP,
         starving_s: float = float("inf"),
         longest_s: float = float("inf"),
+        at_once: int = 1,
     ) -> None:
         """stage: what a call of `run` begins with; after the last step that `run` tells of comes the decoding."""
         self._run = run
@@ -114,8 +117,9 @@ class Batcher(Generic[Item, Result]):
         self._served: defaultdict[Hashable, int] = defaultdict(int)
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name=f"model-{name}", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._work, name=f"model-{name}", daemon=True) for _ in range(at_once)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(
         self,
@@ -147,7 +151,7 @@ class Batcher(Generic[Item, Result]):
             if self._closed:
                 raise Interrupted
             self._line.extend(tickets)
-            self._changed.notify()
+            self._changed.notify_all()
         try:
             return [ticket.result.result() for ticket in tickets]
         finally:
@@ -155,15 +159,17 @@ class Batcher(Generic[Item, Result]):
                 ticket.result.cancel()  # after a failure the rest of this job is not wanted any more
 
     def close(self, timeout_s: float) -> None:
-        """Refuse what is in line, wait up to `timeout_s` for the running batch."""
+        """Refuse what is in line, wait up to `timeout_s` for the batches that run."""
+        ends_at = time.monotonic() + timeout_s
         with self._changed:
             self._closed = True
             for ticket in self._line:
                 if not ticket.result.done():
                     ticket.result.set_exception(Interrupted())
             self._line.clear()
-            self._changed.notify()
-        self._thread.join(timeout_s)
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(max(0, ends_at - time.monotonic()))
 
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
@@ -225,7 +231,7 @@ class Batcher(Generic[Item, Result]):
                 best = min(fitting, key=lambda t: (t.asker.lane, self._served[t.asker.owner], t.submitted_at))
                 ticket = starving if starving in fitting else best
                 self._line.remove(ticket)
-                # From here on only this thread settles the ticket: its job can no longer withdraw it.
+                # From here on only the model's thread settles the ticket: its job can no longer withdraw it.
                 if not ticket.result.set_running_or_notify_cancel():
                     continue
                 self._served[ticket.asker.owner] += 1

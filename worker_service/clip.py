@@ -28,7 +28,11 @@ TOKENIZER_PROBE = "A photo of 2 red apples; naïve café, Tokyo's 東京!"
 
 @dataclass
 class Clip:
-    """A loaded model that puts texts and images in one space. It is not thread-safe: one thread owns it."""
+    """A loaded model that puts texts and images in one space.
+
+    Any number of threads may encode images on a CPU at once. Texts are encoded by one at a time: a tokenizer is not
+    thread-safe.
+    """
 
     name: str
     weights_digest: str

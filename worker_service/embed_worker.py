@@ -8,8 +8,8 @@ from shared.embedding_query import answer
 from shared.settings import Settings
 from worker_service import embedding
 from worker_service.celery_app import WorkerProcess
+from worker_service.embedder import QUERY_LANE, Embedder
 from worker_service.image_leases import ImageLeases
-from worker_service.models import Embedder
 from worker_service.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def serve(settings: Settings) -> None:
         ModelLoadError
     """
     with WorkerProcess("embed", None, settings) as process, Watchdog(settings.watchdog) as watchdog:
-        embedder = Embedder.load(settings, watchdog)
+        embedder = Embedder.load(settings, watchdog, alone=True)
         try:
             with ImageLeases(settings.jobs) as leases:
                 _consume(process, embedder, leases)
@@ -41,7 +41,7 @@ def _consume(process: WorkerProcess, embedder: Embedder, leases: ImageLeases) ->
             reply_key,
             payload,
             space_digest=embedder.space.digest,
-            embed=lambda items: embedder.embed(items, lane=embedding.QUERY_LANE),
+            embed=lambda items: embedder.embed(items, lane=QUERY_LANE),
         )
 
     @app.task(name=queue.EMBED_PENDING)

@@ -22,12 +22,11 @@ from shared.errors import (
 from shared.imaging import open_image
 from shared.storage import get_blobs
 from worker_service.clip import Picture
+from worker_service.embedder import IMAGE_LANE, Embedder
 from worker_service.image_leases import ImageLeases
-from worker_service.models import Embedder
 
 logger = logging.getLogger(__name__)
 
-QUERY_LANE, IMAGE_LANE = 0, 1
 CHUNK = 32
 AT_ONCE = 2
 """Chunks in work: one is decoded while the other's batch is in the model. More would only hold threads and memory."""

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-from PIL import Image
 
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
-from shared.db import spaces, workers
+from shared.db import workers
 from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.errors import ModelLoadError, ModelNotFoundError
@@ -19,9 +18,9 @@ from shared.metrics import increment_counter, time_operation
 from shared.settings import GeneratorSettings, SafetySettings, Settings
 from worker_service.batcher import Batcher, CheckIn
 from worker_service.cheap import CheapGenerator
-from worker_service.clip import Clip, Picture
 from worker_service.diffusion import Diffusion
 from worker_service.drawing import Drawn, draw
+from worker_service.embedder import Embedder
 from worker_service.image_request import ImageModel, ImageRequest
 from worker_service.policy import Policy
 from worker_service.watchdog import Stage, Watchdog
@@ -29,62 +28,6 @@ from worker_service.watchdog import Stage, Watchdog
 logger = logging.getLogger(__name__)
 
 NO_POLICY = SafetySettings()
-LONGEST_EMBEDDING_S = 0.5
-"""A search waits for the batch of images that is in the model when it comes."""
-
-
-class Embedder:
-    """CLIP behind a batcher. Vectors are projections, float32, not normalised."""
-
-    def __init__(self, clip: Clip, space: Space, watchdog: Watchdog) -> None:
-        self.space = space
-        self.name = clip.name
-        self._clip = clip
-        self._batcher: Batcher[str | Picture, np.ndarray] = Batcher(
-            time_operation("embedding", model=clip.name)(lambda items, _on_step: encode(clip, items)),
-            key=type,  # keeps texts and images apart
-            max_batch_size=clip.max_batch_size,
-            name=clip.name,
-            watchdog=watchdog,
-            stage=Stage.EMBED,
-            longest_s=LONGEST_EMBEDDING_S,
-        )
-
-    @classmethod
-    def load(cls, settings: Settings, watchdog: Watchdog) -> "Embedder":
-        """Load and warm CLIP, and register its embedding space.
-
-        Raises:
-            ModelLoadError
-        """
-        with time_operation("model_load", model="clip"), watchdog.watch(Stage.LOAD, model="clip") as watch:
-            clip = Clip.load(settings.model)
-            watch.progress(Stage.WARM_UP)
-            clip.warm_up()
-        with session_scope() as session:
-            space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
-        logger.info("clip_loaded", extra={"model": clip.name, "space": space.digest[:12], "device": str(clip.device)})
-        return cls(clip, space, watchdog)
-
-    def prepare(self, image: Image.Image) -> Picture:
-        """What the model needs of an image: less than the image, and made while the model works on others."""
-        return self._clip.prepare(image)
-
-    def embed(self, items: Sequence[str] | Sequence[Picture], *, lane: int = 0) -> np.ndarray:
-        """Shape (n, space.dim). Texts and images may come from any number of threads."""
-        vectors = np.stack(self._batcher.submit(items, lane=lane))
-        increment_counter("embedding_generation_total", len(items), labels={"model": self.name})
-        return vectors
-
-    def close(self, timeout_s: float) -> None:
-        self._batcher.close(timeout_s)
-
-
-def encode(clip: Clip, items: Sequence[str | Picture]) -> Sequence[np.ndarray]:
-    """Projections of texts or of images, never of both at once: float32, not normalised."""
-    texts = [item for item in items if isinstance(item, str)]
-    pictures = [item for item in items if not isinstance(item, str)]
-    return list(clip.encode_text(texts) if texts else clip.encode_image(pictures))
 
 
 @dataclass

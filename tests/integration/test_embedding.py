@@ -24,9 +24,9 @@ from tests.factories import DIM, make_image, make_space
 from tests.integration.conftest import picture
 from tests.stack import wait_until
 from worker_service.clip import Picture
+from worker_service.embedder import Embedder
 from worker_service.embedding import AT_ONCE, ImageEmbedding
 from worker_service.image_leases import ImageLeases
-from worker_service.models import Embedder
 
 TOO_LARGE = (48, 48)
 """Size of an image that does not fit in memory."""

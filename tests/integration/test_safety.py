@@ -26,9 +26,10 @@ from worker_service import generation
 from worker_service.attempt import Outcome
 from worker_service.cheap import CheapGenerator
 from worker_service.clip import Clip
+from worker_service.embedder import Embedder
 from worker_service.image_request import ImageRequest, OnStep
 from worker_service.leases import Leases
-from worker_service.models import Embedder, Models
+from worker_service.models import Models
 from worker_service.watchdog import Watchdog
 
 SEEDS = [1, 2, 3]

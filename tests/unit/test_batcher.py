@@ -499,3 +499,18 @@ def test_a_batch_that_is_held_up_is_not_stuck(pool: ThreadPoolExecutor) -> None:
         each.result(10)
     assert len(left) == 3
     assert min(left) > 0, "0.9 s of others are not 0.9 s without progress"
+
+
+def test_as_many_batches_run_at_once_as_the_batcher_was_told(pool: ThreadPoolExecutor) -> None:
+    together = threading.Barrier(2)
+
+    def run(items: Sequence[int], _: OnStep) -> list[int]:
+        together.wait(10)
+        return [item * 2 for item in items]
+
+    batcher: Batcher[int, int] = Batcher(
+        run, key=int, max_batch_size=4, name="test", watchdog=Watchdog(WatchdogSettings()), at_once=2
+    )
+    assert sorted(pool.submit(batcher.submit, [1, 2]).result(15)) == [2, 4]
+    batcher.close(10)
+    assert not any(thread.is_alive() for thread in batcher._threads)
