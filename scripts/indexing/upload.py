@@ -84,6 +84,10 @@ class Report:
                 self._keep(_entry(json.loads(line)))
 
     @property
+    def entries(self) -> list[Entry]:
+        return list(self._entries.values())
+
+    @property
     def contents(self) -> dict[str, str | None]:
         """The files that it tells of, and what was in them."""
         return {name: entry.sha256 for name, entry in self._entries.items()}
