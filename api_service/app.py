@@ -10,7 +10,7 @@ from flask_openapi3.models.info import Info
 from flask_openapi3_swagger.plugins import RegisterPlugin as SwaggerUI
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from api_service import hardening, limits, problems, waiting
+from api_service import hardening, limits, problems, studio, waiting
 from api_service.caller import authenticated
 from api_service.document import Documented
 from api_service.routes.admin import admin
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 DOCUMENT = f"{API}/openapi.json"
 PUBLIC_ENDPOINTS = (None, "document", "docs", "metrics")
-PUBLIC_BLUEPRINTS = ("probes", "root_probes", "swagger")
+PUBLIC_BLUEPRINTS = ("probes", "root_probes", "swagger", "studio")
 
 
 def create_app(settings: Settings | None = None) -> Documented:
@@ -68,6 +68,8 @@ def create_app(settings: Settings | None = None) -> Documented:
         app.register_blueprint(SwaggerUI.register(doc_url=DOCUMENT), url_prefix="/docs")
         app.add_url_rule("/docs", "docs", lambda: redirect("/docs/swagger"))
 
+    if settings.security.studio_enabled:
+        studio.register(app)
     problems.register(app)
     app.before_request(_begin)
     app.before_request(_authenticate)

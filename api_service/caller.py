@@ -19,9 +19,14 @@ SCOPES = {
     "search": "search",
     "webhooks": "generate",
     "admin": "admin",
+    "studio_generation": "generate",
+    "studio_search": "search",
 }
 """What an API key must allow for the operations of a resource; images depend on the method, the rest needs any key."""
+IMAGES = ("images", "studio_corpus")
 READING = ("GET", "HEAD", "OPTIONS")
+COOKIE = "afterimage_key"
+"""Holds the API key of a person who has signed in."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,16 @@ def authenticated(request: Request) -> Caller:
 
     Raises:
         AuthenticationError: no key, or one that is not valid (any more).
-        AuthorizationError: the key lacks the scope that the operation needs.
+        AuthorizationError: the key lacks the scope that the operation needs, or a browser sent it along with a change
+            that is not known to come from a page of ours.
         DatabaseConnectionError
     """
     security = get_settings().security
     if not security.require_api_keys:
         return Caller(_owner_id(security.default_owner), frozenset(keys.SCOPES))
-    kind, _, secret = request.headers.get("Authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not secret:
-        raise AuthenticationError
+    secret = _secret(request)
     with session_scope() as session:
-        key = keys.find_valid(session, secret.strip())
+        key = keys.find_valid(session, secret)
     if key is None:
         raise AuthenticationError
     needed = scope_of(request)
@@ -70,9 +74,27 @@ def may_see_details(request: Request) -> bool:
 
 def scope_of(request: Request) -> str | None:
     """The scope that the request's operation needs; None for any valid key."""
-    if request.blueprint == "images":
+    if request.blueprint in IMAGES:
         return "search" if request.method in READING else "corpus:write"
     return SCOPES.get(request.blueprint or "")
+
+
+def from_own_page(request: Request) -> bool:
+    """Whether a browser says that a page of this service sent the request; it says so with every change."""
+    origin = request.headers.get("Origin")
+    return origin is not None and origin.partition("://")[2] == request.host
+
+
+def _secret(request: Request) -> str:
+    kind, _, secret = request.headers.get("Authorization", "").partition(" ")
+    if kind.lower() == "bearer" and secret:
+        return secret.strip()
+    cookie = request.cookies.get(COOKIE)
+    if kind or not cookie:
+        raise AuthenticationError
+    if request.method not in READING and not from_own_page(request):
+        raise AuthorizationError("A page of another origin may not do that here.")
+    return cookie
 
 
 @lru_cache(maxsize=8)

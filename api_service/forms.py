@@ -1,6 +1,7 @@
 """Multipart requests: files and the fields beside them."""
 
 import base64
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -31,8 +32,7 @@ def upload_fields(request: Request) -> UploadFields:
     """What the form says of its files: `tags` once, repeated or separated by commas; as JSON `attributes`, `each`."""
     values = parsing.fields(UploadFields, request.form, where="form")
     if "tags" in values:
-        tags = (tag.strip() for given in values["tags"] for tag in given.split(","))
-        values["tags"] = list(dict.fromkeys(tag for tag in tags if tag))
+        values["tags"] = tags(values["tags"])
     if len(values.get("each", [])) > 1:
         raise problems.mistake("form.each", "repeated", "Must be given once, as one JSON array.")
     if "each" in values:
@@ -40,6 +40,12 @@ def upload_fields(request: Request) -> UploadFields:
     _read_json(values, "attributes")
     _read_json(values, "each")
     return parsing.form(UploadFields, values)
+
+
+def tags(given: Iterable[str]) -> list[str]:
+    """Each of them may hold several, separated by commas."""
+    each = (tag.strip() for text in given for tag in text.split(","))
+    return list(dict.fromkeys(tag for tag in each if tag))
 
 
 def search_request(request: Request) -> SearchRequest:

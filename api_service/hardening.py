@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from flask import Flask, Response, request
 from flask_cors import CORS
 
-from api_service.caller import READING
+from api_service.caller import READING, from_own_page
 from api_service.document_headers import COMPONENTS
 from shared.errors import AuthorizationError
 from shared.settings import SecuritySettings, Settings
@@ -58,7 +58,7 @@ def _refuse_other_pages(security: SecuritySettings) -> None:
     origin = request.headers.get("Origin")
     if origin is None or request.method in READING or origin in security.cors_origins:
         return
-    if origin.partition("://")[2] != request.host:
+    if not from_own_page(request):
         raise AuthorizationError("A page of another origin may not do that here.")
 
 
@@ -72,6 +72,8 @@ def _tell_browsers(response: Response) -> Response:
         headers.setdefault("Content-Security-Policy", DATA_POLICY)
         return response
     headers["Cross-Origin-Opener-Policy"] = "same-origin"
+    # With `no-referrer` a browser would not say either that a form came from a page of ours.
+    headers["Referrer-Policy"] = "same-origin"
     # Swagger UI brings a script and styles of its own inside the page.
     own = _swagger_sources(response) if request.blueprint == "swagger" else ""
     headers.setdefault("Content-Security-Policy", PAGE_POLICY + own)

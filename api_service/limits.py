@@ -19,6 +19,8 @@ from api_service.caller import READING
 from shared.errors import RateLimitError
 from shared.settings import Settings
 
+SEARCHING = ("search", "studio_search")
+
 
 def register(app: Flask, settings: Settings) -> None:
     """Count every request after it was authenticated; to be called once that is registered."""
@@ -76,7 +78,7 @@ def register(app: Flask, settings: Settings) -> None:
 
 def _kind() -> str:
     # A search changes nothing, though it is a POST.
-    return "read" if request.method in READING or request.blueprint == "search" else "write"
+    return "read" if request.method in READING or request.blueprint in SEARCHING else "write"
 
 
 def _seconds_until(moment: float) -> int:

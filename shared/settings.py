@@ -394,6 +394,7 @@ class SecuritySettings(Section):
     default_owner: str = Field("local", description="who acts when keys are off")
     require_api_keys: bool = Field(False, description="may be off only locally, bound to loopback")
     docs_enabled: bool = Field(True, description="serve Swagger UI")
+    studio_enabled: bool = Field(True, description="serve Studio, the pages for people, at `/`")
     cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[A-Za-z0-9.-]+(:\d+)?)$")]] = Field(
         default_factory=list, description="whose pages may call the API from a browser: `https://studio.example`"
     )

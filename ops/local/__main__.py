@@ -99,6 +99,7 @@ def addresses(stack: LocalStack) -> str:
     return "\n".join(
         [
             "Afterimage is running.",
+            f"  Studio    {stack.url}/",
             f"  API       {stack.url}/api/v1   described at {stack.url}/docs",
             f"  Flower    {stack.flower_url}/   user {user}, password {password}",
             *lines,

@@ -1,0 +1,48 @@
+"""The corpus as pages: browse, add, look at one image and at what it shaped, forget it."""
+
+from uuid import UUID
+
+from flask import Response, current_app, g, request
+
+from api_service import corpus, forms, lifecycle, parsing
+from api_service.studio.pages import filled, page, pages, to
+from shared.contracts.images import ImageQuery, UploadFields
+from shared.contracts.outputs import OutputQuery
+
+studio_corpus = pages("studio_corpus")
+
+SHAPED = 24
+
+
+@studio_corpus.get("/memory")
+def memory() -> Response:
+    named = filled(request.args, ("collection", "tag", "state", "cursor"))
+    query = parsing.form(ImageQuery, {"limit": 48, **parsing.fields(ImageQuery, named, where="query")})
+    return page("memory", active="memory", images=corpus.page(query, caller=g.caller), query=query)
+
+
+@studio_corpus.post("/memory")
+def upload() -> Response:
+    said = parsing.fields(
+        UploadFields, filled(request.form, ("caption", "tags", "licence", "source", "collection")), where="form"
+    )
+    if "tags" in said:
+        said["tags"] = forms.tags(said["tags"])
+    fields = parsing.form(UploadFields, said)
+    sent = [file for file in forms.files(request) if file.name]
+    corpus.upload(sent, fields, caller=g.caller, decoder=current_app.extensions["decoder"])
+    return to("studio_corpus.memory", collection=fields.collection)
+
+
+@studio_corpus.get("/memory/<uuid:image_id>")
+def image(image_id: UUID) -> Response:
+    shown = corpus.image(image_id, caller=g.caller)
+    shaped = lifecycle.output_page(OutputQuery(limit=SHAPED, reference_id=image_id), caller=g.caller)
+    return page("image", active="memory", image=shown, shaped=shaped)
+
+
+@studio_corpus.post("/memory/<uuid:image_id>/forget")
+def forget(image_id: UUID) -> Response:
+    collection = corpus.image(image_id, caller=g.caller).collection
+    corpus.remove(image_id, caller=g.caller)
+    return to("studio_corpus.memory", collection=collection)

@@ -1,0 +1,134 @@
+"""Writing a prompt, watching what becomes of it, and looking at what was made."""
+
+from uuid import UUID
+
+from flask import Response, g, request
+
+from api_service import lifecycle, parsing, status, submit, waiting
+from api_service.studio.pages import filled, is_fragment, page, pages, to
+from api_service.studio.search import plan
+from shared.contracts.generation import DryRunView, Mode, RagGenerateRequest
+from shared.contracts.jobs import JobQuery
+from shared.contracts.outputs import OutputQuery
+from shared.errors import EmbeddingUnavailableError
+
+studio_generation = pages("studio_generation")
+
+SETTINGS = (
+    "prompt",
+    "negative_prompt",
+    "model",
+    "num_images",
+    "seed",
+    "width",
+    "height",
+    "num_inference_steps",
+    "guidance_scale",
+    "mode",
+    "strength",
+    "ip_adapter_scale",
+    "similar_examples_count",
+    "min_similarity",
+    "collection",
+)
+PREVIEW_EVERY = 4
+RECENT = 6
+
+
+@studio_generation.get("/")
+def create() -> Response:
+    """The prompt, and what it would be drawn from, filled in with what the address says."""
+    try:
+        shown, away = plan(request.args), None
+    except EmbeddingUnavailableError as error:
+        shown, away = {}, error.message  # a prompt can be written and queued meanwhile
+    return page(
+        "create",
+        active="create",
+        form=request.args,
+        models=status.models().models,
+        recent=lifecycle.page(JobQuery(limit=RECENT), caller=g.caller).items,
+        away=away,
+        **shown,
+    )
+
+
+@studio_generation.post("/")
+def generate() -> Response:
+    submitted = submit.rag_generation(_wanted(), caller=g.caller)
+    assert not isinstance(submitted, DryRunView)
+    if is_fragment():
+        return page("job", active="create", job=submitted.view)
+    return to("studio_generation.job", job_id=submitted.view.id)
+
+
+def _wanted() -> RagGenerateRequest:
+    """The request that the form means.
+
+    A plan that was left as it was found is left to the job's own search, which finds the same and tells why. Where
+    something was pinned, dropped or weighed, exactly what the form shows as used counts.
+    """
+    form = request.form
+    sent = filled(form, SETTINGS)
+    collection = sent.pop("collection", None)
+    values = parsing.fields(RagGenerateRequest, sent, where="form")
+    if collection:
+        values["filter"] = {"collection": collection}
+    planned = dict(pair.split("=", 1) for pair in form.get("planned", "").split() if "=" in pair)
+    chosen = [*form.getlist("pin"), *form.getlist("use")]
+    used = {image_id: form.get(f"weight.{image_id}", "").strip() for image_id in chosen}
+    if "planned" in form and not used:
+        values["mode"] = Mode.NONE
+    elif form.getlist("pin") or used != planned:
+        values["reference_ids"] = [
+            {"image_id": image_id, "weight": weight or None} for image_id, weight in used.items()
+        ]
+    return parsing.form(RagGenerateRequest, {"preview_every": PREVIEW_EVERY, **values})
+
+
+@studio_generation.get("/jobs/<uuid:job_id>")
+def job(job_id: UUID) -> Response:
+    return page("job", active="queue", job=waiting.job(job_id, caller=g.caller))
+
+
+@studio_generation.post("/jobs/<uuid:job_id>/cancel")
+def cancel(job_id: UUID) -> Response:
+    lifecycle.cancel(job_id, caller=g.caller)
+    return to("studio_generation.job", job_id=job_id)
+
+
+@studio_generation.post("/jobs/<uuid:job_id>/retry")
+def retry(job_id: UUID) -> Response:
+    return to("studio_generation.job", job_id=submit.retry(job_id, caller=g.caller).id)
+
+
+@studio_generation.post("/jobs/<uuid:job_id>/delete")
+def delete(job_id: UUID) -> Response:
+    lifecycle.delete(job_id, caller=g.caller)
+    return to("studio_generation.queue")
+
+
+@studio_generation.get("/gallery")
+def gallery() -> Response:
+    named = filled(request.args, ("cursor",))
+    query = parsing.form(OutputQuery, {"limit": 48, **parsing.fields(OutputQuery, named, where="query")})
+    return page("gallery", active="gallery", outputs=lifecycle.output_page(query, caller=g.caller))
+
+
+@studio_generation.get("/gallery/<uuid:generation_id>")
+def output(generation_id: UUID) -> Response:
+    """One image beside the memories that shaped it, and all that decided its pixels."""
+    return page("output", active="gallery", output=lifecycle.output(generation_id, caller=g.caller))
+
+
+@studio_generation.post("/gallery/<uuid:generation_id>/delete")
+def delete_output(generation_id: UUID) -> Response:
+    lifecycle.delete_output(generation_id, caller=g.caller)
+    return to("studio_generation.gallery")
+
+
+@studio_generation.get("/queue")
+def queue() -> Response:
+    named = filled(request.args, ("state", "cursor"))
+    query = parsing.form(JobQuery, parsing.fields(JobQuery, named, where="query"))
+    return page("queue", active="queue", jobs=lifecycle.page(query, caller=g.caller), query=query, stats=status.stats())

@@ -1,0 +1,66 @@
+"""What is remembered of words or of a picture: the plan of a generation, and searching."""
+
+import base64
+from uuid import UUID
+
+from flask import Response, current_app, g, request
+from werkzeug.datastructures import MultiDict
+
+from api_service import corpus, find, parsing
+from api_service.studio.pages import filled, page, pages
+from shared.contracts.images import ImageView
+from shared.contracts.search import RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
+from shared.errors import ResourceNotFoundError
+
+studio_search = pages("studio_search")
+
+ASKED = ("query", "k", "threshold", "image_id", "diversity", "collection")
+
+
+@studio_search.get("/references")
+def references() -> Response:
+    """What a generation would use: the part of the page `create` that follows the prompt."""
+    return page("references", active="create", **plan(request.args))
+
+
+def plan(form: "MultiDict[str, str]") -> dict[str, object]:
+    """What the form's prompt would be conditioned on, and which images were pinned before."""
+    sent = filled(form, ("prompt", "model", "collection", "min_similarity", "similar_examples_count"))
+    if "similar_examples_count" in sent:
+        sent["k"] = sent.pop("similar_examples_count")
+    found: RagSearchResponse | None = None
+    if "prompt" in sent:
+        query = parsing.form(RagSearchQuery, parsing.fields(RagSearchQuery, sent, where="form"))
+        found = find.references_for(query, caller=g.caller)
+    return {"plan": found, "pinned": _pinned(form)}
+
+
+def _pinned(form: "MultiDict[str, str]") -> list[ImageView]:
+    pinned = []
+    for sent in dict.fromkeys(form.getlist("pin")):
+        try:
+            pinned.append(corpus.image(UUID(sent), caller=g.caller))
+        except (ValueError, ResourceNotFoundError):
+            continue  # forgotten since it was pinned
+    return pinned
+
+
+@studio_search.route("/search", methods=["GET", "POST"])
+def search() -> Response:
+    """By words, by a picture that is sent, by an image of the corpus, or by several of these."""
+    form = request.form if request.method == "POST" else request.args
+    sent = request.files.get("image")
+    picture = sent.read() if sent is not None else b""
+    asked = filled(form, ASKED)
+    collection = asked.pop("collection", None)
+    values = parsing.fields(SearchRequest, asked, where="form")
+    if not values.keys() & {"query", "image_id"} and not picture:
+        return page("search", active="memory", found=None, like=None, form=form)
+    if picture:
+        values["image"] = base64.b64encode(picture).decode()
+    if collection:
+        values["filter"] = {"collection": collection}
+    wanted = parsing.form(SearchRequest, values)
+    answer = find.images_like(wanted, caller=g.caller, decoder=current_app.extensions["decoder"])
+    like = corpus.image(wanted.image_id, caller=g.caller) if wanted.image_id else None
+    return page("search", active="memory", found=SearchResponse.model_validate_json(answer), like=like, form=form)

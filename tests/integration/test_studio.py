@@ -1,0 +1,327 @@
+"""Studio's pages as a browser without scripts uses them; `tests/browser` drives them with one."""
+
+import io
+import re
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from flask.testing import FlaskClient
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
+
+from api_service import lifecycle
+from api_service.app import create_app
+from api_service.caller import COOKIE
+from shared.db.models import Image, Job
+from shared.db.spaces import Space
+from shared.settings import Settings, get_settings
+from tests.factories import make_image, make_job, make_space
+from tests.integration.conftest import API, Client, a_key, picture
+from tests.integration.test_api_search import embed_worker, towards
+from tests.integration.test_export_outputs import generate
+
+OWN = {"Origin": "http://localhost"}
+FRAGMENT = {"X-Fragment": "1"}
+PAGES = ("/", "/gallery", "/memory", "/search", "/queue")
+
+
+@pytest.fixture
+def space(session: Session) -> Space:
+    space = make_space(session)
+    session.commit()
+    return space
+
+
+def names(answer: Any, field: str) -> list[str]:
+    """Values of a page's fields of that name, those of ticked boxes only."""
+    found = re.findall(rf'<input type="checkbox" name="{field}" value="([^"]*)" checked', answer.text)
+    return list(found)
+
+
+def submitted(session: Session) -> dict[str, Any]:
+    session.expire_all()
+    job = session.scalars(select(Job).order_by(Job.created_at.desc())).first()
+    assert job is not None
+    return dict(job.parameters)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_every_page_is_there_on_a_service_that_knows_nothing_yet(client: Client, path: str) -> None:
+    answer = client.get(path)
+    assert (answer.status_code, answer.mimetype) == (200, "text/html")
+    assert "<h1>" in answer.text
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+    assert not re.search(r"<script(?![^>]*\ssrc=)|\son\w+=|\sstyle=", answer.text), "its own policy would refuse it"
+
+
+def test_the_files_of_the_pages_are_served_and_renewed_only_when_they_change(client: Client) -> None:
+    for address in re.findall(r'(?:src|href)="(/studio/[^"]+)"', client.get("/").text):
+        with client.get(address) as answer:
+            assert answer.status_code == 200
+        with client.get(address, headers={"If-None-Match": answer.headers["ETag"]}) as known:
+            assert known.status_code == 304
+
+
+def test_a_prompt_shows_what_it_would_be_drawn_from_and_why(client: Client, session: Session, space: Space) -> None:
+    near = make_image(session, vector=towards(a0=1), caption="a <b>red</b> apple")
+    far = make_image(session, vector=towards(a0=0.3, a1=1), caption="a pear")
+    session.commit()
+    with embed_worker(space):
+        answer = client.get("/", query_string={"prompt": "something red"})
+    assert names(answer, "use") == [str(near.id)]
+    assert str(far.id) in answer.text
+    assert "reaches 0.42" in answer.text
+    assert "is below 0.42" in answer.text
+    assert "a &lt;b&gt;red&lt;/b&gt; apple" in answer.text, "what users write is no markup"
+    part = client.get("/references", query_string={"prompt": "something red"}, headers=FRAGMENT)
+    assert names(part, "use") == [str(near.id)]
+    assert "<html" not in part.text
+
+
+def test_a_plan_that_is_left_as_it_was_is_left_to_the_jobs_own_search(
+    client: Client, session: Session, space: Space
+) -> None:
+    for shift in (0.0, 0.6):
+        make_image(session, vector=towards(a0=1, a3=shift))
+    session.commit()
+    with embed_worker(space):
+        shown = client.get("/references", query_string={"prompt": "red"}, headers=FRAGMENT)
+    fields = re.findall(r'name="([^"]+)"[^>]*? value="([^"]*)"', shown.text)
+    form = {"prompt": "red", **{name: value for name, value in fields if name not in ("use", "pin")}}
+    form["use"] = names(shown, "use")
+    assert len(form["use"]) == 2
+    client.post("/", data=form, headers=OWN)
+    assert (submitted(session)["mode"], submitted(session)["references"]) == ("auto", [])
+    form[f"weight.{form['use'][0]}"] = "0.9"
+    client.post("/", data=form, headers=OWN)
+    assert [each["weight"] for each in submitted(session)["references"]] == [0.9, pytest.approx(0.2, abs=0.1)]
+
+
+def test_exactly_what_was_chosen_is_drawn_from(client: Client, session: Session, space: Space) -> None:
+    one, two = (make_image(session, vector=towards(a0=1, a3=shift)) for shift in (0.0, 0.5))
+    session.commit()
+    planned = {"planned": f"{two.id}=0.25", f"weight.{two.id}": "0.25"}
+    form = {"prompt": "red", "use": [str(two.id)], "pin": [str(one.id)], **planned}
+    answer = client.post("/", data=form, headers=OWN)
+    assert answer.status_code == 303
+    assert answer.location.startswith("/jobs/")
+    assert [(each["image_id"], each["weight"]) for each in submitted(session)["references"]] == [
+        (str(one.id), None),
+        (str(two.id), 0.25),
+    ]
+    page = client.get(answer.location)
+    assert "queued" in page.text
+    client.post("/", data={"prompt": "red", **planned}, headers=OWN)
+    assert submitted(session)["mode"] == "none", "nothing was left ticked"
+    client.post("/", data={"prompt": "red", "num_images": "2", "seed": "", "width": ""}, headers=OWN)
+    assert submitted(session)["mode"] == "auto", "nothing was shown"
+    assert len(submitted(session)["seeds"]) == 2
+
+
+def test_a_pinned_memory_stays_when_the_prompt_changes(client: Client, session: Session, space: Space) -> None:
+    pinned = make_image(session, vector=towards(a1=1), caption="a green thing")
+    make_image(session, vector=towards(a0=1))
+    session.commit()
+    asked = {"prompt": "red", "pin": [str(pinned.id), str(uuid4()), "nonsense"]}
+    with embed_worker(space):
+        answer = client.get("/references", query_string=asked, headers=FRAGMENT)
+    assert names(answer, "pin") == [str(pinned.id)]
+    assert len(names(answer, "use")) == 2
+
+
+def test_a_mistake_in_the_form_is_told_in_words_and_queues_nothing(client: Client, session: Session) -> None:
+    answer = client.post("/", data={"prompt": "x", "num_images": "99"}, headers=OWN | FRAGMENT)
+    assert answer.status_code == 422
+    assert "num images: Input should be less than or equal to 16" in answer.text
+    assert "<html" not in answer.text
+    answer = client.get("/jobs/00000000-0000-4000-8000-000000000000")
+    assert (answer.status_code, answer.mimetype) == (404, "text/html")
+    assert answer.headers["X-Request-ID"] in answer.text
+    assert session.scalar(select(Job)) is None
+
+
+def test_an_embed_worker_that_is_away_is_told_where_the_memories_would_be(client: Client, session: Session) -> None:
+    answer = client.get("/references", query_string={"prompt": "red"}, headers=FRAGMENT)
+    assert answer.status_code == 503
+    assert "No embed worker has started yet" in answer.text
+    assert answer.headers["Retry-After"]
+    answer = client.get("/", query_string={"prompt": "red"})
+    assert answer.status_code == 200
+    assert "No embed worker has started yet" in answer.text
+    assert client.post("/", data={"prompt": "red"}, headers=OWN).status_code == 303, "it runs when there is one"
+
+
+def test_a_job_is_canceled_tried_again_and_deleted(client: Client, session: Session) -> None:
+    job = make_job(session)
+    session.commit()
+    assert 'data-events="' in client.get(f"/jobs/{job.id}").text
+    assert client.post(f"/jobs/{job.id}/cancel", headers=OWN).status_code == 303
+    canceled = client.get(f"/jobs/{job.id}")
+    assert "canceled" in canceled.text
+    assert 'data-events="' not in canceled.text
+    again = client.post(f"/jobs/{job.id}/retry", headers=OWN)
+    assert str(job.id) in client.get(again.location).text
+    assert client.post(f"/jobs/{job.id}/delete", headers=OWN).location == "/queue"
+    assert client.get(f"/jobs/{job.id}").status_code == 404
+
+
+def test_an_output_is_shown_beside_what_shaped_it(client: Client, session: Session) -> None:
+    output = generate(session, 7)
+    session.commit()
+    for path in ("/gallery", f"/gallery/{output.id}", f"/jobs/{output.job_id}", "/queue"):
+        assert f"/gallery/{output.id}" in client.get(path).text or path.endswith(str(output.id))
+    page = client.get(f"/gallery/{output.id}")
+    assert f"/memory/{output.provenance['references'][0]['image_id']}" in page.text
+    assert output.sha256 in page.text
+    assert client.get(page.text.split('figure class="large"><img src="')[1].split('"')[0]).status_code == 200
+    assert client.post(f"/gallery/{output.id}/delete", headers=OWN).status_code == 303
+    assert client.get(f"/gallery/{output.id}").status_code == 404
+
+
+def test_images_are_added_found_looked_at_and_forgotten(client: Client, session: Session, space: Space) -> None:
+    form = {"file": (io.BytesIO(picture("red")), "red.png"), "caption": "", "tags": "fruit, red", "collection": "mine"}
+    answer = client.post("/memory", data=form, headers=OWN)
+    assert answer.location == "/memory?collection=mine"
+    image = session.scalars(select(Image)).one()
+    assert (image.caption, image.tags) == (None, ["fruit", "red"])
+    assert f"/memory/{image.id}" in client.get(answer.location).text
+    assert f"/memory/{image.id}" not in client.get("/memory", query_string={"collection": "mine", "tag": "blue"}).text
+    assert "fruit" in client.get(f"/memory/{image.id}").text
+    assert client.post(f"/memory/{image.id}/forget", headers=OWN).status_code == 303
+    assert client.get(f"/memory/{image.id}").status_code == 404
+    broken = {"file": (io.BytesIO(b"no image"), "x.png")}
+    assert client.post("/memory", data=broken, headers=OWN).status_code == 415
+
+
+def test_searching_by_words_by_a_picture_and_by_an_image(client: Client, session: Session, space: Space) -> None:
+    red, blue = (make_image(session, vector=towards(**{f"a{axis}": 1.0})) for axis in (0, 2))
+    session.commit()
+
+    def first(answer: Any) -> UUID:
+        return UUID(re.findall(r'<a href="/memory/([0-9a-f-]{36})"><img', answer.text)[0])
+
+    with embed_worker(space):
+        assert first(client.get("/search", query_string={"query": "red", "threshold": ""})) == red.id
+        sent = {"image": (io.BytesIO(picture("blue")), "b.png"), "query": ""}
+        assert first(client.post("/search", data=sent, headers=OWN)) == blue.id
+    assert first(client.get("/search", query_string={"image_id": str(blue.id), "k": "1"})) == blue.id
+    empty = {"image": (io.BytesIO(b""), ""), "query": " "}
+    assert "Write what you look for" in client.post("/search", data=empty, headers=OWN).text
+
+
+def test_long_lists_have_pages(client: Client, session: Session) -> None:
+    for _ in range(25):
+        make_job(session, prompt="one of many")
+    session.commit()
+    first = client.get("/queue", query_string={"state": "queued"})
+    (older,) = re.findall(r'<p class="more"><a href="([^"]+)"', first.text)
+    assert "state=queued" in older
+    second = client.get("/queue" + older.replace("&amp;", "&"))
+    assert (first.text.count("one of many"), second.text.count("one of many")) == (20, 5)
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser(guarded: FlaskClient) -> FlaskClient:
+    return guarded
+
+
+def sign_in(browser: FlaskClient, session: Session, *scopes: str) -> Any:
+    secret = a_key(session, *scopes)["Authorization"].split()[1]
+    return browser.post("/sign-in", data={"key": f" {secret} "}, headers=OWN)
+
+
+def test_with_keys_every_page_leads_to_signing_in(browser: FlaskClient) -> None:
+    rules = [rule for rule in browser.application.url_map.iter_rules() if rule.endpoint.startswith("studio")]
+    assert len(rules) == 20
+    open_to_all = set()
+    for rule in rules:
+        address = re.sub(r"<uuid:\w+>", str(uuid4()), rule.rule)
+        for method in rule.methods & {"GET", "POST"}:  # type: ignore[operator]
+            answer = browser.open(address, method=method, headers=OWN)
+            if answer.location != "/sign-in":
+                open_to_all.add((method, rule.rule))
+            else:
+                assert browser.open(address, method=method, headers=OWN | FRAGMENT).status_code in (303, 401)
+    assert open_to_all == {("GET", "/sign-in"), ("POST", "/sign-in"), ("GET", "/studio/<path:filename>")}
+    assert browser.post("/sign-in", data={"key": "aft_wrong"}, headers=OWN).status_code == 401
+    assert browser.get_cookie(COOKIE) is None
+
+
+def test_a_key_opens_the_pages_until_signing_out_or_its_end(browser: FlaskClient, session: Session) -> None:
+    answer = sign_in(browser, session, "generate", "search")
+    assert answer.location == "/"
+    (cookie,) = answer.headers.getlist("Set-Cookie")
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; "))
+    assert not {"Max-Age", "Expires"} & {part.partition("=")[0] for part in cookie.split("; ")}
+    assert "Secure" in sign_in_over_tls(browser, session)
+    assert browser.get("/").status_code == 200
+    assert browser.get(f"{API}/jobs").status_code == 200, "what the pages show comes from there"
+    browser.post("/sign-out", headers=OWN)
+    assert browser.get("/").status_code == 303
+    sign_in(browser, session, "generate", "search")
+    session.execute(text("update api_keys set revoked_at = now()"))
+    session.commit()
+    assert browser.get("/").status_code == 303
+
+
+def sign_in_over_tls(browser: FlaskClient, session: Session) -> str:
+    secret = a_key(session, "generate")["Authorization"].split()[1]
+    behind_proxy = {"Origin": "https://localhost", "X-Forwarded-Proto": "https"}
+    return str(browser.post("/sign-in", data={"key": secret}, headers=behind_proxy).headers["Set-Cookie"])
+
+
+def test_pages_may_do_what_their_key_may(browser: FlaskClient, session: Session) -> None:
+    sign_in(browser, session, "search")
+    assert browser.get("/memory").status_code == 200
+    for path in ("/", "/gallery", "/queue"):
+        answer = browser.get(path)
+        assert answer.status_code == 403, path
+        assert "lacks the scope" in answer.text
+    file = {"file": (io.BytesIO(picture()), "a.png")}
+    assert browser.post("/memory", data=file, headers=OWN).status_code == 403
+    assert session.scalar(select(Image)) is None
+
+
+@pytest.mark.parametrize("origin", [{}, {"Origin": "null"}, {"Origin": "https://elsewhere.example"}])
+@pytest.mark.parametrize("path", ["/", f"{API}/generate"])
+def test_a_cookie_changes_nothing_for_pages_of_others(
+    browser: FlaskClient, session: Session, origin: dict[str, str], path: str
+) -> None:
+    sign_in(browser, session, "generate", "search")
+    answer = browser.post(path, data={"prompt": "x"}, headers=origin)
+    assert answer.status_code == 403
+    assert browser.post("/sign-in", data={"key": "aft_x"}, headers=origin).status_code == 403
+    assert session.scalar(select(Job)) is None
+    assert browser.post("/", data={"prompt": "x"}, headers=OWN).status_code == 303
+
+
+def test_a_key_in_the_header_counts_before_the_cookie(browser: FlaskClient, session: Session) -> None:
+    sign_in(browser, session, "generate")
+    assert browser.get(f"{API}/jobs", headers={"Authorization": "Bearer aft_wrong"}).status_code == 401
+    assert browser.get(f"{API}/jobs", headers={"Authorization": "Basic x"}).status_code == 401
+
+
+def test_studio_can_be_left_out(settings: Settings) -> None:
+    closed = settings.model_copy(update={"security": settings.security.model_copy(update={"studio_enabled": False})})
+    client = create_app(closed).test_client()
+    assert [client.get(path).status_code for path in ("/", "/sign-in", "/studio/studio.js")] == [404] * 3
+
+
+def test_what_ends_a_request_anywhere_is_told_in_words(
+    guarded: FlaskClient, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_LIMITS__READS_PER_MINUTE", "2")
+    get_settings.cache_clear()
+    browser = create_app(get_settings()).test_client()
+    sign_in(browser, session, "generate")
+    monkeypatch.setattr(lifecycle, "page", lambda *_, **__: 1 / 0)
+    for path, status in (("/queue", 500), ("/gallery", 200), ("/gallery", 429)):
+        answer = browser.get(path)
+        assert (answer.status_code, answer.mimetype) == (status, "text/html")
+        assert not re.search("ZeroDivision|Traceback", answer.text)
+    assert int(answer.headers["Retry-After"]) > 0
