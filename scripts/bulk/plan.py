@@ -76,13 +76,8 @@ class Rejected:
 
 
 def plan(rows: Iterable[Row], recipe: Recipe) -> Iterator[PlannedItem | Rejected]:
-    """The items of all rows, in order.
-
-    Raises:
-        PlanError: two items would have the same `custom_id` or the same file.
-    """
-    ids: dict[str, int] = {}
-    names: dict[str, int] = {}
+    """The items of all rows, in order; of two that would have the same `custom_id` or the same file, the first."""
+    taken: dict[tuple[str, str], int] = {}
     index = 0
     for row in rows:
         if row.problem is not None:
@@ -91,16 +86,12 @@ def plan(rows: Iterable[Row], recipe: Recipe) -> Iterator[PlannedItem | Rejected
         for expanded, values in enumerate(_combinations(row, recipe), 1):
             try:
                 made = list(_items(row, values, recipe, index=index, expanded=expanded))
+                _claim(taken, made)
             except _NotARequestError as error:
                 yield Rejected(row.number, str(error))
                 continue
             index += len(made)
-            for item in made:
-                _claim(ids, item.request["custom_id"], item.row, what="custom_id")
-                for name in item.files:
-                    # Some file systems do not tell `A` from `a`.
-                    _claim(names, name.casefold(), item.row, what="file name")
-                yield item
+            yield from made
 
 
 def _combinations(row: Row, recipe: Recipe) -> Iterator[Values]:
@@ -237,7 +228,14 @@ def _path_part(text: str) -> str:
     return clean.strip(" .-") or "-"
 
 
-def _claim(taken: dict[str, int], name: str, row: int, *, what: str) -> None:
-    if name in taken:
-        raise PlanError(f"rows {taken[name]} and {row} would have the same {what} {name!r}")
-    taken[name] = row
+def _claim(taken: dict[tuple[str, str], int], made: Sequence[PlannedItem]) -> None:
+    """All names of these items, or none: they come from one row."""
+    wanted: dict[tuple[str, str], int] = {}
+    for item in made:
+        # Some file systems do not tell `A` from `a`.
+        names = [("custom_id", item.request["custom_id"]), *(("file name", name.casefold()) for name in item.files)]
+        for key in names:
+            if (other := taken.get(key, wanted.get(key))) is not None:
+                raise _NotARequestError(f"it would have the same {key[0]} {key[1]!r} as row {other}")
+            wanted[key] = item.row
+    taken |= wanted

@@ -1,6 +1,7 @@
 """From files, templates and grids to items, before anything is sent."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from ops.local.stack import REPOSITORY
-from scripts.bulk.plan import PlanError, PlannedItem, Recipe, Rejected, plan, slug
+from scripts.bulk.plan import PlannedItem, Recipe, Rejected, plan, slug
 from scripts.rows import Row, RowsError, read_rows
 from shared.contracts.jobs import JobKind
 
@@ -156,8 +157,18 @@ def test_a_kind_without_references_knows_no_fields_of_references() -> None:
     "recipe", [{"name": "{slug}.{ext}"}, {"columns": {"custom_id": "prompt"}}], ids=["names", "ids"]
 )
 def test_two_items_never_share_a_file_or_an_id(recipe: dict[str, Any]) -> None:
-    with pytest.raises(PlanError, match="rows 1 and 2"):
-        list(plan(rows({"prompt": "A", "seed": 1}, {"prompt": "A", "seed": 2}), Recipe(first_seed=1, **recipe)))
+    twice = rows({"prompt": "A", "seed": 1}, {"prompt": "A", "seed": 2}, {"prompt": "B", "seed": 3})
+    first, second, third = plan(twice, Recipe(first_seed=1, **recipe))
+    assert isinstance(first, PlannedItem)
+    assert isinstance(second, Rejected)
+    assert re.fullmatch(r"it would have the same (file name 'a.png'|custom_id 'A') as row 1", second.reason)
+    assert isinstance(third, PlannedItem), "one that is left out harms no other"
+
+
+def test_of_a_row_whose_items_clash_with_each_other_none_is_made() -> None:
+    (made,) = plan(rows({"prompt": "A"}), Recipe(first_seed=1, seeds=2, name="{slug}.{ext}"))
+    assert isinstance(made, Rejected)
+    assert made.reason == "it would have the same file name 'a.png' as row 1"
 
 
 @pytest.mark.parametrize("name", ["../{seed}.png", "/tmp/{seed}.png", ".{seed}.png", "{prompt}/../{seed}.png"])
