@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from scripts.exporting import outgoing
 from scripts.exporting.image_file import Header, ImageFileError, Kind, Row, Writer, opened, written
 from scripts.exporting.incoming import bring, space_for
-from scripts.terminal import EXIT_CODES, Exit, Output, add_output_options, finish
+from scripts.terminal import EXIT_CODES, Exit, Output, add_output_options, collection_name, finish
 from shared.contracts.common import QueryMoment
 from shared.db import owners, spaces
 from shared.db.models import Collection, Owner
@@ -83,13 +83,13 @@ def main() -> None:
     for command in (corpus, outputs, into):
         command.add_argument("file", type=Path)
     corpus.add_argument("--owner", help="whose collection (default: the shared one's)")
-    corpus.add_argument("--collection", default="shared", help="default: %(default)s")
+    corpus.add_argument("--collection", type=collection_name, default="shared", help="default: %(default)s")
     outputs.add_argument("--owner", help="whose (default: everybody's)")
     outputs.add_argument("--after", type=_moment, metavar="TIME", help="made at or after this time")
     outputs.add_argument("--before", type=_moment, metavar="TIME", help="made before this time")
     outputs.add_argument("--vectors", action="store_true", help="ask the embed workers for the vector of each")
     into.add_argument("--owner", help="whose collection (default: the shared one's)")
-    into.add_argument("--collection", help="default: the one it was; outputs need to be told")
+    into.add_argument("--collection", type=collection_name, help="default: the one it was; outputs need to be told")
     for command in (corpus, outputs, into):
         add_output_options(command)
     arguments = parser.parse_args()

@@ -11,6 +11,7 @@ from watchfiles import Change, watch
 from afterimage_client import Afterimage, AfterimageError, ImageDescription
 from scripts.indexing.sources import (
     DESCRIBING,
+    NOT_AN_IMAGE,
     SIDECAR_SUFFIXES,
     Found,
     SourceError,
@@ -28,6 +29,7 @@ from scripts.terminal import (
     Output,
     add_output_options,
     add_service_options,
+    collection_name,
     finish,
     service_of,
 )
@@ -41,7 +43,8 @@ SOURCE is one of
   a table      CSV, TSV, JSONL or Parquet with a column `file`, relative to the table, and columns of the same names;
                TXT with one file per line
   a tar        a WebDataset: members as in a folder
-PNG, JPEG and WebP are taken, by their content, which the service decodes.
+PNG, JPEG and WebP are taken, by their content, which the service decodes. Files of other kinds are named, too, and are
+no failure.
 
 What the collection has already is not sent again, so an interrupted run is simply started again."""
 
@@ -79,7 +82,7 @@ def main() -> None:
     )
     parser.add_argument("source", type=Path, help="folder, table or tar")
     group = parser.add_argument_group("what is said of the images")
-    group.add_argument("--collection", default="shared", help="default: %(default)s")
+    group.add_argument("--collection", type=collection_name, default="shared", help="default: %(default)s")
     group.add_argument("--tag", action="append", default=[], help="for all, beside their own; may be repeated")
     group.add_argument("--licence", help="of those that do not say theirs")
     group.add_argument("--source", dest="origin", help="of those that do not say theirs")
@@ -198,7 +201,9 @@ def _told(uploader: Uploader, skipped: list[Entry], output: Output, *, wait_s: f
         output.say(f"not searchable: {image.filename or image.id}: {image.error_code}")
     if not searchable:
         output.error(f"some images are not searchable after {wait_s:g} s: is an embed worker up?")
-    return Exit.DONE if searchable and not skipped and not failed else Exit.INCOMPLETE
+    # That photos stand beside other files is no failure.
+    wrong = failed or any(entry.code != NOT_AN_IMAGE for entry in skipped)
+    return Exit.DONE if searchable and not wrong else Exit.INCOMPLETE
 
 
 # --- a folder that changes ----------------------------------------------------------------------------------------

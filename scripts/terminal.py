@@ -11,9 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from afterimage_client import Afterimage
+from shared.contracts.common import Name
 
 
 class Exit(IntEnum):
@@ -66,6 +68,14 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="say nothing but errors")
     group.add_argument("--json", action="store_true", dest="as_json", help="JSON Lines on the standard output")
+
+
+def collection_name(text: str) -> str:
+    """An option's value, if it can be the name of a collection."""
+    try:
+        return TypeAdapter(Name).validate_python(text)
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: lower-case letters, digits, - and _") from None
 
 
 def add_service_options(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from scripts.rows import FORMATS, read_rows
 IMAGE_SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
 SIDECAR_SUFFIXES = (".json", ".txt")
 FILE_COLUMNS = ("file", "path", "filename", "file_name", "image")
+NOT_AN_IMAGE = "not_an_image"
 DESCRIBING = ("caption", "tags", "licence", "source", "attributes")
 
 
@@ -141,10 +142,10 @@ def _beside(image: Path) -> dict[str, Any]:
 
 def _image_bytes(path: Path) -> bytes:
     if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise SkippedError("not_an_image", f"{path.suffix or 'no suffix'}: only {', '.join(IMAGE_SUFFIXES)} are read")
+        raise SkippedError(NOT_AN_IMAGE, f"{path.suffix or 'no suffix'}: only {', '.join(IMAGE_SUFFIXES)} are read")
     try:
         if path.exists() and not path.is_file():  # a pipe would be read for ever
-            raise SkippedError("not_an_image", "it is no file")
+            raise SkippedError(NOT_AN_IMAGE, "it is no file")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise SkippedError("file_unreadable", str(error)) from error
@@ -208,7 +209,7 @@ class _Group:
 
     def found(self) -> Iterator[Found]:
         for name in self.others:
-            yield _unreadable(name, "not_an_image", f"only {', '.join(IMAGE_SUFFIXES)} are read")
+            yield _unreadable(name, NOT_AN_IMAGE, f"only {', '.join(IMAGE_SUFFIXES)} are read")
         if self.image is not None:
             name, data = self.image
             yield Found(name, lambda: Sample(PurePosixPath(name).name, data, self._fields()), stamp=str(len(data)))
