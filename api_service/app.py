@@ -11,7 +11,7 @@ from flask_openapi3_swagger.plugins import RegisterPlugin as SwaggerUI
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from api_service import hardening, limits, problems, studio, waiting
-from api_service.caller import authenticated
+from api_service.caller import Caller, authenticated
 from api_service.document import Documented
 from api_service.routes.admin import admin
 from api_service.routes.bulks import bulks
@@ -112,6 +112,8 @@ def _finish(response: Response) -> Response:
     # The rule, not the path: one series per route, whatever ids clients ask for.
     route = request.url_rule.rule if request.url_rule else "unknown"
     method, path, started, status = request.method, request.path, g.started, response.status_code
+    caller: Caller | None = g.get("caller")
+    whose = {} if caller is None else {"owner_id": str(caller.owner_id), "key_id": caller.key_id and str(caller.key_id)}
 
     def end() -> None:
         seconds = time.monotonic() - started
@@ -120,7 +122,7 @@ def _finish(response: Response) -> Response:
         metrics.observe_duration("api_request", seconds, {"method": method, "route": route})
         request_windows().add(status=status, seconds=seconds)
         fields = {"method": method, "path": path, "route": route, "status": status, "seconds": round(seconds, 4)}
-        logger.info("request", extra=fields)
+        logger.info("request", extra=fields | whose)
 
     # A stream ends long after this function; its line belongs to the end.
     response.call_on_close(end)

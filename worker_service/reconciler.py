@@ -151,6 +151,7 @@ def main() -> None:
     housekeeping = threading.Thread(target=Housekeeping(settings, stopping).run, name="housekeeping", daemon=True)
     housekeeping.start()
     reconciler = Reconciler(settings.jobs)
+    logger.info("reconciler_started", extra={"every_s": settings.jobs.reconcile_s})
     while not stopping.is_set():
         try:
             reconciler.tick()

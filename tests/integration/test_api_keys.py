@@ -57,6 +57,19 @@ def test_a_key_ends_with_its_revocation_its_expiry_and_its_owner(
     assert guarded.get(f"{API}/jobs", headers=key).status_code == 401
 
 
+def test_each_request_is_logged_with_its_owner_and_key(
+    guarded: FlaskClient, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = a_key(session, "generate")
+    row = session.scalars(select(ApiKey)).one()
+    with caplog.at_level("INFO"):
+        guarded.get(f"{API}/jobs", headers=key).close()
+        guarded.get("/health/live").close()
+    known, open_to_all = (vars(record) for record in caplog.records if record.message == "request")
+    assert (known["owner_id"], known["key_id"]) == (str(row.owner_id), str(row.id))
+    assert "owner_id" not in open_to_all
+
+
 def test_a_scope_opens_its_own_operations_only(guarded: FlaskClient, session: Session) -> None:
     generate, search = a_key(session, "generate"), a_key(session, "search")
     write = a_key(session, "corpus:write")
