@@ -104,6 +104,15 @@ def outcomes(events: list[dict[str, Any]]) -> dict[str, str]:
     return {event["file"]: event["code"] or event["outcome"] for event in events if event["event"] == "file"}
 
 
+def test_files_of_other_kinds_beside_images_are_named_and_no_failure(
+    stack: RunningStack, collection: str, tmp_path: Path
+) -> None:
+    (tmp_path / "good.png").write_bytes(picture("teal"))
+    (tmp_path / "Thumbs.db").write_bytes(b"what a file manager leaves")
+    code, events = index(stack, str(tmp_path), "--collection", collection)
+    assert (code, outcomes(events)) == (0, {"good.png": "created", "Thumbs.db": "not_an_image"})
+
+
 def test_a_folder_is_indexed_and_every_file_that_is_not_is_named_with_its_reason(
     stack: RunningStack, service: Afterimage, collection: str, folder: Path
 ) -> None:
