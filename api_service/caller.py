@@ -25,8 +25,6 @@ SCOPES = {
 """What an API key must allow for the operations of a resource; images depend on the method, the rest needs any key."""
 IMAGES = ("images", "studio_corpus")
 READING = ("GET", "HEAD", "OPTIONS")
-COOKIE = "afterimage_key"
-"""Holds the API key of a person who has signed in."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +77,32 @@ def scope_of(request: Request) -> str | None:
     return SCOPES.get(request.blueprint or "")
 
 
+def cookie_name(request: Request) -> str:
+    """Of the cookie that holds the API key of a person who has signed in. Under TLS no other host may set it:
+    https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Set-Cookie#cookie_prefixes."""
+    return "__Host-afterimage_key" if over_tls(request) else "afterimage_key"
+
+
+def over_tls(request: Request) -> bool:
+    """Whether the browser is at the end of a TLS connection, to this process or to a proxy that says so.
+
+    Whoever makes it up makes it up of his own cookie.
+    """
+    nearest = request.headers.get("X-Forwarded-Proto", "").partition(",")[0].strip().lower()
+    return request.is_secure or nearest == "https"
+
+
 def from_own_page(request: Request) -> bool:
     """Whether a browser says that a page of this service sent the request; it says so with every change."""
-    origin = request.headers.get("Origin")
-    return origin is not None and origin.partition("://")[2] == request.host
+    scheme, _, host = request.headers.get("Origin", "").partition("://")
+    return host == request.host and scheme in (("https",) if over_tls(request) else ("http", "https"))
 
 
 def _secret(request: Request) -> str:
     kind, _, secret = request.headers.get("Authorization", "").partition(" ")
     if kind.lower() == "bearer" and secret:
         return secret.strip()
-    cookie = request.cookies.get(COOKIE)
+    cookie = request.cookies.get(cookie_name(request))
     if kind or not cookie:
         raise AuthenticationError
     if request.method not in READING and not from_own_page(request):

@@ -1,8 +1,9 @@
 """CLIP as the threads of a worker share it."""
 
 import logging
+import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class Embedder:
         self.name = clip.name
         self._clip = clip
         self._cores = Cores(cores) if cores else None
+        self.chunks_at_once = max(2, cores)
+        """Chunks of images worth having in work: one for each call, and at least one that is decoded meanwhile."""
 
         def batcher(longest_s: float = LONGEST_S, at_once: int = 1) -> Batcher[str | Picture, np.ndarray]:
             return Batcher(
@@ -70,7 +73,7 @@ class Embedder:
 
     def prepare(self, image: Image.Image) -> Picture:
         """What the model needs of an image: less than the image, and made while the model works on others."""
-        with self._share():
+        with self._cores.leave_one() if self._cores else nullcontext():
             return self._clip.prepare(image)
 
     def embed(self, items: Sequence[str] | Sequence[Picture], *, lane: int = QUERY_LANE) -> np.ndarray:
@@ -81,15 +84,13 @@ class Embedder:
         return vectors
 
     def close(self, timeout_s: float) -> None:
-        for batcher in (self._queries, self._images):
-            batcher.close(timeout_s)
+        ends_at = time.monotonic() + timeout_s
+        for batcher in dict.fromkeys((self._images, self._queries)):
+            batcher.close(max(0, ends_at - time.monotonic()))
 
     def _encode(self, items: Sequence[str | Picture]) -> Sequence[np.ndarray]:
-        with self._share():
+        with self._cores.share() if self._cores else nullcontext():
             return encode(self._clip, items)
-
-    def _share(self) -> AbstractContextManager[None]:
-        return self._cores.share() if self._cores else nullcontext()
 
 
 def encode(clip: Clip, items: Sequence[str | Picture]) -> Sequence[np.ndarray]:

@@ -28,8 +28,6 @@ from worker_service.image_leases import ImageLeases
 logger = logging.getLogger(__name__)
 
 CHUNK = 32
-AT_ONCE = 2
-"""Chunks in work: one is decoded while the other's batch is in the model. More would only hold threads and memory."""
 
 
 class ImageEmbedding:
@@ -39,9 +37,10 @@ class ImageEmbedding:
         self._embedder = embedder
         self._leases = leases
         self._rung = threading.Event()
-        self._hands = threading.BoundedSemaphore(AT_ONCE)
+        self._at_once = embedder.chunks_at_once
+        self._hands = threading.BoundedSemaphore(self._at_once)
         self._entry = threading.Lock()
-        self._places = threading.BoundedSemaphore(AT_ONCE)
+        self._places = threading.BoundedSemaphore(self._at_once)
 
     def ring(self, *, stopping: Callable[[], bool]) -> int:
         """Embed what waits; how many became searchable. Rings that come while all hands are full are one."""
@@ -97,7 +96,7 @@ class ImageEmbedding:
 
         So whoever is lost with an image that kills its process three times was beside it only once.
         """
-        places = AT_ONCE if alone else 1
+        places = self._at_once if alone else 1
         with self._entry:  # two that each held one place and wanted all would wait for ever
             for _ in range(places):
                 self._places.acquire()

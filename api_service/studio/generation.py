@@ -1,16 +1,20 @@
 """Writing a prompt, watching what becomes of it, and looking at what was made."""
 
+from typing import Any
 from uuid import UUID
 
 from flask import Response, g, request
 
 from api_service import lifecycle, parsing, status, submit, waiting
 from api_service.studio.pages import filled, is_fragment, page, pages, to
-from api_service.studio.search import plan
-from shared.contracts.generation import DryRunView, Mode, RagGenerateRequest
-from shared.contracts.jobs import JobQuery
+from api_service.studio.search import pinned_images, plan
+from shared.cache import cache_result
+from shared.contracts.generation import DryRunView, GenerationParameters, Mode, PinnedReference, RagGenerateRequest
+from shared.contracts.images import ImageView
+from shared.contracts.jobs import JobQuery, JobView
 from shared.contracts.outputs import OutputQuery
-from shared.errors import EmbeddingUnavailableError
+from shared.contracts.service import StatsView
+from shared.errors import AuthorizationError, EmbeddingUnavailableError
 
 studio_generation = pages("studio_generation")
 
@@ -33,23 +37,30 @@ SETTINGS = (
 )
 PREVIEW_EVERY = 4
 RECENT = 6
+STATS_TTL_S = 2
+SEARCH = "search"
 
 
 @studio_generation.get("/")
 def create() -> Response:
     """The prompt, and what it would be drawn from, filled in with what the address says."""
+    shown, pinned, away = None, list[ImageView](), None
     try:
-        shown, away = plan(request.args), None
-    except EmbeddingUnavailableError as error:
-        shown, away = {}, error.message  # a prompt can be written and queued meanwhile
+        if SEARCH not in g.caller.scopes:
+            raise AuthorizationError("This API key may not look at what is remembered; jobs draw from it all the same.")
+        pinned = pinned_images(request.args)
+        shown = plan(request.args, pinned)
+    except (AuthorizationError, EmbeddingUnavailableError) as error:
+        away = error.message  # a prompt can be written and queued all the same
     return page(
         "create",
         active="create",
         form=request.args,
         models=status.models().models,
         recent=lifecycle.page(JobQuery(limit=RECENT), caller=g.caller).items,
+        plan=shown,
+        pinned=pinned,
         away=away,
-        **shown,
     )
 
 
@@ -77,18 +88,28 @@ def _wanted() -> RagGenerateRequest:
     planned = dict(pair.split("=", 1) for pair in form.get("planned", "").split() if "=" in pair)
     chosen = [*form.getlist("pin"), *form.getlist("use")]
     used = {image_id: form.get(f"weight.{image_id}", "").strip() for image_id in chosen}
-    if "planned" in form and not used:
-        values["mode"] = Mode.NONE
-    elif form.getlist("pin") or used != planned:
+    if form.getlist("pin") or used != planned:
         values["reference_ids"] = [
-            {"image_id": image_id, "weight": weight or None} for image_id, weight in used.items()
+            parsing.form(PinnedReference, {"image_id": image_id, "weight": weight or None})
+            for image_id, weight in used.items()
         ]
+        if not used:
+            values["mode"] = Mode.NONE
     return parsing.form(RagGenerateRequest, {"preview_every": PREVIEW_EVERY, **values})
 
 
 @studio_generation.get("/jobs/<uuid:job_id>")
 def job(job_id: UUID) -> Response:
-    return page("job", active="queue", job=waiting.job(job_id, caller=g.caller))
+    view = waiting.job(job_id, caller=g.caller)
+    return page("job", active="queue", job=view, again=_again(view))
+
+
+def _again(job: JobView) -> dict[str, Any]:
+    """What the page `create` is to be filled in with to draw it again."""
+    parameters = GenerationParameters.model_validate(job.parameters, extra="ignore")
+    settings = parameters.model_dump(mode="json", include=set(SETTINGS), exclude_none=True)
+    pinned = [str(reference.image_id) for reference in parameters.references]
+    return {**settings, "num_images": len(parameters.seeds), "collection": parameters.filter.collection, "pin": pinned}
 
 
 @studio_generation.post("/jobs/<uuid:job_id>/cancel")
@@ -131,4 +152,10 @@ def delete_output(generation_id: UUID) -> Response:
 def queue() -> Response:
     named = filled(request.args, ("state", "cursor"))
     query = parsing.form(JobQuery, parsing.fields(JobQuery, named, where="query"))
-    return page("queue", active="queue", jobs=lifecycle.page(query, caller=g.caller), query=query, stats=status.stats())
+    return page("queue", active="queue", jobs=lifecycle.page(query, caller=g.caller), query=query, stats=_stats())
+
+
+@cache_result(key_prefix="studio", ttl=STATS_TTL_S)
+def _stats() -> StatsView:
+    """Counted once for all who look: it reads whole tables."""
+    return status.stats()

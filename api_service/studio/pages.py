@@ -5,6 +5,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlencode
 
+import orjson
 from flask import Blueprint, Response, redirect, render_template, request, url_for
 from werkzeug.datastructures import MultiDict
 
@@ -17,7 +18,7 @@ SEE_OTHER = HTTPStatus.SEE_OTHER
 def pages(name: str) -> Blueprint:
     """A group of pages, which tell of errors in words."""
     group = Blueprint(name, __name__, template_folder="templates")
-    group.after_request(_in_words)
+    group.after_request(in_words)
     return group
 
 
@@ -47,8 +48,17 @@ def to(endpoint: str, **values: Any) -> Response:
 
 
 def filled(values: "MultiDict[str, str]", names: Sequence[str]) -> "MultiDict[str, str]":
-    """Of a form's fields those of these names that something was written in: a browser sends empty ones, too."""
-    return MultiDict([(name, value) for name, value in values.items(multi=True) if name in names and value.strip()])
+    """Of a form's fields those of these names that something was written in.
+
+    A browser sends empty ones, too, and ends lines as it did on a teletype.
+    """
+    sent = [(name, value.replace("\r\n", "\n")) for name, value in values.items(multi=True) if name in names]
+    return MultiDict([(name, value) for name, value in sent if value.strip()])
+
+
+def pretty(record: Any) -> str:
+    """JSON for people, not yet escaped."""
+    return orjson.dumps(record, option=orjson.OPT_INDENT_2).decode()
 
 
 def next_page(cursor: str) -> str:
@@ -56,7 +66,7 @@ def next_page(cursor: str) -> str:
     return urlencode([*((name, value) for name, value in request.args.items() if name != "cursor"), ("cursor", cursor)])
 
 
-def _in_words(response: Response) -> Response:
+def in_words(response: Response) -> Response:
     """Whatever went wrong, as a page; to who has not signed in, the page where that is done."""
     if response.mimetype != problems.MEDIA_TYPE:
         return response

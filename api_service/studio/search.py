@@ -1,6 +1,8 @@
 """What is remembered of words or of a picture: the plan of a generation, and searching."""
 
 import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
 from uuid import UUID
 
 from flask import Response, current_app, g, request
@@ -9,35 +11,63 @@ from werkzeug.datastructures import MultiDict
 from api_service import corpus, find, parsing
 from api_service.studio.pages import filled, page, pages
 from shared.contracts.images import ImageView
-from shared.contracts.search import RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
+from shared.contracts.search import (
+    PlannedReference,
+    RagSearchQuery,
+    RagSearchResponse,
+    SearchRequest,
+    SearchResponse,
+)
 from shared.errors import ResourceNotFoundError
+from shared.settings import get_settings
 
 studio_search = pages("studio_search")
 
+MOST_PINNED = 16
 ASKED = ("query", "k", "threshold", "image_id", "diversity", "collection")
 
 
 @studio_search.get("/references")
 def references() -> Response:
     """What a generation would use: the part of the page `create` that follows the prompt."""
-    return page("references", active="create", **plan(request.args))
+    pinned = pinned_images(request.args)
+    return page("references", active="create", plan=plan(request.args, pinned), pinned=pinned)
 
 
-def plan(form: "MultiDict[str, str]") -> dict[str, object]:
-    """What the form's prompt would be conditioned on, and which images were pinned before."""
+@dataclass(frozen=True)
+class Plan:
+    """What a prompt would be drawn from. `crowded`: relevant ones for which what is pinned leaves no room."""
+
+    found: RagSearchResponse
+    crowded: frozenset[UUID]
+
+    def uses(self, reference: PlannedReference) -> bool:
+        return reference.used and reference.image_id not in self.crowded
+
+
+def plan(form: "MultiDict[str, str]", pinned: Sequence[ImageView]) -> Plan | None:
+    """What the form's prompt would be drawn from beside what is pinned; None without a prompt.
+
+    Raises:
+        EmbeddingUnavailableError, ModelNotFoundError, ValidationError
+    """
     sent = filled(form, ("prompt", "model", "collection", "min_similarity", "similar_examples_count"))
+    if "prompt" not in sent:
+        return None
     if "similar_examples_count" in sent:
         sent["k"] = sent.pop("similar_examples_count")
-    found: RagSearchResponse | None = None
-    if "prompt" in sent:
-        query = parsing.form(RagSearchQuery, parsing.fields(RagSearchQuery, sent, where="form"))
-        found = find.references_for(query, caller=g.caller)
-    return {"plan": found, "pinned": _pinned(form)}
+    query = parsing.form(RagSearchQuery, parsing.fields(RagSearchQuery, sent, where="form"))
+    found = find.references_for(query, caller=g.caller)
+    models = get_settings().model
+    room = max(0, models.generators[query.model or models.default_generator].max_references - len(pinned))
+    there = {image.id for image in pinned}
+    used = [each.image_id for each in found.references if each.used and each.image_id not in there]
+    return Plan(found, frozenset(used[room:]))
 
 
-def _pinned(form: "MultiDict[str, str]") -> list[ImageView]:
+def pinned_images(form: "MultiDict[str, str]") -> list[ImageView]:
     pinned = []
-    for sent in dict.fromkeys(form.getlist("pin")):
+    for sent in list(dict.fromkeys(form.getlist("pin")))[:MOST_PINNED]:
         try:
             pinned.append(corpus.image(UUID(sent), caller=g.caller))
         except (ValueError, ResourceNotFoundError):

@@ -2,7 +2,7 @@
 
 from flask import Response, request
 
-from api_service.caller import COOKIE, from_own_page
+from api_service.caller import cookie_name, from_own_page, over_tls
 from api_service.studio.pages import page, pages, to
 from shared.db import keys
 from shared.db.session import session_scope
@@ -20,28 +20,29 @@ def sign_in() -> Response:
 
 @studio.post("/sign-in")
 def check_key() -> Response:
-    if not from_own_page(request):
-        raise AuthorizationError("A page of another origin may not do that here.")
+    _only_from_own_page()
     secret = request.form.get("key", "").strip()
     with session_scope() as session:
-        valid = secret and keys.find_valid(session, secret) is not None
-    if not valid:
+        key = keys.find_valid(session, secret)
+    if key is None:
         refused = page("sign_in", active="", refused=True)
         refused.status_code = 401
         return refused
-    response = to("studio_generation.create")
-    # Out of reach of scripts, never sent for pages of other sites, gone with the browser's session.
-    response.set_cookie(COOKIE, secret, httponly=True, samesite="Strict", secure=_over_tls())
+    response = to("studio_generation.create" if "generate" in key.scopes else "studio_corpus.memory")
+    # Out of reach of scripts, never sent for a change by a page of another site, gone with the browser's session.
+    response.set_cookie(cookie_name(request), secret, httponly=True, samesite="Lax", secure=over_tls(request))
     return response
 
 
 @studio.post("/sign-out")
 def sign_out() -> Response:
+    _only_from_own_page()
     response = to("studio.sign_in")
-    response.delete_cookie(COOKIE, httponly=True, samesite="Strict", secure=_over_tls())
+    response.delete_cookie(cookie_name(request), httponly=True, samesite="Lax", secure=over_tls(request))
+    response.headers["Clear-Site-Data"] = '"cache"'  # pictures are kept for long, as they never change
     return response
 
 
-def _over_tls() -> bool:
-    """Whoever makes this up makes it up of his own cookie."""
-    return request.is_secure or request.headers.get("X-Forwarded-Proto") == "https"
+def _only_from_own_page() -> None:
+    if not from_own_page(request):
+        raise AuthorizationError("A page of another origin may not do that here.")

@@ -82,8 +82,14 @@ def test_a_pin_survives_another_prompt_and_a_choice_is_not_undone_by_itself(page
     page.goto("/?prompt=a+red+disc")
     green = page.locator("#references .card").filter(has_text="a green disc")
     green.get_by_label("pin").check()
-    expect(green).to_contain_text("pinned: used whatever the prompt")
+    red = page.locator("#references .card").filter(has_text="a red disc")
+    red.get_by_label("use").uncheck()
+    page.get_by_text("Settings").click()
+    page.get_by_label("Steps").fill("9")
+    page.wait_for_timeout(1000)  # longer than typing is waited for
+    expect(red.get_by_label("use")).not_to_be_checked()
     page.get_by_role("textbox", name="Prompt").fill("a blue disc")
+    expect(page.locator("#references .card").first).to_contain_text("pinned: used whatever the prompt")
     expect(page.locator("#references .card").first).to_contain_text("a green disc")
     expect(page.locator("#references .card").filter(has_text="a blue disc")).to_be_visible()
 
@@ -121,6 +127,23 @@ def test_images_come_in_are_found_by_a_picture_and_go(page: Page, stack: Running
     expect(page.locator(".card").filter(has_text="a purple disc")).to_have_count(0)
 
 
+def test_many_jobs_that_wait_leave_the_browser_free(page: Page, stack: RunningStack) -> None:
+    stack.control.freeze("generate-starter")
+    try:
+        with Api(stack.url) as api:
+            jobs = [api.submit(prompt=f"waits {number}")["id"] for number in range(7)]
+        page.goto("/")
+        expect(page.locator("#results [data-events]")).to_have_count(6)
+        page.get_by_role("textbox", name="Prompt").fill("a red disc")
+        expect(page.locator("#references .card").first).to_be_visible()
+    finally:
+        stack.control.thaw("generate-starter")
+    for job_id in jobs[1:]:
+        expect(page.locator(f"#job-{job_id}")).to_contain_text("succeeded")
+    page.get_by_role("link", name="Queue").click()
+    expect(page.get_by_role("heading", name="Queue")).to_be_visible()
+
+
 def test_the_queue_keeps_itself_up_to_date(page: Page, stack: RunningStack) -> None:
     page.goto("/queue")
     with Api(stack.url) as api:
@@ -139,3 +162,35 @@ def test_without_scripts_every_step_is_a_page(browser: Browser, stack: RunningSt
     expect(page).to_have_url(re.compile("/jobs/"))
     expect(page.locator(".job")).to_contain_text("succeeded", timeout=PATIENCE_MS)
     page.close()
+
+
+def test_with_keys_a_person_signs_in_and_every_form_and_picture_works(
+    browser: Browser, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    environment = {"AFTERIMAGE_SECURITY__REQUIRE_API_KEYS": "true"}
+    with running_stack(tmp_path_factory.mktemp("keys"), environment=environment) as stack:
+        secret = stack.new_key("team", "generate", "search", "corpus:write")
+        page = browser.new_page(base_url=stack.url)
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto("/gallery")
+        expect(page).to_have_url(re.compile("/sign-in$"))
+        page.get_by_label("API key").fill(secret)
+        page.get_by_role("button", name="Sign in").click()
+        page.get_by_role("textbox", name="Prompt").fill("a red apple")
+        page.get_by_role("button", name="Generate").click()
+        job = page.locator("#results .job").first
+        expect(job.locator("[data-step]")).to_contain_text("step")
+        expect(job).to_contain_text("succeeded")
+        picture = job.locator(".output > a > img")
+        assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
+        assert secret not in page.content()
+        assert page.evaluate("document.cookie") == ""
+        job.get_by_role("link", name="a red apple").first.click()
+        page.on("dialog", lambda dialog: dialog.accept())
+        page.get_by_role("button", name="Delete with its images").click()
+        expect(page.get_by_role("heading", name="Queue")).to_be_visible()
+        page.get_by_role("button", name="Sign out").click()
+        page.goto("/queue")
+        expect(page).to_have_url(re.compile("/sign-in$"))
+        page.close()
+        assert not any(secret in stack.log(name) for name in ("api", "embed", "generate-starter"))

@@ -25,7 +25,7 @@ from tests.integration.conftest import picture
 from tests.stack import wait_until
 from worker_service.clip import Picture
 from worker_service.embedder import Embedder
-from worker_service.embedding import AT_ONCE, ImageEmbedding
+from worker_service.embedding import ImageEmbedding
 from worker_service.image_leases import ImageLeases
 
 TOO_LARGE = (48, 48)
@@ -41,6 +41,7 @@ class SlowEmbedder(Embedder):
 
     def __init__(self, space: Space) -> None:
         self.space = space
+        self.chunks_at_once = 2
         self.go = threading.Event()
         self.sizes: list[int] = []
         self.running = 0
@@ -221,7 +222,7 @@ def test_an_image_whose_ring_came_while_all_hands_were_full_is_embedded_after_th
 ) -> None:
     work = ImageEmbedding(embedder, leases)
     busy: list[threading.Thread] = []
-    for _ in range(AT_ONCE):
+    for _ in range(embedder.chunks_at_once):
         waiting_image(session)
         busy.append(rung(work))
         wait_until(lambda: embedder.running == len(busy), timeout_s=20, what="another chunk in the model")

@@ -12,7 +12,6 @@ from sqlalchemy.orm import Session
 
 from api_service import lifecycle
 from api_service.app import create_app
-from api_service.caller import COOKIE
 from shared.db.models import Image, Job
 from shared.db.spaces import Space
 from shared.settings import Settings, get_settings
@@ -120,6 +119,48 @@ def test_exactly_what_was_chosen_is_drawn_from(client: Client, session: Session,
     assert len(submitted(session)["seeds"]) == 2
 
 
+def test_a_prompt_of_several_lines_comes_as_browsers_send_it(client: Client, session: Session) -> None:
+    assert client.post("/", data={"prompt": "a red\r\napple"}, headers=OWN).status_code == 303
+    assert submitted(session)["prompt"] == "a red\napple"
+
+
+def test_what_found_nothing_relevant_is_left_to_the_jobs_own_search(client: Client, session: Session) -> None:
+    client.post("/", data={"prompt": "red", "planned": "", "mode": "caption"}, headers=OWN)
+    assert submitted(session)["mode"] == "caption"
+
+
+def test_what_is_pinned_takes_the_room_of_what_is_found(client: Client, session: Session, space: Space) -> None:
+    most = get_settings().model.generators["cheap"].max_references
+    pinned = make_image(session, vector=towards(a1=1))
+    for shift in range(most):
+        make_image(session, vector=towards(a0=1, **{f"a{shift + 3}": 0.6}))
+    session.commit()
+    asked = {"prompt": "red", "pin": str(pinned.id), "similar_examples_count": str(most)}
+    with embed_worker(space):
+        shown = client.get("/references", query_string=asked, headers=FRAGMENT)
+    assert len(names(shown, "use")) == most
+    assert shown.text.count("no room beside what is pinned") == 1
+    form = {"prompt": "red", "pin": [str(pinned.id)], "use": names(shown, "use")}
+    assert client.post("/", data=form, headers=OWN).status_code == 303
+
+
+def test_a_weight_that_is_none_is_told_once(client: Client) -> None:
+    image_id = str(uuid4())
+    answer = client.post("/", data={"prompt": "x", "use": image_id, f"weight.{image_id}": "heavy"}, headers=OWN)
+    assert answer.status_code == 422
+    assert re.findall(r"<p>([^<]*)</p>", answer.text) == [
+        "weight: Input should be a valid number, unable to parse string as a number"
+    ]
+
+
+def test_a_person_who_is_lost_is_told_so_on_a_page(client: Client) -> None:
+    html = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    for path in ("/nothing", "/memory/nope"):
+        assert client.get(path, headers=html).mimetype == "text/html"
+        assert client.get(path).mimetype == "application/problem+json"
+    assert client.get(f"{API}/nothing", headers=html).mimetype == "application/problem+json"
+
+
 def test_a_pinned_memory_stays_when_the_prompt_changes(client: Client, session: Session, space: Space) -> None:
     pinned = make_image(session, vector=towards(a1=1), caption="a green thing")
     make_image(session, vector=towards(a0=1))
@@ -147,9 +188,12 @@ def test_an_embed_worker_that_is_away_is_told_where_the_memories_would_be(client
     assert answer.status_code == 503
     assert "No embed worker has started yet" in answer.text
     assert answer.headers["Retry-After"]
-    answer = client.get("/", query_string={"prompt": "red"})
+    pinned = make_image(session)
+    session.commit()
+    answer = client.get("/", query_string={"prompt": "red", "pin": str(pinned.id)})
     assert answer.status_code == 200
     assert "No embed worker has started yet" in answer.text
+    assert names(answer, "pin") == [str(pinned.id)]
     assert client.post("/", data={"prompt": "red"}, headers=OWN).status_code == 303, "it runs when there is one"
 
 
@@ -175,6 +219,7 @@ def test_an_output_is_shown_beside_what_shaped_it(client: Client, session: Sessi
     page = client.get(f"/gallery/{output.id}")
     assert f"/memory/{output.provenance['references'][0]['image_id']}" in page.text
     assert output.sha256 in page.text
+    assert "apfel „7“" in page.text.split("<pre>")[1]
     assert client.get(page.text.split('figure class="large"><img src="')[1].split('"')[0]).status_code == 200
     assert client.post(f"/gallery/{output.id}/delete", headers=OWN).status_code == 303
     assert client.get(f"/gallery/{output.id}").status_code == 404
@@ -249,16 +294,18 @@ def test_with_keys_every_page_leads_to_signing_in(browser: FlaskClient) -> None:
                 assert browser.open(address, method=method, headers=OWN | FRAGMENT).status_code in (303, 401)
     assert open_to_all == {("GET", "/sign-in"), ("POST", "/sign-in"), ("GET", "/studio/<path:filename>")}
     assert browser.post("/sign-in", data={"key": "aft_wrong"}, headers=OWN).status_code == 401
-    assert browser.get_cookie(COOKIE) is None
+    assert browser.get_cookie("afterimage_key") is None
 
 
 def test_a_key_opens_the_pages_until_signing_out_or_its_end(browser: FlaskClient, session: Session) -> None:
     answer = sign_in(browser, session, "generate", "search")
     assert answer.location == "/"
     (cookie,) = answer.headers.getlist("Set-Cookie")
-    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; "))
+    assert {"HttpOnly", "SameSite=Lax", "Path=/"} <= set(cookie.split("; "))
     assert not {"Max-Age", "Expires"} & {part.partition("=")[0] for part in cookie.split("; ")}
-    assert "Secure" in sign_in_over_tls(browser, session)
+    over_tls = sign_in_over_tls(browser, session)
+    assert over_tls.startswith("__Host-afterimage_key=")
+    assert "Secure" in over_tls
     assert browser.get("/").status_code == 200
     assert browser.get(f"{API}/jobs").status_code == 200, "what the pages show comes from there"
     browser.post("/sign-out", headers=OWN)
@@ -271,8 +318,8 @@ def test_a_key_opens_the_pages_until_signing_out_or_its_end(browser: FlaskClient
 
 def sign_in_over_tls(browser: FlaskClient, session: Session) -> str:
     secret = a_key(session, "generate")["Authorization"].split()[1]
-    behind_proxy = {"Origin": "https://localhost", "X-Forwarded-Proto": "https"}
-    return str(browser.post("/sign-in", data={"key": secret}, headers=behind_proxy).headers["Set-Cookie"])
+    behind_proxies = {"Origin": "https://localhost", "X-Forwarded-Proto": "https, http"}
+    return str(browser.post("/sign-in", data={"key": secret}, headers=behind_proxies).headers["Set-Cookie"])
 
 
 def test_pages_may_do_what_their_key_may(browser: FlaskClient, session: Session) -> None:
@@ -287,7 +334,22 @@ def test_pages_may_do_what_their_key_may(browser: FlaskClient, session: Session)
     assert session.scalar(select(Image)) is None
 
 
-@pytest.mark.parametrize("origin", [{}, {"Origin": "null"}, {"Origin": "https://elsewhere.example"}])
+def test_a_key_that_may_not_search_sees_nothing_of_the_corpus(browser: FlaskClient, session: Session) -> None:
+    image = make_image(session, caption="not for this key")
+    session.commit()
+    assert sign_in(browser, session, "search").location == "/memory"
+    assert "not for this key" in browser.get("/memory").text
+    sign_in(browser, session, "generate")
+    answer = browser.get("/", query_string={"prompt": "red", "pin": str(image.id)})
+    assert answer.status_code == 200
+    assert "may not look" in answer.text
+    assert "not for this key" not in answer.text
+    assert browser.get("/references", query_string={"prompt": "red"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "origin", [{}, {"Origin": "null"}, {"Origin": "https://elsewhere.example"}, {"Origin": "ftp://localhost"}]
+)
 @pytest.mark.parametrize("path", ["/", f"{API}/generate"])
 def test_a_cookie_changes_nothing_for_pages_of_others(
     browser: FlaskClient, session: Session, origin: dict[str, str], path: str
@@ -295,7 +357,8 @@ def test_a_cookie_changes_nothing_for_pages_of_others(
     sign_in(browser, session, "generate", "search")
     answer = browser.post(path, data={"prompt": "x"}, headers=origin)
     assert answer.status_code == 403
-    assert browser.post("/sign-in", data={"key": "aft_x"}, headers=origin).status_code == 403
+    for way in ("/sign-in", "/sign-out"):
+        assert browser.post(way, data={"key": "aft_x"}, headers=origin).status_code == 403
     assert session.scalar(select(Job)) is None
     assert browser.post("/", data={"prompt": "x"}, headers=OWN).status_code == 303
 

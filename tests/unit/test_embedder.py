@@ -1,6 +1,7 @@
 """CLIP as threads share it: who waits for whom, and who gets which cores."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -105,4 +106,18 @@ def test_a_call_that_is_alone_gets_all_cores_and_none_gets_less_than_one(pool: T
                 got.append(torch.get_num_threads())
     with cores.share():
         got.append(torch.get_num_threads())
-    assert got == [3, 1, 1, 1, 3]
+    with cores.leave_one(), cores.share():
+        got.append(torch.get_num_threads())
+    assert got == [3, 1, 1, 1, 3, 2]
+
+
+@pytest.mark.parametrize("cores", [0, 1])
+def test_closing_takes_no_longer_than_it_may(pool: ThreadPoolExecutor, clip: HeldClip, cores: int) -> None:
+    embedder = an_embedder(clip, cores=cores)
+    held = images(pool, embedder, 1)
+    clip.in_work(1)
+    started = time.monotonic()
+    embedder.close(0.5)
+    assert time.monotonic() - started < 0.9
+    clip.go.set()
+    held.result(10)

@@ -1,13 +1,21 @@
 // Spares leaving a page. Without this script every link and form still works, by whole pages.
 
 const NEWS = ["queued", "started", "resolved", "degraded", "moderated", "requeued", "succeeded", "failed", "canceled", "expired", "dead"];
+// A browser keeps six connections to a host, for all its pages together: one stream each must leave some.
+const MOST_STREAMS = 2;
 const TYPING_MS = 350;
-const AGAIN_MS = 2000;
+const AGAIN_MS = 2500;
+const DECIDES_THE_PLAN = ["prompt", "model", "collection", "min_similarity", "similar_examples_count"];
 
 async function part(address, options = {}) {
-  const answer = await fetch(address, { ...options, headers: { "X-Fragment": "1" } });
-  if (answer.status === 401) location.assign("/sign-in");
-  return { ok: answer.ok, html: await answer.text() };
+  try {
+    const answer = await fetch(address, { ...options, headers: { "X-Fragment": "1" } });
+    if (answer.status === 401) location.assign("/sign-in");
+    const againMs = Math.max(AGAIN_MS, 1000 * Number(answer.headers.get("Retry-After") ?? 0));
+    return { ok: answer.ok, gone: [404, 410].includes(answer.status), html: await answer.text(), againMs };
+  } catch {
+    return { ok: false, html: '<p class="wrong" role="alert">The service does not answer.</p>', againMs: AGAIN_MS };
+  }
 }
 
 function elements(html) {
@@ -18,20 +26,21 @@ function elements(html) {
 
 // --- jobs ---------------------------------------------------------------------------------------------------------
 
-function follow(job) {
-  const stream = new EventSource(job.dataset.events);
-  const renew = async () => {
-    stream.close();
-    const { ok, html } = await part(job.dataset.part).catch(() => ({ ok: false }));
-    if (!job.isConnected) return;
-    if (!ok) return setTimeout(renew, AGAIN_MS);
-    const fresh = elements(html).firstElementChild;
-    if (fresh.dataset.events) keepPreviews(job, fresh);
-    job.replaceWith(fresh);
-    if (fresh.dataset.events) follow(fresh);
-  };
-  const later = () => { stream.close(); setTimeout(renew, AGAIN_MS); };
+let streams = 0;
 
+// Keeps a job's card up to date until the job has ended: by its events, or where others have the streams by asking.
+function follow(job) {
+  if (!job.dataset.events) return;
+  if (streams >= MOST_STREAMS) return setTimeout(renew, AGAIN_MS, job);
+  const stream = new EventSource(job.dataset.events);
+  streams += 1;
+  let open = true;
+  const close = () => {
+    if (!open) return;
+    open = false;
+    stream.close();
+    streams -= 1;
+  };
   stream.addEventListener("progress", ({ data }) => {
     const { step, total_steps } = JSON.parse(data);
     Object.assign(job.querySelector("progress"), { max: total_steps, value: step });
@@ -43,12 +52,21 @@ function follow(job) {
     while (shown.children.length <= index) shown.append(Object.assign(new Image(), { alt: "a preview" }));
     shown.children[index].src = image;
   });
-  for (const name of NEWS) stream.addEventListener(name, renew);
-  stream.onerror = later;
+  for (const name of NEWS) stream.addEventListener(name, () => { close(); renew(job); });
+  stream.onerror = () => { close(); setTimeout(renew, AGAIN_MS, job); };
 }
 
-function keepPreviews(old, fresh) {
-  fresh.querySelector("[data-previews]").replaceChildren(...old.querySelector("[data-previews]").children);
+async function renew(job) {
+  const { ok, gone, html, againMs } = await part(job.dataset.part);
+  if (!job.isConnected) return;
+  if (gone) return job.remove();
+  if (!ok) return setTimeout(renew, againMs, job);
+  const fresh = elements(html).firstElementChild;
+  const kept = fresh.querySelector("[data-previews]");
+  if (!kept && job.closest("[data-reload]")) return location.reload();
+  kept?.replaceChildren(...job.querySelector("[data-previews]").children);
+  job.replaceWith(fresh);
+  follow(fresh);
 }
 
 // --- forms --------------------------------------------------------------------------------------------------------
@@ -57,33 +75,38 @@ function sendInto(form, target) {
   form.addEventListener("submit", async (event) => {
     if (event.submitter?.formMethod === "get") return;
     event.preventDefault();
-    form.querySelector(".wrong")?.remove();
     event.submitter.disabled = true;
-    try {
-      const { ok, html } = await part(form.action, { method: "POST", body: new FormData(form) });
-      const made = elements(html);
-      if (!ok) return form.append(made);
-      document.querySelector("[data-empty]")?.remove();
-      const job = made.firstElementChild;
-      target.prepend(made);
-      if (job.dataset.events) follow(job);
-    } catch {
-      form.append(elements('<p class="wrong" role="alert">The service does not answer.</p>'));
-    } finally {
-      event.submitter.disabled = false;
-    }
+    const { ok, html } = await part(form.action, { method: "POST", body: new FormData(form) });
+    event.submitter.disabled = false;
+    form.querySelector(":scope > .wrong")?.remove();
+    const made = elements(html);
+    if (!ok) return form.append(made);
+    document.querySelector("[data-empty]")?.remove();
+    const job = made.firstElementChild;
+    target.prepend(made);
+    follow(job);
   });
 }
 
+// One question at a time: one that waits for a worker that is away must not be joined by one for every letter typed.
 function askAsTyped(form, shown) {
-  let timer, latest = 0;
+  let timer, asking = false, again = false;
   const ask = async () => {
-    const mine = ++latest;
-    const { html } = await part(`${form.dataset.asTyped}?${new URLSearchParams(new FormData(form))}`).catch(() => ({}));
-    if (mine === latest && html !== undefined) shown.replaceChildren(elements(html));
+    if (asking) return void (again = true);
+    asking = true;
+    const sent = [...new FormData(form)].filter(([name]) => name === "pin" || DECIDES_THE_PLAN.includes(name));
+    const { ok, html } = await part(`${form.dataset.asTyped}?${new URLSearchParams(sent)}`);
+    asking = false;
+    if (again) {
+      again = false;
+      return ask();
+    }
+    shown.querySelector(":scope > .wrong")?.remove();
+    if (ok) shown.replaceChildren(elements(html));
+    else shown.prepend(elements(html)); // what was chosen stays
   };
   form.addEventListener("input", ({ target }) => {
-    if (target.name === "use" || target.name.startsWith("weight.") || target.name === "seed" || target.name === "num_images") return;
+    if (!DECIDES_THE_PLAN.includes(target.name)) return;
     clearTimeout(timer);
     timer = setTimeout(ask, TYPING_MS);
   });
@@ -105,9 +128,12 @@ for (const form of document.querySelectorAll("form[data-sure]")) {
 }
 
 for (const live of document.querySelectorAll("[data-every]")) {
-  setInterval(async () => {
-    if (document.hidden) return;
-    const { ok, html } = await part(live.dataset.part).catch(() => ({ ok: false }));
-    if (ok) live.replaceChildren(elements(html));
-  }, Number(live.dataset.every));
+  const look = async () => {
+    if (!document.hidden && !live.contains(document.activeElement)) {
+      const { ok, html } = await part(live.dataset.part);
+      if (ok && !live.contains(document.activeElement)) live.replaceChildren(elements(html));
+    }
+    setTimeout(look, Number(live.dataset.every));
+  };
+  setTimeout(look, Number(live.dataset.every));
 }
