@@ -68,13 +68,13 @@ def create_app(settings: Settings | None = None) -> Documented:
         app.register_blueprint(SwaggerUI.register(doc_url=DOCUMENT), url_prefix="/docs")
         app.add_url_rule("/docs", "docs", lambda: redirect("/docs/swagger"))
 
-    if settings.security.studio_enabled:
-        studio.register(app)
     problems.register(app)
     app.before_request(_begin)
     app.before_request(_authenticate)
     limits.register(app, settings)
     hardening.register(app, settings)
+    if settings.security.studio_enabled:
+        studio.register(app)
     app.after_request(_finish)
     app.wsgi_app = Serving(app.wsgi_app, settings.api)  # type: ignore[method-assign] # Flask's own way to wrap it
     return app

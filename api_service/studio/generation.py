@@ -14,7 +14,7 @@ from shared.contracts.images import ImageView
 from shared.contracts.jobs import JobQuery, JobView
 from shared.contracts.outputs import OutputQuery
 from shared.contracts.service import StatsView
-from shared.errors import AuthorizationError, EmbeddingUnavailableError
+from shared.errors import EmbeddingUnavailableError
 
 studio_generation = pages("studio_generation")
 
@@ -38,20 +38,20 @@ SETTINGS = (
 PREVIEW_EVERY = 4
 RECENT = 6
 STATS_TTL_S = 2
-SEARCH = "search"
 
 
 @studio_generation.get("/")
 def create() -> Response:
     """The prompt, and what it would be drawn from, filled in with what the address says."""
     shown, pinned, away = None, list[ImageView](), None
-    try:
-        if SEARCH not in g.caller.scopes:
-            raise AuthorizationError("This API key may not look at what is remembered; jobs draw from it all the same.")
+    if "search" in g.caller.scopes:
         pinned = pinned_images(request.args)
-        shown = plan(request.args, pinned)
-    except (AuthorizationError, EmbeddingUnavailableError) as error:
-        away = error.message  # a prompt can be written and queued all the same
+        try:
+            shown = plan(request.args, pinned)
+        except EmbeddingUnavailableError as error:
+            away = error.message  # a prompt can be written and queued all the same
+    else:
+        away = "This API key may not look at what is remembered. Jobs draw from it all the same."
     return page(
         "create",
         active="create",

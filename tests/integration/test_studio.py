@@ -156,7 +156,9 @@ def test_a_weight_that_is_none_is_told_once(client: Client) -> None:
 def test_a_person_who_is_lost_is_told_so_on_a_page(client: Client) -> None:
     html = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
     for path in ("/nothing", "/memory/nope"):
-        assert client.get(path, headers=html).mimetype == "text/html"
+        lost = client.get(path, headers=html)
+        assert (lost.status_code, lost.mimetype) == (404, "text/html")
+        assert "default-src 'self'" in lost.headers["Content-Security-Policy"]
         assert client.get(path).mimetype == "application/problem+json"
     assert client.get(f"{API}/nothing", headers=html).mimetype == "application/problem+json"
 
