@@ -2,7 +2,7 @@
 
 Two calls of one core each finish more than one call of two: torch joins its threads after every operation, and while
 another process has one of the cores, the threads on all others wait for it there. With a ViT-B/32 on two cores and an
-API at work beside it that took a quarter of the time.
+API at work beside it that took a fifth of the time.
 """
 
 import threading

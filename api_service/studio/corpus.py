@@ -5,7 +5,7 @@ from uuid import UUID
 from flask import Response, current_app, g, request
 
 from api_service import corpus, forms, lifecycle, parsing
-from api_service.studio.pages import filled, page, pages, to
+from api_service.studio.pages import PICTURES, filled, page, pages, read, to
 from shared.contracts.images import ImageQuery, UploadFields
 from shared.contracts.outputs import OutputQuery
 
@@ -16,8 +16,7 @@ SHAPED = 24
 
 @studio_corpus.get("/memory")
 def memory() -> Response:
-    named = filled(request.args, ("collection", "tag", "state", "cursor"))
-    query = parsing.form(ImageQuery, {"limit": 48, **parsing.fields(ImageQuery, named, where="query")})
+    query = read(ImageQuery, request.args, ("collection", "tag", "state", "cursor"), limit=PICTURES)
     return page("memory", active="memory", images=corpus.page(query, caller=g.caller), query=query)
 
 

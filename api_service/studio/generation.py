@@ -6,7 +6,7 @@ from uuid import UUID
 from flask import Response, g, request
 
 from api_service import lifecycle, parsing, status, submit, waiting
-from api_service.studio.pages import filled, is_fragment, page, pages, to
+from api_service.studio.pages import PICTURES, filled, is_fragment, page, pages, read, to
 from api_service.studio.search import pinned_images, plan
 from shared.cache import cache_result
 from shared.contracts.generation import DryRunView, GenerationParameters, Mode, PinnedReference, RagGenerateRequest
@@ -131,8 +131,7 @@ def delete(job_id: UUID) -> Response:
 
 @studio_generation.get("/gallery")
 def gallery() -> Response:
-    named = filled(request.args, ("cursor",))
-    query = parsing.form(OutputQuery, {"limit": 48, **parsing.fields(OutputQuery, named, where="query")})
+    query = read(OutputQuery, request.args, ("cursor",), limit=PICTURES)
     return page("gallery", active="gallery", outputs=lifecycle.output_page(query, caller=g.caller))
 
 
@@ -150,8 +149,7 @@ def delete_output(generation_id: UUID) -> Response:
 
 @studio_generation.get("/queue")
 def queue() -> Response:
-    named = filled(request.args, ("state", "cursor"))
-    query = parsing.form(JobQuery, parsing.fields(JobQuery, named, where="query"))
+    query = read(JobQuery, request.args, ("state", "cursor"))
     return page("queue", active="queue", jobs=lifecycle.page(query, caller=g.caller), query=query, stats=_stats())
 
 

@@ -9,9 +9,12 @@ import orjson
 from flask import Blueprint, Response, redirect, render_template, request, url_for
 from werkzeug.datastructures import MultiDict
 
-from api_service import problems
+from api_service import parsing, problems
+from api_service.parsing import Model
 from shared.settings import get_settings
 
+PICTURES = 48
+"""On one page."""
 SEE_OTHER = HTTPStatus.SEE_OTHER
 
 
@@ -54,6 +57,15 @@ def filled(values: "MultiDict[str, str]", names: Sequence[str]) -> "MultiDict[st
     """
     sent = [(name, value.replace("\r\n", "\n")) for name, value in values.items(multi=True) if name in names]
     return MultiDict([(name, value) for name, value in sent if value.strip()])
+
+
+def read(model: type[Model], values: "MultiDict[str, str]", names: Sequence[str], **defaults: Any) -> Model:
+    """What a person wrote into these fields, as the contract that has them.
+
+    Raises:
+        ValidationError
+    """
+    return parsing.form(model, defaults | parsing.fields(model, filled(values, names), where="form"))
 
 
 def pretty(record: Any) -> str:

@@ -184,6 +184,37 @@ def call(url: str, method: str, path: str) -> tuple[str, str, int, float]:
     return method, path, answer.status_code, time.monotonic() - started
 
 
+@pytest.mark.parametrize("fault", ["stopped", "frozen"])
+def test_without_postgres_every_page_says_so_within_three_seconds(one: Api, pair: RunningStack, fault: str) -> None:
+    (pair.control.stop if fault == "stopped" else pair.control.freeze)("postgres")
+    try:
+        addresses = ("/", "/references?prompt=a+cat", "/search?query=a+cat", "/memory", "/gallery", "/queue")
+        for address in (*addresses, f"/jobs/{SOME_ID}"):
+            started = time.monotonic()
+            answer = httpx.get(one.url + address, timeout=20)
+            assert (answer.status_code, answer.headers["Content-Type"].partition(";")[0]) == (503, "text/html"), address
+            assert time.monotonic() - started < 3, address
+    finally:
+        (pair.control.start if fault == "stopped" else pair.control.thaw)("postgres")
+    wait_until(lambda: one.http.get("/health").status_code == 200, timeout_s=30, what="the service to recover")
+
+
+def test_with_a_frozen_redis_a_person_still_looks_around_and_generates(one: Api, pair: RunningStack) -> None:
+    for name in ("queue", "cache"):
+        pair.control.freeze(name)
+    try:
+        for address in ("/", "/?prompt=a+cat", "/memory", "/gallery", "/queue"):
+            started = time.monotonic()
+            assert httpx.get(one.url + address, timeout=20).status_code == 200, address
+            assert time.monotonic() - started < 6, address  # a prompt waits for its vector: `retrieval.text_timeout_s`
+        sent = httpx.post(f"{one.url}/", data={"prompt": "from a page"}, headers={"Origin": one.url})
+        assert sent.status_code == 303
+    finally:
+        for name in ("queue", "cache"):
+            pair.control.thaw(name)
+    assert one.ended(sent.headers["Location"].rpartition("/")[2])["state"] == "succeeded"
+
+
 def test_flower_shows_each_job_under_its_own_id_and_failed_jobs_as_failed(one: Api, pair: RunningStack) -> None:
     image = one.upload(disc("olive"))["id"]
     one.searchable(image)
