@@ -72,6 +72,7 @@ class WorkerProcess:
         app.conf.worker_consumer = "worker_service.consumer:Consumer"
         app.conf.broker_transport = "worker_service.seats:Transport"
         app.conf.broker_transport_options["lane_seats"] = self.lane_seats
+        app.conf.broker_transport_options["bulk_pause_s"] = self.settings.worker.bulk_pause_s
         app.conf.worker_disable_prefetch = True
         return app
 

@@ -1,6 +1,8 @@
-"""Which lanes a worker reads, by how much it has in hand: on a real broker."""
+"""Which lanes a worker reads, by how much it has in hand and of what: on a real broker."""
 
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,13 +11,18 @@ from kombu import Connection, Consumer, Message, Producer, Queue
 
 from shared import queue
 from shared.contracts.jobs import Lane
+from worker_service import seats
 
 NAME = "generate.any"
 SEATS = [4, 3, 2, 1]
+PAUSE_S = 0.2
 
 
 class InHand:
-    """Stands for what Celery has taken and not ended; it keeps weak references only."""
+    """Stands for what Celery has taken and not ended; of its set it keeps weak references only."""
+
+    def __init__(self, lane: Lane = Lane.BULK) -> None:
+        self.delivery_info = {"priority": lane.rank}
 
 
 @pytest.fixture
@@ -23,6 +30,7 @@ def in_hand() -> Iterator[list[InHand]]:
     jobs: list[InHand] = []
     yield jobs
     state.reserved_requests.clear()
+    state.requests.clear()
 
 
 @pytest.fixture
@@ -32,6 +40,7 @@ def connection(redis_url: str) -> Iterator[Connection]:
         "sep": queue.LANE_SEPARATOR,
         "queue_order_strategy": "priority",
         "lane_seats": SEATS,
+        "bulk_pause_s": PAUSE_S,
     }
     with Connection(redis_url, transport="worker_service.seats:Transport", transport_options=options) as connection:
         yield connection
@@ -39,13 +48,19 @@ def connection(redis_url: str) -> Iterator[Connection]:
 
 def taken(connection: Connection) -> list[int]:
     """The lanes of the messages that a consumer takes now."""
-    lanes: list[int] = []
+    with connection.channel() as channel:
+        return [lane for lane, _ in taken_at(connection, channel)]
+
+
+def taken_at(connection: Connection, channel: Any) -> list[tuple[int, float]]:
+    """The same, each with its time."""
+    lanes: list[tuple[int, float]] = []
 
     def take(lane: int, message: Message) -> None:
-        lanes.append(lane)
+        lanes.append((lane, time.monotonic()))
         message.ack()
 
-    with connection.channel() as channel, Consumer(channel, [Queue(NAME)], callbacks=[take]):
+    with Consumer(channel, [Queue(NAME)], callbacks=[take]):
         try:
             while True:
                 connection.drain_events(timeout=0.5)
@@ -65,6 +80,43 @@ def test_a_lane_is_read_while_it_has_a_seat_and_the_best_first(connection: Conne
         assert taken(connection) == expected
         state.reserved_requests.clear()
         assert len(taken(connection)) == len(Lane) - len(expected), "what was left waits for a seat"
+
+
+def pauses_of_a_bulk(connection: Connection, channel: Any) -> list[float]:
+    """Between five of its jobs, but for the first pause: a read that has waited for long takes one ahead of it."""
+    for _ in range(5):
+        Producer(connection).publish(seats.BULK, routing_key=NAME, priority=seats.BULK, declare=[Queue(NAME)])
+    times = [at for _, at in taken_at(connection, channel)]
+    assert len(times) == 5, "whatever it waits for, it is taken in the end"
+    return [after - before for before, after in pairwise(times[1:])]
+
+
+def test_a_bulk_pauses_between_its_jobs_while_a_better_lane_is_in_use(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, in_hand: list[InHand]
+) -> None:
+    with connection.channel() as channel:
+        state.requests["of another bulk"] = InHand()
+        assert max(pauses_of_a_bulk(connection, channel)) < PAUSE_S / 2
+
+        state.requests["somebody waits"] = InHand(Lane.LOW)
+        assert min(pauses_of_a_bulk(connection, channel)) > PAUSE_S * 0.9
+        state.requests.clear()
+        assert min(pauses_of_a_bulk(connection, channel)) > PAUSE_S * 0.9, "who has waited will want another"
+
+        monkeypatch.setattr(seats, "IN_USE_S", 0.0)
+        assert max(pauses_of_a_bulk(connection, channel)) < PAUSE_S / 2
+
+
+def test_better_lanes_are_read_while_a_bulk_pauses(connection: Connection, in_hand: list[InHand]) -> None:
+    state.requests["somebody waits"] = InHand(Lane.HIGH)
+    better, bulk = [Lane.NORMAL.rank] * 5, [Lane.BULK.rank] * 2
+    for lane in bulk + better:
+        Producer(connection).publish(lane, routing_key=NAME, priority=lane, declare=[Queue(NAME)])
+    began = time.monotonic()
+    with connection.channel() as channel:
+        messages = taken_at(connection, channel)
+    assert [lane for lane, _ in messages] == better + bulk
+    assert messages[4][1] - began < PAUSE_S
 
 
 def test_a_message_that_is_given_back_goes_where_it_came_from(connection: Connection) -> None:
