@@ -1,6 +1,7 @@
 """What an owner does with bulks, without HTTP: send, follow, steer."""
 
 import hashlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from shared.errors import (
     BulkQuotaError,
     BulkStateError,
     BulkTooLargeError,
+    DatabaseError,
     IdempotencyKeyReusedError,
     TooManyStreamsError,
 )
@@ -52,6 +54,10 @@ from shared.outbound import check_url
 from shared.progress import publish_changed
 from shared.settings import get_settings
 
+logger = logging.getLogger(__name__)
+
+MANY = 1000
+"""Items from which on the database's planner is told of them."""
 ROUTE = "bulks"
 """The scope of its idempotency keys."""
 ERRORS_SHOWN = 20
@@ -144,6 +150,12 @@ def complete(bulk_id: UUID, request: BulkComplete, *, caller: Caller) -> BulkVie
         models = bulk.models
     if refusal is not None:
         raise refusal
+    if view.total >= MANY:
+        try:
+            with session_scope() as session:
+                bulks.analyze(session)
+        except DatabaseError as error:  # pages are slower for a while
+            logger.warning("bulk_not_analyzed", extra={"cause": error.code})
     _feed(models)
     return view
 

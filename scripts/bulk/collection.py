@@ -1,5 +1,6 @@
 """Fetch the files of a bulk's items as these end, and show how far it is."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ class Collection:
         try:
             with self._progress() as show:
                 while True:
+                    next_look = time.monotonic() + POLL_S
                     # Asked before its items: those of a bulk that has ended have ended too.
                     bulk = self.service.bulks.get(bulk_id)
                     show(bulk)
@@ -80,8 +82,9 @@ class Collection:
                             show(bulk)
                     if bulk.state.is_final:
                         break
-                    # Also the pause between two looks.
-                    fetching = self._settle(fetching, timeout_s=POLL_S)
+                    while (pause_s := next_look - time.monotonic()) > 0:
+                        fetching = self._settle(fetching, timeout_s=pause_s)
+                        show(bulk)
                 while fetching:
                     fetching = self._settle(fetching, timeout_s=None)
                     show(bulk)

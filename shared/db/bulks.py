@@ -146,6 +146,15 @@ def start(session: Session, bulk: Bulk, limits: LimitSettings) -> None:
     session.refresh(bulk)
 
 
+def analyze(session: Session) -> None:
+    """Tell the planner of many items that have come at once.
+
+    Until then it takes them for a few, and reads and sorts all of them for each page. The server finds out by itself,
+    but looks once a minute.
+    """
+    session.execute(text("analyze (skip_locked) bulk_items"))
+
+
 def refuse(session: Session, bulk: Bulk) -> None:
     bulk.state, bulk.finished_at = BulkState.REFUSED, func.now()
     session.flush()

@@ -148,6 +148,15 @@ def test_a_bulk_runs_when_it_is_complete(client: Client) -> None:
     assert ended["finished_at"] is not None
 
 
+def test_the_planner_knows_of_many_items_when_their_first_page_is_read(client: Client, session: Session) -> None:
+    known = text("select reltuples from pg_class where relname = 'bulk_items'")
+    accepted(client, *prompts(1))
+    assert session.scalar(known) < 1
+    accepted(client, *prompts(1000))
+    session.rollback()
+    assert session.scalar(known) == 1001
+
+
 def test_nothing_runs_before_the_bulk_is_complete(client: Client, session: Session) -> None:
     bulk = accepted(client, *prompts(3), query="?complete=false")
     assert (bulk["state"], bulk["counts"]["queued"]) == ("receiving", 3)
