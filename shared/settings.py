@@ -352,7 +352,10 @@ class WorkerSettings(Section):
         4, ge=0, le=512, description="a generate worker takes so many more of a lane than of the next worse one"
     )
     bulk_pause_s: float = Field(
-        0.05, ge=0, le=60, description="while better lanes are in use, a generate worker takes a bulk's jobs so far apart"
+        0.05,
+        ge=0,
+        le=60,
+        description="while better lanes are in use, a generate worker takes a bulk's jobs so far apart",
     )
     generator: str | None = Field(None, description="which generator this process serves; none: the default one")
 
