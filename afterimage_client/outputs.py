@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from afterimage_client import download
 from afterimage_client.connection import Connection
 from shared.contracts.bulks import BulkOutput
-from shared.contracts.jobs import OutputView
+from shared.contracts.jobs import JobView, OutputView
 
 
 class Outputs:
@@ -37,6 +37,18 @@ class Outputs:
         """
         path = f"/generations/{output.id}/content"
         download.save(self._connection, path, target, sha256=output.sha256, size_bytes=output.size_bytes)
+
+    def replay(self, output_id: UUID, *, idempotency_key: str | None = None) -> JobView:
+        """Queue a job that draws the output again from its record; its own output tells how they compare.
+
+        idempotency_key: as of `Jobs.submit`.
+
+        Raises:
+            NotFoundError: the output was deleted.
+            InvalidRequestError: an image that shaped it, or its model, is gone.
+        """
+        headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
+        return self._connection.post(JobView, f"/generations/{output_id}/replay", headers=headers)
 
     def delete(self, output_id: UUID) -> None:
         """Delete one output; its job stays."""

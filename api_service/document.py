@@ -144,6 +144,12 @@ def _complete(operation: dict[str, Any], route: str) -> None:
                 "content": {"application/json": {"schema": {"$ref": f"{SCHEMAS}SubmitAnswer"}}},
             }
             operation["parameters"] = [*operation.get("parameters", []), _PREFER, _IDEMPOTENCY_KEY]
+        case "replayGeneration":
+            responses["200"] = {
+                "description": "The ended job after `Prefer: wait`.",
+                "content": {"application/json": {"schema": {"$ref": f"{SCHEMAS}JobView"}}},
+            }
+            operation["parameters"] = [*operation["parameters"], _PREFER, _IDEMPOTENCY_KEY]
         case "getJob":
             operation["parameters"].append(_PREFER)
         case "streamJobEvents":

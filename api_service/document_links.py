@@ -4,7 +4,13 @@ from typing import Any
 
 FOLLOW_UPS: dict[str, tuple[str, ...]] = {
     "job_id": ("getJob", "streamJobEvents", "cancelJob", "retryJob", "deleteJob", "listWebhookDeliveries"),
-    "generation_id": ("getGeneration", "getGenerationContent", "getGenerationThumbnail", "deleteGeneration"),
+    "generation_id": (
+        "getGeneration",
+        "getGenerationContent",
+        "getGenerationThumbnail",
+        "replayGeneration",
+        "deleteGeneration",
+    ),
     "image_id": (
         "getImage",
         "getImageContent",
@@ -41,6 +47,7 @@ HOLDS: dict[tuple[str, str], dict[str, str]] = {
     ("generate", "202"): _JOB,
     ("ragGenerate", "202"): _JOB,
     ("retryJob", "202"): _JOB,
+    ("replayGeneration", "202"): _JOB,
     ("getJob", "200"): _JOB,
     ("cancelJob", "200"): _JOB,
     ("listJobs", "200"): {"job_id": "/items/0/id", "generation_id": "/items/0/outputs/0/id"},

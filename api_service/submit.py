@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 import orjson
+import pydantic
 from sqlalchemy.orm import Session
 
 from api_service import corpus, views
@@ -22,13 +23,14 @@ from shared.contracts.generation import (
     RagGenerateRequest,
     seeds_from,
 )
-from shared.contracts.jobs import JobKind, JobView
+from shared.contracts.jobs import JobKind, JobView, Lane
 from shared.contracts.search import ImageFilter
 from shared.contracts.service import Capabilities
-from shared.db import admission, idempotency, images, jobs, spaces, usage, workers
-from shared.db.models import ModelRecord
+from shared.db import admission, idempotency, images, jobs, outputs, spaces, usage, workers
+from shared.db.models import Generation, GenerationReference, Job, ModelRecord
 from shared.db.session import session_scope
 from shared.errors import (
+    JobUnreadableError,
     ModelNotFoundError,
     ReferenceUnavailableError,
     UnsupportedParameterError,
@@ -36,6 +38,9 @@ from shared.errors import (
 )
 from shared.outbound import check_url
 from shared.settings import GeneratorSettings, Settings, get_settings
+
+REPLAY = "replay"
+"""The route under which the idempotency keys of replays are kept."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,62 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
         job = jobs.insert_retry(session, old)
         parameters = GenerationParameters.model_validate(old.parameters)
         _check_pinned(session, parameters.references, caller=caller)
-        session.refresh(job)
-        view = views.job(session, job)
-        job.quota_day = usage.reserve(session, caller.owner_id, job.images, get_settings().limits)
-    metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})
-    feed_bell(view.model).pull()
-    return view
+        view = _accept(session, job, route="retry", caller=caller, key=None, settings=get_settings())
+    return _announced(view).view
+
+
+def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Submitted:
+    """Queue a job that draws an output again, from its record, and compares the two.
+
+    Raises:
+        ResourceNotFoundError: there is no such output.
+        ReferenceUnavailableError: an image that shaped it is gone.
+        ModelNotFoundError: its model is not configured any more.
+        JobUnreadableError: another release recorded it, with what this one does not know.
+        IdempotencyKeyReusedError, OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError
+    """
+    settings = get_settings()
+    with session_scope() as session:
+        if key is not None:
+            known = idempotency.begin(
+                session, owner_id=caller.owner_id, route=REPLAY, key=key, fingerprint=str(generation_id)
+            )
+            if known is not None:
+                return Submitted(JobView.model_validate(known), replayed=True)
+        original = outputs.get(session, generation_id, owner_id=caller.owner_id)
+        parameters = _as_recorded(original, outputs.references_of(session, [original.id]).get(original.id, []))
+        if parameters.model not in settings.model.generators:
+            raise ModelNotFoundError(model=parameters.model, models=sorted(settings.model.generators))
+        _check_pinned(session, parameters.references, caller=caller)
+        admission.refuse_when_full(session, caller.owner_id, settings.queue)
+        job = jobs.insert(
+            session,
+            owner_id=caller.owner_id,
+            kind=JobKind.RAG_GENERATE if parameters.references else JobKind.GENERATE,
+            lane=Lane.NORMAL,
+            parameters=parameters,
+            metadata={},
+            timeout_s=settings.jobs.timeout_s,
+            replay_of=original.id,
+        )
+        view = _accept(session, job, route=REPLAY, caller=caller, key=key, settings=settings)
+    return _announced(view)
+
+
+def _as_recorded(original: Generation, references: Sequence[GenerationReference]) -> GenerationParameters:
+    """What it takes to draw one output again: its own seed, mode and references, and nothing that is looked for."""
+    try:
+        return GenerationParameters.model_validate(
+            {
+                **original.provenance["parameters"],
+                "seeds": [original.seed],
+                "mode": original.provenance["mode"],
+                "k": 0,
+                "references": [{"image_id": each.image_id, "weight": each.weight} for each in references],
+            }
+        )
+    except (pydantic.ValidationError, KeyError) as error:
+        raise JobUnreadableError("Another release recorded this output, with what this one does not know.") from error
 
 
 @dataclass(frozen=True)
@@ -127,7 +182,7 @@ def _submit(
             check_url(request.webhook.url, settings.webhooks)
         if key is not None and not request.dry_run:
             known = idempotency.begin(
-                session, owner_id=caller.owner_id, route=kind, key=key, fingerprint=_fingerprint(request)
+                session, owner_id=caller.owner_id, route=kind, key=key, fingerprint=fingerprint(request)
             )
             if known is not None:
                 return Submitted(JobView.model_validate(known), replayed=True)
@@ -147,21 +202,30 @@ def _submit(
             expires_in_s=request.expires_in_s,
             webhook=request.webhook,
         )
-        session.refresh(job)
-        view = views.job(session, job)
-        if key is not None:
-            answer = view.model_dump(mode="json")
-            idempotency.remember(session, answer, owner_id=caller.owner_id, route=kind, key=key)
-        # Last, because the owner's other submits wait for the end of this transaction from here on.
-        job.quota_day = usage.reserve(session, caller.owner_id, job.images, settings.limits)
+        view = _accept(session, job, route=kind, caller=caller, key=key, settings=settings)
+    return _announced(view)
+
+
+def _accept(session: Session, job: Job, *, route: str, caller: Caller, key: str | None, settings: Settings) -> JobView:
+    """The answer to a submit, kept for its key; the last thing in the transaction that makes the job."""
+    session.refresh(job)
+    view = views.job(session, job)
+    if key is not None:
+        idempotency.remember(session, view.model_dump(mode="json"), owner_id=caller.owner_id, route=route, key=key)
+    # Last, because the owner's other submits wait for the end of this transaction from here on.
+    job.quota_day = usage.reserve(session, caller.owner_id, job.images, settings.limits)
+    return view
+
+
+def _announced(view: JobView) -> Submitted:
+    """After the commit: no worker may look for a row that is not there yet. A broker that is away fails nothing, the
+    row is the outbox."""
     metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})
-    # After the commit: no worker may look for a row that is not there yet. A broker that is away fails nothing, the
-    # row is the outbox.
     feed_bell(view.model).pull()
     return Submitted(view)
 
 
-def _fingerprint(request: GenerateRequest) -> str:
+def fingerprint(request: GenerateRequest) -> str:
     """Equal for requests that mean the same, however they were written: it is taken after the defaults."""
     return hashlib.sha256(orjson.dumps(request.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)).hexdigest()
 

@@ -20,6 +20,7 @@ from shared.contracts.jobs import (
     Lane,
     OutputView,
     Progress,
+    Replay,
     UsedReference,
 )
 from shared.contracts.safety import SafetyRecord
@@ -60,6 +61,7 @@ def job_list(session: Session, rows: Sequence[Job]) -> list[JobView]:
             attempt=row.attempt,
             seq=row.last_seq,
             retry_of=row.retry_of,
+            replay_of=row.replay_of,
             bulk_id=row.bulk_id,
             parameters=row.parameters,
             resolution=row.resolution,
@@ -127,6 +129,7 @@ def output(row: Generation, references: Sequence[GenerationReference]) -> Output
             for each in references
         ],
         safety=_safety(row.provenance.get("safety")),
+        replay=None if row.replay is None else Replay.model_validate(row.replay, extra="ignore"),
         provenance=row.provenance,
     )
 

@@ -194,6 +194,12 @@ class JobCrashedError(JobError):
     status = 500
 
 
+class OriginalDeletedError(JobError):
+    """The output that was to be drawn again was deleted before the job ran."""
+
+    code = "original_deleted"
+
+
 class JobUnreadableError(JobError):
     """The worker that took the job cannot read it: it was accepted by another release."""
 

@@ -55,6 +55,7 @@ class Attempt:
         self.owner_id = job.owner_id
         self.lane = job.lane if job.published_lane is None else job.published_lane
         self.crashes = job.crashes
+        self.replay_of = job.replay_of
         self.number = held.claim.attempt
         self.check_in = held.check_in
         self.held_up = held.held_up

@@ -18,7 +18,7 @@ from shared.errors import (
     UnsupportedSizeError,
 )
 from shared.settings import Settings
-from worker_service import moderation, outputs
+from worker_service import moderation, outputs, replay
 from worker_service.attempt import Attempt, Outcome, claimed
 from worker_service.image_request import ImageRequest, Reference
 from worker_service.leases import Leases
@@ -74,6 +74,7 @@ def run(job_id: UUID, *, models: Models, leases: Leases, settings: Settings, wor
             shown = moderation.fit_to_show(job, drawn, models.policy)
             with job.stage("store"):
                 stored = outputs.store(job, mode, reason, used, requests, shown, models=models)
+                replay.compare(job, stored)
             job.finish(stored)
     return job.outcome
 

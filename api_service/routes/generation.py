@@ -29,7 +29,7 @@ def generate(body: GenerateRequest) -> Response:
     again with the same `Idempotency-Key` within 24 hours makes no second job: it gets the first one's answer, with
     `Idempotent-Replayed: true`.
     """
-    return _accepted(submit.generation(body, caller=g.caller, key=idempotency_key()))
+    return accepted(submit.generation(body, caller=g.caller, key=idempotency_key()))
 
 
 @generation.post("/rag/generate", operation_id="ragGenerate", responses={202: JobView})
@@ -38,10 +38,10 @@ def rag_generate(body: RagGenerateRequest) -> Response:
 
     References are searched by the prompt, or pinned by `reference_ids`. Answers as `POST /generate`.
     """
-    return _accepted(submit.rag_generation(body, caller=g.caller, key=idempotency_key()))
+    return accepted(submit.rag_generation(body, caller=g.caller, key=idempotency_key()))
 
 
-def _accepted(submitted: submit.Submitted | DryRunView) -> Response:
+def accepted(submitted: submit.Submitted | DryRunView) -> Response:
     if isinstance(submitted, DryRunView):
         return respond.json(submitted)
     view, waited = submitted.view, None

@@ -5,11 +5,12 @@ from uuid import UUID
 from flask import Response, g
 from flask_openapi3.models.tag import Tag
 
-from api_service import lifecycle, respond
+from api_service import lifecycle, respond, submit
 from api_service.resource import Resource
+from api_service.routes.generation import accepted, idempotency_key
 from api_service.views import API
 from shared.contracts.common import Contract, ImageFormat, Page
-from shared.contracts.jobs import OutputView
+from shared.contracts.jobs import JobView, OutputView
 from shared.contracts.outputs import OutputQuery
 
 outputs = Resource(
@@ -54,6 +55,16 @@ def get_thumbnail(path: OutputPath) -> Response:
     """A small WebP"""
     row = lifecycle.output_row(path.generation_id, caller=g.caller)
     return respond.thumbnail(row.thumbnail_key, sha256=row.sha256, name=str(row.id))
+
+
+@outputs.post("/<generation_id>/replay", operation_id="replayGeneration", responses={202: JobView})
+def replay_generation(path: OutputPath) -> Response:
+    """Draw it again from its record, as a new job, and compare
+
+    The job's output says in `replay` whether it is `identical`, `within_tolerance` or `different`, and what has
+    changed since then. Answers as `POST /generate`.
+    """
+    return accepted(submit.replay(path.generation_id, caller=g.caller, key=idempotency_key()))
 
 
 @outputs.delete("/<generation_id>", operation_id="deleteGeneration", responses={204: None})

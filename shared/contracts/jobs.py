@@ -75,6 +75,34 @@ class UsedReference(Contract):
     caption: str | None = None
 
 
+class ReplayVerdict(StrEnum):
+    """How a picture that was drawn again compares with the one of then."""
+
+    IDENTICAL = "identical"
+    WITHIN_TOLERANCE = "within_tolerance"
+    DIFFERENT = "different"
+
+
+class Change(Contract):
+    """Something that decides pixels and is not what it was."""
+
+    what: str = Field(examples=["versions.torch"], description="its place in the provenance")
+    was: Any
+    now: Any
+
+
+class Replay(Contract):
+    """An output compared with the one that it draws again."""
+
+    of: UUID = Field(description="the output that was drawn again; it may be deleted by now")
+    verdict: ReplayVerdict
+    max_difference: int = Field(ge=0, le=255, description="of one channel of one pixel, in levels of 255")
+    psnr_db: float | None = Field(
+        description="peak signal-to-noise ratio; 40 and more is within tolerance; none: not a pixel differs"
+    )
+    changed: list[Change] = Field(description="what may explain a difference")
+
+
 class OutputView(Contract):
     """One generated image."""
 
@@ -94,6 +122,7 @@ class OutputView(Contract):
     safety: SafetyRecord | None = Field(
         None, description="what a content policy decided about it and its prompt; none: there was no policy"
     )
+    replay: Replay | None = Field(None, description="of a replay's output: how it compares with the one of then")
     provenance: dict[str, Any] = Field(description="everything that decided the pixels")
 
 
@@ -109,6 +138,7 @@ class JobView(Contract):
     attempt: int = Field(description="tries so far")
     seq: int = Field(description="number of its latest event; pass it as `after` to wait for the next one")
     retry_of: UUID | None = Field(None, description="the job that this one tries again")
+    replay_of: UUID | None = Field(None, description="the output that it draws again")
     bulk_id: UUID | None = Field(None, description="the bulk that it is an item of")
     progress: Progress | None = None
     queue_position: int | None = Field(None, description="jobs of the same model ahead of it, while queued")

@@ -62,6 +62,7 @@ def insert(
     expires_in_s: float | None = None,
     webhook: Webhook | None = None,
     retry_of: UUID | None = None,
+    replay_of: UUID | None = None,
 ) -> Job:
     """A new `queued` job and the first event of its story.
 
@@ -81,6 +82,7 @@ def insert(
         job_metadata=metadata,
         webhook=None if webhook is None else webhook.model_dump(mode="json"),
         retry_of=retry_of,
+        replay_of=replay_of,
         last_seq=1,
     )
     session.add(job)
@@ -108,6 +110,7 @@ def insert_retry(session: Session, old: Job) -> Job:
         timeout_s=old.timeout_s,
         webhook=None if old.webhook is None else Webhook.model_validate(old.webhook),
         retry_of=old.id,
+        replay_of=old.replay_of,
     )
 
 

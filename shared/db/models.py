@@ -207,6 +207,7 @@ class Job(Base):
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
     webhook: Mapped[dict[str, Any] | None]
     retry_of: Mapped[UUID | None]  # no foreign key: the job that it tries again may be deleted
+    replay_of: Mapped[UUID | None]  # no foreign key: the output that it draws again may be deleted
     bulk_id: Mapped[UUID | None] = mapped_column(ForeignKey("bulks.id", ondelete="SET NULL"))
     bulk_line: Mapped[int | None] = mapped_column(Integer)
     resolution: Mapped[dict[str, Any] | None]
@@ -410,6 +411,7 @@ class Generation(Base):
     sha256: Mapped[str]
     pixels_sha256: Mapped[str]
     provenance: Mapped[dict[str, Any]]
+    replay: Mapped[dict[str, Any] | None]  # of a replay: how it compares with the output of then
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 

@@ -133,6 +133,31 @@ def batches(stack: RunningStack) -> dict[str, float]:
     return {"batches": float(totals.get("count", 0)), "images": float(totals.get("sum", 0))}
 
 
+def test_a_picture_is_drawn_again_from_its_record_and_is_the_same(api: Api) -> None:
+    for request in ({"mode": "auto", "similar_examples_count": 3}, {"format": "jpeg", "mode": "none"}):
+        job = api.ended(api.submit(prompt="a green pear", seed=21, num_images=2, **request)["id"])
+        original = job["outputs"][1]
+        asked = [
+            api.http.post(f"/generations/{original['id']}/replay", headers={"Idempotency-Key": f"{job['id']}"})
+            for _ in range(2)
+        ]
+        assert [answer.status_code for answer in asked] == [202, 202]
+        assert asked[1].headers["Idempotent-Replayed"] == "true"
+        assert asked[0].json()["id"] == asked[1].json()["id"]
+        again = api.ended(asked[0].json()["id"])
+        assert again["replay_of"] == original["id"]
+        (output,) = again["outputs"]
+        assert output["seed"] == 22
+        assert output["replay"]["of"] == original["id"]
+        # Then it shared a batch with its sister, now it is alone: of some processors that is not the same to the bit.
+        assert output["replay"]["verdict"] in ("identical", "within_tolerance")
+        assert output["replay"]["max_difference"] <= SAME_WITHIN
+        assert output["replay"]["changed"] == []
+        assert [each["image_id"] for each in output["references"]] == [
+            each["image_id"] for each in original["references"]
+        ]
+
+
 def test_a_picture_carries_its_own_record(api: Api) -> None:
     job = api.ended(api.submit(prompt="a green pear", format="webp", seed=11)["id"])
     data = httpx.get(api.url + job["outputs"][0]["content_url"]).content

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.generation import Mode, PinnedReference
 from shared.contracts.images import ImageState
-from shared.contracts.jobs import JobState, Lane
+from shared.contracts.jobs import JobState, Lane, Replay
 from shared.db import images, jobs, outputs, spaces
 from shared.db.models import Generation, Job
 from shared.db.models import Image as ImageRow
@@ -160,6 +160,55 @@ def test_a_job_ends_with_its_images_and_the_memories_that_shaped_them(
     assert record["seed"] == 5
     assert {reference["image_id"] for reference in record["references"]} == {str(image) for image in remembered}
     assert Image.open(io.BytesIO(file)).size == (32, 32)
+
+
+def test_a_replay_says_whether_it_is_the_picture_of_then_and_what_has_changed(
+    session: Session, models: Models, leases: Leases, model: Watched
+) -> None:
+    remember(session, models, "red", "a red square")
+    job = submit(session, seeds=[5], k=1)
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    (original,) = outputs.of_jobs(session, [job.id])[job.id]
+    (reference,) = outputs.references_of(session, [original.id])[original.id]
+
+    def again() -> Replay:
+        pinned = [PinnedReference(image_id=reference.image_id, weight=reference.weight)]
+        replay = make_job(session, seeds=[5], k=0, mode=Mode.IMAGE_PROMPT, references=pinned)
+        replay.replay_of = original.id
+        session.commit()
+        assert run(replay.id, models, leases) is Outcome.SUCCEEDED
+        (output,) = outputs.of_jobs(session, [replay.id])[replay.id]
+        return Replay.model_validate(output.replay)
+
+    same = again()
+    assert (same.of, same.verdict, same.max_difference, same.psnr_db) == (original.id, "identical", 0, None)
+    assert same.changed == []
+    assert original.replay is None, "what is no replay is compared with nothing"
+
+    model.capabilities = model.capabilities.model_copy(update={"weights_digest": "f" * 64})
+    session.execute(update(ImageRow).values(caption="another caption"))
+    session.commit()
+    other = again()
+    assert other.verdict == "different"
+    assert other.max_difference > 10
+    assert other.psnr_db is not None
+    assert other.psnr_db < 40
+    assert [change.what for change in other.changed] == ["model.weights_digest", "references.0.caption"]
+
+
+def test_a_replay_of_what_was_deleted_meanwhile_fails_and_says_so(
+    session: Session, models: Models, leases: Leases
+) -> None:
+    job = submit(session, k=0)
+    job.replay_of = uuid4()
+    session.commit()
+    assert run(job.id, models, leases) is Outcome.FAILED
+    assert reload(session, job).error == {
+        "code": "original_deleted",
+        "detail": "The output that was to be drawn again was deleted before the job ran.",
+        "context": {"generation_id": str(job.replay_of)},
+    }
+    assert outputs.of_jobs(session, [job.id]) == {}
 
 
 def test_references_reach_the_model_as_unnormalised_projections(

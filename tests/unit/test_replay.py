@@ -1,0 +1,56 @@
+"""How two pictures and their records compare."""
+
+import numpy as np
+import pytest
+
+from worker_service.replay import TOLERANCE_DB, changes, difference
+
+GREY = np.full((8, 8, 3), 128, np.uint8)
+RECORD = {
+    "seed": 1,
+    "model": {"weights_digest": "aa", "dtype": "float32"},
+    "versions": {"torch": "2.14.1"},
+    "memory_savers": [],
+    "references": [{"image_id": "x", "sha256": "s", "weight": 1.0, "caption": "a red apple", "pinned": False}],
+    "mode_reason": "there were references",
+    "job_id": "one",
+}
+
+
+def test_equal_pictures_do_not_differ() -> None:
+    assert difference(GREY, GREY.copy()) == (0, None)
+
+
+@pytest.mark.parametrize(("levels", "ratio"), [(1, 48.13), (2, 42.11), (255, 0.0)])
+def test_a_difference_everywhere_is_as_large_as_it_is_and_its_ratio_is_that_of_the_formula(
+    levels: int, ratio: float
+) -> None:
+    black = np.zeros_like(GREY)
+    assert difference(black, black + np.uint8(levels)) == (levels, ratio)
+    assert difference(black + np.uint8(levels), black) == (levels, ratio), "a darker pixel differs as much"
+
+
+def test_one_pixel_far_off_in_a_small_picture_is_no_noise() -> None:
+    spoiled = GREY.copy()
+    spoiled[0, 0] = 255
+    largest, ratio = difference(GREY, spoiled)
+    assert largest == 127
+    assert ratio is not None
+    assert ratio < TOLERANCE_DB
+
+
+def test_only_what_decides_pixels_counts_as_changed() -> None:
+    reference = {**RECORD["references"][0], "pinned": True}  # type: ignore[index]
+    assert (
+        list(changes(RECORD, {**RECORD, "job_id": "two", "mode_reason": "asked for", "references": [reference]})) == []
+    )
+    later = {
+        **RECORD,
+        "versions": {"torch": "3.0", "diffusers": "1.0"},
+        "references": [{**reference, "caption": "a pear"}],
+    }
+    assert [(each.what, each.was, each.now) for each in changes(RECORD, later)] == [
+        ("references.0.caption", "a red apple", "a pear"),
+        ("versions.diffusers", None, "1.0"),
+        ("versions.torch", "2.14.1", "3.0"),
+    ]
