@@ -1,7 +1,8 @@
 """Writing a prompt, watching what becomes of it, and looking at what was made."""
 
+import hashlib
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from flask import Response, g, request
 
@@ -61,16 +62,24 @@ def create() -> Response:
         plan=shown,
         pinned=pinned,
         away=away,
+        once=uuid4().hex,
     )
 
 
 @studio_generation.post("/")
 def generate() -> Response:
-    submitted = submit.rag_generation(_wanted(), caller=g.caller)
+    wanted = _wanted()
+    submitted = submit.rag_generation(wanted, caller=g.caller, key=_once(wanted))
     assert not isinstance(submitted, DryRunView)
     if is_fragment():
         return page("job", active="create", job=submitted.view)
     return to("studio_generation.job", job_id=submitted.view.id)
+
+
+def _once(wanted: RagGenerateRequest) -> str | None:
+    """An idempotency key: the same form sent again, because no answer came, makes no second job; a changed one does."""
+    once = request.form.get("once")
+    return None if not once else hashlib.sha256(f"{once} {submit.fingerprint(wanted)}".encode()).hexdigest()
 
 
 def _wanted() -> RagGenerateRequest:
@@ -139,6 +148,11 @@ def gallery() -> Response:
 def output(generation_id: UUID) -> Response:
     """One image beside the memories that shaped it, and all that decided its pixels."""
     return page("output", active="gallery", output=lifecycle.output(generation_id, caller=g.caller))
+
+
+@studio_generation.post("/gallery/<uuid:generation_id>/replay")
+def replay(generation_id: UUID) -> Response:
+    return to("studio_generation.job", job_id=submit.replay(generation_id, caller=g.caller).view.id)
 
 
 @studio_generation.post("/gallery/<uuid:generation_id>/delete")

@@ -7,12 +7,14 @@ from uuid import UUID, uuid4
 
 import pytest
 from flask.testing import FlaskClient
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
 from api_service import lifecycle
 from api_service.app import create_app
-from shared.db.models import Image, Job
+from shared.contracts.jobs import Change, Replay, ReplayVerdict
+from shared.db import images
+from shared.db.models import GenerationReference, Image, Job
 from shared.db.spaces import Space
 from shared.settings import Settings, get_settings
 from tests.factories import make_image, make_job, make_space
@@ -96,6 +98,17 @@ def test_a_plan_that_is_left_as_it_was_is_left_to_the_jobs_own_search(
     form[f"weight.{form['use'][0]}"] = "0.9"
     client.post("/", data=form, headers=OWN)
     assert [each["weight"] for each in submitted(session)["references"]] == [0.9, pytest.approx(0.2, abs=0.1)]
+
+
+def test_a_form_that_is_sent_again_makes_no_second_job(client: Client, session: Session, space: Space) -> None:
+    once = re.findall(r'name="once" value="(\w+)"', client.get("/").text)
+    form = {"prompt": "red", "once": once}
+    first, again = (client.post("/", data=form, headers=OWN).location for _ in range(2))
+    assert again == first
+    changed = client.post("/", data={**form, "prompt": "blue"}, headers=OWN).location
+    anew = client.post("/", data={**form, "once": "another\0page"}, headers=OWN).location
+    assert len({first, changed, anew}) == 3
+    assert re.findall(r'name="once" value="(\w+)"', client.get("/").text) != once
 
 
 def test_exactly_what_was_chosen_is_drawn_from(client: Client, session: Session, space: Space) -> None:
@@ -227,6 +240,33 @@ def test_an_output_is_shown_beside_what_shaped_it(client: Client, session: Sessi
     assert client.get(f"/gallery/{output.id}").status_code == 404
 
 
+def test_an_output_is_drawn_again_exactly(client: Client, session: Session, space: Space) -> None:
+    memory = make_image(session, vector=towards(a0=1))
+    output = generate(session, 7)
+    session.execute(update(GenerationReference).values(image_id=memory.id, weight=0.25))
+    session.commit()
+    assert "Draw exactly this again" in client.get(f"/gallery/{output.id}").text
+    answer = client.post(f"/gallery/{output.id}/replay", headers=OWN)
+    assert answer.status_code == 303
+    assert f"/gallery/{output.id}" in client.get(answer.location).text
+    parameters = submitted(session)
+    assert (parameters["seeds"], parameters["k"]) == ([output.seed], 0)
+    assert parameters["references"] == [{"image_id": str(memory.id), "weight": 0.25}]
+
+    change = Change(what="versions.torch", was="1", now="2")
+    output.replay = Replay(
+        of=output.id, verdict=ReplayVerdict.DIFFERENT, max_difference=99, psnr_db=12.25, changed=[change]
+    ).model_dump(mode="json")
+    session.commit()
+    page = client.get(f"/gallery/{output.id}").text
+    assert "<b>different</b>: up to 99 of 255 levels, 12.2 dB," in page
+    assert "versions.torch" in page
+
+    images.remove(session, memory)
+    session.commit()
+    assert client.post(f"/gallery/{output.id}/replay", headers=OWN).status_code == 422
+
+
 def test_images_are_added_found_looked_at_and_forgotten(client: Client, session: Session, space: Space) -> None:
     form = {"file": (io.BytesIO(picture("red")), "red.png"), "caption": "", "tags": "fruit, red", "collection": "mine"}
     answer = client.post("/memory", data=form, headers=OWN)
@@ -284,7 +324,7 @@ def sign_in(browser: FlaskClient, session: Session, *scopes: str) -> Any:
 
 def test_with_keys_every_page_leads_to_signing_in(browser: FlaskClient) -> None:
     rules = [rule for rule in browser.application.url_map.iter_rules() if rule.endpoint.startswith("studio")]
-    assert len(rules) == 20
+    assert len(rules) == 21
     open_to_all = set()
     for rule in rules:
         address = re.sub(r"<uuid:\w+>", str(uuid4()), rule.rule)

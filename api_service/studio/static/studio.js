@@ -80,7 +80,8 @@ function sendInto(form, target) {
     event.submitter.disabled = false;
     form.querySelector(":scope > .wrong")?.remove();
     const made = elements(html);
-    if (!ok) return form.append(made);
+    if (!ok) return form.append(made); // with the same `once`, so that what was accepted unheard is not made twice
+    form.elements.once.value = crypto.getRandomValues(new Uint32Array(4)).join("-");
     document.querySelector("[data-empty]")?.remove();
     const job = made.firstElementChild;
     target.prepend(made);
