@@ -19,6 +19,8 @@ TOLERANCE_DB = 40.0
 DECIDES = ("seed", "drawn_width", "drawn_height", "memory_savers", "embedding_space", "model", "versions")
 """What of a record decides pixels, beside parameters, which are those of then, and references."""
 OF_A_REFERENCE = ("sha256", "weight", "caption")
+WEIGHT_DIGITS = 9
+"""Weights are shares of their sum: dividing them by it once more moves their last bit."""
 
 
 def compare(job: Attempt, stored: Sequence[Output]) -> None:
@@ -76,8 +78,11 @@ def _deciding(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{key}", part) for key, part in value.items())
         else:
             yield name, value
+    yield "safety.policy", (record.get("safety") or {}).get("policy")
     for position, reference in enumerate(record.get("references", [])):
-        yield from ((f"references.{position}.{name}", reference.get(name)) for name in OF_A_REFERENCE)
+        for name in OF_A_REFERENCE:
+            value = reference.get(name)
+            yield f"references.{position}.{name}", round(value, WEIGHT_DIGITS) if isinstance(value, float) else value
 
 
 def _pixels(generation: Generation) -> np.ndarray:

@@ -40,17 +40,19 @@ def test_one_pixel_far_off_in_a_small_picture_is_no_noise() -> None:
 
 
 def test_only_what_decides_pixels_counts_as_changed() -> None:
-    reference = {**RECORD["references"][0], "pinned": True}  # type: ignore[index]
+    reference = {**RECORD["references"][0], "pinned": True, "weight": 1.0000000000000002}  # type: ignore[index]
     assert (
         list(changes(RECORD, {**RECORD, "job_id": "two", "mode_reason": "asked for", "references": [reference]})) == []
     )
     later = {
         **RECORD,
         "versions": {"torch": "3.0", "diffusers": "1.0"},
+        "safety": {"policy": "stricter", "decisions": []},
         "references": [{**reference, "caption": "a pear"}],
     }
     assert [(each.what, each.was, each.now) for each in changes(RECORD, later)] == [
         ("references.0.caption", "a red apple", "a pear"),
+        ("safety.policy", None, "stricter"),
         ("versions.diffusers", None, "1.0"),
         ("versions.torch", "2.14.1", "3.0"),
     ]
