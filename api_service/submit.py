@@ -30,8 +30,8 @@ from shared.db import admission, idempotency, images, jobs, outputs, spaces, usa
 from shared.db.models import Generation, GenerationReference, Job, ModelRecord
 from shared.db.session import session_scope
 from shared.errors import (
-    JobUnreadableError,
     ModelNotFoundError,
+    OriginalUnreadableError,
     ReferenceUnavailableError,
     UnsupportedParameterError,
     UnsupportedSizeError,
@@ -99,7 +99,7 @@ def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Su
         ResourceNotFoundError: there is no such output.
         ReferenceUnavailableError: an image that shaped it is gone.
         ModelNotFoundError: its model is not configured any more.
-        JobUnreadableError: another release recorded it, with what this one does not know.
+        OriginalUnreadableError: another release recorded it, with what this one does not know.
         IdempotencyKeyReusedError, OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError
     """
     settings = get_settings()
@@ -143,7 +143,7 @@ def _as_recorded(original: Generation, references: Sequence[GenerationReference]
             }
         )
     except (pydantic.ValidationError, KeyError) as error:
-        raise JobUnreadableError("Another release recorded this output, with what this one does not know.") from error
+        raise OriginalUnreadableError(generation_id=str(original.id)) from error
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,12 @@ class OriginalDeletedError(JobError):
     code = "original_deleted"
 
 
+class OriginalUnreadableError(JobError):
+    """The output cannot be drawn again: another release recorded it, with what this one does not know."""
+
+    code = "original_unreadable"
+
+
 class JobUnreadableError(JobError):
     """The worker that took the job cannot read it: it was accepted by another release."""
 
