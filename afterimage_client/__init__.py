@@ -45,7 +45,18 @@ from shared.contracts.images import (
     UploadFields,
     UploadResponse,
 )
-from shared.contracts.jobs import EventView, JobKind, JobState, JobView, Lane, OutputView, Preview, Progress
+from shared.contracts.jobs import (
+    EventView,
+    JobKind,
+    JobState,
+    JobView,
+    Lane,
+    OutputView,
+    Preview,
+    Progress,
+    Replay,
+    ReplayVerdict,
+)
 from shared.contracts.search import ImageFilter, RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
 
 __all__ = [
@@ -89,6 +100,8 @@ __all__ = [
     "RagSearchQuery",
     "RagSearchResponse",
     "RateLimitedError",
+    "Replay",
+    "ReplayVerdict",
     "SearchRequest",
     "SearchResponse",
     "ServerError",

@@ -24,6 +24,7 @@ from afterimage_client import (
     NotFoundError,
     RagGenerateRequest,
     RagSearchQuery,
+    ReplayVerdict,
     SearchRequest,
     Update,
     UploadFields,
@@ -66,6 +67,10 @@ def test_jobs_are_submitted_once_followed_listed_and_deleted(service: Afterimage
     assert service.outputs.get(done.outputs[0].id) == done.outputs[0]
     service.outputs.download(done.outputs[1], tmp_path / "1.png")
     assert (tmp_path / "1.png").read_bytes() == service.outputs.content(done.outputs[1])
+
+    again = service.jobs.wait(service.outputs.replay(done.outputs[1].id))
+    assert again.replay_of == done.outputs[1].id
+    assert [output.replay and output.replay.verdict for output in again.outputs] == [ReplayVerdict.IDENTICAL]
     with pytest.raises(ConflictError):
         service.jobs.retry(job)
     with pytest.raises(ConflictError):
