@@ -76,7 +76,7 @@ class UsedReference(Contract):
 
 
 class ReplayVerdict(StrEnum):
-    """How a picture that was drawn again compares with the one of then."""
+    """How a picture that was drawn again compares with the original."""
 
     IDENTICAL = "identical"
     WITHIN_TOLERANCE = "within_tolerance"
@@ -122,7 +122,7 @@ class OutputView(Contract):
     safety: SafetyRecord | None = Field(
         None, description="what a content policy decided about it and its prompt; none: there was no policy"
     )
-    replay: Replay | None = Field(None, description="of a replay's output: how it compares with the one of then")
+    replay: Replay | None = Field(None, description="of a replay's output: how it compares with the original")
     provenance: dict[str, Any] = Field(description="everything that decided the pixels")
 
 
