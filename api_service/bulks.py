@@ -139,18 +139,20 @@ def complete(bulk_id: UUID, request: BulkComplete, *, caller: Caller) -> BulkVie
             raise BulkOffsetError(received_lines=bulk.received_lines, digest=digest)
         if bulk.state == BulkState.ABANDONED:
             raise BulkStateError("The bulk was given up: its lines had stopped coming.", state=bulk.state)
+        begins = False
         if bulk.state == BulkState.RECEIVING:
             refused = bulk.total == 0 or (bulk.invalid and bulk.on_invalid == OnInvalid.REFUSE)
             if refused:
                 bulks.refuse(session, bulk)
             else:
                 bulks.start(session, bulk, get_settings().limits)
+                begins = True
         refusal = _refusal(session, bulk) if bulk.state == BulkState.REFUSED else None
         view = _views(session, [bulk])[0]
         models = bulk.models
     if refusal is not None:
         raise refusal
-    if view.total >= MANY:
+    if begins and view.total >= MANY:
         try:
             with session_scope() as session:
                 bulks.analyze(session)

@@ -39,6 +39,8 @@ class WorkerProcess:
     settings: Settings
     spare_seats: int = 0
     """How many more jobs it takes of each lane than of the next worse one."""
+    bulk_pause_s: float = 0.0
+    """How far apart it takes a bulk's jobs while better lanes are in use."""
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Self:
@@ -72,7 +74,7 @@ class WorkerProcess:
         app.conf.worker_consumer = "worker_service.consumer:Consumer"
         app.conf.broker_transport = "worker_service.seats:Transport"
         app.conf.broker_transport_options["lane_seats"] = self.lane_seats
-        app.conf.broker_transport_options["bulk_pause_s"] = self.settings.worker.bulk_pause_s
+        app.conf.broker_transport_options["bulk_pause_s"] = self.bulk_pause_s
         app.conf.worker_disable_prefetch = True
         return app
 

@@ -29,9 +29,9 @@ def serve(settings: Settings, model: str | None) -> None:
         ModelNotFoundError, ModelLoadError
     """
     name = model or settings.worker.generator or settings.model.default_generator
-    spare_seats = settings.worker.spare_seats
+    spare_seats, bulk_pause_s = settings.worker.spare_seats, settings.worker.bulk_pause_s
     with (
-        WorkerProcess("generate", name, settings, spare_seats) as process,
+        WorkerProcess("generate", name, settings, spare_seats, bulk_pause_s) as process,
         Watchdog(settings.watchdog) as watchdog,
     ):
         models = Models.load(name, settings, watchdog)

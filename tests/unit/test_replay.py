@@ -1,12 +1,14 @@
 """How two pictures and their records compare."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from worker_service.replay import TOLERANCE_DB, changes, difference
 
 GREY = np.full((8, 8, 3), 128, np.uint8)
-RECORD = {
+RECORD: dict[str, Any] = {
     "seed": 1,
     "model": {"weights_digest": "aa", "dtype": "float32"},
     "versions": {"torch": "2.14.1"},
@@ -40,7 +42,7 @@ def test_one_pixel_far_off_in_a_small_picture_is_no_noise() -> None:
 
 
 def test_only_what_decides_pixels_counts_as_changed() -> None:
-    reference = {**RECORD["references"][0], "pinned": True, "weight": 1.0000000000000002}  # type: ignore[index]
+    reference = {**RECORD["references"][0], "pinned": True, "weight": 1.0000000000000002}
     assert (
         list(changes(RECORD, {**RECORD, "job_id": "two", "mode_reason": "asked for", "references": [reference]})) == []
     )
