@@ -195,6 +195,15 @@ def test_a_replay_says_whether_it_is_the_picture_of_then_and_what_has_changed(
     assert other.psnr_db < 40
     assert [change.what for change in other.changed] == ["model.weights_digest", "references.0.caption"]
 
+    get_blobs().put(original.blob_key, b"no picture any more", media_type="image/png")
+    damaged = make_job(session, seeds=[5], k=0)
+    damaged.replay_of = original.id
+    session.commit()
+    assert run(damaged.id, models, leases) is Outcome.FAILED
+    error = reload(session, damaged).error
+    assert error is not None
+    assert (error["code"], error["context"]) == ("invalid_image", {"generation_id": str(original.id)})
+
 
 def test_a_replay_of_what_was_deleted_meanwhile_fails_and_says_so(
     session: Session, models: Models, leases: Leases
