@@ -8,7 +8,7 @@ import tempfile
 from granian.constants import Interfaces
 from granian.server import Server
 
-from api_service.serving import server_threads
+from api_service.http.concurrency import server_threads
 from shared.errors import ConfigurationError
 from shared.logging import configure as configure_logging
 from shared.settings import Settings, get_settings

@@ -10,9 +10,11 @@ from flask_openapi3.models.info import Info
 from flask_openapi3_swagger.plugins import RegisterPlugin as SwaggerUI
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from api_service import hardening, limits, problems, studio, waiting
-from api_service.caller import Caller, authenticated
-from api_service.document import Documented
+from api_service import studio
+from api_service.http import browser_security, problems, rate_limits
+from api_service.http.auth import Caller, authenticated
+from api_service.http.concurrency import Serving
+from api_service.openapi.document import Documented
 from api_service.routes.admin import admin
 from api_service.routes.bulks import bulks
 from api_service.routes.generation import generation
@@ -22,15 +24,15 @@ from api_service.routes.outputs import outputs
 from api_service.routes.search import search
 from api_service.routes.service import probes, service
 from api_service.routes.webhooks import webhooks
-from api_service.serving import Serving
-from api_service.views import API
+from api_service.services import job_stream
+from api_service.services.views import API
 from shared import metrics
+from shared.child_processes import end_with_parent
 from shared.db.session import bound_waits
 from shared.imaging import UploadDecoder
 from shared.logging import configure as configure_logging
 from shared.pools import close_at_exit
-from shared.processes import end_with_parent
-from shared.request_windows import request_windows
+from shared.request_stats import request_windows
 from shared.settings import Settings, get_settings
 from shared.version import VERSION
 
@@ -71,8 +73,8 @@ def create_app(settings: Settings | None = None) -> Documented:
     problems.register(app)
     app.before_request(_begin)
     app.before_request(_authenticate)
-    limits.register(app, settings)
-    hardening.register(app, settings)
+    rate_limits.register(app, settings)
+    browser_security.register(app, settings)
     if settings.security.studio_enabled:
         studio.register(app)
     app.after_request(_finish)
@@ -84,7 +86,7 @@ def served_app() -> Documented:
     """What granian calls in each of its worker processes."""
     settings = get_settings()
     configure_logging(settings, "api")
-    waiting.end_with_process()
+    job_stream.end_with_process()
     end_with_parent()
     close_at_exit()
     return create_app(settings)

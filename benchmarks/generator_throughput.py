@@ -19,9 +19,9 @@ from benchmarks.conditions import report
 from shared.capabilities import drawable_size
 from shared.contracts.generation import Mode
 from shared.settings import get_settings
-from worker_service.clip import Clip
-from worker_service.diffusion import Diffusion
-from worker_service.image_request import ImageRequest, Reference
+from worker_service.models.clip import Clip
+from worker_service.models.diffusion import Diffusion
+from worker_service.models.interface import ImageRequest, Reference
 
 BATCHES = (1, 2, 4, 8, 16)
 

@@ -37,7 +37,7 @@ from benchmarks.conditions import keep, report
 from benchmarks.mixed_files import Made, good_files, mixed_files
 from benchmarks.watching import Watch, cpu_s, in_ms, load_average, seconds_of
 from ops.local.stack import REPOSITORY, LocalStack
-from scripts.indexing.upload import BY_CIRCUMSTANCE, FILES_AT_ONCE, Report
+from scripts.index_images.upload import BY_CIRCUMSTANCE, FILES_AT_ONCE, Report
 from tests.stack import RunningStack, running_stack, wait_until
 
 ENVIRONMENT = {

@@ -26,7 +26,7 @@ from shared.errors import InvalidImageError
 from shared.imaging import DecodedImage, decode_upload, open_image
 from shared.settings import get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key
-from worker_service.clip import Clip
+from worker_service.models.clip import Clip
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ from typing import Any
 from alembic import context
 from sqlalchemy import NullPool, create_engine, text
 
-from shared.db.models import Base
 from shared.db.session import database_url
+from shared.db.tables import Base
 from shared.settings import get_settings
 
 LOCK = 7_046_029_254_386_353_131

@@ -25,14 +25,15 @@ from rich.table import Column, Table
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import queue, sweeper
+from shared import blob_sweeper
 from shared.contracts.common import Name
 from shared.contracts.jobs import JobState
 from shared.db import jobs, keys, owners, webhooks
 from shared.db.jobs import DeadJob
-from shared.db.models import ApiKey, Job, Owner
 from shared.db.session import session_scope
+from shared.db.tables import ApiKey, Job, Owner
 from shared.errors import BaseAppException, ResourceNotFoundError
+from shared.messaging import queue
 from shared.settings import get_settings
 from shared.storage import get_blobs
 
@@ -143,14 +144,14 @@ def _dead(session: Session, job_id: UUID) -> Job:
 def _sweep(arguments: argparse.Namespace) -> None:
     blobs, older_than_s = get_blobs(), arguments.older_than_s
     if older_than_s is None:
-        older_than_s = sweeper.grace_s(get_settings())
+        older_than_s = blob_sweeper.grace_s(get_settings())
     if arguments.dry_run:
-        for info in sweeper.unneeded(blobs, older_than_s=older_than_s):
+        for info in blob_sweeper.unneeded(blobs, older_than_s=older_than_s):
             print(f"{info.key}\t{info.size_bytes}")
         return
     if arguments.adopt:
-        sweeper.adopt(blobs)
-    swept = sweeper.sweep(blobs, older_than_s=older_than_s)
+        blob_sweeper.adopt(blobs)
+    swept = blob_sweeper.sweep(blobs, older_than_s=older_than_s)
     print(f"{swept.blobs} blobs, {swept.size_bytes} bytes, {swept.leftovers} half-written files")
 
 

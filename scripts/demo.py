@@ -18,10 +18,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from afterimage_client import Afterimage, AfterimageError, JobState, JobView, RagGenerateRequest, Update
-from scripts.index_images import index, wait_until_searchable
-from scripts.indexing.sources import found_in
-from scripts.indexing.upload import Report, Uploader
-from scripts.terminal import Output
+from scripts.console import Output
+from scripts.index_images.__main__ import index, wait_until_searchable
+from scripts.index_images.sources import found_in
+from scripts.index_images.upload import Report, Uploader
 
 STARTER_CORPUS = Path(__file__).resolve().parent.parent / "starter" / "corpus.tar"
 EMBEDDING_WAIT_S = 300

@@ -19,9 +19,9 @@ from rich.table import Table
 from shared.errors import ConfigurationError, InvalidImageError, ModelLoadError
 from shared.imaging import open_image
 from shared.settings import GeneratorSettings, OutputRule, PromptRule, get_settings
-from worker_service.clip import Clip
-from worker_service.embedder import encode
-from worker_service.policy import Policy, parts_of_image, parts_of_prompt, unit
+from worker_service.models.clip import Clip
+from worker_service.models.content_policy import Policy, parts_of_image, parts_of_prompt, unit
+from worker_service.models.embedder import encode
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

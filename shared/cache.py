@@ -26,8 +26,8 @@ from pydantic import BaseModel, TypeAdapter
 from redis import Redis, RedisError
 
 from shared.metrics import CACHE_FALLBACKS, increment_counter
-from shared.once import once
 from shared.settings import CacheSettings, get_settings
+from shared.singleton import once
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -28,6 +28,7 @@ import orjson
 # Named so that Pillow loads these three and not its whole family at the first open.
 from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from shared.child_processes import end_with_parent
 from shared.contracts.common import ImageFormat
 from shared.errors import (
     AnimatedImageError,
@@ -37,7 +38,6 @@ from shared.errors import (
     InvalidOutputError,
     UnsupportedImageTypeError,
 )
-from shared.processes import end_with_parent
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,12 +18,12 @@ import httpx
 from redis import Redis
 from sqlalchemy import Connection
 
-from shared.bell import close_bells
 from shared.cache import get_cache_manager
 from shared.db.session import get_engine, session_scope
+from shared.messaging.coalesce import close_bells
+from shared.messaging.queue import broker
 from shared.metrics import time_operation
-from shared.once import once
-from shared.queue import broker
+from shared.singleton import once
 
 P = ParamSpec("P")
 R = TypeVar("R")

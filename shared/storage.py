@@ -21,8 +21,8 @@ from obstore.store import LocalStore, from_url
 
 from shared.contracts.common import ImageFormat
 from shared.errors import ConfigurationError, ResourceNotFoundError, StorageError
-from shared.once import once
 from shared.settings import StorageSettings, get_settings
+from shared.singleton import once
 
 IMAGES = "images/"
 THUMBNAILS = "thumbnails/"

@@ -20,11 +20,11 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.orm import Session
 
 from ops.local.stack import DATABASE, LocalStack
-from shared import queue
-from shared.bell import close_bells
 from shared.db.session import build_engine, get_engine
-from shared.once import once
+from shared.messaging import queue
+from shared.messaging.coalesce import close_bells
 from shared.settings import Settings, get_settings
+from shared.singleton import once
 from tests.stack import RunningStack, running_stack
 
 _copies = count(1)

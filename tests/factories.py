@@ -14,8 +14,8 @@ from shared.contracts.jobs import JobKind, JobState, Lane
 from shared.contracts.search import ImageFilter
 from shared.db import images, jobs, owners, spaces
 from shared.db.images import ImageClaim
-from shared.db.models import Image, Job
 from shared.db.spaces import Space
+from shared.db.tables import Image, Job
 
 SHARED_COLLECTION = UUID("00000000-0000-4000-8000-000000000002")
 DIM = 16

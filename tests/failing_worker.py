@@ -21,13 +21,14 @@ from PIL import Image
 
 from shared import logging as logs
 from shared.settings import ClipSettings, Settings, get_settings
-from worker_service import generation, watchdog
-from worker_service.cheap import CheapGenerator
-from worker_service.embedder import Embedder
-from worker_service.image_request import ImageRequest, OnStep
-from worker_service.leases import Leases
-from worker_service.models import Models
-from worker_service.watchdog import AcceleratorLostError, Stage, Watchdog
+from worker_service.execution import watchdog
+from worker_service.execution.watchdog import AcceleratorLostError, Stage, Watchdog
+from worker_service.jobs import run as generation
+from worker_service.jobs.leases import Leases
+from worker_service.models.embedder import Embedder
+from worker_service.models.fake import CheapGenerator
+from worker_service.models.interface import ImageRequest, OnStep
+from worker_service.models.loaded import Models
 
 FAULTY = "faulty"
 """In a prompt: this image brings the fault of its round with it."""

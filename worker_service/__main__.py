@@ -1,4 +1,4 @@
-"""Start one worker process: `python -m worker_service embed`, `generate [--model NAME]` or `io`."""
+"""Start one process: `python -m worker_service embed`, `generate [--model NAME]`, `io` or `reconciler`."""
 
 import argparse
 import sys
@@ -11,24 +11,33 @@ from shared.pools import close_at_exit
 from shared.settings import get_settings
 from shared.storage import get_blobs
 
+MODULES = {
+    "embed": "worker_service.workers.embed",
+    "generate": "worker_service.workers.generate",
+    "io": "worker_service.workers.io",
+    "reconciler": "worker_service.maintenance.reconciler",
+}
+"""By name, so that only the processes that need torch load it."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m worker_service", description=__doc__)
-    parser.add_argument("kind", choices=["embed", "generate", "io"], help="what this process serves")
+    parser.add_argument("kind", choices=list(MODULES), help="what this process serves")
     parser.add_argument("--model", help="generate: which configured generator (default: the settings' choice)")
     arguments = parser.parse_args()
     try:
         settings = get_settings()
         close_at_exit()
         get_blobs()  # a wrong `storage.url` is told now, not by the first job
-        logs.configure(settings, service=f"worker.{arguments.kind}")
+        logs.configure(
+            settings, service=arguments.kind if arguments.kind == "reconciler" else f"worker.{arguments.kind}"
+        )
         metrics.serve(settings.metrics)
-        # By name, so that an io worker never loads torch.
-        worker = import_module(f"worker_service.{arguments.kind}_worker")
+        process = import_module(MODULES[arguments.kind])
         if arguments.kind == "generate":
-            worker.serve(settings, arguments.model)
+            process.serve(settings, arguments.model)
         else:
-            worker.serve(settings)
+            process.serve(settings)
     except BaseAppException as error:
         print(f"{error.code}: {error.message}", file=sys.stderr)
         raise SystemExit(2) from error

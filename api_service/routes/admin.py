@@ -5,9 +5,10 @@ from uuid import UUID
 from flask import Response, g
 from flask_openapi3.models.tag import Tag
 
-from api_service import access, respond
-from api_service.resource import Resource
-from api_service.views import API
+from api_service import services
+from api_service.http import responses
+from api_service.http.blueprint import Resource
+from api_service.services.views import API
 from shared.contracts.admin import (
     KeyCreate,
     KeyPatch,
@@ -37,19 +38,19 @@ class KeyPath(Contract):
 @admin.get("/owners", operation_id="listOwners", responses={200: Page[OwnerView]})
 def list_owners(query: PageQuery) -> Page[OwnerView]:
     """Who there is, newest first"""
-    return access.owner_page(query)
+    return services.admin.owner_page(query)
 
 
 @admin.post("/owners", operation_id="makeOwner", responses={200: OwnerView})
 def make_owner(body: OwnerCreate) -> OwnerView:
     """Make an owner; one of that name stays as it is"""
-    return access.make_owner(body, caller=g.caller)
+    return services.admin.make_owner(body, caller=g.caller)
 
 
 @admin.get("/owners/<owner_id>", operation_id="getOwner", responses={200: OwnerView})
 def get_owner(path: OwnerPath) -> OwnerView:
     """One owner"""
-    return access.owner(path.owner_id)
+    return services.admin.owner(path.owner_id)
 
 
 @admin.patch("/owners/<owner_id>", operation_id="changeOwner", responses={200: OwnerView})
@@ -58,34 +59,34 @@ def change_owner(path: OwnerPath, body: OwnerPatch) -> OwnerView:
 
     Fields that are not given stay as they are.
     """
-    return access.change_owner(path.owner_id, body, caller=g.caller)
+    return services.admin.change_owner(path.owner_id, body, caller=g.caller)
 
 
 @admin.post("/owners/<owner_id>/keys", operation_id="makeKey", responses={201: NewKeyView})
 def make_key(path: OwnerPath, body: KeyCreate) -> Response:
     """Make an API key; its secret is shown in this answer and never again"""
-    return respond.secret(access.make_key(path.owner_id, body, caller=g.caller))
+    return responses.secret(services.admin.make_key(path.owner_id, body, caller=g.caller))
 
 
 @admin.get("/keys", operation_id="listKeys", responses={200: Page[KeyView]})
 def list_keys(query: KeyQuery) -> Page[KeyView]:
     """Keys without their secrets, newest first, those that are no longer valid too"""
-    return access.key_page(query)
+    return services.admin.key_page(query)
 
 
 @admin.patch("/keys/<key_id>", operation_id="changeKey", responses={200: KeyView})
 def change_key(path: KeyPath, body: KeyPatch) -> KeyView:
     """Let a key expire at another time"""
-    return access.change_key(path.key_id, body, caller=g.caller)
+    return services.admin.change_key(path.key_id, body, caller=g.caller)
 
 
 @admin.post("/keys/<key_id>/rotate", operation_id="rotateKey", responses={201: NewKeyView})
 def rotate_key(path: KeyPath, body: KeyRotate) -> Response:
     """Replace a key by one that sees and may do the same; the old one stays valid for `overlap_s`"""
-    return respond.secret(access.rotate_key(path.key_id, body, caller=g.caller))
+    return responses.secret(services.admin.rotate_key(path.key_id, body, caller=g.caller))
 
 
 @admin.post("/keys/<key_id>/revoke", operation_id="revokeKey", responses={200: KeyView})
 def revoke_key(path: KeyPath) -> KeyView:
     """End a key at once"""
-    return access.revoke_key(path.key_id, caller=g.caller)
+    return services.admin.revoke_key(path.key_id, caller=g.caller)

@@ -7,13 +7,13 @@ from flask import Response, g, request
 from flask_openapi3.models.tag import Tag
 from werkzeug.exceptions import UnsupportedMediaType
 
-from api_service import bulk_results, respond
-from api_service import bulks as verbs
-from api_service.bulk_lines import Body
-from api_service.resource import Resource
+from api_service import services
+from api_service.http import responses
+from api_service.http.blueprint import Resource
+from api_service.http.concurrency import unwatched_body
 from api_service.routes.generation import idempotency_key
-from api_service.serving import unwatched_body
-from api_service.views import API
+from api_service.services.bulk_lines import Body
+from api_service.services.views import API
 from shared.contracts.bulks import (
     BulkAppend,
     BulkComplete,
@@ -53,7 +53,7 @@ def create_bulk(query: BulkSend) -> Response:
     needs `POST /bulks/{bulk_id}/complete`. After a lost connection the whole may be sent again with the same
     `Idempotency-Key`, or the rest to `POST /bulks/{bulk_id}/lines`.
     """
-    sent = verbs.send(_body(), may_complete=query.complete, caller=g.caller, key=idempotency_key())
+    sent = services.bulks.send(_body(), may_complete=query.complete, caller=g.caller, key=idempotency_key())
     response = _accepted(sent.view)
     if sent.replayed:
         response.headers["Idempotent-Replayed"] = "true"
@@ -66,7 +66,9 @@ def append_lines(path: BulkPath, query: BulkAppend) -> Response:
 
     `from_line` must be the bulk's `received_lines`; 409 `bulk_offset_mismatch` tells what it is.
     """
-    view = verbs.append(path.bulk_id, _body(), from_line=query.from_line, may_complete=query.complete, caller=g.caller)
+    view = services.bulks.append(
+        path.bulk_id, _body(), from_line=query.from_line, may_complete=query.complete, caller=g.caller
+    )
     return _accepted(view)
 
 
@@ -76,31 +78,31 @@ def complete_bulk(path: BulkPath, body: BulkComplete) -> BulkView:
 
     `lines` must be what the bulk has received. May be repeated.
     """
-    return verbs.complete(path.bulk_id, body, caller=g.caller)
+    return services.bulks.complete(path.bulk_id, body, caller=g.caller)
 
 
 @bulks.get("", operation_id="listBulks", responses={200: Page[BulkView]})
 def list_bulks(query: BulkQuery) -> Page[BulkView]:
     """The caller's bulks, newest first"""
-    return verbs.page(query, caller=g.caller)
+    return services.bulks.page(query, caller=g.caller)
 
 
 @bulks.get("/<bulk_id>", operation_id="getBulk", responses={200: BulkView})
 def get_bulk(path: BulkPath) -> BulkView:
     """How far a bulk is: items by state, rate, estimated end"""
-    return verbs.get(path.bulk_id, caller=g.caller)
+    return services.bulks.get(path.bulk_id, caller=g.caller)
 
 
 @bulks.get("/<bulk_id>/items", operation_id="listBulkItems", responses={200: Page[BulkItemView]})
 def list_items(path: BulkPath, query: BulkItemQuery) -> Page[BulkItemView]:
     """Its items in the order of their lines, with their outputs"""
-    return verbs.items(path.bulk_id, query, caller=g.caller)
+    return services.bulks.items(path.bulk_id, query, caller=g.caller)
 
 
 @bulks.get("/<bulk_id>/errors", operation_id="listBulkErrors", responses={200: Page[BulkLineError]})
 def list_errors(path: BulkPath, query: LineQuery) -> Page[BulkLineError]:
     """Its invalid lines, each with the reason"""
-    return verbs.errors(path.bulk_id, query, caller=g.caller)
+    return services.bulks.errors(path.bulk_id, query, caller=g.caller)
 
 
 @bulks.post("/<bulk_id>/pause", operation_id="pauseBulk", responses={200: BulkView})
@@ -109,7 +111,7 @@ def pause_bulk(path: BulkPath) -> BulkView:
 
     What runs ends. May be repeated.
     """
-    return verbs.pause(path.bulk_id, caller=g.caller)
+    return services.bulks.pause(path.bulk_id, caller=g.caller)
 
 
 @bulks.post("/<bulk_id>/resume", operation_id="resumeBulk", responses={200: BulkView})
@@ -118,7 +120,7 @@ def resume_bulk(path: BulkPath) -> BulkView:
 
     May be repeated.
     """
-    return verbs.resume(path.bulk_id, caller=g.caller)
+    return services.bulks.resume(path.bulk_id, caller=g.caller)
 
 
 @bulks.post("/<bulk_id>/cancel", operation_id="cancelBulk", responses={200: BulkView})
@@ -127,7 +129,7 @@ def cancel_bulk(path: BulkPath) -> BulkView:
 
     May be repeated.
     """
-    return verbs.cancel(path.bulk_id, caller=g.caller)
+    return services.bulks.cancel(path.bulk_id, caller=g.caller)
 
 
 @bulks.post("/<bulk_id>/retry-failed", operation_id="retryFailedBulkItems", responses={200: BulkView})
@@ -136,7 +138,7 @@ def retry_failed(path: BulkPath) -> BulkView:
 
     Each gets a new job that names the one before in `retry_of`; without such an item nothing changes.
     """
-    return verbs.retry_failed(path.bulk_id, caller=g.caller)
+    return services.bulks.retry_failed(path.bulk_id, caller=g.caller)
 
 
 @bulks.get("/<bulk_id>/manifest", operation_id="getBulkManifest")
@@ -146,7 +148,7 @@ def get_manifest(path: BulkPath, query: BulkRest) -> Response:
     Streamed, in the order of lines, as things are. The last line is `{"end": true, "items": N}`; without it the
     download was cut and goes on behind its last line with `cursor`.
     """
-    parts = bulk_results.manifest(path.bulk_id, after=query.cursor or 0, caller=g.caller)
+    parts = services.bulk_results.manifest(path.bulk_id, after=query.cursor or 0, caller=g.caller)
     return _download(parts, media_type=JSON_LINES[0], filename=f"{path.bulk_id}.jsonl")
 
 
@@ -157,7 +159,7 @@ def get_archive(path: BulkPath, query: BulkRest) -> Response:
     Streamed. `000017-0.png` is the first image of line 17, and `000017.json`, behind it, that line of the manifest.
     The last member is `end.json`; without it the download was cut and goes on behind its last line with `cursor`.
     """
-    parts = bulk_results.archive(path.bulk_id, after=query.cursor or 0, caller=g.caller)
+    parts = services.bulk_results.archive(path.bulk_id, after=query.cursor or 0, caller=g.caller)
     return _download(parts, media_type="application/x-tar", filename=f"{path.bulk_id}.tar")
 
 
@@ -171,11 +173,11 @@ def _body() -> Body:
 
 
 def _accepted(view: BulkView) -> Response:
-    return respond.json(view, 202, {"Location": view.url, "Retry-After": str(respond.POLL_AFTER_S)})
+    return responses.json(view, 202, {"Location": view.url, "Retry-After": str(responses.POLL_AFTER_S)})
 
 
 def _download(parts: Iterator[bytes], *, media_type: str, filename: str) -> Response:
-    place = verbs.place()
+    place = services.bulks.place()
     response = Response(parts, content_type=media_type)
     response.headers["Cache-Control"] = "no-store"
     response.headers.set("Content-Disposition", "attachment", filename=filename)

@@ -6,9 +6,10 @@ from contextlib import suppress
 from flask import Response, g, request
 from flask_openapi3.models.tag import Tag
 
-from api_service import problems, respond, submit, waiting
-from api_service.resource import Resource
-from api_service.views import API
+from api_service import services
+from api_service.http import problems, responses
+from api_service.http.blueprint import Resource
+from api_service.services.views import API
 from shared.contracts.generation import DryRunView, GenerateRequest, RagGenerateRequest
 from shared.contracts.jobs import JobView
 from shared.errors import ResourceNotFoundError
@@ -29,7 +30,7 @@ def generate(body: GenerateRequest) -> Response:
     again with the same `Idempotency-Key` within 24 hours makes no second job: it gets the first one's answer, with
     `Idempotent-Replayed: true`.
     """
-    return accepted(submit.generation(body, caller=g.caller, key=idempotency_key()))
+    return accepted(services.generation.generation(body, caller=g.caller, key=idempotency_key()))
 
 
 @generation.post("/rag/generate", operation_id="ragGenerate", responses={202: JobView})
@@ -38,22 +39,22 @@ def rag_generate(body: RagGenerateRequest) -> Response:
 
     References are searched by the prompt, or pinned by `reference_ids`. Answers as `POST /generate`.
     """
-    return accepted(submit.rag_generation(body, caller=g.caller, key=idempotency_key()))
+    return accepted(services.generation.rag_generation(body, caller=g.caller, key=idempotency_key()))
 
 
-def accepted(submitted: submit.Submitted | DryRunView) -> Response:
+def accepted(submitted: services.generation.Submitted | DryRunView) -> Response:
     if isinstance(submitted, DryRunView):
-        return respond.json(submitted)
+        return responses.json(submitted)
     view, waited = submitted.view, None
-    wait_s = respond.preferred_wait_s()
+    wait_s = responses.preferred_wait_s()
     if wait_s is not None:
         # A replayed job may be gone by now; then the answer of then is all there is.
         with suppress(ResourceNotFoundError):
-            view, held = waiting.wait_for_job(
+            view, held = services.job_stream.wait_for_job(
                 view.id, caller=g.caller, timeout_s=wait_s, until=lambda job: job.state.is_final
             )
             waited = wait_s if held else None
-    response = respond.accepted(view, waited=waited)
+    response = responses.accepted(view, waited=waited)
     if submitted.replayed:
         response.headers["Idempotent-Replayed"] = "true"
     return response

@@ -6,9 +6,10 @@ from uuid import UUID
 from flask import Response, current_app, g, request
 from flask_openapi3.models.tag import Tag
 
-from api_service import corpus, forms, lifecycle, respond
-from api_service.resource import Resource
-from api_service.views import API
+from api_service import services
+from api_service.http import multipart, responses
+from api_service.http.blueprint import Resource
+from api_service.services.views import API
 from shared.contracts.common import Contract, ImageFormat, Page, PageQuery
 from shared.contracts.images import ImagePatch, ImageQuery, ImageView, UploadResponse
 from shared.contracts.jobs import OutputView
@@ -29,22 +30,25 @@ def upload() -> Response:
     each. A file that the collection already has is answered with the image it has.
     They become searchable as soon as a worker has embedded them: `state` is then `ready`.
     """
-    uploaded = corpus.upload(
-        forms.files(request), forms.upload_fields(request), caller=g.caller, decoder=current_app.extensions["decoder"]
+    uploaded = services.images.upload(
+        multipart.files(request),
+        multipart.upload_fields(request),
+        caller=g.caller,
+        decoder=current_app.extensions["decoder"],
     )
-    return respond.json(uploaded, 201 if uploaded.created else 200)
+    return responses.json(uploaded, 201 if uploaded.created else 200)
 
 
 @images.get("/images", operation_id="listImages", responses={200: Page[ImageView]})
 def list_images(query: ImageQuery) -> Page[ImageView]:
     """The images of a collection, newest first"""
-    return corpus.page(query, caller=g.caller)
+    return services.images.page(query, caller=g.caller)
 
 
 @images.get("/images/<image_id>", operation_id="getImage", responses={200: ImageView})
 def get_image(path: ImagePath) -> ImageView:
     """One image"""
-    return corpus.image(path.image_id, caller=g.caller)
+    return services.images.image(path.image_id, caller=g.caller)
 
 
 @images.patch("/images/<image_id>", operation_id="changeImage", responses={200: ImageView})
@@ -53,22 +57,22 @@ def change_image(path: ImagePath, body: ImagePatch) -> ImageView:
 
     Fields that are not given stay as they are; null empties one.
     """
-    return corpus.change(path.image_id, body, caller=g.caller)
+    return services.images.change(path.image_id, body, caller=g.caller)
 
 
 @images.delete("/images/<image_id>", operation_id="deleteImage", responses={204: None})
 def delete_image(path: ImagePath) -> Response:
     """Forget an image: no search and no new generation meets it again"""
-    corpus.remove(path.image_id, caller=g.caller)
-    return respond.no_content()
+    services.images.remove(path.image_id, caller=g.caller)
+    return responses.no_content()
 
 
 @images.get("/images/<image_id>/content", operation_id="getImageContent")
 def get_content(path: ImagePath) -> Response:
     """The file"""
-    row = corpus.row(path.image_id, caller=g.caller)
+    row = services.images.row(path.image_id, caller=g.caller)
     stem = PurePath(row.filename).stem if row.filename else str(row.id)
-    return respond.blob(
+    return responses.blob(
         row.blob_key,
         etag=row.sha256,
         media_type=ImageFormat(row.format).media_type,
@@ -80,13 +84,13 @@ def get_content(path: ImagePath) -> Response:
 @images.get("/images/<image_id>/thumbnail", operation_id="getImageThumbnail")
 def get_thumbnail(path: ImagePath) -> Response:
     """A small WebP"""
-    row = corpus.row(path.image_id, caller=g.caller)
-    return respond.thumbnail(row.thumbnail_key, sha256=row.sha256, name=str(row.id))
+    row = services.images.row(path.image_id, caller=g.caller)
+    return responses.thumbnail(row.thumbnail_key, sha256=row.sha256, name=str(row.id))
 
 
 @images.get("/images/<image_id>/generations", operation_id="listGenerationsOfImage", responses={200: Page[OutputView]})
 def list_generations(path: ImagePath, query: PageQuery) -> Page[OutputView]:
     """Every output that used this image, also after it was deleted"""
-    return lifecycle.output_page(
+    return services.outputs.list_page(
         OutputQuery(limit=query.limit, cursor=query.cursor, reference_id=path.image_id), caller=g.caller
     )

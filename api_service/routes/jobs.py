@@ -5,9 +5,10 @@ from uuid import UUID
 from flask import Response, g, request
 from flask_openapi3.models.tag import Tag
 
-from api_service import lifecycle, problems, respond, submit, waiting
-from api_service.resource import Resource
-from api_service.views import API
+from api_service import services
+from api_service.http import problems, responses
+from api_service.http.blueprint import Resource
+from api_service.services.views import API
 from shared.contracts.common import Contract, Page
 from shared.contracts.jobs import EventsQuery, JobQuery, JobView, JobWait
 
@@ -21,7 +22,7 @@ class JobPath(Contract):
 @jobs.get("", operation_id="listJobs", responses={200: Page[JobView]})
 def list_jobs(query: JobQuery) -> Page[JobView]:
     """The caller's jobs, newest first"""
-    return lifecycle.page(query, caller=g.caller)
+    return services.jobs.page(query, caller=g.caller)
 
 
 @jobs.get("/<job_id>", operation_id="getJob", responses={200: JobView})
@@ -31,17 +32,17 @@ def get_job(path: JobPath, query: JobWait) -> Response:
     `wait` (or `Prefer: wait=N`) makes it wait: until an event later than `after`, or without `after` until the job
     has ended. It answers with the job as it is when the time is over.
     """
-    preferred = respond.preferred_wait_s()
+    preferred = responses.preferred_wait_s()
     wait_s = preferred if query.wait is None else query.wait
     if not wait_s:
-        return respond.job(waiting.job(path.job_id, caller=g.caller))
-    view, waited = waiting.wait_for_job(
+        return responses.job(services.job_stream.job(path.job_id, caller=g.caller))
+    view, waited = services.job_stream.wait_for_job(
         path.job_id,
         caller=g.caller,
         timeout_s=wait_s,
         until=lambda job: job.state.is_final or (query.after is not None and job.seq > query.after),
     )
-    return respond.job(view, waited=preferred if waited else None)
+    return responses.job(view, waited=preferred if waited else None)
 
 
 @jobs.get("/<job_id>/events", operation_id="streamJobEvents")
@@ -53,7 +54,7 @@ def stream_events(path: JobPath, query: EventsQuery) -> Response:
     by `preview_every`: `index` of the image, `step`, `total_steps`, and `image`, a `data:` URL of a JPEG of at most 256
     pixels a side. The stream ends with the job; 204 says that it already had.
     """
-    return waiting.event_stream(path.job_id, caller=g.caller, after=_last_seen(query))
+    return services.job_stream.event_stream(path.job_id, caller=g.caller, after=_last_seen(query))
 
 
 @jobs.post("/<job_id>/cancel", operation_id="cancelJob", responses={200: JobView})
@@ -62,20 +63,20 @@ def cancel_job(path: JobPath) -> JobView:
 
     Canceling one that is canceled already changes nothing; one that has ended otherwise gives 409.
     """
-    return lifecycle.cancel(path.job_id, caller=g.caller)
+    return services.jobs.cancel(path.job_id, caller=g.caller)
 
 
 @jobs.post("/<job_id>/retry", operation_id="retryJob", responses={202: JobView})
 def retry_job(path: JobPath) -> Response:
     """Do it again as a new job, after an end without success"""
-    return respond.accepted(submit.retry(path.job_id, caller=g.caller))
+    return responses.accepted(services.generation.retry(path.job_id, caller=g.caller))
 
 
 @jobs.delete("/<job_id>", operation_id="deleteJob", responses={204: None})
 def delete_job(path: JobPath) -> Response:
     """Delete an ended job with its outputs"""
-    lifecycle.delete(path.job_id, caller=g.caller)
-    return respond.no_content()
+    services.jobs.delete(path.job_id, caller=g.caller)
+    return responses.no_content()
 
 
 def _last_seen(query: EventsQuery) -> int:

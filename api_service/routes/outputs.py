@@ -5,10 +5,11 @@ from uuid import UUID
 from flask import Response, g
 from flask_openapi3.models.tag import Tag
 
-from api_service import lifecycle, respond, submit
-from api_service.resource import Resource
+from api_service import services
+from api_service.http import responses
+from api_service.http.blueprint import Resource
 from api_service.routes.generation import accepted, idempotency_key
-from api_service.views import API
+from api_service.services.views import API
 from shared.contracts.common import Contract, ImageFormat, Page
 from shared.contracts.jobs import JobView, OutputView
 from shared.contracts.outputs import OutputQuery
@@ -28,20 +29,20 @@ class OutputPath(Contract):
 @outputs.get("", operation_id="listGenerations", responses={200: Page[OutputView]})
 def list_generations(query: OutputQuery) -> Page[OutputView]:
     """The caller's generated images, newest first"""
-    return lifecycle.output_page(query, caller=g.caller)
+    return services.outputs.list_page(query, caller=g.caller)
 
 
 @outputs.get("/<generation_id>", operation_id="getGeneration", responses={200: OutputView})
 def get_generation(path: OutputPath) -> OutputView:
     """One generated image, with everything that decided its pixels"""
-    return lifecycle.output(path.generation_id, caller=g.caller)
+    return services.outputs.get(path.generation_id, caller=g.caller)
 
 
 @outputs.get("/<generation_id>/content", operation_id="getGenerationContent")
 def get_content(path: OutputPath) -> Response:
     """The file, with its provenance record inside"""
-    row = lifecycle.output_row(path.generation_id, caller=g.caller)
-    return respond.blob(
+    row = services.outputs.get_row(path.generation_id, caller=g.caller)
+    return responses.blob(
         row.blob_key,
         etag=row.sha256,
         media_type=ImageFormat(row.format).media_type,
@@ -53,8 +54,8 @@ def get_content(path: OutputPath) -> Response:
 @outputs.get("/<generation_id>/thumbnail", operation_id="getGenerationThumbnail")
 def get_thumbnail(path: OutputPath) -> Response:
     """A small WebP"""
-    row = lifecycle.output_row(path.generation_id, caller=g.caller)
-    return respond.thumbnail(row.thumbnail_key, sha256=row.sha256, name=str(row.id))
+    row = services.outputs.get_row(path.generation_id, caller=g.caller)
+    return responses.thumbnail(row.thumbnail_key, sha256=row.sha256, name=str(row.id))
 
 
 @outputs.post("/<generation_id>/replay", operation_id="replayGeneration", responses={202: JobView})
@@ -64,11 +65,11 @@ def replay_generation(path: OutputPath) -> Response:
     The job's output says in `replay` whether it is `identical`, `within_tolerance` or `different`, and what has
     changed since then. Answers as `POST /generate`.
     """
-    return accepted(submit.replay(path.generation_id, caller=g.caller, key=idempotency_key()))
+    return accepted(services.generation.replay(path.generation_id, caller=g.caller, key=idempotency_key()))
 
 
 @outputs.delete("/<generation_id>", operation_id="deleteGeneration", responses={204: None})
 def delete_generation(path: OutputPath) -> Response:
     """Delete one generated image; its job stays"""
-    lifecycle.delete_output(path.generation_id, caller=g.caller)
-    return respond.no_content()
+    services.outputs.delete(path.generation_id, caller=g.caller)
+    return responses.no_content()

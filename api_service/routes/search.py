@@ -3,9 +3,10 @@
 from flask import Response, current_app, g, request
 from flask_openapi3.models.tag import Tag
 
-from api_service import find, forms, parsing, respond
-from api_service.resource import Resource
-from api_service.views import API
+from api_service import services
+from api_service.http import multipart, requests, responses
+from api_service.http.blueprint import Resource
+from api_service.services.views import API
 from shared.contracts.search import RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
 
 search = Resource(
@@ -19,9 +20,11 @@ def search_images() -> Response:
 
     As JSON, or as multipart with the image as a file and the JSON body's fields as form fields.
     """
-    wanted = forms.search_request(request) if forms.is_multipart(request) else parsing.body(SearchRequest, request)
-    found = find.images_like(wanted, caller=g.caller, decoder=current_app.extensions["decoder"])
-    return respond.encoded(found)
+    wanted = (
+        multipart.search_request(request) if multipart.is_multipart(request) else requests.body(SearchRequest, request)
+    )
+    found = services.search.images_like(wanted, caller=g.caller, decoder=current_app.extensions["decoder"])
+    return responses.encoded(found)
 
 
 @search.get("/rag/search", operation_id="ragSearch", responses={200: RagSearchResponse})
@@ -30,4 +33,4 @@ def rag_search(query: RagSearchQuery) -> RagSearchResponse:
 
     Pass the ids of the used references as `reference_ids` to pin exactly these.
     """
-    return find.references_for(query, caller=g.caller)
+    return services.search.references_for(query, caller=g.caller)

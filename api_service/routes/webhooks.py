@@ -5,9 +5,10 @@ from uuid import UUID
 from flask import Response, g
 from flask_openapi3.models.tag import Tag
 
-from api_service import deliveries, respond
-from api_service.resource import Resource
-from api_service.views import API
+from api_service import services
+from api_service.http import responses
+from api_service.http.blueprint import Resource
+from api_service.services.views import API
 from shared.contracts.common import Contract, Page
 from shared.contracts.webhooks import DeliveryQuery, DeliveryView, WebhookSecretView
 
@@ -26,7 +27,7 @@ class DeliveryPath(Contract):
 @webhooks.get("/deliveries", operation_id="listWebhookDeliveries", responses={200: Page[DeliveryView]})
 def list_deliveries(query: DeliveryQuery) -> Page[DeliveryView]:
     """The log of the caller's webhooks, newest first"""
-    return deliveries.page(query, caller=g.caller)
+    return services.webhooks.page(query, caller=g.caller)
 
 
 @webhooks.post("/deliveries/<delivery_id>/redeliver", operation_id="redeliverWebhook", responses={202: DeliveryView})
@@ -35,7 +36,7 @@ def redeliver(path: DeliveryPath) -> Response:
 
     The receiver sees the same `webhook-id` as before.
     """
-    return respond.json(deliveries.redeliver(path.delivery_id, caller=g.caller), 202)
+    return responses.json(services.webhooks.redeliver(path.delivery_id, caller=g.caller), 202)
 
 
 @webhooks.post("/secret/rotate", operation_id="rotateWebhookSecret", responses={201: WebhookSecretView})
@@ -44,4 +45,4 @@ def rotate_secret() -> Response:
 
     The secrets before it sign beside it for a while, so that receivers may change theirs at their own pace.
     """
-    return respond.secret(deliveries.rotate_secret(caller=g.caller))
+    return responses.secret(services.webhooks.rotate_secret(caller=g.caller))

@@ -6,7 +6,8 @@ from uuid import UUID, uuid4
 
 from flask import Response, g, request
 
-from api_service import lifecycle, parsing, status, submit, waiting
+from api_service import services
+from api_service.http import requests
 from api_service.studio.pages import PICTURES, filled, is_fragment, page, pages, read, to
 from api_service.studio.search import pinned_images, plan
 from shared.cache import cache_result
@@ -57,8 +58,8 @@ def create() -> Response:
         "create",
         active="create",
         form=request.args,
-        models=status.models().models,
-        recent=lifecycle.page(JobQuery(limit=RECENT), caller=g.caller).items,
+        models=services.status.models().models,
+        recent=services.jobs.page(JobQuery(limit=RECENT), caller=g.caller).items,
         plan=shown,
         pinned=pinned,
         away=away,
@@ -69,7 +70,7 @@ def create() -> Response:
 @studio_generation.post("/")
 def generate() -> Response:
     wanted = _wanted()
-    submitted = submit.rag_generation(wanted, caller=g.caller, key=_once(wanted))
+    submitted = services.generation.rag_generation(wanted, caller=g.caller, key=_once(wanted))
     assert not isinstance(submitted, DryRunView)
     if is_fragment():
         return page("job", active="create", job=submitted.view)
@@ -79,7 +80,9 @@ def generate() -> Response:
 def _once(wanted: RagGenerateRequest) -> str | None:
     """An idempotency key: the same form sent again, because no answer came, makes no second job; a changed one does."""
     once = request.form.get("once")
-    return None if not once else hashlib.sha256(f"{once} {submit.fingerprint(wanted)}".encode()).hexdigest()
+    return (
+        None if not once else hashlib.sha256(f"{once} {services.generation.fingerprint(wanted)}".encode()).hexdigest()
+    )
 
 
 def _wanted() -> RagGenerateRequest:
@@ -91,7 +94,7 @@ def _wanted() -> RagGenerateRequest:
     form = request.form
     sent = filled(form, SETTINGS)
     collection = sent.pop("collection", None)
-    values = parsing.fields(RagGenerateRequest, sent, where="form")
+    values = requests.fields(RagGenerateRequest, sent, where="form")
     if collection:
         values["filter"] = {"collection": collection}
     planned = dict(pair.split("=", 1) for pair in form.get("planned", "").split() if "=" in pair)
@@ -99,17 +102,17 @@ def _wanted() -> RagGenerateRequest:
     used = {image_id: form.get(f"weight.{image_id}", "").strip() for image_id in chosen}
     if form.getlist("pin") or used != planned:
         values["reference_ids"] = [
-            parsing.form(PinnedReference, {"image_id": image_id, "weight": weight or None})
+            requests.form(PinnedReference, {"image_id": image_id, "weight": weight or None})
             for image_id, weight in used.items()
         ]
         if not used:
             values["mode"] = Mode.NONE
-    return parsing.form(RagGenerateRequest, {"preview_every": PREVIEW_EVERY, **values})
+    return requests.form(RagGenerateRequest, {"preview_every": PREVIEW_EVERY, **values})
 
 
 @studio_generation.get("/jobs/<uuid:job_id>")
 def job(job_id: UUID) -> Response:
-    view = waiting.job(job_id, caller=g.caller)
+    view = services.job_stream.job(job_id, caller=g.caller)
     return page("job", active="queue", job=view, again=_again(view))
 
 
@@ -123,51 +126,51 @@ def _again(job: JobView) -> dict[str, Any]:
 
 @studio_generation.post("/jobs/<uuid:job_id>/cancel")
 def cancel(job_id: UUID) -> Response:
-    lifecycle.cancel(job_id, caller=g.caller)
+    services.jobs.cancel(job_id, caller=g.caller)
     return to("studio_generation.job", job_id=job_id)
 
 
 @studio_generation.post("/jobs/<uuid:job_id>/retry")
 def retry(job_id: UUID) -> Response:
-    return to("studio_generation.job", job_id=submit.retry(job_id, caller=g.caller).id)
+    return to("studio_generation.job", job_id=services.generation.retry(job_id, caller=g.caller).id)
 
 
 @studio_generation.post("/jobs/<uuid:job_id>/delete")
 def delete(job_id: UUID) -> Response:
-    lifecycle.delete(job_id, caller=g.caller)
+    services.jobs.delete(job_id, caller=g.caller)
     return to("studio_generation.queue")
 
 
 @studio_generation.get("/gallery")
 def gallery() -> Response:
     query = read(OutputQuery, request.args, ("cursor",), limit=PICTURES)
-    return page("gallery", active="gallery", outputs=lifecycle.output_page(query, caller=g.caller))
+    return page("gallery", active="gallery", outputs=services.outputs.list_page(query, caller=g.caller))
 
 
 @studio_generation.get("/gallery/<uuid:generation_id>")
 def output(generation_id: UUID) -> Response:
     """One image beside the memories that shaped it, and all that decided its pixels."""
-    return page("output", active="gallery", output=lifecycle.output(generation_id, caller=g.caller))
+    return page("output", active="gallery", output=services.outputs.get(generation_id, caller=g.caller))
 
 
 @studio_generation.post("/gallery/<uuid:generation_id>/replay")
 def replay(generation_id: UUID) -> Response:
-    return to("studio_generation.job", job_id=submit.replay(generation_id, caller=g.caller).view.id)
+    return to("studio_generation.job", job_id=services.generation.replay(generation_id, caller=g.caller).view.id)
 
 
 @studio_generation.post("/gallery/<uuid:generation_id>/delete")
 def delete_output(generation_id: UUID) -> Response:
-    lifecycle.delete_output(generation_id, caller=g.caller)
+    services.outputs.delete(generation_id, caller=g.caller)
     return to("studio_generation.gallery")
 
 
 @studio_generation.get("/queue")
 def queue() -> Response:
     query = read(JobQuery, request.args, ("state", "cursor"))
-    return page("queue", active="queue", jobs=lifecycle.page(query, caller=g.caller), query=query, stats=_stats())
+    return page("queue", active="queue", jobs=services.jobs.page(query, caller=g.caller), query=query, stats=_stats())
 
 
 @cache_result(key_prefix="studio", ttl=STATS_TTL_S)
 def _stats() -> StatsView:
     """Counted once for all who look: it reads whole tables."""
-    return status.stats()
+    return services.status.stats()

@@ -9,8 +9,8 @@ import orjson
 from flask import Blueprint, Response, redirect, render_template, request, url_for
 from werkzeug.datastructures import MultiDict
 
-from api_service import parsing, problems
-from api_service.parsing import Model
+from api_service.http import problems, requests
+from api_service.http.requests import Model
 from shared.settings import get_settings
 
 PICTURES = 48
@@ -65,7 +65,7 @@ def read(model: type[Model], values: "MultiDict[str, str]", names: Sequence[str]
     Raises:
         ValidationError
     """
-    return parsing.form(model, defaults | parsing.fields(model, filled(values, names), where="form"))
+    return requests.form(model, defaults | requests.fields(model, filled(values, names), where="form"))
 
 
 def pretty(record: Any) -> str:

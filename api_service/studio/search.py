@@ -8,7 +8,8 @@ from uuid import UUID
 from flask import Response, current_app, g, request
 from werkzeug.datastructures import MultiDict
 
-from api_service import corpus, find, parsing
+from api_service import services
+from api_service.http import requests
 from api_service.studio.pages import filled, page, pages
 from shared.contracts.images import ImageView
 from shared.contracts.search import (
@@ -56,8 +57,8 @@ def plan(form: "MultiDict[str, str]", pinned: Sequence[ImageView]) -> Plan | Non
         return None
     if "similar_examples_count" in sent:
         sent["k"] = sent.pop("similar_examples_count")
-    query = parsing.form(RagSearchQuery, parsing.fields(RagSearchQuery, sent, where="form"))
-    found = find.references_for(query, caller=g.caller)
+    query = requests.form(RagSearchQuery, requests.fields(RagSearchQuery, sent, where="form"))
+    found = services.search.references_for(query, caller=g.caller)
     models = get_settings().model
     room = max(0, models.generators[query.model or models.default_generator].max_references - len(pinned))
     there = {image.id for image in pinned}
@@ -69,7 +70,7 @@ def pinned_images(form: "MultiDict[str, str]") -> list[ImageView]:
     pinned = []
     for sent in list(dict.fromkeys(form.getlist("pin")))[:MOST_PINNED]:
         try:
-            pinned.append(corpus.image(UUID(sent), caller=g.caller))
+            pinned.append(services.images.image(UUID(sent), caller=g.caller))
         except (ValueError, ResourceNotFoundError):
             continue  # forgotten since it was pinned
     return pinned
@@ -83,14 +84,14 @@ def search() -> Response:
     picture = sent.read() if sent is not None else b""
     asked = filled(form, ASKED)
     collection = asked.pop("collection", None)
-    values = parsing.fields(SearchRequest, asked, where="form")
+    values = requests.fields(SearchRequest, asked, where="form")
     if not values.keys() & {"query", "image_id"} and not picture:
         return page("search", active="memory", found=None, like=None, form=form)
     if picture:
         values["image"] = base64.b64encode(picture).decode()
     if collection:
         values["filter"] = {"collection": collection}
-    wanted = parsing.form(SearchRequest, values)
-    answer = find.images_like(wanted, caller=g.caller, decoder=current_app.extensions["decoder"])
-    like = corpus.image(wanted.image_id, caller=g.caller) if wanted.image_id else None
+    wanted = requests.form(SearchRequest, values)
+    answer = services.search.images_like(wanted, caller=g.caller, decoder=current_app.extensions["decoder"])
+    like = services.images.image(wanted.image_id, caller=g.caller) if wanted.image_id else None
     return page("search", active="memory", found=SearchResponse.model_validate_json(answer), like=like, form=form)

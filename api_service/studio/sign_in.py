@@ -2,7 +2,7 @@
 
 from flask import Response, request
 
-from api_service.caller import cookie_name, from_own_page, over_tls
+from api_service.http.auth import cookie_name, from_own_page, over_tls
 from api_service.studio.pages import page, pages, to
 from shared.db import keys
 from shared.db.session import session_scope

@@ -4,6 +4,6 @@ An entry point: nothing else imports it, because it reads the settings when it i
 it shows the events that workers send.
 """
 
-from shared.queue import celery_app
+from shared.messaging.queue import celery_app
 
 app = celery_app()

@@ -72,7 +72,7 @@ def app(
         for name in _numbered(f"generate-{model}", instances.get("generate", 1))
     ]
     programs += [worker(name, "io", serves=("io", None)) for name in _numbered("io", instances.get("io", 1))]
-    reconciler = _python("-m", "worker_service.reconciler")
+    reconciler = _python("-m", "worker_service", "reconciler")
     return [
         *programs,
         Program("reconciler", reconciler, environment=_metrics(memory, "reconciler")),

@@ -13,8 +13,8 @@ from shared.capabilities import drawable_size, resolve_mode
 from shared.contracts.generation import Mode, seeds_from
 from shared.db.images import Vector
 from shared.settings import RetrievalSettings
-from worker_service import outputs
-from worker_service.image_request import ImageModel, ImageRequest
+from worker_service.jobs import outputs
+from worker_service.models.interface import ImageModel, ImageRequest
 
 
 class Arm(StrEnum):

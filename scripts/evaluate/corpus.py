@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from scripts.indexing.sources import IMAGE_SUFFIXES, Sample, read_samples
+from scripts.index_images.sources import IMAGE_SUFFIXES, Sample, read_samples
 from shared.errors import BaseAppException, ConfigurationError
 from shared.imaging import decode_upload, open_image
 from shared.settings import APISettings

@@ -12,7 +12,7 @@ from scripts.evaluate.arms import Arm, Case, requests
 from scripts.evaluate.judging import Judge, Known, copying, scores
 from scripts.evaluate.metrics import Floats, Pixels
 from scripts.evaluate.store import Store
-from worker_service.image_request import ImageModel, ImageRequest
+from worker_service.models.interface import ImageModel, ImageRequest
 
 SHEET_CASES = 12
 """Cases per split that keep their first image for the sheet."""

@@ -20,8 +20,8 @@ from scripts.evaluate.metrics import Floats
 from scripts.evaluate.store import Store
 from shared.errors import ConfigurationError
 from shared.settings import ClipSettings, Settings
-from worker_service.clip import Clip
-from worker_service.diffusion import Diffusion
+from worker_service.models.clip import Clip
+from worker_service.models.diffusion import Diffusion
 
 ROUND_TRIPS = 256
 """Images that the autoencoder is measured on, at most."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 from scripts.evaluate import metrics
 from scripts.evaluate.metrics import Floats, Pixels
-from worker_service.clip import Clip
+from worker_service.models.clip import Clip
 
 
 def unit(vectors: Floats) -> Floats:

@@ -23,8 +23,8 @@ from scripts.evaluate.arms import Arm, case, requests
 from scripts.evaluate.judging import unit
 from scripts.evaluate.store import Store
 from shared.settings import STARTER, get_settings
-from worker_service.clip import Clip
-from worker_service.diffusion import Diffusion
+from worker_service.models.clip import Clip
+from worker_service.models.diffusion import Diffusion
 
 DRAWN = (
     *("pizza", "red apple", "fox", "clown face", "soccer ball", "house", "rocket", "sunflower"),

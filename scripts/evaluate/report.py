@@ -13,8 +13,8 @@ from scripts.evaluate.drawing import Split
 from scripts.evaluate.evaluation import Evaluation, Models, Options
 from scripts.evaluate.statistics import LEVEL, RESAMPLES, difference, estimate
 from shared.settings import Settings
-from worker_service.clip import Clip
-from worker_service.outputs import LIBRARIES
+from worker_service.jobs.outputs import LIBRARIES
+from worker_service.models.clip import Clip
 
 COMPARED = ("judge_top1", "judge_top5", "clip_score", "clip_i")
 """Measures for which more is better; the others only describe."""

@@ -11,7 +11,7 @@ import numpy as np
 from scripts.evaluate.corpus import Picture
 from shared import retrieval
 from shared.db.images import Found, Vector
-from shared.db.models import Image as ImageRow
+from shared.db.tables import Image as ImageRow
 from shared.settings import RetrievalSettings
 
 

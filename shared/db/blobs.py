@@ -13,7 +13,7 @@ from sqlalchemy import ARRAY, Text, cast, delete, func, insert, select, text
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
-from shared.db.models import BlobClaim, Generation, Image, Job
+from shared.db.tables import BlobClaim, Generation, Image, Job
 from shared.storage import attempt_of, content_of
 
 

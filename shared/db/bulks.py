@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.bulks import BulkCounts, BulkOptions, BulkQuery, BulkState, ItemState
 from shared.contracts.jobs import JobState
-from shared.db import jobs, paging, usage, webhooks
-from shared.db.models import Bulk, BulkItem, BulkLineError, Job
+from shared.db import jobs, paging, quotas, webhooks
+from shared.db.tables import Bulk, BulkItem, BulkLineError, Job
 from shared.errors import BulkStateError, ResourceNotFoundError
 from shared.metrics import JOBS_SUBMITTED
 from shared.settings import LimitSettings
@@ -137,7 +137,7 @@ def start(session: Session, bulk: Bulk, limits: LimitSettings) -> None:
     Raises:
         QuotaExceededError
     """
-    bulk.quota_day = usage.reserve(session, bulk.owner_id, bulk.images, limits)
+    bulk.quota_day = quotas.reserve(session, bulk.owner_id, bulk.images, limits)
     bulk.state = BulkState.RUNNING
     bulk.started_at = func.now()
     if bulk.expires_in_s is not None:
@@ -351,7 +351,7 @@ def retry_failed(session: Session, bulk: Bulk, limits: LimitSettings) -> None:
     images = session.scalar(select(func.sum(Job.images)).where(failed)) or 0
     if not images and not came_too_late:
         return
-    today = usage.reserve(session, bulk.owner_id, images + came_too_late, limits)
+    today = quotas.reserve(session, bulk.owner_id, images + came_too_late, limits)
     if images:
         bulk.retry_before = now
     bulk.expires_at = None
@@ -478,7 +478,7 @@ def _feed(session: Session, bulk: Bulk, model: str, *, most: int) -> None:
 
 def _end(session: Session, bulk: Bulk, state: BulkState) -> None:
     if bulk.quota_day is not None and (bulk.fed < bulk.total or bulk.retry_before is not None):
-        usage.give_back_images(session, bulk.owner_id, bulk.quota_day, _images_left(session, bulk))
+        quotas.give_back_images(session, bulk.owner_id, bulk.quota_day, _images_left(session, bulk))
     bulk.state, bulk.finished_at, bulk.retry_before = state, func.now(), None
     session.flush()
     session.refresh(bulk)

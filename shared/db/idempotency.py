@@ -9,7 +9,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from shared.db import retention
-from shared.db.models import IdempotencyKey
+from shared.db.tables import IdempotencyKey
 from shared.errors import IdempotencyKeyReusedError
 
 KEPT_S = 24 * 3600

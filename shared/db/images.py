@@ -29,8 +29,8 @@ from sqlalchemy.orm import Session
 from shared.contracts.images import ImageQuery, ImageState
 from shared.contracts.search import ImageFilter
 from shared.db import paging
-from shared.db.models import Collection, Image
 from shared.db.spaces import Space
+from shared.db.tables import Collection, Image
 from shared.errors import EmbeddingCrashedError, ResourceNotFoundError
 from shared.metrics import RETRIEVAL_SIMILARITY, time_operation
 

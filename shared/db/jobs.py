@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session, aliased
 from shared.contracts.bulks import BulkState
 from shared.contracts.generation import GenerationParameters, Webhook
 from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
-from shared.db import paging, usage, webhooks
-from shared.db.models import Bulk, Generation, GenerationReference, Job, JobEvent, Owner
+from shared.db import paging, quotas, webhooks
+from shared.db.tables import Bulk, Generation, GenerationReference, Job, JobEvent, Owner
 from shared.errors import BaseAppException, JobCrashedError, JobStateError, ResourceNotFoundError
 from shared.metrics import JOBS_FINISHED
 
@@ -422,7 +422,7 @@ def _not_expired() -> ColumnElement[bool]:
 
 
 def _bulk_runs() -> ColumnElement[bool]:
-    """The job belongs to no bulk, or to one that is not paused or over. `shared.db.feed` asks the same in SQL."""
+    """The job belongs to no bulk, or to one that is not paused or over. `shared.db.dispatch` asks the same in SQL."""
     return or_(Job.bulk_id.is_(None), exists().where(Bulk.id == Job.bulk_id, Bulk.state == BulkState.RUNNING))
 
 
@@ -449,7 +449,7 @@ def _end_all(
     )
     JOBS_FINISHED.labels(state.value).inc(len(ended))
     if ended and state is not JobState.SUCCEEDED:
-        usage.give_back(session, ended)
+        quotas.give_back(session, ended)
     return ended
 
 

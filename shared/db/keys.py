@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.admin import Scope
 from shared.db import paging
-from shared.db.models import ApiKey, Owner
+from shared.db.tables import ApiKey, Owner
 from shared.errors import ResourceNotFoundError
 
 SCOPES = tuple(scope.value for scope in Scope)

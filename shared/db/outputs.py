@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared.db import paging
-from shared.db.models import Generation, GenerationReference
+from shared.db.tables import Generation, GenerationReference
 from shared.errors import ResourceNotFoundError
 
 

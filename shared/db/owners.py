@@ -7,7 +7,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from shared.db import paging
-from shared.db.models import Collection, Owner
+from shared.db.tables import Collection, Owner
 from shared.errors import ResourceNotFoundError
 
 

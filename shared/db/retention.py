@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, Select, delete, func, literal_column, or_,
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
-from shared.db.models import Bulk, Chore, Generation, Job, JobEvent, WebhookDelivery
+from shared.db.tables import Bulk, Chore, Generation, Job, JobEvent, WebhookDelivery
 
 PENDING = "pending"
 

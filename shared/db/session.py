@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from shared.errors import DatabaseConnectionError, DatabaseQueryError
 from shared.metrics import observe_database
-from shared.once import once
 from shared.settings import DatabaseSettings, get_settings
+from shared.singleton import once
 
 
 def build_engine(settings: DatabaseSettings) -> Engine:

@@ -7,7 +7,7 @@ from pgvector.sqlalchemy import HALFVEC
 from sqlalchemy import REAL, Column, ForeignKey, Index, MetaData, Table, func, select, text
 from sqlalchemy.orm import Session
 
-from shared.db.models import EmbeddingSpace, Image
+from shared.db.tables import EmbeddingSpace, Image
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, aliased
 
 from shared.contracts.webhooks import DeliveryQuery
 from shared.db import paging
-from shared.db.models import Job, JobEvent, WebhookDelivery, WebhookSecret
+from shared.db.tables import Job, JobEvent, WebhookDelivery, WebhookSecret
 from shared.errors import ResourceNotFoundError
 
 RETRY_AFTER_S = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600)

@@ -7,7 +7,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from shared.contracts.service import Capabilities
-from shared.db.models import ModelRecord, Worker
+from shared.db.tables import ModelRecord, Worker
 
 LIVE_S = 30
 """A worker that has not been heard of for this long is not counted."""

@@ -15,9 +15,9 @@ from pydantic import SecretStr
 from sqlalchemy import func, insert, update
 from sqlalchemy.orm import Session
 
-from shared import queue
 from shared.contracts.jobs import EventType, JobState, Lane
-from shared.db.models import Job, JobEvent
+from shared.db.tables import Job, JobEvent
+from shared.messaging import queue
 from shared.settings import QueueSettings
 from tests.chaos import orders
 from tests.chaos.scene import PATIENCE_S, Hit, Scene

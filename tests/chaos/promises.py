@@ -21,7 +21,7 @@ from standardwebhooks import Webhook
 
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import SafetyAction
-from shared.db.models import Generation, Image, Job, JobEvent, WebhookSecret
+from shared.db.tables import Generation, Image, Job, JobEvent, WebhookSecret
 from tests.chaos import orders
 from tests.chaos.load import Submission
 from tests.chaos.receiver import Receipt

@@ -13,11 +13,13 @@ from structlog.contextvars import get_contextvars
 from shared.errors import ModelOutOfMemoryError
 from tests.chaos import orders
 from tests.chaos.backstage import Backstage
-from worker_service import attempt, generate_worker, models
-from worker_service.cheap import CheapGenerator
-from worker_service.diffusion import Diffusion
-from worker_service.image_request import ImageRequest, OnStep
-from worker_service.models import Models
+from worker_service.jobs import attempt
+from worker_service.models import loaded
+from worker_service.models.diffusion import Diffusion
+from worker_service.models.fake import CheapGenerator
+from worker_service.models.interface import ImageRequest, OnStep
+from worker_service.models.loaded import Models
+from worker_service.workers import generate as generate_worker
 
 Generate = Callable[[Sequence[ImageRequest], OnStep], list[np.ndarray]]
 
@@ -100,5 +102,5 @@ def install() -> None:
     """Put these in the place of what the worker would use."""
     vars(attempt)["Attempt"] = SabotagedAttempt
     vars(generate_worker)["Models"] = TracedModels
-    vars(models)["CheapGenerator"] = SabotagedCheap
-    vars(models)["Diffusion"] = SabotagedDiffusion
+    vars(loaded)["CheapGenerator"] = SabotagedCheap
+    vars(loaded)["Diffusion"] = SabotagedDiffusion

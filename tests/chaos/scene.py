@@ -21,11 +21,11 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from ops.local.stack import REPOSITORY
-from shared import queue
 from shared.contracts.jobs import JobState
-from shared.db.models import Image, Job, JobEvent, WebhookDelivery, Worker
 from shared.db.session import build_engine
+from shared.db.tables import Image, Job, JobEvent, WebhookDelivery, Worker
 from shared.errors import StorageError
+from shared.messaging import queue
 from shared.settings import DatabaseSettings
 from tests.chaos.backstage import Backstage
 from tests.chaos.load import Load

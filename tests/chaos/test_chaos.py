@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from shared.db.models import Generation, Image, Job, JobEvent
+from shared.db.tables import Generation, Image, Job, JobEvent
 from tests.chaos import orders, promises
 from tests.chaos.promises import Breach
 from tests.chaos.scene import Scene

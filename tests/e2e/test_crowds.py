@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import redis
 
-from shared import queue
+from shared.messaging import queue
 from shared.settings import QueueSettings
 from tests.conftest import TEST_ENVIRONMENT
 from tests.stack import RunningStack, running_stack, wait_until

@@ -25,7 +25,7 @@ from pyarrow import parquet
 
 from afterimage_client import Afterimage
 from ops.local.stack import REPOSITORY
-from scripts.indexing.upload import FILES_AT_ONCE
+from scripts.index_images.upload import FILES_AT_ONCE
 from tests.integration.conftest import picture
 from tests.stack import RunningStack, wait_until
 

@@ -21,8 +21,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ops.local.stack import REPOSITORY
-from shared.db.models import Job, JobEvent
 from shared.db.session import build_engine
+from shared.db.tables import Job, JobEvent
 from shared.settings import DatabaseSettings
 from tests.conftest import TEST_ENVIRONMENT
 from tests.e2e.conftest import Api, disc
@@ -65,7 +65,11 @@ def old_reconciler(stack: RunningStack, release: Path) -> Iterator["subprocess.P
     environment = clean_environment() | TEST_ENVIRONMENT | stack.environment()
     with (release / "reconciler.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "worker_service.reconciler"], cwd=release, env=environment, stdout=log, stderr=log
+            [sys.executable, "-m", "worker_service.reconciler"],
+            cwd=release,
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
         try:
             yield process

@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 
 from api_service.app import create_app
 from ops.local.stack import REPOSITORY
-from shared import progress, queue
-from shared.bell import close_bells
 from shared.db import keys, owners
+from shared.messaging import job_updates, queue
+from shared.messaging.coalesce import close_bells
 from shared.settings import Settings, get_settings
 from tests.stack import wait_until
 
@@ -46,7 +46,7 @@ def client(settings: Settings) -> Iterator[Client]:
     app = create_app(settings)
     app.test_client_class = RungOut
     yield app.test_client()
-    progress.close_subscriber()
+    job_updates.close_subscriber()
     app.extensions["decoder"].close()
 
 
@@ -57,7 +57,7 @@ def guarded(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli
     get_settings.cache_clear()
     app = create_app(get_settings())
     yield app.test_client()
-    progress.close_subscriber()
+    job_updates.close_subscriber()
     app.extensions["decoder"].close()
 
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from scripts.admin import main as admin
 from shared.contracts.jobs import JobState
 from shared.db import jobs
-from shared.db.models import Job, Owner
+from shared.db.tables import Job, Owner
 from shared.settings import Settings
 from shared.storage import get_blobs, thumbnail_key
 from tests.factories import make_job

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.admin import Scope
 from shared.db import keys
-from shared.db.models import ApiKey, Owner
+from shared.db.tables import ApiKey, Owner
 from tests.integration.conftest import API, Client, a_key
 
 ADMIN = f"{API}/admin"
@@ -174,10 +174,10 @@ def test_what_does_not_exist_is_not_found(operator: Client) -> None:
 def test_changes_are_logged_with_who_made_them_and_without_secrets(
     operator: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="api_service.access"):
+    with caplog.at_level(logging.INFO, logger="api_service.services.admin"):
         key_id, key = made_key(operator, made_owner(operator))
         operator.post(f"{ADMIN}/keys/{key_id}/revoke")
-    told = [record for record in caplog.records if record.name == "api_service.access"]
+    told = [record for record in caplog.records if record.name == "api_service.services.admin"]
     assert [record.msg for record in told] == ["owner_made", "key_made", "key_revoked"]
     assert all(vars(record)["by_key_id"] is not None for record in told)
     secret = key["Authorization"].removeprefix("Bearer ")

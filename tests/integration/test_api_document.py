@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 from openapi_spec_validator import validate
 
-from api_service.problems import HTTP_CODES
+from api_service.http.problems import HTTP_CODES
 from ops.local.stack import REPOSITORY
 from shared.errors import BaseAppException
 from tests.integration.conftest import API, Client

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy.orm import Session
 
-from api_service import health
+from api_service.services import health
 from shared.db import workers
 from tests.integration.conftest import API, Client, a_key
 

@@ -8,7 +8,7 @@ from flask.testing import FlaskClient
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from shared.db.models import Job
+from shared.db.tables import Job
 from tests.integration.conftest import API, Server
 
 REQUEST = {"prompt": "a red apple", "num_images": 2}

@@ -13,10 +13,10 @@ from PIL import Image as Picture
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from shared import queue
 from shared.db import owners, spaces
 from shared.db.images import vector_of
-from shared.db.models import Collection, Generation, GenerationReference, Image
+from shared.db.tables import Collection, Generation, GenerationReference, Image
+from shared.messaging import queue
 from shared.settings import Settings
 from tests.factories import SHARED_COLLECTION, make_image, make_job
 from tests.integration.conftest import API, Client, messages, picture

@@ -12,15 +12,15 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api_service.serving import Places
-from shared import progress, queue
+from api_service.http.concurrency import Places
 from shared.cache import get_cache_manager
 from shared.contracts.jobs import JobState
 from shared.contracts.service import Capabilities
-from shared.db import admission, jobs, owners, workers
-from shared.db.models import Job
+from shared.db import jobs, owners, queue_limits, workers
 from shared.db.session import bound_waits, session_scope
+from shared.db.tables import Job
 from shared.errors import OwnerQueueFullError, QueueFullError
+from shared.messaging import job_updates, queue
 from shared.settings import Settings, get_settings
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, messages
@@ -200,7 +200,7 @@ def test_an_owner_at_its_cap_is_refused_however_many_ask_at_once_and_others_are_
     assert int(refused.headers["Retry-After"]) >= 1
     accepted = next(answer for answer in answers if answer.status_code == 202)
     with session_scope() as other:
-        admission.refuse_when_full(other, owners.ensure(other, "other"), get_settings().queue)
+        queue_limits.refuse_when_full(other, owners.ensure(other, "other"), get_settings().queue)
     # A job that is no longer queued makes room.
     client.post(f"{accepted.json['url']}/cancel")
     submit(client)
@@ -212,13 +212,13 @@ def test_a_count_with_room_to_spare_stands_for_a_moment_and_one_without_is_alway
     owner_id = make_job(session).owner_id
     session.commit()
     roomy = settings.queue.model_copy(update={"max_queued": 5000, "max_queued_per_owner": 2000})
-    admission.refuse_when_full(session, owner_id, roomy)
+    queue_limits.refuse_when_full(session, owner_id, roomy)
     assert get_cache_manager().get("queued") == 1
-    admission.refuse_when_full(session, owner_id, roomy)
+    queue_limits.refuse_when_full(session, owner_id, roomy)
     with pytest.raises(QueueFullError):
-        admission.refuse_when_full(session, owner_id, roomy.model_copy(update={"max_queued": 1}))
+        queue_limits.refuse_when_full(session, owner_id, roomy.model_copy(update={"max_queued": 1}))
     with pytest.raises(OwnerQueueFullError):
-        admission.refuse_when_full(session, owner_id, roomy.model_copy(update={"max_queued_per_owner": 1}))
+        queue_limits.refuse_when_full(session, owner_id, roomy.model_copy(update={"max_queued_per_owner": 1}))
 
 
 def _reread_settings() -> None:
@@ -346,7 +346,7 @@ def test_a_long_poll_answers_as_soon_as_the_job_ends(client: Client, session: Se
 
     thread = threading.Thread(target=poll)
     thread.start()
-    wait_until(lambda: progress.subscriber()._watches, timeout_s=5, what="somebody to wait")
+    wait_until(lambda: job_updates.subscriber()._watches, timeout_s=5, what="somebody to wait")
     _finish(job_id)
     thread.join(10)
     answer, seconds = answers[0]
@@ -360,10 +360,10 @@ def test_a_long_poll_with_after_answers_at_the_next_event(client: Client) -> Non
     waited: list[Any] = []
     thread = threading.Thread(target=lambda: waited.append(client.get(f"{job['url']}?wait=20&after={job['seq']}")))
     thread.start()
-    wait_until(lambda: progress.subscriber()._watches, timeout_s=5, what="somebody to wait")
+    wait_until(lambda: job_updates.subscriber()._watches, timeout_s=5, what="somebody to wait")
     with session_scope() as session:
         jobs.claim(session, UUID(job["id"]), worker="w", lease_s=30)
-    progress.publish_changed(UUID(job["id"]))
+    job_updates.publish_changed(UUID(job["id"]))
     thread.join(10)
     assert (waited[0].json["state"], waited[0].json["seq"]) == ("processing", 2)
 
@@ -377,8 +377,8 @@ def test_a_preferred_wait_that_is_too_short_gives_the_job_as_it_is(client: Clien
 
 def test_a_preferred_wait_answers_200_with_a_job_that_ended_in_time(client: Client) -> None:
     def work() -> None:
-        wait_until(lambda: progress.subscriber()._watches, timeout_s=5, what="somebody to wait")
-        _finish(next(iter(progress.subscriber()._watches)))
+        wait_until(lambda: job_updates.subscriber()._watches, timeout_s=5, what="somebody to wait")
+        _finish(next(iter(job_updates.subscriber()._watches)))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -442,11 +442,11 @@ def test_the_progress_heard_is_shown_while_the_job_runs(client: Client) -> None:
     job = submit(client)
     job_id = UUID(job["id"])
     client.get(job["url"])
-    wait_until(lambda: progress.subscriber().connected, timeout_s=5, what="the subscription")
+    wait_until(lambda: job_updates.subscriber().connected, timeout_s=5, what="the subscription")
     with session_scope() as session:
         jobs.claim(session, job_id, worker="w", lease_s=30)
-    progress.publish_progress(job_id, 3, 8)
-    wait_until(lambda: progress.subscriber().latest(job_id), timeout_s=5, what="the progress")
+    job_updates.publish_progress(job_id, 3, 8)
+    wait_until(lambda: job_updates.subscriber().latest(job_id), timeout_s=5, what="the progress")
     assert client.get(job["url"]).json["progress"] == {"step": 3, "total_steps": 8}
 
 
@@ -517,4 +517,4 @@ def _finish(job_id: UUID) -> None:
         assert taken is not None
     with session_scope() as session:
         assert jobs.finish(session, taken[0], [], timings={"generate": 0.1})
-    progress.publish_changed(job_id)
+    job_updates.publish_changed(job_id)

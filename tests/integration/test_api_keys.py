@@ -10,7 +10,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from scripts.admin import main as admin
-from shared.db.models import ApiKey
+from shared.db.tables import ApiKey
 from tests.factories import make_job
 from tests.integration.conftest import API, a_key, picture
 

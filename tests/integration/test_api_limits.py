@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from api_service.app import create_app
 from ops.local.stack import LocalStack
 from shared.db import jobs
-from shared.db.models import Job, Owner
 from shared.db.session import bound_waits
+from shared.db.tables import Job, Owner
 from shared.errors import ImageGenerationError
 from shared.settings import Settings, get_settings
 from tests.integration.conftest import API, Client, a_key

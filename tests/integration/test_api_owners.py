@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.generation import Webhook
 from shared.db import jobs, keys, owners
-from shared.db.models import Generation, WebhookDelivery
+from shared.db.tables import Generation, WebhookDelivery
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, a_key
 

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from shared.db.models import Generation, GenerationReference, Job
+from shared.db.tables import Generation, GenerationReference, Job
 from tests.factories import make_image
 from tests.integration.conftest import API, Client
 from tests.integration.test_api_jobs import code

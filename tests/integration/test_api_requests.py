@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shared.db.models import Collection, Generation, Image, Job, JobEvent
+from shared.db.tables import Collection, Generation, Image, Job, JobEvent
 from shared.settings import Settings
 from tests.factories import make_image, make_space
 from tests.integration.conftest import API, Client, messages, picture

@@ -16,13 +16,13 @@ from PIL import Image as Picture
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from shared import embedding_query, queue
 from shared.contracts.service import Capabilities
 from shared.db import workers
 from shared.db.images import Vector
-from shared.db.models import Image
 from shared.db.spaces import Space
+from shared.db.tables import Image
 from shared.errors import EmbeddingError
+from shared.messaging import embedding_rpc, queue
 from tests.factories import DIM, make_image, make_space
 from tests.integration.conftest import API, Client, picture
 from tests.integration.test_api_jobs import CAPABILITIES
@@ -63,7 +63,7 @@ def embed_worker(space: Space, embed: Embed = by_colour) -> Iterator[list[dict[s
                 stop.wait(0.005)
                 continue
             (reply_key, payload), _, _ = json.loads(base64.b64decode(json.loads(message)["body"]))  # type: ignore[arg-type]
-            embedding_query.answer(reply_key, payload, space_digest=space.digest, embed=embed)
+            embedding_rpc.answer(reply_key, payload, space_digest=space.digest, embed=embed)
             answered.append(payload)
 
     thread = threading.Thread(target=work)

@@ -17,11 +17,11 @@ import pytest
 from sqlalchemy.orm import Session
 
 from ops.local.stack import REPOSITORY, LocalStack
-from shared import progress
 from shared.contracts.jobs import JobState
 from shared.db import jobs
-from shared.db.models import Job
 from shared.db.session import session_scope
+from shared.db.tables import Job
+from shared.messaging import job_updates
 from shared.settings import Settings
 from tests.integration.conftest import API, Server
 from tests.stack import wait_until
@@ -111,13 +111,13 @@ def test_a_stream_tells_the_whole_story_live_and_ends_with_the_job(server: Serve
     with session_scope() as session:
         taken = jobs.claim(session, job_id, worker="w", lease_s=30)
     assert taken is not None
-    progress.publish_changed(job_id)
+    job_updates.publish_changed(job_id)
     listener.heard("event: started")
-    progress.publish_progress(job_id, 1, 4)
+    job_updates.publish_progress(job_id, 1, 4)
     listener.heard('data: {"step":1,"total_steps":4}')
     with session_scope() as session:
         jobs.finish(session, taken[0], [], timings={})
-    progress.publish_changed(job_id)
+    job_updates.publish_changed(job_id)
     listener.thread.join(10)
     assert not listener.thread.is_alive(), "the stream ends with the job"
     assert [line for line in listener.lines if line.startswith("id:")] == ["id: 1", "id: 2", "id: 3"]

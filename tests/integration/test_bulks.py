@@ -13,18 +13,18 @@ from prometheus_client import REGISTRY
 from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
-from shared import queue
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
 from shared.db import bulks, jobs, owners
-from shared.db.models import Bulk, BulkItem, Generation, ImageUsage, Job, WebhookDelivery
 from shared.db.session import session_scope
+from shared.db.tables import Bulk, BulkItem, Generation, ImageUsage, Job, WebhookDelivery
 from shared.errors import ImageGenerationError
+from shared.messaging import queue
 from shared.settings import get_settings
 from shared.storage import get_blobs, output_key
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, messages
-from worker_service.reconciler import Reconciler
+from worker_service.maintenance.reconciler import Reconciler
 
 JSON_LINES = "application/jsonl"
 KEY = {"Idempotency-Key": "bulk-17"}
@@ -743,7 +743,7 @@ def test_transfers_are_bounded_per_process(client: Client, monkeypatch: pytest.M
     bulk = accepted(client, *prompts(1))
     monkeypatch.setenv("AFTERIMAGE_BULKS__MAX_TRANSFERS", "1")
     get_settings.cache_clear()
-    from api_service import bulks as verbs
+    from api_service.services import bulks as verbs
 
     verbs._places.cache_clear()
     with verbs.transfer():

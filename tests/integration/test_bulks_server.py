@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shared.db.models import BulkItem
+from shared.db.tables import BulkItem
 from tests.integration.conftest import API, Server
 from tests.stack import wait_until
 

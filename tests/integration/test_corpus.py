@@ -13,9 +13,9 @@ from shared.contracts.generation import PinnedReference
 from shared.contracts.search import ImageFilter
 from shared.db import images, owners, spaces
 from shared.db.images import ImageClaim, Nearest, Vector
-from shared.db.models import Collection, Image
 from shared.db.session import session_scope
 from shared.db.spaces import Space
+from shared.db.tables import Collection, Image
 from shared.errors import ReferenceUnavailableError, ResourceNotFoundError
 from shared.settings import RetrievalSettings
 from tests.factories import DIM, SHARED_COLLECTION, make_image, make_space

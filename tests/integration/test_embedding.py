@@ -14,19 +14,19 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.images import ImageState
 from shared.db import images
-from shared.db.models import Image as ImageRow
 from shared.db.session import session_scope
 from shared.db.spaces import Space
+from shared.db.tables import Image as ImageRow
 from shared.errors import DatabaseConnectionError, EmbeddingError, ModelOutOfMemoryError
 from shared.settings import JobSettings, Settings
 from shared.storage import get_blobs
 from tests.factories import DIM, make_image, make_space
 from tests.integration.conftest import picture
 from tests.stack import wait_until
-from worker_service.clip import Picture
-from worker_service.embedder import Embedder
-from worker_service.embedding import ImageEmbedding
-from worker_service.image_leases import ImageLeases
+from worker_service.indexing.embed_images import ImageEmbedding
+from worker_service.indexing.image_leases import ImageLeases
+from worker_service.models.clip import Picture
+from worker_service.models.embedder import Embedder
 
 TOO_LARGE = (48, 48)
 """Size of an image that does not fit in memory."""

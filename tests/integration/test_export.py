@@ -17,7 +17,7 @@ from ops.local.stack import REPOSITORY
 from shared.contracts.common import ImageFormat
 from shared.contracts.search import ImageFilter
 from shared.db import images, owners, spaces
-from shared.db.models import Collection, EmbeddingSpace, Image
+from shared.db.tables import Collection, EmbeddingSpace, Image
 from shared.imaging import decode_upload
 from shared.settings import Settings, get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key

@@ -18,7 +18,7 @@ from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
 from shared.db import bulks, images, jobs, owners
 from shared.db.jobs import Output
-from shared.db.models import BulkItem, Generation, GenerationReference, Image, Job
+from shared.db.tables import BulkItem, Generation, GenerationReference, Image, Job
 from shared.imaging import encode_image, open_image, perceptual_hash, pixels_sha256, thumbnail
 from shared.storage import get_blobs, output_key, output_thumbnail_key
 from tests.factories import make_image, make_job, make_space

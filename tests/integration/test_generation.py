@@ -17,27 +17,27 @@ from shared.contracts.generation import Mode, PinnedReference
 from shared.contracts.images import ImageState
 from shared.contracts.jobs import JobState, Lane, Replay
 from shared.db import images, jobs, outputs, spaces
-from shared.db.models import Generation, Job
-from shared.db.models import Image as ImageRow
+from shared.db.tables import Generation, Job
+from shared.db.tables import Image as ImageRow
 from shared.errors import ModelError, ModelLoadError, ModelOutOfMemoryError, StorageError
 from shared.imaging import decode_upload, read_record
-from shared.progress import close_subscriber, subscriber
+from shared.messaging.job_updates import close_subscriber, subscriber
 from shared.settings import ModelSettings, Settings, get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key
 from tests.factories import SHARED_COLLECTION, make_job
 from tests.small_pipelines import CLIP_DIM, save_clip, save_sd15
 from tests.stack import wait_until
-from worker_service import generation
-from worker_service.attempt import Outcome
-from worker_service.cheap import CheapGenerator
-from worker_service.clip import Clip
-from worker_service.embedder import Embedder
-from worker_service.embedding import ImageEmbedding
-from worker_service.image_leases import ImageLeases
-from worker_service.image_request import ImageRequest, OnStep
-from worker_service.leases import Leases
-from worker_service.models import Models
-from worker_service.watchdog import Watchdog
+from worker_service.execution.watchdog import Watchdog
+from worker_service.indexing.embed_images import ImageEmbedding
+from worker_service.indexing.image_leases import ImageLeases
+from worker_service.jobs import run as generation
+from worker_service.jobs.attempt import Outcome
+from worker_service.jobs.leases import Leases
+from worker_service.models.clip import Clip
+from worker_service.models.embedder import Embedder
+from worker_service.models.fake import CheapGenerator
+from worker_service.models.interface import ImageRequest, OnStep
+from worker_service.models.loaded import Models
 
 
 @pytest.fixture(scope="module")
@@ -529,7 +529,7 @@ def test_a_job_whose_time_to_start_is_over_when_the_model_is_free_expires_undraw
         session.execute(text("update jobs set expires_at = now() - interval '1 second'"))
         session.commit()
 
-    monkeypatch.setattr("worker_service.attempt.Attempt.resolved", slow_resolution)
+    monkeypatch.setattr("worker_service.jobs.attempt.Attempt.resolved", slow_resolution)
     assert run(job.id, models, leases) is Outcome.EXPIRED
     assert reload(session, job).state == JobState.EXPIRED
     assert model.asked == []

@@ -10,11 +10,12 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from shared import sweeper
+from shared import blob_sweeper
 from shared.contracts.generation import Webhook
 from shared.contracts.jobs import EventType, JobState
 from shared.db import idempotency, jobs, outputs, owners, retention
-from shared.db.models import (
+from shared.db.session import session_scope
+from shared.db.tables import (
     Bulk,
     Chore,
     Generation,
@@ -24,15 +25,14 @@ from shared.db.models import (
     JobEvent,
     WebhookDelivery,
 )
-from shared.db.session import session_scope
 from shared.settings import Settings, load_settings
 from shared.storage import get_blobs, thumbnail_key
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client
 from tests.integration.test_jobs import an_output, claim
 from tests.stack import wait_until
-from worker_service import housekeeping
-from worker_service.housekeeping import Housekeeping
+from worker_service.maintenance import housekeeping
+from worker_service.maintenance.housekeeping import Housekeeping
 
 TELL_ALL = Webhook(url="https://example.com/hook", events=[EventType.SUCCEEDED])
 
@@ -166,7 +166,7 @@ def test_of_several_processes_one_does_a_chore_and_only_when_it_is_due(session: 
 
 def test_the_loop_does_what_is_due_and_tries_again_what_failed(session: Session, settings: Settings) -> None:
     finished_job(session, days_ago=40)
-    get_blobs().put(sweeper.OWNER_KEY, b"another database", media_type="text/plain")
+    get_blobs().put(blob_sweeper.OWNER_KEY, b"another database", media_type="text/plain")
     garbage = thumbnail_key("ab" * 32)
     get_blobs().put(garbage, b"1", media_type="image/webp")
     os.utime(os.path.join(settings.storage.url.removeprefix("file://"), garbage), (0, 0))
@@ -177,7 +177,7 @@ def test_the_loop_does_what_is_due_and_tries_again_what_failed(session: Session,
     try:
         wait_until(lambda: count(session, JobEvent) == 0, timeout_s=20, what="old events to go")
         assert get_blobs().exists(garbage), "the store is not ours to sweep"
-        sweeper.adopt(get_blobs())
+        blob_sweeper.adopt(get_blobs())
         wait_until(lambda: not get_blobs().exists(garbage), timeout_s=20, what="the sweep to be tried again")
     finally:
         stopping.set()

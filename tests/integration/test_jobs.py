@@ -9,11 +9,11 @@ from sqlalchemy import event, func, select, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState, Lane
-from shared.db import jobs, places
-from shared.db.feed import next_jobs
+from shared.db import jobs, queue_position
+from shared.db.dispatch import next_jobs
 from shared.db.jobs import Claim, Output
-from shared.db.models import Generation, GenerationReference, Job, JobEvent
 from shared.db.session import session_scope
+from shared.db.tables import Generation, GenerationReference, Job, JobEvent
 from shared.errors import DatabaseError, ImageGenerationError, JobStateError, StorageError
 from tests.factories import make_job
 
@@ -271,22 +271,22 @@ def test_a_job_missing_from_the_broker_is_published_again(session: Session) -> N
 def test_the_queue_position_counts_the_jobs_that_go_first(session: Session) -> None:
     first, second, urgent = make_job(session), make_job(session), make_job(session, lane=Lane.HIGH)
     age(session, [first, second, urgent])
-    assert [places.queue_position(session, job) for job in (urgent, first, second)] == [0, 1, 2]
+    assert [queue_position.queue_position(session, job) for job in (urgent, first, second)] == [0, 1, 2]
 
 
 def test_the_place_in_a_long_queue_is_counted_from_the_nearest_mark(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Jobs of one moment, as a bulk makes them, are told apart by their ids."""
-    monkeypatch.setattr(places, "STRIDE", 3)
+    monkeypatch.setattr(queue_position, "STRIDE", 3)
     line = sorted((make_job(session) for _ in range(11)), key=lambda job: job.id)
-    assert [places.queue_position(session, job) for job in line] == list(range(11))
+    assert [queue_position.queue_position(session, job) for job in line] == list(range(11))
     counted: list[str] = []
     event.listen(session.connection(), "before_cursor_execute", lambda *call: counted.append(call[2]))
-    assert places.queue_position(session, line[10]) == 10
+    assert queue_position.queue_position(session, line[10]) == 10
     assert len(counted) == 1, "the marks are remembered"
     jobs.cancel(session, line[9].id, owner_id=line[9].owner_id)
-    assert places.queue_position(session, line[10]) == 9, "behind the last mark it is exact"
+    assert queue_position.queue_position(session, line[10]) == 9, "behind the last mark it is exact"
 
 
 def test_models_with_something_to_publish_are_found_each_once(session: Session) -> None:

@@ -17,18 +17,18 @@ from pydantic import SecretStr
 from sqlalchemy import Engine, delete, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
-from api_service import views
+from api_service.services import views
 from ops.local.stack import LocalStack
-from shared import queue
 from shared.contracts.jobs import JobState
-from shared.db import feed, jobs
+from shared.db import dispatch, jobs
 from shared.db import session as session_module
-from shared.db.models import Job
 from shared.db.session import bound_waits, build_engine
+from shared.db.tables import Job
+from shared.messaging import queue
 from shared.settings import Settings
 from tests.conftest import fresh_database
 from tests.factories import make_job
-from worker_service.reconciler import Reconciler
+from worker_service.maintenance.reconciler import Reconciler
 
 ENDED, WAITING = 100_000, 20_000
 ROUNDS, AT_LEAST, ENOUGH_S = 200, 40, 20.0
@@ -118,7 +118,7 @@ def fill(engine: Engine, model: str, *, ended: int, waiting: int) -> None:
 def one_round(database: Database, settings: Settings, *, with_tick: bool) -> None:
     """A job's path through the table, and what others do meanwhile."""
     with database.timed("feed") as session:
-        published = feed.next_jobs(session, database.model, window=settings.queue.window, starving_s=60)
+        published = dispatch.next_jobs(session, database.model, window=settings.queue.window, starving_s=60)
     queue.publish_jobs(database.model, published)
     with database.sessions() as session:
         line = (

@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
 from shared.db import jobs
-from shared.db.feed import next_jobs
+from shared.db.dispatch import next_jobs
 from shared.db.jobs import Claim, Output
-from shared.db.models import Generation, Job
+from shared.db.tables import Generation, Job
 from shared.errors import ImageGenerationError, StorageError
 from tests.factories import make_job
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from ops.local.stack import LocalStack
 from shared.db import spaces
-from shared.db.models import Base
+from shared.db.tables import Base
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -18,11 +18,11 @@ from sqlalchemy.orm import Session
 from api_service.app import create_app
 from shared.contracts.jobs import JobState
 from shared.db import keys
-from shared.db.models import ApiKey, Job
+from shared.db.tables import ApiKey, Job
 from shared.settings import get_settings
 from tests.integration.conftest import API, Client, Receiver, a_key, picture
 from tests.integration.test_api_images import upload
-from worker_service.webhooks import deliver_due
+from worker_service.maintenance.deliver_webhooks import deliver_due
 
 Key = dict[str, str]
 SCOPE_OF_TAG = {

@@ -15,7 +15,7 @@ from ops.local.stack import LocalStack
 from shared.contracts.jobs import Preview, Progress
 from shared.db import jobs
 from shared.db.session import session_scope
-from shared.progress import (
+from shared.messaging.job_updates import (
     PreviewStream,
     Subscriber,
     close_subscriber,
@@ -25,7 +25,7 @@ from shared.progress import (
 )
 from shared.settings import Settings
 from tests.stack import wait_until
-from worker_service.image_request import PREVIEW_SIDE
+from worker_service.models.interface import PREVIEW_SIDE
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_while_redis_is_silent_a_watch_asks_for_a_look_each_second_and_news_come
 
 
 def test_a_message_that_makes_no_sense_is_passed_over(listening: Subscriber) -> None:
-    from shared.progress import CHANNEL_PREFIX, channel
-    from shared.queue import broker
+    from shared.messaging.job_updates import CHANNEL_PREFIX, channel
+    from shared.messaging.queue import broker
 
     job = uuid4()
     for where, what in [(f"{CHANNEL_PREFIX}nonsense", "null"), (channel(job), "nonsense"), (channel(job), "[-1, 2]")]:

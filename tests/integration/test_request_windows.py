@@ -4,7 +4,7 @@ import pytest
 from redis import Redis
 
 from ops.local.stack import LocalStack
-from shared.request_windows import RequestWindows
+from shared.request_stats import RequestWindows
 from tests.integration.conftest import API, Client
 from tests.stack import wait_until
 

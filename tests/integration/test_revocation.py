@@ -11,16 +11,16 @@ from celery.worker import state as worker_state
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import queue
 from shared.contracts.jobs import JobState
 from shared.db import jobs
-from shared.db.models import Job, JobEvent
 from shared.db.session import session_scope
+from shared.db.tables import Job, JobEvent
+from shared.messaging import queue
 from shared.settings import Settings
 from tests.factories import make_job
 from tests.integration.conftest import messages
 from tests.stack import wait_until
-from worker_service import revocation
+from worker_service.workers import revoke as revocation
 
 
 class Running:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from shared.contracts.generation import Mode
 from shared.contracts.jobs import JobState
 from shared.db import jobs, outputs, spaces
-from shared.db.models import Generation, Job
+from shared.db.tables import Generation, Job
 from shared.imaging import read_record
 from shared.metrics import SAFETY_DECISIONS
 from shared.settings import ModelSettings, SafetySettings, Settings, get_settings
@@ -22,15 +22,15 @@ from shared.storage import get_blobs
 from tests.factories import make_job
 from tests.integration.conftest import API, Client
 from tests.small_pipelines import save_clip
-from worker_service import generation
-from worker_service.attempt import Outcome
-from worker_service.cheap import CheapGenerator
-from worker_service.clip import Clip
-from worker_service.embedder import Embedder
-from worker_service.image_request import ImageRequest, OnStep
-from worker_service.leases import Leases
-from worker_service.models import Models
-from worker_service.watchdog import Watchdog
+from worker_service.execution.watchdog import Watchdog
+from worker_service.jobs import run as generation
+from worker_service.jobs.attempt import Outcome
+from worker_service.jobs.leases import Leases
+from worker_service.models.clip import Clip
+from worker_service.models.embedder import Embedder
+from worker_service.models.fake import CheapGenerator
+from worker_service.models.interface import ImageRequest, OnStep
+from worker_service.models.loaded import Models
 
 SEEDS = [1, 2, 3]
 SIDE = 64

@@ -13,18 +13,18 @@ from sqlalchemy.orm import Session
 from shared.contracts.generation import Mode
 from shared.contracts.jobs import JobState
 from shared.db import outputs, spaces
-from shared.db.models import Job
+from shared.db.tables import Job
 from shared.settings import STARTER, ModelSettings, SafetySettings, Settings
 from tests.factories import make_job
-from worker_service import generation
-from worker_service.cheap import CheapGenerator
-from worker_service.clip import Clip
-from worker_service.drawing import Drawn
-from worker_service.embedder import Embedder
-from worker_service.image_request import ImageRequest, OnStep
-from worker_service.leases import Leases
-from worker_service.models import Models
-from worker_service.watchdog import Watchdog
+from worker_service.execution.watchdog import Watchdog
+from worker_service.jobs import run
+from worker_service.jobs.leases import Leases
+from worker_service.models.clip import Clip
+from worker_service.models.embedder import Embedder
+from worker_service.models.fake import CheapGenerator
+from worker_service.models.generate_batch import Drawn
+from worker_service.models.interface import ImageRequest, OnStep
+from worker_service.models.loaded import Models
 
 SIDE = 128
 PICTURES = ["water pistol", "kite", "pencil", "green heart"]
@@ -131,7 +131,7 @@ def test_a_harmless_prompt_whose_image_shows_the_concept_succeeds_without_that_i
     job = make_job(session, prompt="summer toys", seeds=[0, 1, 2, 3], mode=Mode.NONE, width=SIDE, height=SIDE)
     session.commit()
     with Leases(settings.jobs) as leases:
-        generation.run(job.id, models=models, leases=leases, settings=settings, worker="test")
+        run.run(job.id, models=models, leases=leases, settings=settings, worker="test")
     session.expire_all()
     ended = session.get_one(Job, job.id)
     assert ended.state == JobState.SUCCEEDED

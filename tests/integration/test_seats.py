@@ -9,9 +9,9 @@ import pytest
 from celery.worker import state
 from kombu import Connection, Consumer, Message, Producer, Queue
 
-from shared import queue
 from shared.contracts.jobs import Lane
-from worker_service import seats
+from shared.messaging import queue
+from worker_service.workers import lane_transport
 
 NAME = "generate.any"
 SEATS = [4, 3, 2, 1]
@@ -42,7 +42,9 @@ def connection(redis_url: str) -> Iterator[Connection]:
         "lane_seats": SEATS,
         "bulk_pause_s": PAUSE_S,
     }
-    with Connection(redis_url, transport="worker_service.seats:Transport", transport_options=options) as connection:
+    with Connection(
+        redis_url, transport="worker_service.workers.lane_transport:Transport", transport_options=options
+    ) as connection:
         yield connection
 
 
@@ -85,7 +87,9 @@ def test_a_lane_is_read_while_it_has_a_seat_and_the_best_first(connection: Conne
 def pauses_of_a_bulk(connection: Connection, channel: Any) -> list[float]:
     """Between five of its jobs, but for the first pause: a read that has waited for long takes one ahead of it."""
     for _ in range(5):
-        Producer(connection).publish(seats.BULK, routing_key=NAME, priority=seats.BULK, declare=[Queue(NAME)])
+        Producer(connection).publish(
+            lane_transport.BULK, routing_key=NAME, priority=lane_transport.BULK, declare=[Queue(NAME)]
+        )
     times = [at for _, at in taken_at(connection, channel)]
     assert len(times) == 5, "whatever it waits for, it is taken in the end"
     return [after - before for before, after in pairwise(times[1:])]
@@ -103,7 +107,7 @@ def test_a_bulk_pauses_between_its_jobs_while_a_better_lane_is_in_use(
         state.requests.clear()
         assert min(pauses_of_a_bulk(connection, channel)) > PAUSE_S * 0.9, "who has waited will want another"
 
-        monkeypatch.setattr(seats, "IN_USE_S", 0.0)
+        monkeypatch.setattr(lane_transport, "IN_USE_S", 0.0)
         assert max(pauses_of_a_bulk(connection, channel)) < PAUSE_S / 2
 
 

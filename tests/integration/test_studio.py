@@ -10,12 +10,12 @@ from flask.testing import FlaskClient
 from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
-from api_service import lifecycle
 from api_service.app import create_app
+from api_service.services import jobs
 from shared.contracts.jobs import Change, Replay, ReplayVerdict
 from shared.db import images
-from shared.db.models import GenerationReference, Image, Job
 from shared.db.spaces import Space
+from shared.db.tables import GenerationReference, Image, Job
 from shared.settings import Settings, get_settings
 from tests.factories import make_image, make_job, make_space
 from tests.integration.conftest import API, Client, a_key, picture
@@ -424,7 +424,7 @@ def test_what_ends_a_request_anywhere_is_told_in_words(
     get_settings.cache_clear()
     browser = create_app(get_settings()).test_client()
     sign_in(browser, session, "generate")
-    monkeypatch.setattr(lifecycle, "page", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(jobs, "page", lambda *_, **__: 1 / 0)
     for path, status in (("/queue", 500), ("/gallery", 200), ("/gallery", 429)):
         answer = browser.get(path)
         assert (answer.status_code, answer.mimetype) == (status, "text/html")

@@ -15,13 +15,13 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from shared import storage, sweeper
+from shared import blob_sweeper, storage
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
 from shared.db import blobs as needs
 from shared.db import images, jobs, owners
-from shared.db.models import BlobClaim, Image, Job
 from shared.db.session import session_scope
+from shared.db.tables import BlobClaim, Image, Job
 from shared.errors import ForeignStorageError
 from shared.settings import Settings, load_settings
 from shared.storage import Blobs, get_blobs, image_key, output_key, output_thumbnail_key, thumbnail_key
@@ -47,11 +47,11 @@ def put(*keys: str, age_s: float = 2 * DAY_S) -> None:
 
 
 def stored() -> set[str]:
-    return {info.key for info in get_blobs().list("") if info.key != sweeper.OWNER_KEY}
+    return {info.key for info in get_blobs().list("") if info.key != blob_sweeper.OWNER_KEY}
 
 
-def sweep(*, older_than_s: float = DAY_S) -> sweeper.Swept:
-    return sweeper.sweep(get_blobs(), older_than_s=older_than_s)
+def sweep(*, older_than_s: float = DAY_S) -> blob_sweeper.Swept:
+    return blob_sweeper.sweep(get_blobs(), older_than_s=older_than_s)
 
 
 def corpus_image(session: Session, sha256: str, **columns: Any) -> Image:
@@ -121,8 +121,8 @@ def test_outputs_stay_while_a_row_names_them_or_their_attempt_lives_and_go_after
 
 
 def test_a_store_larger_than_a_page_is_swept_whole(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeper, "PAGE", 5)
-    monkeypatch.setattr(sweeper, "BATCH", 3)
+    monkeypatch.setattr(blob_sweeper, "PAGE", 5)
+    monkeypatch.setattr(blob_sweeper, "BATCH", 3)
     contents = [f"{number:064x}" for number in range(20)]
     for content in contents[::2]:
         corpus_image(session, content)
@@ -134,7 +134,7 @@ def test_a_store_larger_than_a_page_is_swept_whole(session: Session, monkeypatch
 
 def test_what_is_swept_can_be_seen_before(session: Session) -> None:
     put(*keys_of("aa" * 32))
-    assert {info.key for info in sweeper.unneeded(get_blobs(), older_than_s=DAY_S)} == keys_of("aa" * 32)
+    assert {info.key for info in blob_sweeper.unneeded(get_blobs(), older_than_s=DAY_S)} == keys_of("aa" * 32)
     assert stored() == keys_of("aa" * 32)
 
 
@@ -150,11 +150,11 @@ def test_half_written_files_of_killed_processes_go_with_age(settings: Settings, 
 
 def test_a_store_that_another_database_sweeps_is_not_touched_until_it_is_adopted(session: Session) -> None:
     put(*keys_of("aa" * 32))
-    get_blobs().put(sweeper.OWNER_KEY, b"some other database", media_type="text/plain")
+    get_blobs().put(blob_sweeper.OWNER_KEY, b"some other database", media_type="text/plain")
     with pytest.raises(ForeignStorageError):
         sweep()
     assert stored() == keys_of("aa" * 32)
-    sweeper.adopt(get_blobs())
+    blob_sweeper.adopt(get_blobs())
     assert sweep().blobs == 2
 
 
@@ -163,8 +163,8 @@ def test_the_grace_is_never_shorter_than_the_longest_job(settings: Settings) -> 
         retention={"blob_grace_s": 0}, jobs={"timeout_s": 500, "lease_s": 40}, queue={"starving_s": 60}
     )
     held_up_s = 60 + 4 * 500
-    assert sweeper.grace_s(short) == 500 + held_up_s + 2 * 40
-    assert sweeper.grace_s(load_settings()) == DAY_S
+    assert blob_sweeper.grace_s(short) == 500 + held_up_s + 2 * 40
+    assert blob_sweeper.grace_s(load_settings()) == DAY_S
 
 
 # --- beside uploads ----------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class PausedBlobs(Blobs):
 @pytest.fixture
 def paused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> PausedBlobs:
     blobs = PausedBlobs(settings)
-    monkeypatch.setattr("api_service.corpus.get_blobs", lambda: blobs)
+    monkeypatch.setattr("api_service.services.images.get_blobs", lambda: blobs)
     return blobs
 
 
@@ -246,7 +246,7 @@ def test_an_upload_of_what_is_being_swept_waits_and_stores_it_again(
     client.delete(first.json["images"][0]["url"])
     age_everything(folder)
     paused.at = "delete"
-    swept = background.submit(sweeper.sweep, paused, older_than_s=DAY_S)
+    swept = background.submit(blob_sweeper.sweep, paused, older_than_s=DAY_S)
     assert paused.reached.wait(20)
     again = background.submit(upload, client, picture("red"))
     other = background.submit(upload, client, picture("blue"))

@@ -17,12 +17,12 @@ from ops.local.stack import REPOSITORY, LocalStack
 from shared.contracts.generation import Mode
 from shared.contracts.jobs import JobState
 from shared.db import jobs
-from shared.db.models import Job
+from shared.db.tables import Job
 from tests.factories import make_job
 from tests.failing_worker import FAULTY
 from tests.small_pipelines import save_clip
 from tests.stack import wait_until
-from worker_service.watchdog import EXIT_CODE
+from worker_service.execution.watchdog import EXIT_CODE
 
 SETTINGS = {
     "AFTERIMAGE_LOGGING__FORMAT": "json",

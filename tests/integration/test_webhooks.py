@@ -12,17 +12,17 @@ from sqlalchemy.orm import Session
 from standardwebhooks import Webhook as Verifier
 from standardwebhooks import WebhookVerificationError
 
-from shared import queue
 from shared.contracts.generation import Webhook
 from shared.contracts.jobs import EventType
 from shared.db import jobs, webhooks
-from shared.db.models import Job, WebhookDelivery
+from shared.db.tables import Job, WebhookDelivery
 from shared.errors import ImageGenerationError
+from shared.messaging import queue
 from shared.settings import Settings, WebhookSettings
 from tests.factories import make_job
 from tests.integration.conftest import API, Client, Receiver, messages
 from tests.stack import wait_until
-from worker_service.webhooks import deliver_due
+from worker_service.maintenance.deliver_webhooks import deliver_due
 
 HERE = WebhookSettings(allow_http=True, allow_private=True, timeout_s=2)
 

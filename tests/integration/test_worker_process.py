@@ -14,11 +14,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ops.local.stack import REPOSITORY
-from shared import queue
 from shared.contracts.generation import Mode
 from shared.contracts.jobs import JobState
 from shared.db import jobs
-from shared.db.models import Job, Worker
+from shared.db.tables import Job, Worker
+from shared.messaging import queue
 from shared.settings import Settings
 from tests.factories import make_job
 from tests.small_pipelines import save_clip

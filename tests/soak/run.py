@@ -14,8 +14,8 @@ from pydantic import SecretStr
 from sqlalchemy import Engine, func, select
 
 from shared.contracts.jobs import JobState
-from shared.db.models import BulkItem, Job
 from shared.db.session import build_engine
+from shared.db.tables import BulkItem, Job
 from shared.settings import DatabaseSettings, JobSettings, ModelSettings
 from tests.soak.flow import Flow
 from tests.soak.gauges import LEAST_SAMPLES, Gauges, Trend

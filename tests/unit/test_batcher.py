@@ -12,9 +12,9 @@ import pytest
 from shared.errors import ModelOutOfMemoryError
 from shared.settings import WatchdogSettings
 from tests.stack import wait_until
-from worker_service.batcher import Batcher, CheckIn
-from worker_service.image_request import Interrupted, OnStep
-from worker_service.watchdog import Watchdog
+from worker_service.execution.batcher import Batcher, CheckIn
+from worker_service.execution.watchdog import Watchdog
+from worker_service.models.interface import Interrupted, OnStep
 
 
 class Model:

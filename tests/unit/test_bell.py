@@ -3,7 +3,7 @@
 import threading
 import time
 
-from shared.bell import Bell
+from shared.messaging.coalesce import Bell
 from tests.stack import wait_until
 
 

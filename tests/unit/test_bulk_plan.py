@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ops.local.stack import REPOSITORY
-from scripts.bulk.plan import PlannedItem, Recipe, Rejected, plan, slug
-from scripts.rows import Row, RowsError, read_rows
+from scripts.bulk_generate.plan import PlannedItem, Recipe, Rejected, plan, slug
+from scripts.table_files import Row, RowsError, read_rows
 from shared.contracts.jobs import JobKind
 
 

@@ -9,8 +9,8 @@ import pytest
 from shared.contracts.generation import Mode
 from shared.errors import ModelNotFoundError
 from shared.settings import GeneratorSettings, ModelSettings
-from worker_service.cheap import CheapGenerator
-from worker_service.image_request import ImageRequest, Interrupted, Reference
+from worker_service.models.fake import CheapGenerator
+from worker_service.models.interface import ImageRequest, Interrupted, Reference
 
 SETTINGS = ModelSettings(
     generators={"cheap": GeneratorSettings(kind="cheap", cost_ms=40, max_batch_size=16)}, default_generator="cheap"

@@ -17,8 +17,8 @@ from PIL import Image
 from shared.contracts.generation import Mode
 from shared.errors import InvalidOutputError, ModelOutOfMemoryError
 from tests.small_pipelines import CLIP_DIM
-from worker_service.diffusion import Diffusion
-from worker_service.image_request import ImageRequest, Interrupted, OnStep, Reference
+from worker_service.models.diffusion import Diffusion
+from worker_service.models.interface import ImageRequest, Interrupted, OnStep, Reference
 
 ROUNDING = 2
 """Largest difference of one channel of one pixel, of 255."""

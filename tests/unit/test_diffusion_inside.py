@@ -8,10 +8,10 @@ import pytest
 
 from shared.contracts.generation import Mode
 from tests.unit.test_diffusion_batches import DIFFERENT, REQUEST, Looking, distance, draw, reference
-from worker_service.diffusion import Conditions, Diffusion
-from worker_service.drawing import Drawn
-from worker_service.drawing import draw as draw_in_little_memory
-from worker_service.image_request import ImageRequest, Interrupted
+from worker_service.models.diffusion import Conditions, Diffusion
+from worker_service.models.generate_batch import Drawn
+from worker_service.models.generate_batch import draw as draw_in_little_memory
+from worker_service.models.interface import ImageRequest, Interrupted
 
 Loaded = Callable[[str], Diffusion]
 

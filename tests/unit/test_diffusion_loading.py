@@ -23,8 +23,8 @@ from shared.errors import (
 from shared.settings import GeneratorDefaults, GeneratorSettings, IPAdapterSettings, ModelSettings
 from tests import small_pipelines
 from tests.unit.test_diffusion_batches import DIFFERENT, PIPELINES, REQUEST, ROUNDING, distance, draw, reference
-from worker_service import loading, schedulers
-from worker_service.diffusion import Diffusion
+from worker_service.models import loading, schedulers
+from worker_service.models.diffusion import Diffusion
 
 Loaded = Callable[[str], Diffusion]
 TEXTUAL = [Mode.NONE, Mode.CAPTION, Mode.IMG2IMG]

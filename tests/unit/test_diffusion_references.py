@@ -11,9 +11,9 @@ from PIL import Image
 from shared.contracts.generation import Mode
 from shared.errors import ImageGenerationError, ReferenceUnavailableError
 from tests.unit.test_diffusion_batches import DIFFERENT, REQUEST, ROUNDING, distance, draw, noting, reference
-from worker_service import conditioning, schedulers
-from worker_service.diffusion import Conditions, Diffusion
-from worker_service.image_request import ImageRequest, Interrupted, Reference
+from worker_service.models import conditioning, schedulers
+from worker_service.models.diffusion import Conditions, Diffusion
+from worker_service.models.interface import ImageRequest, Interrupted, Reference
 
 Loaded = Callable[[str], Diffusion]
 PROMPTED = replace(REQUEST, mode=Mode.IMAGE_PROMPT, references=(reference(1),))

@@ -14,8 +14,8 @@ from shared.contracts.generation import Mode
 from shared.settings import GeneratorSettings, ModelSettings
 from tests.small_pipelines import save_sd15
 from tests.unit.test_diffusion_batches import REQUEST, distance, draw, reference
-from worker_service import drawing
-from worker_service.diffusion import Diffusion
+from worker_service.models import generate_batch
+from worker_service.models.diffusion import Diffusion
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def load(folder: Path, safety_checker: str) -> Diffusion:
 
 def test_what_the_checker_objects_to_is_drawn_and_said_to_be_unsafe(folder: Path, checked: Diffusion) -> None:
     assert checked.has_safety_checker
-    (drawn,) = drawing.draw(checked, [REQUEST], lambda step, steps: True)
+    (drawn,) = generate_batch.draw(checked, [REQUEST], lambda step, steps: True)
     assert drawn.unsafe
     unchecked = load(folder, "off")
     assert distance(drawn.pixels, draw(unchecked, REQUEST)[0]) == 0, "what it objects to is not painted over"
@@ -47,14 +47,14 @@ def test_what_the_checker_objects_to_is_drawn_and_said_to_be_unsafe(folder: Path
 
 def test_it_has_its_say_in_img2img_too(checked: Diffusion) -> None:
     request = replace(REQUEST, mode=Mode.IMG2IMG, references=(reference(1),))
-    (drawn,) = drawing.draw(checked, [request], lambda step, steps: True)
+    (drawn,) = generate_batch.draw(checked, [request], lambda step, steps: True)
     assert drawn.unsafe
 
 
 def test_a_checker_that_is_off_or_absent_says_nothing(folder: Path, loaded: Callable[[str], Diffusion]) -> None:
     for model in (load(folder, "off"), loaded("sd15_plain")):
         assert not model.has_safety_checker
-        (drawn,) = drawing.draw(model, [REQUEST], lambda step, steps: True)
+        (drawn,) = generate_batch.draw(model, [REQUEST], lambda step, steps: True)
         assert not drawn.unsafe
 
 

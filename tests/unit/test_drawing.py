@@ -13,12 +13,12 @@ from shared.errors import InvalidOutputError, ModelError, ModelOutOfMemoryError
 from shared.metrics import GENERATION_MEMORY_SAVED
 from shared.settings import WatchdogSettings
 from tests.unit.test_cheap import REQUEST, SETTINGS
-from worker_service.accelerator import run_on
-from worker_service.batcher import Batcher
-from worker_service.cheap import CheapGenerator
-from worker_service.drawing import Drawn, draw
-from worker_service.image_request import ImageRequest, OnStep
-from worker_service.watchdog import AcceleratorLostError, Watchdog
+from worker_service.execution.accelerator import run_on
+from worker_service.execution.batcher import Batcher
+from worker_service.execution.watchdog import AcceleratorLostError, Watchdog
+from worker_service.models.fake import CheapGenerator
+from worker_service.models.generate_batch import Drawn, draw
+from worker_service.models.interface import ImageRequest, OnStep
 
 CPU = torch.device("cpu")
 LOST = torch.device("meta")

@@ -14,10 +14,10 @@ from PIL import Image
 from shared.db.spaces import Space
 from shared.settings import ModelSettings, WatchdogSettings
 from tests.stack import wait_until
-from worker_service.clip import Clip, Picture
-from worker_service.cores import Cores
-from worker_service.embedder import IMAGE_LANE, Embedder
-from worker_service.watchdog import Watchdog
+from worker_service.execution.cpu_threads import Cores
+from worker_service.execution.watchdog import Watchdog
+from worker_service.models.clip import Clip, Picture
+from worker_service.models.embedder import IMAGE_LANE, Embedder
 
 
 @dataclass

@@ -4,7 +4,7 @@ import time
 from uuid import uuid4
 
 from shared.db.jobs import Claim
-from worker_service.leases import Held
+from worker_service.jobs.leases import Held
 
 
 def test_while_others_pass_it_a_job_does_not_run() -> None:

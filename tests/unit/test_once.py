@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Barrier, BrokenBarrierError
 
-from shared.once import once
+from shared.singleton import once
 
 
 def slow_to_make(threads: int) -> Callable[[str], object]:

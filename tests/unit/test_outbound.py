@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared import outbound
+from shared import ssrf
 from shared.errors import ForbiddenTargetError
 from shared.settings import WebhookSettings
 
@@ -36,7 +36,7 @@ DEFAULT = WebhookSettings()
 )
 def test_a_target_that_is_not_public_https_is_refused_without_looking_it_up(url: str) -> None:
     with pytest.raises(ForbiddenTargetError):
-        outbound.check_url(url, DEFAULT)
+        ssrf.check_url(url, DEFAULT)
 
 
 @pytest.mark.parametrize(
@@ -53,16 +53,16 @@ def test_a_target_that_is_not_public_https_is_refused_without_looking_it_up(url:
 )
 def test_an_address_that_cannot_be_read_is_refused_instead_of_breaking_its_delivery(url: str) -> None:
     with pytest.raises(ForbiddenTargetError):
-        outbound.check_url(url, DEFAULT)
+        ssrf.check_url(url, DEFAULT)
 
 
 @pytest.mark.parametrize("host", ["example.com", "example.com.", "b\u00fccher.example", "xn--bcher-kva.example"])
 def test_a_name_is_accepted_without_looking_it_up(host: str) -> None:
-    assert outbound.check_url(f"https://{host}:8443/a?b=c", DEFAULT) == host
+    assert ssrf.check_url(f"https://{host}:8443/a?b=c", DEFAULT) == host
 
 
 def test_a_public_target_is_accepted_and_connected_to_by_its_address() -> None:
-    target = outbound.resolve("https://93.184.216.34/hook?a=1", DEFAULT)
+    target = ssrf.resolve("https://93.184.216.34/hook?a=1", DEFAULT)
     assert str(target.url) == "https://93.184.216.34/hook?a=1"
     assert target.host == "93.184.216.34"
 
@@ -70,17 +70,17 @@ def test_a_public_target_is_accepted_and_connected_to_by_its_address() -> None:
 @pytest.mark.parametrize("name", ["localhost", "localhost.", "0x7f000001", "2130706433", "127.1"])
 def test_a_name_for_a_private_address_is_refused_when_it_is_resolved(name: str) -> None:
     with pytest.raises(ForbiddenTargetError):
-        outbound.resolve(f"https://{name}/", DEFAULT)
+        ssrf.resolve(f"https://{name}/", DEFAULT)
 
 
 def test_a_host_that_resolves_to_a_public_and_a_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [(2, 1, 6, "", ("93.184.216.34", 443)), (2, 1, 6, "", ("10.0.0.1", 443))]
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: answers)
     with pytest.raises(ForbiddenTargetError):
-        outbound.resolve("https://example.com/", DEFAULT)
+        ssrf.resolve("https://example.com/", DEFAULT)
 
 
 def test_an_operator_may_allow_private_targets_and_plain_http() -> None:
-    target = outbound.resolve("http://localhost:8080/hook", WebhookSettings(allow_http=True, allow_private=True))
+    target = ssrf.resolve("http://localhost:8080/hook", WebhookSettings(allow_http=True, allow_private=True))
     assert target.host == "localhost:8080"
     assert target.url.port == 8080

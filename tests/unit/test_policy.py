@@ -10,9 +10,9 @@ from PIL import Image
 
 from shared.contracts.safety import SafetyAction, SafetyDecision, SafetyStage
 from shared.settings import GeneratorSettings, SafetySettings
-from worker_service.drawing import Drawn
-from worker_service.moderation import blurred
-from worker_service.policy import Policy, parts_of_image, parts_of_prompt
+from worker_service.jobs.moderation import blurred
+from worker_service.models.content_policy import Policy, parts_of_image, parts_of_prompt
+from worker_service.models.generate_batch import Drawn
 
 CHEAP = GeneratorSettings(kind="cheap")
 DIRECTIONS = {"gun": 0.0, "pistol": 10.0, "water pistol": 25.0, "apple": 90.0}

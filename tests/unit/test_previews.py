@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler, SchedulerMixin
 
-from worker_service import schedulers
-from worker_service.previews import Sight
+from worker_service.models import schedulers
+from worker_service.models.previews import Sight
 
 
 def followed(scheduler: SchedulerMixin, **step: Any) -> torch.Tensor | None:

@@ -170,8 +170,8 @@ _OURS_AS_PACKAGES = {
 RUN_BY = {
     "api": [
         *("api_service", "shared", "migrations", "scripts/admin.py"),
-        *(f"worker_service/{name}.py" for name in ("__main__", "celery_app", "io_worker", "webhooks", "revocation")),
-        *(f"worker_service/{name}.py" for name in ("reconciler", "housekeeping")),
+        *("worker_service/__main__.py", "worker_service/maintenance"),
+        *(f"worker_service/workers/{name}.py" for name in ("process", "io", "revoke", "lane_transport", "consumer")),
     ],
     "worker": ["worker_service", "shared"],
     "flower": ["ops/flower"],

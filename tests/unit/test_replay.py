@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worker_service.replay import TOLERANCE_DB, changes, difference
+from worker_service.jobs.replay import TOLERANCE_DB, changes, difference
 
 GREY = np.full((8, 8, 3), 128, np.uint8)
 RECORD: dict[str, Any] = {

@@ -1,0 +1,162 @@
+"""What operators do with owners and their API keys, without HTTP. Every change is logged, no secret is."""
+
+import logging
+from uuid import UUID
+
+from api_service.http.auth import Caller
+from shared.contracts.admin import (
+    KeyCreate,
+    KeyPatch,
+    KeyQuery,
+    KeyRotate,
+    KeyView,
+    NewKeyView,
+    OwnerCreate,
+    OwnerPatch,
+    OwnerView,
+    Scope,
+)
+from shared.contracts.common import Page, PageQuery
+from shared.db import keys, owners
+from shared.db.session import session_scope
+from shared.db.tables import ApiKey, Owner
+
+logger = logging.getLogger(__name__)
+
+
+def owner_page(query: PageQuery) -> Page[OwnerView]:
+    """
+    Raises:
+        InvalidCursorError
+    """
+    with session_scope() as session:
+        rows, next_cursor = owners.page(session, cursor=query.cursor, limit=query.limit)
+        return Page(items=[_owner(row) for row in rows], next_cursor=next_cursor)
+
+
+def owner(owner_id: UUID) -> OwnerView:
+    """
+    Raises:
+        ResourceNotFoundError
+    """
+    with session_scope() as session:
+        return _owner(owners.get(session, owner_id))
+
+
+def make_owner(request: OwnerCreate, *, caller: Caller) -> OwnerView:
+    """The owner of that name; one that exists stays as it is."""
+    with session_scope() as session:
+        view = _owner(owners.get(session, owners.ensure(session, request.name)))
+    _log("owner_made", caller, owner_id=view.id)
+    return view
+
+
+def change_owner(owner_id: UUID, patch: OwnerPatch, *, caller: Caller) -> OwnerView:
+    """
+    Raises:
+        ResourceNotFoundError
+    """
+    with session_scope() as session:
+        row = owners.get(session, owner_id)
+        if "daily_images" in patch.model_fields_set:
+            row.daily_images = patch.daily_images
+        if "disabled" in patch.model_fields_set:
+            owners.disable(session, row, disabled=patch.disabled)
+        view = _owner(row)
+    _log("owner_changed", caller, owner_id=owner_id, fields=sorted(patch.model_fields_set))
+    return view
+
+
+def key_page(query: KeyQuery) -> Page[KeyView]:
+    """
+    Raises:
+        InvalidCursorError
+    """
+    with session_scope() as session:
+        rows, next_cursor = keys.page(session, owner_id=query.owner_id, cursor=query.cursor, limit=query.limit)
+        return Page(items=[_key(row) for row in rows], next_cursor=next_cursor)
+
+
+def make_key(owner_id: UUID, request: KeyCreate, *, caller: Caller) -> NewKeyView:
+    """
+    Raises:
+        ResourceNotFoundError: there is no such owner.
+    """
+    with session_scope() as session:
+        row, secret = keys.create(
+            session,
+            owners.get(session, owner_id).id,
+            name=request.name,
+            scopes=frozenset(request.scopes),
+            expires_in_s=request.expires_in_s,
+        )
+        session.refresh(row)
+        view = _key(row)
+    _log("key_made", caller, owner_id=owner_id, made_key_id=view.id, scopes=view.scopes)
+    return NewKeyView(key=view, secret=secret)
+
+
+def change_key(key_id: UUID, patch: KeyPatch, *, caller: Caller) -> KeyView:
+    """
+    Raises:
+        ResourceNotFoundError
+    """
+    with session_scope() as session:
+        row = keys.get(session, key_id)
+        row.expires_at = patch.expires_at
+        view = _key(row)
+    _log("key_changed", caller, changed_key_id=key_id, expires_at=patch.expires_at)
+    return view
+
+
+def rotate_key(key_id: UUID, request: KeyRotate, *, caller: Caller) -> NewKeyView:
+    """A new key that sees and may do what the old one did.
+
+    Raises:
+        ResourceNotFoundError: there is no such key, or it was revoked.
+    """
+    with session_scope() as session:
+        row, secret = keys.rotate(session, key_id, overlap_s=request.overlap_s)
+        session.refresh(row)
+        view = _key(row)
+    _log("key_rotated", caller, rotated_key_id=key_id, made_key_id=view.id)
+    return NewKeyView(key=view, secret=secret)
+
+
+def revoke_key(key_id: UUID, *, caller: Caller) -> KeyView:
+    """
+    Raises:
+        ResourceNotFoundError
+    """
+    with session_scope() as session:
+        keys.revoke(session, key_id)
+        view = _key(keys.get(session, key_id))
+    _log("key_revoked", caller, revoked_key_id=key_id)
+    return view
+
+
+def _log(event: str, caller: Caller, **fields: object) -> None:
+    logger.info(event, extra={"by_key_id": caller.key_id, **fields})
+
+
+def _owner(row: Owner) -> OwnerView:
+    return OwnerView(
+        id=row.id,
+        name=row.name,
+        daily_images=row.daily_images,
+        created_at=row.created_at,
+        disabled_at=row.disabled_at,
+    )
+
+
+def _key(row: ApiKey) -> KeyView:
+    return KeyView(
+        id=row.id,
+        owner_id=row.owner_id,
+        name=row.name,
+        begins_with=row.prefix,
+        scopes=[Scope(scope) for scope in row.scopes],
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+    )

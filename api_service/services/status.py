@@ -1,0 +1,129 @@
+"""Counts and capabilities, for people and dashboards."""
+
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from api_service.http.auth import Caller
+from shared.cache import get_cache_manager
+from shared.contracts.jobs import JobState
+from shared.contracts.safety import ConceptView, PolicyView, SafetyAction
+from shared.contracts.service import JobWindow, ModelsResponse, ModelView, StatsView, UsageView
+from shared.db import queue_limits, quotas, spaces, workers
+from shared.db.session import session_scope
+from shared.db.tables import Generation, Image, Job
+from shared.metrics import recent_operations
+from shared.pools import pool_statistics
+from shared.request_stats import WINDOWS_MIN, request_windows
+from shared.settings import ConceptSettings, get_settings
+
+PERCENTILES = [0.5, 0.95, 0.99]
+
+
+def models() -> ModelsResponse:
+    """The configured generators, with what their workers have told, and what their outputs are looked through for."""
+    settings, concepts = get_settings().model, get_settings().safety.concepts
+    with session_scope() as session:
+        known = workers.capabilities(session)
+        live = workers.live(session)
+    return ModelsResponse(
+        models=[
+            ModelView(
+                name=name,
+                default=name == settings.default_generator,
+                ready_workers=sum(worker.model == name and worker.state == "ready" for worker in live),
+                capabilities=known[name][0] if name in known else None,
+                defaults=generator.defaults.model_dump(),
+                updated_at=known[name][1].updated_at if name in known else None,
+            )
+            for name, generator in settings.generators.items()
+        ],
+        policy=PolicyView(concepts=[_concept(each) for each in concepts]) if concepts else None,
+    )
+
+
+def _concept(concept: ConceptSettings) -> ConceptView:
+    return ConceptView(
+        name=concept.name,
+        prompt=SafetyAction(concept.prompt.action) if concept.prompt else None,
+        output=SafetyAction(concept.output.action) if concept.output else None,
+    )
+
+
+def stats() -> StatsView:
+    with session_scope() as session:
+        return StatsView(
+            images=_counted(session, select(Image.state, func.count()).group_by(Image.state)),
+            jobs=_counted(session, select(Job.state, func.count()).group_by(Job.state)),
+            generations=session.scalar(select(func.count()).select_from(Generation)) or 0,
+            queues=_counted(
+                session, select(Job.model, func.count()).where(Job.state == JobState.QUEUED).group_by(Job.model)
+            ),
+            workers=[
+                {
+                    "id": worker.id,
+                    "kind": worker.kind,
+                    "model": worker.model,
+                    "state": worker.state,
+                    "started_at": worker.started_at,
+                }
+                for worker in workers.live(session)
+            ],
+            cache=get_cache_manager().stats(),
+            pools=pool_statistics(),
+            embedding_spaces=[
+                {"digest": space.digest, "model": space.model, "dim": space.dim, "active": active, "vectors": vectors}
+                for space, active, vectors in spaces.listed(session)
+            ],
+            recent_requests=request_windows().read(),
+            recent_jobs=[_jobs_ended(session, seconds=minutes * 60) for minutes in WINDOWS_MIN],
+            operations=recent_operations(),
+        )
+
+
+def own_usage(*, caller: Caller) -> UsageView:
+    """What the caller's owner has used today, and what waits."""
+    settings = get_settings()
+    most = settings.queue.max_queued_per_owner
+    with session_scope() as session:
+        today = quotas.of_today(session, caller.owner_id, settings.limits)
+        queued = queue_limits.queued_of(session, caller.owner_id, at_most=most)
+    return UsageView(
+        day=today.day,
+        images=today.images,
+        daily_images=today.quota,
+        resets_at=today.ends_at,
+        queued_jobs=queued,
+        max_queued_jobs=most,
+    )
+
+
+def _jobs_ended(session: Session, *, seconds: float) -> JobWindow:
+    """Every replica asks the same table, so every replica says the same."""
+    waited = func.extract("epoch", Job.started_at - Job.created_at)
+    took = func.extract("epoch", Job.finished_at - Job.created_at)
+    recent = Job.finished_at > func.now() - timedelta(seconds=seconds)
+    ended = _counted(session, select(Job.state, func.count()).where(recent).group_by(Job.state))
+    percentiles = session.execute(
+        select(
+            func.percentile_cont(PERCENTILES).within_group(waited), func.percentile_cont(PERCENTILES).within_group(took)
+        ).where(recent)
+    ).one()
+    wait, total = ([None if s is None else round(float(s), 3) for s in each or [None] * 3] for each in percentiles)
+    return JobWindow(
+        seconds=seconds,
+        ended=ended,
+        rate_per_s=round(sum(ended.values()) / seconds, 3),
+        wait_p50_s=wait[0],
+        wait_p95_s=wait[1],
+        wait_p99_s=wait[2],
+        total_p50_s=total[0],
+        total_p95_s=total[1],
+        total_p99_s=total[2],
+    )
+
+
+def _counted(session: Session, statement: Any) -> dict[str, int]:
+    return {str(name): count for name, count in session.execute(statement)}

@@ -1,0 +1,198 @@
+"""Rows as their owner sees them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from shared.cache import get_cache_manager
+from shared.contracts.common import ImageFormat
+from shared.contracts.images import ImageState, ImageView
+from shared.contracts.jobs import (
+    EventType,
+    EventView,
+    JobError,
+    JobKind,
+    JobState,
+    JobView,
+    Lane,
+    OutputView,
+    Progress,
+    Replay,
+    UsedReference,
+)
+from shared.contracts.safety import SafetyRecord
+from shared.contracts.search import Neighbour
+from shared.contracts.webhooks import DeliveryState, DeliveryView
+from shared.db import outputs, queue_position, throughput
+from shared.db.images import Found
+from shared.db.tables import Generation, GenerationReference, Image, Job, JobEvent, WebhookDelivery
+from shared.db.throughput import Pace
+
+API = "/api/v1"
+PACE_TTL_S = 2
+
+
+def job(session: Session, row: Job, *, progress: Progress | None = None) -> JobView:
+    """A job with its outputs, its place in the queue, and how far it is."""
+    view = job_list(session, [row])[0]
+    if view.state is JobState.QUEUED:
+        ahead = queue_position.queue_position(session, row)
+        return view.model_copy(
+            update={"queue_position": ahead, "estimated_start_s": _estimated_start_s(session, row, jobs_ahead=ahead)}
+        )
+    return view.model_copy(update={"progress": progress}) if view.state is JobState.PROCESSING else view
+
+
+def job_list(session: Session, rows: Sequence[Job]) -> list[JobView]:
+    """Jobs with their outputs, in order; without their places in the queue, each of which is a count."""
+    made = outputs.of_jobs(session, [row.id for row in rows])
+    used = outputs.references_of(session, [each.id for of_job in made.values() for each in of_job])
+    return [
+        JobView(
+            id=row.id,
+            kind=JobKind(row.kind),
+            state=JobState(row.state),
+            lane=list(Lane)[row.lane],
+            model=row.model,
+            prompt=row.parameters["prompt"],
+            attempt=row.attempt,
+            seq=row.last_seq,
+            retry_of=row.retry_of,
+            replay_of=row.replay_of,
+            bulk_id=row.bulk_id,
+            parameters=row.parameters,
+            resolution=row.resolution,
+            safety=_safety(row.safety),
+            error=JobError.model_validate(row.error) if row.error else None,
+            outputs=[output(each, used.get(each.id, [])) for each in made.get(row.id, [])],
+            metadata=row.job_metadata,
+            created_at=row.created_at,
+            started_at=row.started_at,
+            finished_at=row.finished_at,
+            timings=row.timings or {},
+            url=f"{API}/jobs/{row.id}",
+            events_url=f"{API}/jobs/{row.id}/events",
+        )
+        for row in rows
+    ]
+
+
+def _estimated_start_s(session: Session, row: Job, *, jobs_ahead: int) -> float | None:
+    start_in_s = _pace(session, row.model).start_in_s(jobs_ahead)
+    if start_in_s is None:
+        return None
+    due_in_s = (row.run_after - datetime.now(UTC)).total_seconds() if row.run_after is not None else 0
+    return round(max(start_in_s, due_in_s), 1)
+
+
+def _pace(session: Session, model: str) -> Pace:
+    """The model's pace, remembered for `PACE_TTL_S`: many wait for their jobs and all of them ask."""
+    cache, key = get_cache_manager(), f"pace:{model}"
+    known = cache.get(key)
+    if known is not None:
+        return Pace(**known)
+    found = throughput.of_model(session, model)
+    cache.set(key, asdict(found), PACE_TTL_S)
+    return found
+
+
+def event(row: JobEvent) -> EventView:
+    return EventView(seq=row.seq, type=EventType(row.type), at=row.at, data=row.data)
+
+
+def output(row: Generation, references: Sequence[GenerationReference]) -> OutputView:
+    return OutputView(
+        id=row.id,
+        job_id=row.job_id,
+        index=row.index,
+        seed=row.seed,
+        width=row.width,
+        height=row.height,
+        format=ImageFormat(row.format),
+        size_bytes=row.size_bytes,
+        sha256=row.sha256,
+        created_at=row.created_at,
+        content_url=f"{API}/generations/{row.id}/content",
+        thumbnail_url=f"{API}/generations/{row.id}/thumbnail",
+        references=[
+            UsedReference(
+                image_id=each.image_id,
+                sha256=each.sha256,
+                similarity=each.similarity,
+                weight=each.weight,
+                pinned=each.pinned,
+                caption=each.caption,
+            )
+            for each in references
+        ],
+        safety=_safety(row.provenance.get("safety")),
+        replay=None if row.replay is None else Replay.model_validate(row.replay, extra="ignore"),
+        provenance=row.provenance,
+    )
+
+
+def _safety(record: Any) -> SafetyRecord | None:
+    return SafetyRecord.model_validate(record, extra="ignore") if record else None
+
+
+def delivery(row: WebhookDelivery, type: str) -> DeliveryView:  # noqa: A002 - the field's name
+    state = DeliveryState(row.state)
+    return DeliveryView(
+        id=row.id,
+        job_id=row.job_id,
+        seq=row.seq,
+        type=type,
+        url=row.url,
+        state=state,
+        attempts=row.attempts,
+        last_status=row.last_status,
+        last_error=row.last_error,
+        due_at=row.due_at if state is DeliveryState.PENDING else None,
+        created_at=row.created_at,
+        delivered_at=row.delivered_at,
+    )
+
+
+def image(row: Image, collection: str) -> ImageView:
+    return ImageView(
+        id=row.id,
+        collection=collection,
+        state=ImageState(row.state),
+        error_code=row.error_code,
+        caption=row.caption,
+        tags=row.tags,
+        licence=row.licence,
+        source=row.source,
+        attributes=row.attributes,
+        filename=row.filename,
+        format=row.format,
+        width=row.width,
+        height=row.height,
+        size_bytes=row.size_bytes,
+        sha256=row.sha256,
+        created_at=row.created_at,
+        url=f"{API}/images/{row.id}",
+        content_url=f"{API}/images/{row.id}/content",
+        thumbnail_url=f"{API}/images/{row.id}/thumbnail",
+    )
+
+
+def neighbour(found: Found) -> Neighbour:
+    row = found.image
+    return Neighbour(
+        image_id=row.id,
+        similarity=found.similarity,
+        caption=row.caption,
+        tags=row.tags,
+        source=row.source,
+        licence=row.licence,
+        width=row.width,
+        height=row.height,
+        sha256=row.sha256,
+        created_at=row.created_at,
+        content_url=f"{API}/images/{row.id}/content",
+        thumbnail_url=f"{API}/images/{row.id}/thumbnail",
+    )

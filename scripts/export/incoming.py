@@ -1,0 +1,114 @@
+"""Rows of a file into a collection."""
+
+import json
+from collections import Counter
+from typing import Any
+from uuid import UUID, uuid4
+
+import numpy as np
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.orm import Session
+
+from scripts.export.image_file import Header, ImageFileError, Row
+from scripts.export.outgoing import COPIED
+from shared.contracts.common import ImageFormat
+from shared.contracts.images import ImageDescription, ImageState
+from shared.db import blobs, images, spaces
+from shared.db.session import session_scope
+from shared.db.spaces import Space
+from shared.db.tables import Image
+from shared.storage import get_blobs, image_key, thumbnail_key
+
+
+def space_for(session: Session, header: Header) -> Space | None:
+    """The active space if the file's vectors are of it; the first space of an installation becomes the active one."""
+    active = spaces.find_active(session)
+    if header.space is None or (active is not None and active.digest != header.space):
+        return None
+    assert header.model is not None
+    assert header.dim is not None
+    return spaces.ensure(session, digest=header.space, model=header.model, dim=header.dim)
+
+
+def bring(rows: list[Row], collection_id: UUID, space: Space | None) -> Counter[str]:
+    """One group, all or none."""
+    with session_scope() as session:
+        digests = [row["sha256"] for row in rows]
+        there = select(Image.sha256).where(Image.collection_id == collection_id, Image.sha256.in_(digests))
+        known = set(session.scalars(there))
+        ids = {UUID(row["id"]) for row in rows}
+        taken = set(session.scalars(select(Image.id).where(Image.id.in_(ids))))
+        new = [_Incoming(row, taken) for row in rows if row["sha256"] not in known]
+        # Bytes before rows, and claimed before that, so that nothing is swept in between.
+        claim_id = blobs.claim(session, [key for each in new for key in (each.blob_key, each.thumbnail_key)])
+    for each in new:
+        each.store()
+    counts = Counter(existing=len(rows) - len(new))
+    with session_scope() as session:
+        if not blobs.settle(session, claim_id):
+            raise ImageFileError("the blobs were swept before their rows were written: start again")
+        for each in new:
+            embedded = space is not None and each.row["embedding"] is not None
+            statement = upsert(Image).values(
+                collection_id=collection_id,
+                state=ImageState.READY if embedded else ImageState.PENDING,
+                **each.columns(),
+            )
+            added = session.scalar(
+                statement.on_conflict_do_nothing(index_elements=["collection_id", "sha256"]).returning(Image.id)
+            )
+            if added is None:
+                counts["existing"] += 1
+                continue
+            counts["new"] += 1
+            counts["to_embed"] += not embedded
+            if embedded:
+                assert space is not None
+                vector = np.asarray(each.row["embedding"], np.float32)
+                values = {"image_id": added, "embedding": vector.tolist(), "norm": each.row["norm"]}
+                session.execute(upsert(space.table).values(values))
+        images.touch(session, collection_id)
+    return counts
+
+
+class _Incoming:
+    """A row of the file as an image of this installation."""
+
+    def __init__(self, row: Row, taken: set[UUID]) -> None:
+        self.row = row
+        self.format = ImageFormat(row["format"])
+        if len(row["sha256"]) != 64 or not set(row["sha256"]) <= set("0123456789abcdef"):
+            raise ImageFileError(f"{row['sha256']!r} is no digest")
+        self.blob_key = image_key(row["sha256"], self.format)
+        self.thumbnail_key = thumbnail_key(row["sha256"])
+        # Records of generations name images by id, so it stays unless another collection here has it.
+        self._id = uuid4() if UUID(row["id"]) in taken else UUID(row["id"])
+        self._size_bytes = len(row["image"])
+
+    def store(self) -> None:
+        """Store the bytes, unless another collection has this image: then its bytes, as they are, are of both."""
+        there = get_blobs().info(self.blob_key)
+        if there is None:
+            get_blobs().put(self.blob_key, self.row["image"], media_type=self.format.media_type)
+        else:
+            self._size_bytes = there.size_bytes
+        if not get_blobs().exists(self.thumbnail_key):
+            get_blobs().put(self.thumbnail_key, self.row["thumbnail"], media_type=ImageFormat.WEBP.media_type)
+
+    def columns(self) -> dict[str, Any]:
+        described = ImageDescription.model_validate(
+            {
+                **{name: self.row[name] for name in ("caption", "tags", "source", "licence")},
+                "attributes": json.loads(self.row["attributes"]),
+            }
+        )
+        return {
+            **{name: self.row[name] for name in COPIED},
+            **described.model_dump(),
+            "id": self._id,
+            "format": self.format.value,
+            "blob_key": self.blob_key,
+            "thumbnail_key": self.thumbnail_key,
+            "size_bytes": self._size_bytes,
+        }

@@ -1,0 +1,85 @@
+"""Images per owner and day (UTC): counted when they are asked for, given back when a job ends without them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from uuid import UUID
+
+from sqlalchemy import func, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.orm import Session
+
+from shared.db.tables import ImageUsage, Job, Owner
+from shared.errors import QuotaExceededError
+from shared.settings import LimitSettings
+
+
+@dataclass(frozen=True)
+class Today:
+    """quota: images per day; None for as many as one likes."""
+
+    day: date
+    images: int
+    quota: int | None
+
+    @property
+    def ends_at(self) -> datetime:
+        return datetime.combine(self.day + timedelta(days=1), time(), UTC)
+
+
+def reserve(session: Session, owner_id: UUID, images: int, settings: LimitSettings) -> date:
+    """Count images towards the owner's quota of today; the day, for `Job.quota_day`.
+
+    Other transactions of the owner wait here for the end of this one, so no number of them exceeds the quota.
+
+    Raises:
+        QuotaExceededError: `retry_after_s` ends with the day.
+    """
+    quota = _quota(session, owner_id, settings)
+    statement = upsert(ImageUsage).values(owner_id=owner_id, day=func.current_date(), images=images)
+    counted: date | None = session.scalar(
+        statement.on_conflict_do_update(
+            index_elements=["owner_id", "day"],
+            set_={"images": ImageUsage.images + images},
+            where=None if quota is None else ImageUsage.images + images <= quota,
+        ).returning(ImageUsage.day)
+    )
+    # The day's first request meets no row that could refuse it.
+    if counted is None or (quota is not None and images > quota):
+        today = of_today(session, owner_id, settings)
+        left_s = max(1, round((today.ends_at - datetime.now(UTC)).total_seconds()))
+        used = today.images if counted is None else 0
+        raise QuotaExceededError(quota=quota, used=used, asked=images, retry_after_s=left_s)
+    return counted
+
+
+def give_back(session: Session, job_ids: Sequence[UUID]) -> None:
+    """Count the images of jobs that ended without them no more."""
+    reserved = (
+        select(Job.owner_id, Job.quota_day, func.sum(Job.images).label("images"))
+        .where(Job.id.in_(job_ids), Job.quota_day.is_not(None))
+        .group_by(Job.owner_id, Job.quota_day)
+        .order_by(Job.owner_id, Job.quota_day)  # so that two who end many jobs do not wait for each other
+    )
+    for row in session.execute(reserved).all():
+        give_back_images(session, row.owner_id, row.quota_day, row.images)
+
+
+def give_back_images(session: Session, owner_id: UUID, day: date, images: int) -> None:
+    """Count images no more that were reserved on that day and will not be made."""
+    session.execute(
+        update(ImageUsage)
+        .where(ImageUsage.owner_id == owner_id, ImageUsage.day == day)
+        .values(images=func.greatest(ImageUsage.images - images, 0))
+    )
+
+
+def of_today(session: Session, owner_id: UUID, settings: LimitSettings) -> Today:
+    day = session.scalars(select(func.current_date())).one()
+    used = select(ImageUsage.images).where(ImageUsage.owner_id == owner_id, ImageUsage.day == day)
+    return Today(day=day, images=session.scalar(used) or 0, quota=_quota(session, owner_id, settings))
+
+
+def _quota(session: Session, owner_id: UUID, settings: LimitSettings) -> int | None:
+    own = session.scalar(select(Owner.daily_images).where(Owner.id == owner_id))
+    return (settings.daily_images if own is None else own) or None

@@ -1,0 +1,95 @@
+"""A diffusers pipeline from settings: with its adapter and LoRAs, on its device, ready to be called."""
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from diffusers.loaders import IPAdapterMixin
+from diffusers.models.embeddings import ImageProjection
+from transformers import CLIPVisionModelWithProjection
+
+from shared.errors import ModelLoadError
+from shared.settings import GeneratorSettings, IPAdapterSettings
+from worker_service.models import loading
+
+
+def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPipeline:
+    """The text-to-image pipeline of the settings, with its adapter and LoRAs, on its device, ready to be called.
+
+    Only safetensors files are read, and no code that comes with a model is run.
+
+    Raises:
+        ModelLoadError: anything is missing, does not fit, or is not a text-to-image pipeline.
+    """
+    diffusers.utils.logging.set_verbosity_error()  # SDXL logs a cast of its VAE in every call
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    device = loading.resolve_device(settings.device)
+    dtype = loading.resolve_dtype(settings.dtype, device)
+    with loading.readable_load_errors("Pipeline", settings.source, offline=offline):
+        pipeline = AutoPipelineForText2Image.from_pretrained(
+            settings.source,
+            revision=settings.revision,
+            variant=settings.variant,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=offline,
+        )
+    if settings.ip_adapter is not None:
+        with loading.readable_load_errors("IP-Adapter", settings.ip_adapter.source, offline=offline):
+            _load_ip_adapter(pipeline, settings.ip_adapter, offline=offline)
+    for name, lora in settings.loras.items():
+        with loading.readable_load_errors(f"LoRA {name!r}", lora.source, offline=offline):
+            pipeline.load_lora_weights(
+                lora.source,
+                revision=lora.revision,
+                weight_name=lora.weight_name,
+                adapter_name=name,
+                use_safetensors=True,
+                local_files_only=offline,
+            )
+    with loading.readable_load_errors(f"Pipeline on {device}", settings.source):
+        pipeline.to(device)
+    for module in (getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)):
+        if module is not None:
+            module.to(memory_format=torch.channels_last)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _load_ip_adapter(pipeline: DiffusionPipeline, adapter: IPAdapterSettings, *, offline: bool) -> None:
+    if not isinstance(pipeline, IPAdapterMixin):
+        # The adapters of FLUX and SD3 take no attention masks, which is where the weights of the references go.
+        raise ModelLoadError(f"{type(pipeline).__name__} takes no IP-Adapter with weighted references.")
+    if not adapter.weight_name.endswith(".safetensors"):
+        raise ModelLoadError(f"{adapter.weight_name!r} is not a safetensors file.")
+    if adapter.image_encoder_folder is not None:
+        # load_ip_adapter would load it too, but of any revision and from a pickle where there is one.
+        nested = "/" not in adapter.image_encoder_folder
+        encoder = CLIPVisionModelWithProjection.from_pretrained(
+            adapter.source,
+            subfolder=f"{adapter.subfolder}/{adapter.image_encoder_folder}" if nested else adapter.image_encoder_folder,
+            revision=adapter.revision,
+            dtype=pipeline.dtype,
+            use_safetensors=True,
+            local_files_only=offline,
+        )
+        pipeline.register_modules(image_encoder=encoder)
+    pipeline.load_ip_adapter(
+        adapter.source,
+        subfolder=adapter.subfolder,
+        weight_name=adapter.weight_name,
+        revision=adapter.revision,
+        image_encoder_folder=None,
+        local_files_only=offline,
+    )
+    if adapter.conditions_on == "image" and pipeline.image_encoder is None:
+        raise ModelLoadError("conditions_on is `image`, but neither adapter nor pipeline brings an image encoder.")
+    if adapter.conditions_on == "embedding_space" and reference_dim(pipeline) is None:
+        raise ModelLoadError("This IP-Adapter takes hidden states, not vectors: `conditions_on` must be `image`.")
+
+
+def reference_dim(pipeline: DiffusionPipeline) -> int | None:
+    """Length of the vector that the pipeline's IP-Adapter takes for an image; none when it takes hidden states."""
+    projection = pipeline.unet.encoder_hid_proj.image_projection_layers[0]
+    return projection.image_embeds.in_features if isinstance(projection, ImageProjection) else None

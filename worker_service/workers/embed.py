@@ -1,0 +1,56 @@
+"""The embed worker: CLIP for queries whose asker waits, then for images that wait for their vectors."""
+
+import logging
+from typing import Any
+
+from shared.messaging import queue
+from shared.messaging.embedding_rpc import answer
+from shared.settings import Settings
+from worker_service.execution.watchdog import Watchdog
+from worker_service.indexing import embed_images
+from worker_service.indexing.image_leases import ImageLeases
+from worker_service.models.embedder import QUERY_LANE, Embedder
+from worker_service.workers.process import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until told to stop.
+
+    Raises:
+        ModelLoadError
+    """
+    with WorkerProcess("embed", None, settings) as process, Watchdog(settings.watchdog) as watchdog:
+        embedder = Embedder.load(settings, watchdog, alone=True)
+        try:
+            with ImageLeases(settings.jobs) as leases:
+                _consume(process, embedder, leases)
+        finally:
+            embedder.close(settings.jobs.shutdown_grace_s)
+
+
+def _consume(process: WorkerProcess, embedder: Embedder, leases: ImageLeases) -> None:
+    app = process.app()
+    images = embed_images.ImageEmbedding(embedder, leases)
+
+    @app.task(name=queue.EMBED_QUERY)
+    def embed_query(reply_key: str, payload: dict[str, Any]) -> None:
+        """Answer a query whose asker waits."""
+        answer(
+            reply_key,
+            payload,
+            space_digest=embedder.space.digest,
+            embed=lambda items: embedder.embed(items, lane=QUERY_LANE),
+        )
+
+    @app.task(name=queue.EMBED_PENDING)
+    def embed_pending() -> None:
+        """Embed whatever waits."""
+        images.ring(stopping=process.stopping.is_set)
+
+    def finish_or_hand_back() -> None:
+        if not leases.wait_until_empty(process.settings.jobs.shutdown_grace_s):
+            logger.info("images_handed_back", extra={"images": leases.hand_back()})
+
+    process.serve(app, [queue.EMBED_QUERIES_QUEUE, queue.EMBED_IMAGES_QUEUE], on_stop=finish_or_hand_back)
