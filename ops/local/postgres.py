@@ -95,7 +95,7 @@ def identity() -> list[str]:
 
     Postgres refuses user id 0. As root it runs in a user namespace, where it looks like `nobody` to itself and owns
     what root owns. Where namespaces are forbidden (many containers) it becomes `nobody` and keeps only the
-    capability to pass through root's folders. `docs/decisions/0005-servers-from-wheels.md` has the reasons.
+    capability to pass through root's folders. `docs/decisions/0005-where-do-the-servers-come-from.md` has the reasons.
 
     Raises:
         RuntimeError: neither works here.

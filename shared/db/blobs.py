@@ -2,7 +2,7 @@
 
 Equal images of several collections share one blob, so an upload may come to name a blob that no row names any more
 while the sweeper removes it. Both take the lock of each key first, and the upload claims what it will name before it
-stores it: docs/decisions/0008-uploads-claim-their-blobs.md.
+stores it: docs/decisions/0008-how-are-unneeded-blobs-deleted.md.
 """
 
 from collections.abc import Collection, Sequence
