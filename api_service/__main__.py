@@ -1,4 +1,4 @@
-"""`python -m api_service`: serve the API with granian until SIGTERM or SIGINT."""
+"""`python -m api_service`: serves the API with granian until SIGTERM or SIGINT."""
 
 import logging
 import os
@@ -14,33 +14,33 @@ from shared.logging import configure as configure_logging
 from shared.settings import Settings, get_settings
 from shared.storage import get_blobs
 
-TARGET = "api_service.app:served_app"
-CONNECTIONS = 1024
-"""What one process holds open at a time; `api.threads` requests of them are worked on."""
-STOP_WAIT_S = 10
-"""Requests in work get this long to end; waits and streams end by themselves."""
+APP_FACTORY = "api_service.app:served_app"
+MAX_CONNECTIONS = 1024
+"""Open connections per process. `api.threads` of their requests are processed at a time."""
+SHUTDOWN_TIMEOUT_S = 10
+"""Time for active requests to end after a stop signal. Waits and streams end on the signal itself."""
 
 GRANIAN_LOGGING = {
     "formatters": {},
     "handlers": {},
     "loggers": {"_granian": {"handlers": [], "propagate": True}, "granian.access": {"handlers": []}},
 }
-"""Granian logs as everything else does."""
+"""Granian's records go through the root logger, like all others."""
 
 
 def main() -> int:
     try:
         settings = get_settings()
-        get_blobs()  # a wrong `storage.url` is told now, not to the first client who uploads
+        get_blobs()  # fail at the start, not at the first upload, if `storage.url` is wrong
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 2
     configure_logging(settings, "api")
-    logging.getLogger("_granian").addFilter(_is_not_about_threads)
+    logging.getLogger("_granian").addFilter(_is_not_thread_warning)
     if settings.api.workers == 1 or "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         serve(settings)
     else:
-        # Several processes answer `/metrics` with the numbers of all.
+        # `/metrics` must cover all processes, whichever of them answers.
         with tempfile.TemporaryDirectory(prefix="afterimage-metrics-") as folder:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
             serve(settings)
@@ -49,25 +49,25 @@ def main() -> int:
 
 def serve(settings: Settings) -> None:
     Server(
-        TARGET,
+        APP_FACTORY,
         factory=True,
         interface=Interfaces.WSGI,
         address=settings.api.host,
         port=settings.api.port,
         workers=settings.api.workers,
         blocking_threads=server_threads(settings.api),
-        # It counts connections, idle ones included: were it the number of threads, as many idle clients would lock
-        # everybody else out.
-        backpressure=CONNECTIONS,
+        # A limit on connections, idle ones included. With the number of threads as the limit, that many idle clients
+        # would block all others.
+        backpressure=MAX_CONNECTIONS,
         respawn_failed_workers=True,
-        workers_kill_timeout=STOP_WAIT_S,
+        workers_kill_timeout=SHUTDOWN_TIMEOUT_S,
         websockets=False,
         log_dictconfig=GRANIAN_LOGGING,
     ).serve()
 
 
-def _is_not_about_threads(record: logging.LogRecord) -> bool:
-    # Granian warns of more threads than processors; ours wait for databases and for jobs.
+def _is_not_thread_warning(record: logging.LogRecord) -> bool:
+    # Granian warns of more threads than processors. Here most threads wait, for the database or for a job.
     return not record.getMessage().startswith("Configuration allows spawning")
 
 

@@ -1,4 +1,4 @@
-"""How alembic reaches the database: the product's own settings, one migration at a time, never two runs at once."""
+"""Alembic environment: the database of the product's settings, one transaction per migration, one run at a time."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from shared.db.tables import Base
 from shared.settings import get_settings
 
 LOCK = 7_046_029_254_386_353_131
-"""Advisory lock that two concurrent upgrades fight for; an arbitrary constant."""
+"""Key of the advisory lock that serialises concurrent upgrades; an arbitrary constant."""
 
 
 def include_object(_object: Any, name: str | None, type_: str, _reflected: bool, _compare_to: Any) -> bool:
-    """Vector tables belong to embedding spaces and are made at run time: autogenerate must not drop them."""
+    """Exclude vector tables: the service creates them per embedding space, so autogenerate must not drop them."""
     return not (type_ == "table" and name is not None and name.startswith("vectors_"))
 
 

@@ -1,5 +1,8 @@
-"""Removing blobs that nothing names any more: of deleted images, jobs and outputs, of attempts and uploads that ended
-before their rows were written. Request paths never delete a blob."""
+"""The blob sweeper: deletes blobs that no row names any more. Requests never delete a blob themselves.
+
+Such blobs remain of deleted images, jobs and outputs, and of attempts and uploads that ended before their rows were
+written. See docs/decisions/0008-how-are-unneeded-blobs-deleted.md.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -8,75 +11,79 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 
 from shared.contracts.jobs import Lane
-from shared.db import blobs as needs
+from shared.db import blobs as blob_rows
 from shared.db.session import session_scope
 from shared.errors import ForeignStorageError, ResourceNotFoundError
-from shared.metrics import increment_counter
+from shared.metrics import BLOB_BYTES_SWEPT, BLOBS_SWEPT, increment_counter
 from shared.settings import Settings
 from shared.storage import IMAGES, OUTPUTS, THUMBNAILS, BlobInfo, Blobs
 
 logger = logging.getLogger(__name__)
 
 OWNER_KEY = "swept-for"
-"""Names the database whose rows decide what is needed. A store that a second one sweeps would lose everything."""
-PAGE = 1000
-BATCH = 100
-"""Blobs removed under one set of locks: an upload of one of them waits that long."""
+"""The blob under this key names the one database that may sweep the store. Any other would delete all of its blobs."""
+KEYS_PER_QUERY = 1000
+BLOBS_PER_DELETE = 100
+"""Blobs deleted under one set of locks. An upload of one of these blobs waits until they are deleted."""
 
 
 @dataclass
-class Swept:
+class SweepResult:
+    """The number of deleted blobs, their size, and the number of deleted temporary files."""
+
     blobs: int = 0
     size_bytes: int = 0
     leftovers: int = 0
-    """Files of writes that were killed half way, in a folder."""
+    """Temporary files of killed writes, in a folder."""
 
 
 def grace_s(settings: Settings) -> float:
-    """How old a blob has to be, in seconds: in no case younger than work that could still come to name it."""
-    held_up_s = settings.queue.starving_s + len(Lane) * settings.jobs.timeout_s  # and what passes when that is over
-    longest_work_s = settings.jobs.timeout_s + held_up_s + 2 * settings.jobs.lease_s
+    """The age in seconds below which a blob is kept: at least as long as a job or an upload may take to name it."""
+    # After `starvation_timeout_s`, one batch of each lane may still interrupt the job, each for up to `timeout_s`.
+    longest_delay_s = settings.queue.starvation_timeout_s + len(Lane) * settings.jobs.timeout_s
+    longest_work_s = settings.jobs.timeout_s + longest_delay_s + 2 * settings.jobs.lease_s
     return max(settings.retention.blob_grace_s, longest_work_s)
 
 
-def sweep(blobs: Blobs, *, older_than_s: float, stopping: Callable[[], bool] = lambda: False) -> Swept:
-    """Remove what nothing needs and is older than `older_than_s`; what an attempt or an upload is about to name stays.
+def sweep(blobs: Blobs, *, older_than_s: float, stopping: Callable[[], bool] = lambda: False) -> SweepResult:
+    """Delete blobs that are older than `older_than_s` and that no row, running attempt or upload needs.
 
-    Any number may run at the same time. Claims of uploads older than `older_than_s` end: such an upload is refused.
+    Several sweeps may run at the same time. Claims of uploads older than `older_than_s` end, and such an upload then
+    fails. stopping: checked between batches; True ends the sweep.
 
     Raises:
         ForeignStorageError: another database sweeps this store; see `adopt`.
-        StorageError, DatabaseError: what was removed until then stays removed.
+        StorageError, DatabaseError: the store or the database failed. Blobs deleted until then stay deleted.
     """
     with session_scope() as session:
-        identity = needs.database_identity(session)
+        identity = blob_rows.database_identity(session)
     _check_owner(blobs, identity)
     with session_scope() as session:
-        needs.forget_claims(session, older_than_s=older_than_s)
-    swept = Swept()
-    candidates = unneeded(blobs, older_than_s=older_than_s)
-    while not stopping() and (batch := list(islice(candidates, BATCH))):
-        _remove(blobs, batch, swept)
-    swept.leftovers = blobs.delete_leftovers(older_than=_moment(older_than_s))
+        blob_rows.delete_old_claims(session, older_than_s=older_than_s)
+    swept = SweepResult()
+    candidates = list_unneeded(blobs, older_than_s=older_than_s)
+    while not stopping() and (batch := list(islice(candidates, BLOBS_PER_DELETE))):
+        _delete(blobs, batch, swept)
+    swept.leftovers = blobs.delete_leftovers(older_than=_time_ago(older_than_s))
     logger.info("blobs_swept", extra={"blobs": swept.blobs, "size_bytes": swept.size_bytes})
     return swept
 
 
-def unneeded(blobs: Blobs, *, older_than_s: float) -> Iterator[BlobInfo]:
-    """Blobs that nothing needs at this moment, a page in memory at a time."""
-    born_before = _moment(older_than_s)
+def list_unneeded(blobs: Blobs, *, older_than_s: float) -> Iterator[BlobInfo]:
+    """Yield the blobs that are older than `older_than_s` and not needed now. They are checked in pages."""
+    stored_before = _time_ago(older_than_s)
     for prefix in (IMAGES, THUMBNAILS, OUTPUTS):
-        old = (info for info in blobs.list(prefix) if info.last_modified <= born_before)
-        while page := list(islice(old, PAGE)):
+        old = (info for info in blobs.list(prefix) if info.last_modified <= stored_before)
+        while page := list(islice(old, KEYS_PER_QUERY)):
             with session_scope() as session:
-                keys = set(needs.unneeded(session, [info.key for info in page]))
+                keys = set(blob_rows.list_unneeded(session, [info.key for info in page]))
             yield from (info for info in page if info.key in keys)
 
 
 def adopt(blobs: Blobs) -> None:
-    """Let this database, restored or moved for instance, decide from now on what the store needs."""
+    """Make this database the one that may sweep the store, for instance after it was restored or moved."""
     with session_scope() as session:
-        identity = needs.database_identity(session)
+        identity = blob_rows.database_identity(session)
     blobs.put(OWNER_KEY, identity.encode(), media_type="text/plain")
 
 
@@ -90,18 +97,18 @@ def _check_owner(blobs: Blobs, identity: str) -> None:
         raise ForeignStorageError
 
 
-def _remove(blobs: Blobs, batch: list[BlobInfo], swept: Swept) -> None:
+def _delete(blobs: Blobs, batch: list[BlobInfo], swept: SweepResult) -> None:
     sizes = {info.key: info.size_bytes for info in batch}
     with session_scope() as session:
-        needs.lock(session, sizes)
-        keys = needs.unneeded(session, list(sizes))
+        blob_rows.lock_keys(session, sizes)
+        keys = blob_rows.list_unneeded(session, list(sizes))
         if keys:
             blobs.delete_all(keys)
     swept.blobs += len(keys)
     swept.size_bytes += sum(sizes[key] for key in keys)
-    increment_counter("blobs_swept_total", len(keys))
-    increment_counter("blob_bytes_swept_total", sum(sizes[key] for key in keys))
+    increment_counter(BLOBS_SWEPT, len(keys))
+    increment_counter(BLOB_BYTES_SWEPT, sum(sizes[key] for key in keys))
 
 
-def _moment(seconds_ago: float) -> datetime:
-    return datetime.now(UTC) - timedelta(seconds=seconds_ago)
+def _time_ago(seconds: float) -> datetime:
+    return datetime.now(UTC) - timedelta(seconds=seconds)

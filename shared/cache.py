@@ -1,9 +1,9 @@
-"""Answers worth keeping for a while: in Redis, and in this process's memory while Redis is away.
+"""The cache: values in Redis, or in this process's memory while Redis is away.
 
-The cache may lose anything at any time and is never the only place of a fact. While Redis is away each process
-remembers for itself, for at most `MEMORY_TTL_S`; what it wrote or removed meanwhile is removed from Redis before
-Redis is trusted again. Other processes cannot be told during an outage, so whoever must not see an old answer puts
-the version of what it depends on into the key.
+The cache may lose any value at any time, so it never holds the only copy of a fact. While Redis is away, each process
+caches in its own memory, for at most `MEMORY_TTL_S`. Before it uses Redis again, it deletes there each key that it
+changed during the outage. Until then, other processes may read the old values. A caller that must not get an old value
+puts the version of the data into the key.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ from cachetools import TLRUCache
 from pydantic import BaseModel, TypeAdapter
 from redis import Redis, RedisError
 
-from shared.metrics import CACHE_FALLBACKS, increment_counter
+from shared.metrics import CACHE_FALLBACKS, CACHE_HITS, CACHE_MISSES, increment_counter
 from shared.settings import CacheSettings, get_settings
-from shared.singleton import once
+from shared.singleton import process_singleton
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,21 +37,24 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "afterimage:cache:"
 MEMORY_TTL_S = 60.0
 PROBE_INTERVAL_S = 1.0
-MAX_REMEMBERED_CHANGES = 10_000
+"""While Redis is away, one call per interval tries it."""
+MAX_TRACKED_CHANGES = 10_000
+"""Keys changed during an outage that are deleted one by one afterwards; with more changes, the whole cache is."""
 JOIN_TIMEOUT_S = 30.0
-PAGE = 500
+"""How long a call of a cached function waits for an equal call before it runs the function itself."""
+KEYS_PER_COMMAND = 500
 
 
-class _Kept(NamedTuple):
+class _MemoryEntry(NamedTuple):
     data: bytes
     ttl_s: float
 
 
 class Cache:
-    """Values by key. Safe to share between threads; no method raises because Redis is away.
+    """Values by key. Safe to share between threads. No method raises because Redis is away.
 
-    A value is bytes, a numpy array, or what JSON holds (tuples come back as lists). A call waits for Redis at most
-    a few times `socket_timeout_s`; while Redis is away, one call a second does, and the others do not wait.
+    A value is bytes, a numpy array, or anything that JSON can hold (tuples come back as lists). A call waits for Redis
+    at most a few times `socket_timeout_s`. While Redis is away, one call a second waits so long, the others not at all.
     """
 
     def __init__(self, settings: CacheSettings) -> None:
@@ -62,50 +65,54 @@ class Cache:
             socket_connect_timeout=settings.socket_timeout_s,
         )
         self._lock = threading.RLock()
-        self._memory: TLRUCache[str, _Kept] = TLRUCache(
-            settings.memory_max_items, ttu=lambda _key, kept, now: now + kept.ttl_s, timer=time.monotonic
+        self._memory: TLRUCache[str, _MemoryEntry] = TLRUCache(
+            settings.memory_max_items, ttu=lambda _key, entry, now: now + entry.ttl_s, timer=time.monotonic
         )
-        self._away_until: float | None = None
-        """None while Redis answers; otherwise when the next call may try it again."""
+        self._next_probe: float | None = None
+        """None while Redis answers; otherwise the monotonic time from which a call may try it again."""
         self._changed_keys: set[str] = set()
         self._changed_patterns: set[str] = set()
         self._hits = self._misses = self._fallbacks = 0
-        self._flights: dict[str, Future[bytes]] = {}
+        self._running_calls: dict[str, Future[bytes]] = {}
 
     def get(self, key: str) -> Any | None:
-        """The value under `key`; None when there is none."""
+        """The value under `key`; None when the cache has no value."""
         data = self.get_encoded(key)
         return None if data is None else _decode(data)
 
     def set(self, key: str, value: Any, ttl: float | None = None) -> None:
-        """Keep `value` for `ttl` seconds (default: `default_ttl_s`). Raises TypeError when it cannot be encoded."""
+        """Store `value` for `ttl` seconds (default: the setting `default_ttl_s`).
+
+        Raises:
+            TypeError: `value` cannot be encoded.
+        """
         self.set_encoded(key, _encode(value), ttl)
 
     def delete(self, key: str) -> bool:
-        """Forget `key`; tells whether there was something to forget."""
+        """Delete `key`; True when it had a value."""
 
-        def in_memory() -> bool:
-            self._remember_change(key)
+        def delete_in_memory() -> bool:
+            self._track_change(key)
             return self._memory.pop(key, None) is not None
 
-        return self._either(lambda: bool(self._redis.unlink(NAMESPACE + key)), in_memory)
+        return self._redis_or_memory(lambda: bool(self._redis.unlink(NAMESPACE + key)), delete_in_memory)
 
     def invalidate(self, pattern: str) -> int:
-        """Forget every key that matches (`*` is any text, `?` any one character); tells how many."""
+        """Delete every key that matches `pattern` (`*`: any text, `?`: any one character); return how many."""
 
-        def in_memory() -> int:
+        def delete_in_memory() -> int:
             self._changed_patterns.add(pattern)
             matches = re.compile(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), re.DOTALL).fullmatch
             return sum(self._memory.pop(key, None) is not None for key in list(self._memory) if matches(key))
 
-        return self._either(lambda: self._unlink_matching(pattern), in_memory)
+        return self._redis_or_memory(lambda: self._unlink_matching(pattern), delete_in_memory)
 
     def stats(self) -> dict[str, Any]:
-        """Since this process started: `backend` in use, `hits`, `misses`, `hit_rate`, `fallbacks`, `memory_items`."""
+        """`backend` in use, `memory_items`, and since start: `hits`, `misses`, `hit_rate`, `fallbacks`."""
         with self._lock:
             lookups = self._hits + self._misses
             return {
-                "backend": "redis" if self._away_until is None else "memory",
+                "backend": "redis" if self._next_probe is None else "memory",
                 "hits": self._hits,
                 "misses": self._misses,
                 "hit_rate": self._hits / lookups if lookups else 0.0,
@@ -115,7 +122,7 @@ class Cache:
 
     @property
     def redis(self) -> Redis:
-        """The client below, for what only Redis can do. Its calls raise RedisError while Redis is away."""
+        """The Redis client, for operations that this class lacks. Its calls raise RedisError while Redis is away."""
         return self._redis
 
     def close(self) -> None:
@@ -124,100 +131,103 @@ class Cache:
     # --- for `cache_result`
 
     def get_encoded(self, key: str) -> bytes | None:
-        def in_memory() -> bytes | None:
-            kept = self._memory.get(key)
-            return kept.data if kept else None
+        def get_from_memory() -> bytes | None:
+            entry = self._memory.get(key)
+            return entry.data if entry else None
 
-        data = self._either(lambda: cast(bytes | None, self._redis.get(NAMESPACE + key)), in_memory)
+        data = self._redis_or_memory(lambda: cast(bytes | None, self._redis.get(NAMESPACE + key)), get_from_memory)
         with self._lock:
             self._hits += data is not None
             self._misses += data is None
-        name = "cache_misses_total" if data is None else "cache_hits_total"
-        increment_counter(name, labels={"prefix": key.partition(":")[0]})
+        increment_counter(CACHE_MISSES if data is None else CACHE_HITS, labels={"prefix": key.partition(":")[0]})
         return data
 
     def set_encoded(self, key: str, data: bytes, ttl: float | None) -> None:
         ttl_s = self._settings.default_ttl_s if ttl is None else ttl
 
-        def in_redis() -> None:
+        def set_in_redis() -> None:
             self._redis.set(NAMESPACE + key, data, px=max(1, round(ttl_s * 1000)))
 
-        def in_memory() -> None:
-            self._remember_change(key)
-            self._memory[key] = _Kept(data, min(ttl_s, MEMORY_TTL_S))
+        def set_in_memory() -> None:
+            self._track_change(key)
+            self._memory[key] = _MemoryEntry(data, min(ttl_s, MEMORY_TTL_S))
 
-        self._either(in_redis, in_memory)
+        self._redis_or_memory(set_in_redis, set_in_memory)
 
-    def join(self, key: str) -> tuple[bool, Future[bytes]]:
-        """Whether the caller is the one to find the value of `key`, and where all others wait for it."""
+    def join_call(self, key: str) -> tuple[bool, Future[bytes]]:
+        """Join the running call for `key`, or start one.
+
+        Returns whether the caller is the first, which must run the function, and the future of the result.
+        """
         with self._lock:
-            flight = self._flights.get(key)
-            if flight is not None:
-                return False, flight
-            flight = self._flights[key] = Future()
-            flight.set_running_or_notify_cancel()  # a waiter that is cancelled must not cancel the others
-            return True, flight
+            running = self._running_calls.get(key)
+            if running is not None:
+                return False, running
+            running = self._running_calls[key] = Future()
+            running.set_running_or_notify_cancel()  # a waiter that is cancelled must not cancel the others
+            return True, running
 
     @contextmanager
-    def leading(self, key: str, flight: Future[bytes]) -> Iterator[None]:
-        """The first caller's block: it sets the flight's result, or the others learn why not."""
+    def lead_call(self, key: str, running: Future[bytes]) -> Iterator[None]:
+        """Run the first caller's block, which sets the result. If the block raises, the other callers get its error."""
         try:
             yield
         except Exception as error:
-            flight.set_exception(error)
+            running.set_exception(error)
             raise
         except BaseException:
-            flight.set_exception(_AbandonedError())
+            running.set_exception(_LeaderCanceledError())
             raise
         finally:
             with self._lock:
-                del self._flights[key]
+                del self._running_calls[key]
 
     # --- Redis or memory
 
-    def _either(self, in_redis: Callable[[], R], in_memory: Callable[[], R]) -> R:
+    def _redis_or_memory(self, in_redis: Callable[[], R], in_memory: Callable[[], R]) -> R:
+        """Call `in_redis`, or `in_memory` with the lock held while Redis is away."""
         while True:
-            if self._redis_answers():
+            if self._is_redis_available():
                 try:
                     return in_redis()
                 except RedisError as error:
-                    self._lost_redis(error)
+                    self._mark_redis_lost(error)
             with self._lock:
-                if self._away_until is not None:  # else it came back just now, and memory is not read any more
+                if self._next_probe is not None:  # otherwise Redis is back since, and memory must not be used
                     self._fallbacks += 1
                     CACHE_FALLBACKS.inc()
                     return in_memory()
 
-    def _redis_answers(self) -> bool:
+    def _is_redis_available(self) -> bool:
         with self._lock:
-            if self._away_until is None:
+            if self._next_probe is None:
                 return True
             now = time.monotonic()
-            if now < self._away_until:
+            if now < self._next_probe:
                 return False
-            self._away_until = now + PROBE_INTERVAL_S  # this call tries; the others keep to memory meanwhile
+            self._next_probe = now + PROBE_INTERVAL_S  # this call tries Redis, the others use memory
         try:
             self._redis.ping()
-            self._catch_up()
+            self._resume_redis()
         except RedisError as error:
-            self._lost_redis(error)
+            self._mark_redis_lost(error)
             return False
         return True
 
-    def _lost_redis(self, error: RedisError) -> None:
+    def _mark_redis_lost(self, error: RedisError) -> None:
         with self._lock:
-            if self._away_until is None:
+            if self._next_probe is None:
                 logger.warning("cache_redis_lost", extra={"cause": str(error)})
-            self._away_until = time.monotonic() + PROBE_INTERVAL_S
+            self._next_probe = time.monotonic() + PROBE_INTERVAL_S
 
-    def _catch_up(self) -> None:
-        """Remove from Redis what changed while it was away, then trust it again."""
+    def _resume_redis(self) -> None:
+        """Delete from Redis the keys that changed during the outage, then use Redis again."""
         while True:
             with self._lock:
                 keys, patterns = list(self._changed_keys), list(self._changed_patterns)
                 if not keys and not patterns:
                     self._memory.clear()
-                    self._away_until = None
+                    self._next_probe = None
                     logger.info("cache_redis_returned")
                     return
             self._unlink([NAMESPACE + key for key in keys])
@@ -227,29 +237,29 @@ class Cache:
                 self._changed_keys.difference_update(keys)
                 self._changed_patterns.difference_update(patterns)
 
-    def _remember_change(self, key: str) -> None:
-        if len(self._changed_keys) < MAX_REMEMBERED_CHANGES:
+    def _track_change(self, key: str) -> None:
+        if len(self._changed_keys) < MAX_TRACKED_CHANGES:
             self._changed_keys.add(key)
         else:
             self._changed_patterns.add("*")
 
     def _unlink_matching(self, pattern: str) -> int:
-        # SCAN in pages, because KEYS would stop the server for everyone.
+        # SCAN instead of KEYS, which would block the server for every client.
         glob = NAMESPACE + re.sub(r"([\[\]\\^])", r"\\\1", pattern)
         removed, page = 0, []
-        for key in self._redis.scan_iter(match=glob, count=PAGE):
+        for key in self._redis.scan_iter(match=glob, count=KEYS_PER_COMMAND):
             page.append(key)
-            if len(page) == PAGE:
+            if len(page) == KEYS_PER_COMMAND:
                 removed += self._unlink(page)
                 page = []
         return removed + self._unlink(page)
 
     def _unlink(self, keys: list[Any]) -> int:
-        pages = (keys[start : start + PAGE] for start in range(0, len(keys), PAGE))
+        pages = (keys[start : start + KEYS_PER_COMMAND] for start in range(0, len(keys), KEYS_PER_COMMAND))
         return sum(int(self._redis.unlink(*page)) for page in pages)
 
 
-@once
+@process_singleton
 def get_cache_manager() -> Cache:
     """The cache of this process, opened at first use."""
     return Cache(get_settings().cache)
@@ -258,20 +268,20 @@ def get_cache_manager() -> Cache:
 # --- the decorator ------------------------------------------------------------------------------------------------
 
 
-class _AbandonedError(Exception):
-    """The caller that was finding the value was cancelled."""
+class _LeaderCanceledError(Exception):
+    """The first caller was cancelled before it had a result, so the others run the function themselves."""
 
 
 def cache_result(*, key_prefix: str, ttl: float | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Remember what a plain or async function returns, by its arguments, for `ttl` seconds.
+    """Cache the results of a plain or async function by its arguments, for `ttl` seconds.
 
-    Calls with equal arguments at the same time, in one process, run the function once. An exception is not
-    remembered, but those who wait for the same call get it too. The result comes back as the function's return
-    annotation says (Pydantic models, dataclasses, tuples, UUIDs, numpy arrays, ...); without one as JSON reads it.
+    Concurrent calls with equal arguments in one process run the function once. An exception is not cached, but every
+    concurrent call gets it. A cached result has the type of the function's return annotation: a Pydantic model,
+    dataclass, tuple, UUID, numpy array and so on. Without an annotation it has the types of JSON.
 
-    For functions of a module, not methods: the key is made of the prefix, the function's name and its arguments
-    (numbers, text, bytes, UUIDs, dates, enums, dataclasses, Pydantic models, arrays, and lists and dicts of them).
-    A call with any other argument raises TypeError.
+    The function must belong to a module, not to a class, because the key consists of the prefix, the function's name
+    and the arguments. Arguments may be numbers, texts, bytes, UUIDs, dates, enums, dataclasses, Pydantic models,
+    arrays, and lists and dicts of them. A call with any other argument raises TypeError.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -279,48 +289,48 @@ def cache_result(*, key_prefix: str, ttl: float | None = None) -> Callable[[Call
         if inspect.iscoroutinefunction(function):
 
             @wraps(function)
-            async def remembered_coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
-                store, key = get_cache_manager(), call.key(*args, **kwargs)
-                is_first, flight = store.join(key)
+            async def cached_coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
+                cache, key = get_cache_manager(), call.key(*args, **kwargs)
+                is_first, running = cache.join_call(key)
                 if not is_first:
                     try:
-                        return call.decode(await asyncio.wait_for(asyncio.wrap_future(flight), JOIN_TIMEOUT_S))
-                    except (_AbandonedError, TimeoutError):
+                        return call.decode(await asyncio.wait_for(asyncio.wrap_future(running), JOIN_TIMEOUT_S))
+                    except (_LeaderCanceledError, TimeoutError):
                         return await function(*args, **kwargs)
-                with store.leading(key, flight):
-                    data = await asyncio.to_thread(call.find, store, key)
+                with cache.lead_call(key, running):
+                    data = await asyncio.to_thread(call.find_cached, cache, key)
                     if data is None:
                         data = call.encode(await function(*args, **kwargs))
-                        await asyncio.to_thread(store.set_encoded, key, data, ttl)
-                    flight.set_result(data)
+                        await asyncio.to_thread(cache.set_encoded, key, data, ttl)
+                    running.set_result(data)
                     return call.decode(data)
 
-            return cast(Callable[P, R], remembered_coroutine)
+            return cast(Callable[P, R], cached_coroutine)
 
         @wraps(function)
-        def remembered(*args: P.args, **kwargs: P.kwargs) -> R:
-            store, key = get_cache_manager(), call.key(*args, **kwargs)
-            is_first, flight = store.join(key)
+        def cached(*args: P.args, **kwargs: P.kwargs) -> R:
+            cache, key = get_cache_manager(), call.key(*args, **kwargs)
+            is_first, running = cache.join_call(key)
             if not is_first:
                 try:
-                    return call.decode(flight.result(JOIN_TIMEOUT_S))
-                except (_AbandonedError, TimeoutError):
+                    return call.decode(running.result(JOIN_TIMEOUT_S))
+                except (_LeaderCanceledError, TimeoutError):
                     return function(*args, **kwargs)
-            with store.leading(key, flight):
-                data = call.find(store, key)
+            with cache.lead_call(key, running):
+                data = call.find_cached(cache, key)
                 if data is None:
                     data = call.encode(function(*args, **kwargs))
-                    store.set_encoded(key, data, ttl)
-                flight.set_result(data)
+                    cache.set_encoded(key, data, ttl)
+                running.set_result(data)
                 return call.decode(data)
 
-        return remembered
+        return cached
 
     return decorate
 
 
 class _CachedCall(Generic[R]):
-    """What `cache_result` knows of one function."""
+    """A cached function: makes its keys, and encodes and decodes its results."""
 
     def __init__(self, function: Callable[..., R], key_prefix: str) -> None:
         self._function = function
@@ -333,13 +343,13 @@ class _CachedCall(Generic[R]):
         arguments = orjson.dumps(call.arguments, default=_argument, option=orjson.OPT_SORT_KEYS)
         return f"{self._prefix}:{hashlib.sha256(arguments).hexdigest()[:32]}"
 
-    def find(self, store: Cache, key: str) -> bytes | None:
-        data = store.get_encoded(key)
+    def find_cached(self, cache: Cache, key: str) -> bytes | None:
+        data = cache.get_encoded(key)
         if data is not None:
             try:
                 self.decode(data)
             except ValueError:
-                return None  # written by a release whose result had another shape
+                return None  # written by a release whose result had another type
         return data
 
     def encode(self, value: R) -> bytes:
@@ -350,13 +360,13 @@ class _CachedCall(Generic[R]):
 
     @cached_property
     def _adapter(self) -> "TypeAdapter[R] | None":
-        """Of the return annotation; resolved at the first call, when every name in it exists."""
+        """The adapter of the return annotation. It is built at the first call, when every name in it exists."""
         annotation = get_type_hints(self._function).get("return", Any)
         is_array = annotation is np.ndarray or get_origin(annotation) is np.ndarray
         return None if annotation is Any or is_array else TypeAdapter(annotation)
 
 
-# --- values as bytes, the first of which tells their kind -----------------------------------------------------------
+# --- values as bytes; the first byte is the kind: bytes, numpy, JSON ----------------------------------------------
 
 
 def _encode(value: Any, adapter: "TypeAdapter[Any] | None" = None) -> bytes:
@@ -370,7 +380,11 @@ def _encode(value: Any, adapter: "TypeAdapter[Any] | None" = None) -> bytes:
 
 
 def _decode(data: bytes, adapter: "TypeAdapter[Any] | None" = None) -> Any:
-    """Raises ValueError on what `_encode` did not write for this type."""
+    """The value that `_encode` wrote.
+
+    Raises:
+        ValueError: `data` is not an encoded value of this type.
+    """
     kind, body = data[:1], data[1:]
     if kind == b"b":
         return body
@@ -384,7 +398,7 @@ def _decode(data: bytes, adapter: "TypeAdapter[Any] | None" = None) -> Any:
 
 
 def _argument(value: Any) -> Any:
-    """An argument that JSON does not know, as one that tells it from every other."""
+    """A JSON value that stands for an argument of another type, different for different arguments."""
     if isinstance(value, BaseModel):
         return [type(value).__qualname__, value.model_dump(mode="json")]
     if isinstance(value, np.ndarray):

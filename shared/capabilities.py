@@ -1,6 +1,6 @@
-"""What a model can do with a request, answered from its declared capabilities: no model and no torch is needed.
+"""Checks requests against a model's declared capabilities, and chooses the mode. It needs neither model nor torch.
 
-The API refuses at submit what the worker could not do; the worker resolves with the same functions.
+The API refuses a request at submit if the model cannot run it. The worker uses the same functions.
 """
 
 from collections.abc import Iterable
@@ -13,15 +13,15 @@ from shared.errors import UnsupportedModeError, UnsupportedParameterError
 LARGEST_AREA = 2.0
 SMALLEST_AREA = 0.5
 WIDEST_ASPECT = 3.0
-"""How far from its native size a model that draws any size is trusted: beyond twice the area it was trained on a
-latent diffusion model repeats its subject, far below it the picture falls apart."""
+"""The sizes at which a model that draws any size is still trusted, relative to its native area. Beyond twice the area
+of its training, a latent diffusion model repeats its subject. Far below that area, the picture falls apart."""
 
 
 def drawable_size(capabilities: Capabilities, width: int, height: int) -> tuple[int, int]:
     """The (width, height) in pixels that the model should draw for a picture of `width` x `height`.
 
-    The very size where the model draws it well; otherwise the nearest one that it does, to be scaled afterwards: its
-    native size, or, for a model that draws any size, one of about the same aspect ratio and a trusted area.
+    It is the requested size where the model draws that well. Otherwise the picture is scaled afterwards. A model that
+    draws any size then gets a trusted area with about the same aspect ratio. Any other model gets its native size.
     """
     native = (capabilities.native_width, capabilities.native_height)
     if not capabilities.any_size:
@@ -38,7 +38,7 @@ def _nearest(length: float, multiple: int) -> int:
 
 
 def supports(capabilities: Capabilities, mode: Mode) -> bool:
-    """Can the model work in this mode? It always can in `auto`."""
+    """Whether the model can work in this mode; always True for `auto`."""
     return mode is Mode.AUTO or mode.value in capabilities.modes
 
 
@@ -51,14 +51,14 @@ def check_parameters(
     references: int = 0,
     negative_prompt: str | None = None,
 ) -> None:
-    """Refuse what the model cannot do.
+    """Refuse a request that the model cannot run.
 
     references: how many are pinned.
 
     Raises:
-        UnsupportedModeError: the explicit mode is not one of the model's.
-        UnsupportedParameterError: an unknown scheduler or LoRA, more references than the model takes, or a negative
-            prompt for a model that has no use for one.
+        UnsupportedModeError: the model does not support `mode`.
+        UnsupportedParameterError: the model has no such scheduler or LoRA, it takes fewer references, or it takes no
+            negative prompt.
     """
     if not supports(capabilities, mode):
         raise UnsupportedModeError(
@@ -87,26 +87,26 @@ def check_parameters(
             maximum=capabilities.max_references,
         )
     if negative_prompt and not capabilities.supports_negative_prompt:
-        raise UnsupportedParameterError("This model has no use for a negative prompt.", parameter="negative_prompt")
+        raise UnsupportedParameterError("This model takes no negative prompt.", parameter="negative_prompt")
 
 
 def resolve_mode(
     capabilities: Capabilities, mode: Mode, *, references: int, captions: int | None = None, pinned: bool = False
 ) -> tuple[Mode, str]:
-    """The mode to work in, never `auto`, and a sentence that says why.
+    """The mode to work in, never `auto`, and a sentence with the reason.
 
-    references: how many passed the relevance gate or are pinned. captions: how many of those have a caption; none
-    when that is not known. pinned: the request named them.
+    references: how many are relevant enough, or pinned. captions: how many of these have a caption; None if unknown.
+    pinned: whether the request named the references.
 
     Raises:
-        UnsupportedModeError: the explicit mode is not one of the model's.
+        UnsupportedModeError: the model does not support the explicit `mode`.
     """
     check_parameters(capabilities, mode=mode)
     given = "the request pinned references" if pinned else "relevant references were found"
     if mode is Mode.NONE:
         return Mode.NONE, "The request asked for no references."
     if references == 0:
-        return Mode.NONE, "No reference is relevant enough, so the prompt is drawn alone."
+        return Mode.NONE, "No reference is relevant enough, so only the prompt is used."
     if mode is not Mode.AUTO:
         return mode, "The request asked for this mode."
     if supports(capabilities, Mode.IMAGE_PROMPT):

@@ -7,10 +7,10 @@ from multiprocessing.connection import wait
 
 
 def end_with_parent() -> None:
-    """End this process, at once, when the one that started it through `multiprocessing` is gone.
+    """End this process at once when the process that started it through `multiprocessing` has ended.
 
-    A killed parent cannot say goodbye. Without this, a pool's child would wait for its next task forever, and a
-    server's child would go on answering on the port that its successor opens too.
+    A killed parent cannot stop its children. A pool's child would then wait for its next task forever. A server's child
+    would go on to answer requests, on the port that its successor opens too.
     """
     parent = parent_process()
     if parent is not None:

@@ -1,6 +1,6 @@
-"""Every failure that the product names: one tree, each leaf with a stable `code` and the HTTP status it maps to.
+"""Every failure that the product names: one tree of exceptions, each with a stable `code` and an HTTP status.
 
-Clients match on `code`; the class docstring is the default sentence; `context` holds only what a caller may see.
+Clients match on `code`. The class docstring is the default message. `context` holds only data that the caller may see.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ class BaseAppException(Exception):  # noqa: N818 - the public name of the tree's
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
     retry_after_s: int | None = None
-    """Of most kinds a constant; who knows better for this one failure says so."""
+    """Seconds until a retry makes sense. Most classes have a constant; a raiser may pass a better value."""
 
     def __init__(self, message: str | None = None, *, retry_after_s: int | None = None, **context: Any) -> None:
         self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]
@@ -79,13 +79,13 @@ class ModelLoadError(ModelError):
 
 
 class ModelOutOfMemoryError(ModelError):
-    """The accelerator's memory does not hold even this one image."""
+    """A single image does not fit in the accelerator's memory."""
 
     code = "out_of_memory"
 
 
 class EmbeddingError(BaseAppException):
-    """No embedding could be computed."""
+    """The embedding could not be computed."""
 
     code = "embedding_failed"
 
@@ -99,7 +99,7 @@ class EmbeddingUnavailableError(EmbeddingError):
 
 
 class EmbeddingCrashedError(EmbeddingError):
-    """Embedding the image ended the process again and again."""
+    """The worker process crashed repeatedly while it embedded the image."""
 
     code = "embedding_crashed"
 
@@ -111,7 +111,7 @@ class ImageGenerationError(BaseAppException):
 
 
 class UnsupportedModeError(ImageGenerationError):
-    """This model cannot condition on references in the mode asked for."""
+    """This model cannot condition on references in the requested mode."""
 
     code = "mode_not_supported"
     status = 422
@@ -125,14 +125,14 @@ class UnsupportedSizeError(ImageGenerationError):
 
 
 class UnsupportedParameterError(ImageGenerationError):
-    """This model does not know that scheduler, LoRA or parameter."""
+    """This model does not support this scheduler, LoRA or parameter."""
 
     code = "parameter_not_supported"
     status = 422
 
 
 class ReferenceUnavailableError(ImageGenerationError):
-    """A pinned reference is gone or not yet searchable."""
+    """A pinned reference does not exist or is not searchable yet."""
 
     code = "reference_unavailable"
     status = 422
@@ -168,7 +168,7 @@ class OutputBlockedError(ImageGenerationError):
 
 
 class JobError(BaseAppException):
-    """The job cannot do that."""
+    """The job does not allow this operation."""
 
     code = "job_error"
     status = 409
@@ -188,26 +188,26 @@ class JobTimeoutError(JobError):
 
 
 class JobCrashedError(JobError):
-    """The job's model work ended its process again and again."""
+    """The worker process crashed repeatedly during the job's model work."""
 
     code = "job_crashed"
     status = 500
 
 
 class OriginalDeletedError(JobError):
-    """The output that was to be drawn again was deleted before the job ran."""
+    """The original output was deleted before the job could draw it again."""
 
     code = "original_deleted"
 
 
 class OriginalUnreadableError(JobError):
-    """The output cannot be drawn again: another release recorded it, with what this one does not know."""
+    """The output cannot be drawn again, because another release recorded it in a form that this release cannot read."""
 
     code = "original_unreadable"
 
 
 class JobUnreadableError(JobError):
-    """The worker that took the job cannot read it: it was accepted by another release."""
+    """The worker that took the job cannot read it, because another release accepted it."""
 
     code = "job_unreadable"
     status = 503
@@ -223,7 +223,7 @@ class QueueFullError(JobError):
 
 
 class OwnerQueueFullError(JobError):
-    """This owner has as many queued jobs as it may."""
+    """This owner has reached its limit of queued jobs."""
 
     code = "owner_queue_full"
     status = 429
@@ -231,7 +231,7 @@ class OwnerQueueFullError(JobError):
 
 
 class BulkError(BaseAppException):
-    """The bulk cannot do that."""
+    """The bulk does not allow this operation."""
 
     code = "bulk_error"
     status = 409
@@ -244,20 +244,20 @@ class BulkStateError(BulkError):
 
 
 class BulkOffsetError(BulkError):
-    """The bulk has received another number of lines, or other lines."""
+    """The bulk has received a different number of lines, or different lines."""
 
     code = "bulk_offset_mismatch"
 
 
 class BulkTooLargeError(BulkError):
-    """The bulk has more items than this service accepts in one."""
+    """The bulk has more items than this service accepts in one bulk."""
 
     code = "bulk_too_large"
     status = 413
 
 
 class BulkQuotaError(BulkError):
-    """The unfinished bulks of this owner have as many items as they may."""
+    """This owner has reached its limit of unfinished bulks or of items in them."""
 
     code = "bulk_quota_exceeded"
     status = 429
@@ -288,26 +288,26 @@ class MalformedBodyError(ValidationError):
 
 
 class BulkInvalidError(ValidationError):
-    """The bulk has lines that are no valid items, so nothing of it runs."""
+    """The bulk has invalid lines, so it does not run."""
 
     code = "bulk_invalid"
 
 
 class IdempotencyKeyReusedError(ValidationError):
-    """This Idempotency-Key was sent with another request before."""
+    """This Idempotency-Key was already sent with another request."""
 
     code = "idempotency_key_reused"
 
 
 class InvalidCursorError(ValidationError):
-    """The page cursor is not one that this service gave out."""
+    """The page cursor was not issued by this service."""
 
     code = "invalid_cursor"
     status = 400
 
 
 class ForbiddenTargetError(ValidationError):
-    """This service does not call that URL."""
+    """This service does not send requests to that URL."""
 
     code = "forbidden_target"
 
@@ -339,7 +339,7 @@ class UnsupportedImageTypeError(InvalidImageError):
 
 
 class ResourceNotFoundError(BaseAppException):
-    """There is nothing under that id."""
+    """No resource has this id."""
 
     code = "not_found"
     status = 404
@@ -354,13 +354,13 @@ class RateLimitError(BaseAppException):
 
 
 class QuotaExceededError(RateLimitError):
-    """This owner has asked for as many images today as it may."""
+    """This owner has reached its quota of images for today."""
 
     code = "quota_exceeded"
 
 
 class TooManyStreamsError(BaseAppException):
-    """This process holds as many event streams as it may, in all or for this owner."""
+    """This process has reached its limit of streams, waiting requests or transfers, in all or for this owner."""
 
     code = "too_many_streams"
     status = 503
@@ -375,13 +375,13 @@ class AuthenticationError(BaseAppException):
 
 
 class AuthorizationError(BaseAppException):
-    """This API key does not allow that."""
+    """This API key does not allow this operation."""
 
     code = "forbidden"
     status = 403
 
 
-# --- the world outside --------------------------------------------------------------------------------------------
+# --- other services -----------------------------------------------------------------------------------------------
 
 
 class ExternalServiceError(BaseAppException):
@@ -405,7 +405,7 @@ class ForeignStorageError(StorageError):
 
 
 class UploadInterruptedError(StorageError):
-    """The upload took too long to be stored: send it again."""
+    """Storing the upload took too long; send it again."""
 
     code = "upload_interrupted"
 
@@ -421,14 +421,3 @@ class DecoderBusyError(ExternalServiceError):
 
     code = "decoder_busy"
     retry_after_s = 2
-
-
-TRANSIENT = (
-    DatabaseConnectionError,
-    StorageError,
-    BrokerUnavailableError,
-    EmbeddingUnavailableError,
-    # While releases change places, one that can read it will take it.
-    JobUnreadableError,
-)
-"""Faults that pass: a job that meets one goes back to the queue instead of failing."""

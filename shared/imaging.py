@@ -1,7 +1,7 @@
-"""Image files in and out: decode what strangers upload, encode what models draw, carry the provenance record.
+"""Image files: decodes uploads, encodes generated images, and embeds the provenance record.
 
-Pillow only. Uploads go through `UploadDecoder`, in a process of its own with limited memory and time; everything else
-here runs where it is called and expects files that this module wrote.
+It uses only Pillow. `UploadDecoder` decodes uploads in child processes with limited memory and time. The other
+functions run in the calling process and expect files that this module wrote.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from xml.sax.saxutils import escape, unescape
 
 import orjson
 
-# Named so that Pillow loads these three and not its whole family at the first open.
+# These imports make Pillow load only these plugins, and not all of them at the first open.
 from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from shared.child_processes import end_with_parent
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
 
 FORMATS: dict[str | None, ImageFormat] = {
     JpegImagePlugin.JpegImageFile.format: ImageFormat.JPEG,
-    # A JPEG with a second picture behind it (depth map, gain map), as many phones write them; the first one counts.
+    # A JPEG with a second picture (depth map, gain map) after the first, as many phones write. The first one is used.
     MpoImagePlugin.MpoImageFile.format: ImageFormat.JPEG,
     PngImagePlugin.PngImageFile.format: ImageFormat.PNG,
     WebPImagePlugin.WebPImageFile.format: ImageFormat.WEBP,
 }
-# What Pillow raises on bytes that are not what they claim, found by mutating real files.
-DECODER_FAULTS = (
+# The errors that Pillow raises for damaged files, found by mutating real ones.
+DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -66,7 +66,7 @@ DECODER_FAULTS = (
     TypeError,
     struct.error,
 )
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+DECOMPRESSION_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 UPLOAD_QUALITY = 95
 THUMBNAIL_SIDE = 256
 
@@ -79,26 +79,27 @@ class DecodedImage:
     width: int
     height: int
     sha256: str
-    """Of the upload as it came, in hex."""
+    """SHA-256 of the upload's bytes, in hex."""
     perceptual_hash: int
     """dHash, as a signed 64-bit integer; see `perceptual_hash`."""
     data: bytes
-    """Encoded again in its own format."""
+    """The picture, encoded again in the upload's format."""
     thumbnail: bytes
     """WebP, longest side 256 pixels."""
 
 
 def decode_upload(data: bytes, *, max_bytes: int, max_pixels: int) -> DecodedImage:
-    """Decode a file that a stranger sent, and encode it again.
+    """Decode an uploaded file, and encode it again.
 
-    The type is told by content. Transparency becomes white, EXIF orientation is applied, 16-bit samples become 8-bit,
-    a colour profile is converted to sRGB, and every byte of metadata is dropped.
+    The content decides the type, not the name. Transparency becomes white, EXIF orientation is applied, 16-bit samples
+    become 8-bit, a colour profile is converted to sRGB, and all metadata is dropped.
 
     Raises:
-        ImageTooLargeError: more than `max_bytes`, or more than `max_pixels` (told from the header, before decoding).
-        UnsupportedImageTypeError: neither PNG, JPEG nor WebP by content.
-        AnimatedImageError: more than one frame.
-        InvalidImageError: empty, truncated or damaged.
+        ImageTooLargeError: the file has more than `max_bytes`, or more than `max_pixels`. The header gives the number
+            of pixels before decoding.
+        UnsupportedImageTypeError: the content is neither PNG, JPEG nor WebP.
+        AnimatedImageError: the image has more than one frame.
+        InvalidImageError: the file is empty, truncated or damaged.
     """
     if not data:
         raise InvalidImageError("The file is empty.")
@@ -108,7 +109,7 @@ def decode_upload(data: bytes, *, max_bytes: int, max_pixels: int) -> DecodedIma
         raise UnsupportedImageTypeError
     try:
         if data.startswith(b"\x89PNG"):
-            # Decoding does not look behind the last pixel; this checks every chunk.
+            # Decoding stops at the last pixel, so this checks all chunks, also those after it.
             with Image.open(io.BytesIO(data), formats=["PNG"]) as unread:
                 unread.verify()
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as file:
@@ -120,7 +121,7 @@ def decode_upload(data: bytes, *, max_bytes: int, max_pixels: int) -> DecodedIma
             if image_format is not ImageFormat.JPEG and getattr(file, "n_frames", 1) > 1:
                 raise AnimatedImageError
             file.load()
-            picture = _rgb_on_white(_upright(file))
+            picture = _rgb_on_white(_with_exif_orientation(file))
         return DecodedImage(
             format=image_format,
             width=picture.width,
@@ -130,20 +131,21 @@ def decode_upload(data: bytes, *, max_bytes: int, max_pixels: int) -> DecodedIma
             data=_encode(picture, image_format, quality=UPLOAD_QUALITY, lossless=_is_lossless_webp(data)),
             thumbnail=thumbnail(picture),
         )
-    except BOMBS:
+    except DECOMPRESSION_BOMBS:
         raise ImageTooLargeError(f"At most {max_pixels} pixels are accepted.") from None
-    except DECODER_FAULTS as error:
+    except DECODER_ERRORS as error:
         raise InvalidImageError("The image is damaged or incomplete.") from error
 
 
 def encode_image(
     pixels: "Pixels", *, image_format: ImageFormat, quality: int = 90, record: Mapping[str, Any] | None = None
 ) -> bytes:
-    """A generated image as a file that carries its own provenance.
+    """Encode a generated image as a file that contains its provenance record.
 
-    Equal arguments give equal bytes. `quality` (1 to 100) counts for JPEG and WebP. `record` is any JSON object; it
-    is kept whole, whatever its length: PNG as the iTXt chunk "afterimage", JPEG and WebP as the XMP property
-    `afterimage:record`.
+    Equal arguments give equal bytes.
+
+    pixels: uint8, shape (H, W, 3), RGB. quality: 1 to 100, used by JPEG and WebP. record: a JSON object of any length.
+    PNG stores it as the iTXt chunk "afterimage", JPEG and WebP as the XMP property `afterimage:record`.
 
     Raises:
         InvalidOutputError: `pixels` is not uint8 of shape (H, W, 3) with H, W >= 1.
@@ -154,12 +156,12 @@ def encode_image(
 
 
 def read_record(data: bytes) -> dict[str, Any] | None:
-    """The provenance record inside a PNG, JPEG or WebP file; None when there is none that can be read."""
+    """The provenance record inside a PNG, JPEG or WebP file; None when it is missing or cannot be read."""
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as file:
-            # str(): Pillow answers with a kind of str that orjson does not take.
+            # str(): Pillow returns a subclass of str that orjson does not accept.
             text = str(file.info.get("afterimage", "")) if file.format == "PNG" else _record_in_xmp(_xmp_packet(file))
-    except (*DECODER_FAULTS, *BOMBS):
+    except (*DECODER_ERRORS, *DECOMPRESSION_BOMBS):
         return None
     try:
         record = orjson.loads(text)
@@ -169,44 +171,45 @@ def read_record(data: bytes) -> dict[str, Any] | None:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """A stored image, decoded to RGB.
+    """Decode a stored image to RGB.
 
     Raises:
-        InvalidImageError: the bytes are not a whole PNG, JPEG or WebP file.
+        InvalidImageError: `data` is not a complete PNG, JPEG or WebP file.
     """
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as file:
             return file.convert("RGB")
-    except (*DECODER_FAULTS, *BOMBS) as error:
+    except (*DECODER_ERRORS, *DECOMPRESSION_BOMBS) as error:
         raise InvalidImageError("The stored image is damaged.") from error
 
 
 def thumbnail(picture: "Image.Image | Pixels") -> bytes:
-    """A small WebP of an RGB image or of uint8 pixels (H, W, 3): longest side 256 pixels, never enlarged."""
+    """A WebP thumbnail of an RGB image or of uint8 pixels (H, W, 3). Its longest side is at most 256 pixels."""
     small = picture.copy() if isinstance(picture, Image.Image) else Image.fromarray(picture)
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.HAMMING)
     return _encode(small, ImageFormat.WEBP, quality=80, method=2)
 
 
 def pixels_sha256(pixels: "Pixels") -> str:
-    """The digest, in hex, of uint8 pixels (H, W, 3) and their shape: equal pictures in any file format are equal."""
+    """The SHA-256, in hex, of uint8 pixels (H, W, 3) and their shape. It does not depend on the file format."""
     return hashlib.sha256(b"%dx%d:" % pixels.shape[:2] + pixels.tobytes()).hexdigest()
 
 
 def perceptual_hash(picture: Image.Image) -> int:
-    """Which neighbours grow brighter to the right in a 9 x 8 reduction, as a signed 64-bit integer.
+    """The dHash of an image, as a signed 64-bit integer.
 
-    dHash of Neal Krawetz, https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html. Small
-    changes of size, quality or tone flip few bits (see `hash_distance`). Every plain-coloured image has hash 0.
+    The image is reduced to 9 x 8 grey pixels. Each bit says whether a pixel is darker than its right neighbour. The
+    algorithm is Neal Krawetz's, https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html. Small
+    changes of size, quality or tone flip few bits (see `hash_distance`). Every image of a single colour has hash 0.
     """
     grey = picture.convert("L").resize((9, 8), Image.Resampling.LANCZOS).tobytes()
     bits = [grey[row * 9 + x] < grey[row * 9 + x + 1] for row in range(8) for x in range(8)]
-    value = sum(1 << place for place, bit in enumerate(bits) if bit)
+    value = sum(1 << position for position, bit in enumerate(bits) if bit)
     return value - 2**64 if value >= 2**63 else value
 
 
 def hash_distance(a: int, b: int) -> int:
-    """In how many of its 64 bits a perceptual hash differs from another; up to about 10 is the same picture."""
+    """The number of bits, 0 to 64, in which two perceptual hashes differ. Up to about 10 it is the same picture."""
     return ((a ^ b) & (2**64 - 1)).bit_count()
 
 
@@ -218,11 +221,11 @@ def _is_supported(data: bytes) -> bool:
     return is_webp or data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
 
 
-def _upright(file: Image.Image) -> Image.Image:
+def _with_exif_orientation(file: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(file)
-    except DECODER_FAULTS:
-        return file  # the pixels are whole; an EXIF block that cannot be read says nothing about orientation
+    except DECODER_ERRORS:
+        return file  # only the EXIF block is damaged, so the orientation is unknown and the pixels are complete
 
 
 def _rgb_on_white(image: Image.Image) -> Image.Image:
@@ -237,7 +240,7 @@ def _rgb_on_white(image: Image.Image) -> Image.Image:
         white.alpha_composite(image)
         image = white
     image = image.convert("RGB")
-    image.info = {}  # what is left here would be written into the new file
+    image.info = {}  # Pillow would write the remaining metadata into the new file
     return image
 
 
@@ -248,8 +251,8 @@ def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
             return image
         mode = "RGBA" if image.mode == "RGBA" else "RGB"
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
-    except (ImageCms.PyCMSError, *DECODER_FAULTS):
-        return image  # a profile that is damaged or for another kind of pixels counts as absent, as in browsers
+    except (ImageCms.PyCMSError, *DECODER_ERRORS):
+        return image  # a damaged profile, or one for another kind of pixels, is ignored, as browsers do
     return image if converted is None else converted
 
 
@@ -257,13 +260,13 @@ def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _is_lossless_webp(data: bytes) -> bool:
-    """Whether the picture is in a `VP8L` chunk: https://developers.google.com/speed/webp/docs/riff_container."""
-    at = 12
-    while data.startswith(b"RIFF") and at + 8 <= len(data):
-        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+    """Whether the file is a WebP whose picture is in a `VP8L` chunk: https://developers.google.com/speed/webp/docs/riff_container."""
+    offset = 12
+    while data.startswith(b"RIFF") and offset + 8 <= len(data):
+        name, size = data[offset : offset + 4], int.from_bytes(data[offset + 4 : offset + 8], "little")
         if name in (b"VP8L", b"VP8 "):
             return name == b"VP8L"
-        at += 8 + size + size % 2
+        offset += 8 + size + size % 2
     return False
 
 
@@ -276,7 +279,7 @@ def _encode(
     method: int = 4,
     record: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """method: of WebP; 2 takes half the time of the default 4, and 5 % more bytes."""
+    """Encode a picture. method: WebP's effort; 2 takes half the time of the default 4, and 5 % more bytes."""
     text = None if record is None else orjson.dumps(record, option=orjson.OPT_SORT_KEYS).decode()
     file = io.BytesIO()
     match image_format:
@@ -291,16 +294,18 @@ def _encode(
             picture.save(file, "JPEG", quality=quality, subsampling=0, extra=segments)
         case ImageFormat.WEBP:
             xmp = b"" if text is None else _xmp(_record_property(text))
-            # Lossless: the fastest method, because quality then only buys size with time.
-            how = {"lossless": True, "quality": 0, "method": 0} if lossless else {"quality": quality, "method": method}
-            picture.save(file, "WEBP", xmp=xmp, **how)
+            # Lossless uses the fastest method: quality and method then only trade time for size.
+            options = {"quality": quality, "method": method}
+            if lossless:
+                options = {"lossless": True, "quality": 0, "method": 0}
+            picture.save(file, "WEBP", xmp=xmp, **options)
     return file.getvalue()
 
 
 XMP_HEADER = b"http://ns.adobe.com/xap/1.0/\0"
 XMP_EXTENSION_HEADER = b"http://ns.adobe.com/xmp/extension/\0"
-# A JPEG segment holds 65,533 bytes; the rest of each is for its headers.
 XMP_SEGMENT_BYTES = 65_000
+"""A JPEG segment holds 65,533 bytes; the difference is for the headers."""
 
 
 def _xmp(properties: str) -> bytes:
@@ -316,10 +321,10 @@ def _record_property(text: str) -> str:
 
 
 def _xmp_segments(text: str) -> bytes:
-    """The record as APP1 segments of a JPEG; a packet too long for one segment goes by the extension rule.
+    """The record as APP1 segments of a JPEG. A packet too long for one segment becomes an extended packet.
 
-    XMP specification part 3 (2020), section 1.1.3.1: the main packet names the MD5 of the long one, which follows in
-    pieces that each give that name, the full length and their own offset.
+    XMP specification part 3 (2020), section 1.1.3.1: the main packet contains the MD5 of the extended one. The extended
+    packet follows in pieces. Each piece has that MD5, the full length and its own offset.
     """
     packet = _xmp(_record_property(text))
     if len(packet) <= XMP_SEGMENT_BYTES:
@@ -344,50 +349,52 @@ def _app1(payload: bytes) -> bytes:
 
 def _xmp_packet(file: Image.Image) -> bytes:
     packet: bytes = file.info.get("xmp", b"")
-    named = re.search(rb"HasExtendedXMP[^>]*>([0-9A-F]{32})<", packet)
-    if named is None or not isinstance(file, JpegImagePlugin.JpegImageFile):
+    extension_md5 = re.search(rb"HasExtendedXMP[^>]*>([0-9A-F]{32})<", packet)
+    if extension_md5 is None or not isinstance(file, JpegImagePlugin.JpegImageFile):
         return packet
-    header = XMP_EXTENSION_HEADER + named[1]
+    header = XMP_EXTENSION_HEADER + extension_md5[1]
     pieces = [data[len(header) :] for _, data in file.applist if data.startswith(header)]
-    # Each piece: full length and offset, 4 bytes each, then its bytes.
+    # A piece starts with the full length and its offset, 4 bytes each.
     return b"".join(piece[8:] for piece in sorted(pieces, key=lambda piece: piece[4:8]))
 
 
 def _record_in_xmp(packet: bytes) -> str:
-    # By pattern: the packet may come from anyone, and an XML parser is one more thing to attack.
+    # A pattern instead of an XML parser: the packet may come from an attacker, and a parser adds attack surface.
     found = re.search(rb"<afterimage:record[^>]*>([^<]*)</afterimage:record>", packet)
     return "" if found is None else unescape(found[1].decode())
 
 
-# --- uploads, in a process of their own ---------------------------------------------------------------------------
+# --- uploads, in child processes ----------------------------------------------------------------------------------
 
 
 class UploadDecoder:
-    """Runs `decode_upload` in child processes, so that hostile bytes cannot take the caller down.
+    """Runs `decode_upload` in child processes, so that a malicious file cannot crash the calling process.
 
-    Each child decodes one file at a time with limited memory, ends itself when a file takes longer than
-    `decode_timeout_s`, and ends with its parent. Children start at first use. Safe to share between threads.
+    Each child decodes one file at a time with limited memory. It ends itself when a file takes longer than
+    `decode_timeout_s`, and when its parent ends. Children start at first use. Safe to share between threads.
     """
 
     def __init__(self, settings: "APISettings") -> None:
         self._settings = settings
         self._closed = threading.Event()
-        # First come, first served: who decodes many files, one after the other, would else be ahead of all who wait.
-        self._turns = ThreadPoolExecutor(settings.decoder_processes, thread_name_prefix="decoder")
-        # One pool per child: when a child dies, the file it held is the one to blame.
-        self._idle: queue.LifoQueue[ProcessPoolExecutor | None] = queue.LifoQueue()
+        # This executor serves calls in order. Otherwise a caller that decodes many files could always go before others.
+        self._threads = ThreadPoolExecutor(settings.decoder_processes, thread_name_prefix="decoder")
+        # One pool per child: when a child crashes, only the file that it decoded can be the cause.
+        self._idle_pools: queue.LifoQueue[ProcessPoolExecutor | None] = queue.LifoQueue()
         for _ in range(settings.decoder_processes):
-            self._idle.put(None)
-        # A process that multiprocessing started, as servers start theirs, joins its own children before it would tell
-        # a pool to end them, and so would never end. This comes before that, and before the pool's queues close (10).
+            self._idle_pools.put(None)
+        # The servers' processes are started by multiprocessing. At its end, such a process joins its children before
+        # the pools stop them, and would wait forever. This finalizer runs before that, and before the pools' queues
+        # close (priority 10).
         self._at_exit = Finalize(None, self.close, exitpriority=20)
 
     def decode(self, data: bytes) -> DecodedImage:
-        """Like `decode_upload`, with the limits of the settings, when it is this file's turn.
+        """Decode one file as `decode_upload` does, with the limits of the settings.
 
         Raises:
-            InvalidImageError: and its kinds; also when decoding crashed twice or ran out of time.
-            DecoderBusyError: its turn did not come within `decode_timeout_s`.
+            ImageTooLargeError, UnsupportedImageTypeError, AnimatedImageError: as in `decode_upload`.
+            InvalidImageError: as in `decode_upload`, and when decoding crashed twice or took too long.
+            DecoderBusyError: decoding did not start within `decode_timeout_s`, or the decoder is closed.
         """
         if len(data) > self._settings.max_upload_bytes:
             raise ImageTooLargeError(
@@ -396,13 +403,13 @@ class UploadDecoder:
         if self._closed.is_set():
             raise DecoderBusyError
         try:
-            turn = self._turns.submit(self._decode, data)
+            decoding = self._threads.submit(self._decode, data)
             try:
-                return turn.result(self._settings.decode_timeout_s)
+                return decoding.result(self._settings.decode_timeout_s)
             except TimeoutError:
-                if turn.cancel():
+                if decoding.cancel():
                     raise DecoderBusyError from None
-                return turn.result()  # its turn has come, and ends in time by itself
+                return decoding.result()  # it has started, and the child's own time limit ends it
         except (CancelledError, RuntimeError):
             if not self._closed.is_set():
                 raise
@@ -410,14 +417,14 @@ class UploadDecoder:
 
     def _decode(self, data: bytes) -> DecodedImage:
         try:
-            # There are as many threads as pools; only `close` may have taken this one's.
-            pool = self._idle.get(timeout=self._settings.decode_timeout_s)
+            # There are as many threads as pools, so a pool is missing only when `close` has taken it.
+            pool = self._idle_pools.get(timeout=self._settings.decode_timeout_s)
         except queue.Empty:
             raise DecoderBusyError from None
         started = time.monotonic()
         try:
-            for _ in range(2):  # the first death may be the child's own: killed while idle, or by the kernel
-                pool = pool or self._started_pool()
+            for _ in range(2):  # the file may not be the cause of a first crash: the kernel can kill an idle child
+                pool = pool or self._start_pool()
                 try:
                     return pool.submit(_decode_in_child, data, self._settings).result()
                 except BrokenProcessPool:
@@ -427,21 +434,21 @@ class UploadDecoder:
                     break
             raise InvalidImageError("Decoding this image takes more time or memory than this service gives.")
         finally:
-            self._idle.put(pool)
+            self._idle_pools.put(pool)
 
     def close(self) -> None:
-        """End every child; a file being decoded is finished first, and later ones are refused."""
+        """End every child. A file that is being decoded is finished first; later files are refused."""
         if self._closed.is_set():
             return
         self._closed.set()
         self._at_exit.cancel()
-        self._turns.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for _ in range(self._settings.decoder_processes):
-            pool = self._idle.get()
+            pool = self._idle_pools.get()
             if pool is not None:
                 pool.shutdown()
 
-    def _started_pool(self) -> ProcessPoolExecutor:
+    def _start_pool(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
             max_workers=1,
             mp_context=multiprocessing.get_context("spawn"),
@@ -451,19 +458,19 @@ class UploadDecoder:
 
 
 def _prepare_child(settings: "APISettings") -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    warnings.filterwarnings("ignore", module="PIL")  # remarks on strangers' metadata, which is dropped anyway
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its children
+    warnings.filterwarnings("ignore", module="PIL")  # warnings about metadata, which is dropped anyway
     end_with_parent()
-    with suppress(ImportError, ValueError, OSError):  # no such limit on this system, or a lower one already
+    with suppress(ImportError, ValueError, OSError):  # the system has no such limit, or already a lower one
         import resource
 
-        # Decoded, flattened and encoded copies take up to 32 bytes per pixel at once, beside the interpreter.
+        # All copies of a picture (decoded, flattened, encoded) take up to 32 bytes per pixel, besides the interpreter.
         memory = 512 * 2**20 + 4 * settings.max_upload_bytes + 32 * settings.max_upload_pixels
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
 def _decode_in_child(data: bytes, settings: "APISettings") -> DecodedImage:
-    # The alarm's default action ends the process, also in the middle of a C loop that never comes back to Python.
+    # The alarm's default action ends the process, even inside a C loop that does not return to Python.
     signal.setitimer(signal.ITIMER_REAL, settings.decode_timeout_s)
     try:
         return decode_upload(data, max_bytes=settings.max_upload_bytes, max_pixels=settings.max_upload_pixels)

@@ -1,8 +1,8 @@
-"""One log format for everything a process says: ours, Celery's, Granian's, SQLAlchemy's.
+"""One log format for every logger of a process: ours and those of Celery, Granian and SQLAlchemy.
 
-Code logs with the standard library, the event's name as a constant message and what varies as fields:
-`logger.info("job_claimed", extra={"attempt": 2})`. Ids that hold for a while are bound once with
-`structlog.contextvars.bound_contextvars(request_id=..., job_id=...)` and then stand on every line of that thread.
+Code logs with the standard library. The message is the event's constant name, and the details are fields:
+`logger.info("job_claimed", extra={"attempt": 2})`. Ids that apply to many lines are bound once with
+`structlog.contextvars.bound_contextvars(request_id=..., job_id=...)`. Every line of that thread then carries them.
 """
 
 import json
@@ -33,13 +33,13 @@ SECRETS_IN_TEXT = [
         r"\1" + REDACTED,
     ),
 ]
-# Everything that moves a cursor, ends a line, or turns the reading direction; a traceback keeps its own line ends.
+# Characters that move the cursor, end a line, or change the reading direction. A traceback keeps its line ends.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 CONTROL_IN_TRACEBACK = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 TRACEBACKS = ("exception", "stack")
-# Libraries whose INFO lines tell of each request, statement or message; httpx's contain whole URLs,
-# Celery's repeat each job's own line.
-QUIET = (
+# Libraries that log every request, statement or message at INFO. httpx logs whole URLs, and Celery repeats the line of
+# each job. Only their warnings are logged.
+NOISY_LOGGERS = (
     "botocore",
     "celery.app.trace",
     "celery.worker.strategy",
@@ -52,14 +52,15 @@ QUIET = (
     "urllib3",
     "werkzeug",
 )
-DEEPEST = 6
+MAX_REDACTION_DEPTH = 6
+"""Values nested deeper are logged as text, which is also redacted."""
 
 
 def configure(settings: Settings, service: str) -> None:
     """Send every log line of this process to stderr: JSON, or readable text in the local and test environments.
 
-    Call it once, early. Loggers that a library has given handlers of their own lose them. Uncaught exceptions, also
-    of threads, are logged too.
+    Call it once, early. It removes the handlers that libraries have added to their loggers. Uncaught exceptions are
+    logged too, also those of threads.
     """
     as_json = settings.logging.format == "json" or (
         settings.logging.format == "auto" and settings.environment not in (Environment.LOCAL, Environment.TEST)
@@ -74,14 +75,14 @@ def configure(settings: Settings, service: str) -> None:
     ]
     last_steps: list[Processor] = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-        _origin(service),
+        _origin_adder(service),
         structlog.processors.format_exc_info,
         redact,
     ]
     if as_json:
         last_steps.append(structlog.processors.JSONRenderer(serializer=json.dumps, default=str))
     else:
-        plain = structlog.dev.plain_traceback  # the default one shows local variables, secrets among them
+        plain = structlog.dev.plain_traceback  # the default one shows local variables, which may be secrets
         renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)
         last_steps += [escape_control_characters, renderer]
     structlog.configure(
@@ -99,24 +100,24 @@ def configure(settings: Settings, service: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    for name in QUIET:
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
-    # A receiver of this signal is what stops Celery from setting up logging of its own.
-    setup_logging.connect(_leave_logging_alone)
+    # Celery sets up its own logging unless this signal has a receiver.
+    setup_logging.connect(_keep_logging)
 
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Mask what a log must not keep: values under secret-like names at any depth, and credentials inside texts."""
+    """Mask values whose names look like secrets, at any depth, and credentials inside texts."""
     return {name: _redacted(value, str(name)) for name, value in event.items()}
 
 
 def escape_control_characters(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Keep one event on one line: a prompt must not forge a log line or move the terminal's cursor.
 
-    For the readable format; JSON has its own escapes for them.
+    It is for the readable format: JSON escapes these characters itself.
     """
     return {
         _escaped(name, CONTROL): _escaped(value, CONTROL_IN_TRACEBACK if name in TRACEBACKS else CONTROL)
@@ -129,9 +130,9 @@ def _redacted(value: Any, name: str = "", depth: int = 0) -> Any:
         return REDACTED
     if value is None or isinstance(value, bool | int | float):
         return value
-    if depth < DEEPEST and isinstance(value, Mapping):
+    if depth < MAX_REDACTION_DEPTH and isinstance(value, Mapping):
         return {str(key): _redacted(item, str(key), depth + 1) for key, item in value.items()}
-    if depth < DEEPEST and type(value) in (list, tuple, set, frozenset):
+    if depth < MAX_REDACTION_DEPTH and type(value) in (list, tuple, set, frozenset):
         return [_redacted(item, depth=depth + 1) for item in value]
     text = str(value)
     for pattern, replacement in SECRETS_IN_TEXT:
@@ -145,7 +146,7 @@ def _escaped(value: Any, unwanted: re.Pattern[str]) -> Any:
     return unwanted.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
 
 
-def _origin(service: str) -> Processor:
+def _origin_adder(service: str) -> Processor:
     def add_origin(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         return {**event, "service": service, "pid": os.getpid()}
 
@@ -166,5 +167,5 @@ def _log_uncaught_in_thread(failure: threading.ExceptHookArgs) -> None:
         logging.getLogger(__name__).critical("uncaught_exception", exc_info=exception, extra={"thread_name": thread})
 
 
-def _leave_logging_alone(**_: Any) -> None:
+def _keep_logging(**_: Any) -> None:
     pass

@@ -1,8 +1,11 @@
-"""Every metric of the product, and the three calls that feed them.
+"""Every metric of the product, and the functions that update them.
 
-Several API processes share one exposition when `PROMETHEUS_MULTIPROC_DIR` names a directory before this module is
-first imported (prometheus_client decides at import); whoever starts the processes empties it first. Workers and the
-reconciler have one process each and show their own numbers on `settings.metrics.port`.
+Product code passes the metric object, so that a misspelt metric fails at import. Other code may pass a name; an
+unknown name registers a new metric.
+
+Several API processes share one exposition if `PROMETHEUS_MULTIPROC_DIR` names a directory before the first import of
+this module: prometheus_client decides at import. The parent process empties that directory before it starts them.
+Workers and the reconciler have one process each and serve their own numbers on `settings.metrics.port`.
 """
 
 import inspect
@@ -39,66 +42,86 @@ R = TypeVar("R")
 Metric = Counter | Gauge | Histogram
 Labels = Mapping[str, str]
 
-SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+DURATION = "_duration_seconds"
+"""Ends the name of every histogram of durations."""
+
+REQUEST_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+JOB_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
 # --- API ----------------------------------------------------------------------------------------------------------
 
 API_REQUESTS = Counter("api_requests_total", "Requests answered.", ["method", "route", "status"])
 API_REQUEST_DURATION = Histogram(
-    "api_request_duration_seconds", "Time to answer a request.", ["method", "route"], buckets=SHORT
+    "api_request_duration_seconds", "Time to answer a request.", ["method", "route"], buckets=REQUEST_BUCKETS_S
 )
 API_REQUESTS_ACTIVE = Gauge("api_requests_active", "Requests being answered.", multiprocess_mode="livesum")
-UPLOADS = Counter("uploads_total", "Uploaded files by what became of them.", ["outcome"])
+UPLOADS = Counter("uploads_total", "Uploaded files by outcome.", ["outcome"])
 
 # --- database -----------------------------------------------------------------------------------------------------
 
 DATABASE_CONNECTIONS_ACTIVE = Gauge(
     "database_connections_active", "Database connections in use.", multiprocess_mode="livesum"
 )
-DATABASE_QUERY_DURATION = Histogram("database_query_duration_seconds", "Time of one statement.", buckets=SHORT)
+DATABASE_QUERY_DURATION = Histogram(
+    "database_query_duration_seconds", "Duration of one statement.", buckets=REQUEST_BUCKETS_S
+)
 
 # --- cache --------------------------------------------------------------------------------------------------------
 
-CACHE_HITS = Counter("cache_hits_total", "Answers found in the cache.", ["prefix"])
-CACHE_MISSES = Counter("cache_misses_total", "Answers the cache did not have.", ["prefix"])
-CACHE_FALLBACKS = Counter("cache_fallbacks_total", "Calls that memory served because Redis did not answer.")
+CACHE_HITS = Counter("cache_hits_total", "Cache reads that found a value.", ["prefix"])
+CACHE_MISSES = Counter("cache_misses_total", "Cache reads that found no value.", ["prefix"])
+CACHE_FALLBACKS = Counter("cache_fallbacks_total", "Cache calls that memory served because Redis did not answer.")
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
 JOBS_SUBMITTED = Counter("jobs_submitted_total", "Jobs accepted.", ["kind"])
 JOBS_FINISHED = Counter("jobs_finished_total", "Jobs that reached a final state.", ["state"])
-JOB_WAIT = Histogram("job_wait_duration_seconds", "From accepted to started.", ["model"], buckets=LONG)
-JOB_DURATION = Histogram("job_duration_seconds", "From started to finished.", ["model"], buckets=LONG)
-JOB_STAGE = Histogram("job_stage_duration_seconds", "Time in one stage of a job.", ["stage"], buckets=LONG)
-QUEUE_DEPTH = Gauge("queue_depth", "Jobs waiting.", ["queue"], multiprocess_mode="livemostrecent")
-BULK_ITEMS_WAITING = Gauge(
-    "bulk_items_waiting", "Items of running bulks that are no jobs yet.", multiprocess_mode="livemostrecent"
+JOB_WAIT = Histogram(
+    "job_wait_duration_seconds", "Time from submit to the first attempt.", ["model"], buckets=JOB_BUCKETS_S
 )
-LEASES_EXPIRED = Counter("leases_expired_total", "Jobs taken back from a silent worker.")
-BLOBS_SWEPT = Counter("blobs_swept_total", "Blobs removed because nothing names them.")
-BLOB_BYTES_SWEPT = Counter("blob_bytes_swept_total", "Their size.")
-ROWS_RETIRED = Counter("rows_retired_total", "Rows removed because they are older than is kept.", ["table"])
-IMAGE_LEASES_EXPIRED = Counter("image_leases_expired_total", "Waiting images taken back from a silent worker.")
-JOBS_REPUBLISHED = Counter("jobs_republished_total", "Queued jobs whose message was gone from the broker.")
+JOB_DURATION = Histogram("job_duration_seconds", "Duration of one attempt at a job.", ["model"], buckets=JOB_BUCKETS_S)
+JOB_STAGE = Histogram("job_stage_duration_seconds", "Duration of one stage of a job.", ["stage"], buckets=JOB_BUCKETS_S)
+QUEUE_DEPTH = Gauge(
+    "queue_depth",
+    "Queued jobs of a model, without those of paused bulks.",
+    ["queue"],
+    multiprocess_mode="livemostrecent",
+)
+BULK_ITEMS_WAITING = Gauge(
+    "bulk_items_waiting", "Items of running bulks that have not become jobs yet.", multiprocess_mode="livemostrecent"
+)
+LEASES_EXPIRED = Counter("leases_expired_total", "Jobs whose lease expired because their worker stopped renewing it.")
+WEBHOOK_DELIVERIES = Counter("webhook_deliveries_total", "Attempts to deliver a webhook, by outcome.", ["outcome"])
+BLOBS_SWEPT = Counter("blobs_swept_total", "Blobs deleted because no row refers to them.")
+BLOB_BYTES_SWEPT = Counter("blob_bytes_swept_total", "Total size of these blobs.")
+ROWS_RETIRED = Counter("rows_retired_total", "Rows deleted because their retention time is over.", ["table"])
+IMAGE_LEASES_EXPIRED = Counter(
+    "image_leases_expired_total", "Pending images whose lease expired because their worker stopped renewing it."
+)
+JOBS_REPUBLISHED = Counter(
+    "jobs_republished_total", "Queued jobs published again because the broker had lost their message."
+)
 
 # --- models -------------------------------------------------------------------------------------------------------
 
 EMBEDDING_GENERATION = Counter("embedding_generation_total", "Vectors computed.", ["model"])
-EMBEDDING_DURATION = Histogram("embedding_duration_seconds", "One call of an embedding model.", ["model"])
+EMBEDDING_DURATION = Histogram("embedding_duration_seconds", "Duration of one call of an embedding model.", ["model"])
 IMAGE_GENERATION = Counter("image_generation_total", "Images generated.", ["model"])
 IMAGE_GENERATION_DURATION = Histogram(
     "image_generation_duration_seconds",
-    "One call of a generating model, and what passed it.",
+    "Duration of one call of an image model, with the batches that interrupted it.",
     ["model"],
-    buckets=LONG,
+    buckets=JOB_BUCKETS_S,
 )
 GENERATION_BATCH_SIZE = Histogram(
-    "generation_batch_size", "Images in one call of a model.", ["model"], buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+    "generation_batch_size",
+    "Images or texts in one call of a model.",
+    ["model"],
+    buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32, 64),
 )
 GENERATION_MEMORY_SAVED = Counter(
     "generation_memory_saved_total",
-    "Model calls that did not fit in memory and were repeated in a way that needs less.",
+    "Model calls that did not fit in memory and were repeated in a way that needs less memory.",
     ["model", "by"],
 )
 SAFETY_DECISIONS = Counter(
@@ -107,15 +130,17 @@ SAFETY_DECISIONS = Counter(
     ["concept", "stage", "action"],
 )
 MODEL_LOAD_DURATION = Histogram(
-    "model_load_duration_seconds", "Loading and warming one model.", ["model"], buckets=LONG
+    "model_load_duration_seconds", "Time to load and warm up one model.", ["model"], buckets=JOB_BUCKETS_S
 )
 
 # --- retrieval ----------------------------------------------------------------------------------------------------
 
-RETRIEVAL_DURATION = Histogram("retrieval_duration_seconds", "One vector search.", buckets=SHORT)
+RETRIEVAL_DURATION = Histogram(
+    "retrieval_duration_seconds", "Duration of one vector search.", buckets=REQUEST_BUCKETS_S
+)
 RETRIEVAL_SIMILARITY = Histogram(
     "retrieval_similarity",
-    "Cosine similarity of what was found.",
+    "Cosine similarity of the images found.",
     buckets=[step / 20 for step in range(-4, 21)],
 )
 
@@ -128,7 +153,7 @@ _KNOWN: Mapping[str, Metric] = {
 
 
 class _OnTheFly:
-    """Metrics that a call names and this file does not: registered at first use, few, with few label values."""
+    """Metrics that this module does not define. They are registered at first use, and their number is bounded."""
 
     MAX_METRICS = 64
     MAX_SERIES = 200
@@ -139,13 +164,13 @@ class _OnTheFly:
         self._series: dict[str, set[tuple[str, ...]]] = {}
 
     def get(self, kind: type[Metric], name: str, labels: Labels) -> Metric | None:
-        """The metric; None when there are too many already."""
+        """Return the metric, or `None` if `MAX_METRICS` others exist already."""
         with self._lock:
             metric = self._metrics.get(name)
             if metric is None and len(self._metrics) < self.MAX_METRICS:
                 if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", name):
                     raise ValueError(f"{name!r} is not a metric name")
-                help_text, label_names = "Named by its caller.", sorted(labels)
+                help_text, label_names = "A metric that its caller named.", sorted(labels)
                 if kind is Gauge:
                     metric = Gauge(name, help_text, label_names, multiprocess_mode="livemostrecent")
                 else:
@@ -154,7 +179,7 @@ class _OnTheFly:
             return metric
 
     def bounded(self, name: str, labels: Labels) -> Labels:
-        """`labels`, or `other` in place of each value when `name` has as many series as it may."""
+        """Return `labels`, with every value replaced by `other` if `name` already has `MAX_SERIES` other series."""
         values = tuple(labels[label] for label in sorted(labels))
         with self._lock:
             series = self._series.setdefault(name, set())
@@ -165,38 +190,42 @@ class _OnTheFly:
 
 
 _on_the_fly = _OnTheFly()
-"""Per process, like prometheus_client's own registry."""
+"""One per process, like the registry of prometheus_client."""
 
 
-def increment_counter(name: str, value: float = 1, labels: Labels | None = None) -> None:
-    """Add `value` >= 0 to a counter: one of this file, or one made now.
+def increment_counter(counter: Counter | str, value: float = 1, labels: Labels | None = None) -> None:
+    """Add `value` >= 0 to a counter of this module, or to one that is created now.
 
     Raises:
-        ValueError: the labels are not those of the counter, or `name` is no counter.
+        ValueError: `labels` are not the labels of the counter, or the name is not one of a counter.
     """
-    counter = _series(Counter, name, labels or {})
-    if counter is not None:
-        counter.inc(value)
+    series = _series(Counter, counter, labels or {})
+    if series is not None:
+        series.inc(value)
 
 
-def set_gauge(name: str, value: float, labels: Labels | None = None) -> None:
-    """Set a gauge: one of this file, or one made now. Raises ValueError like `increment_counter`."""
-    gauge = _series(Gauge, name, labels or {})
-    if gauge is not None:
-        gauge.set(value)
+def set_gauge(gauge: Gauge | str, value: float, labels: Labels | None = None) -> None:
+    """Set a gauge of this module, or one that is created now.
+
+    Raises:
+        ValueError: as `increment_counter`.
+    """
+    series = _series(Gauge, gauge, labels or {})
+    if series is not None:
+        series.set(value)
 
 
-def time_operation(operation: str, **labels: str) -> "TimedOperation":
+def time_operation(operation: Histogram | str, **labels: str) -> "TimedOperation":
     """Measure a block or, as a decorator, every call of a plain or async function.
 
-    The time goes to the histogram `<operation>_duration_seconds` and, in memory, to `recent_operations`. A block that
-    raises is measured too.
+    The seconds go to the histogram, or for a name to `<operation>_duration_seconds`, and to `recent_operations`. A
+    block that raises is measured too.
     """
     return TimedOperation(operation, labels)
 
 
 class TimedOperation:
-    def __init__(self, operation: str, labels: Labels) -> None:
+    def __init__(self, operation: Histogram | str, labels: Labels) -> None:
         self._operation = operation
         self._labels = labels
         self._started = 0.0
@@ -228,33 +257,40 @@ class TimedOperation:
         return timed
 
 
-def observe_duration(operation: str, seconds: float, labels: Labels | None = None) -> None:
-    """Record one duration as `time_operation` does, for what cannot be wrapped in a block."""
-    histogram = _series(Histogram, f"{operation}_duration_seconds", labels or {})
-    if histogram is not None:
-        histogram.observe(seconds)
-    _recent.add(operation, seconds)
+def observe_duration(operation: Histogram | str, seconds: float, labels: Labels | None = None) -> None:
+    """Record one duration as `time_operation` does, for code that cannot be wrapped in a block."""
+    if isinstance(operation, str):
+        name, series = operation, _series(Histogram, f"{operation}{DURATION}", labels or {})
+    else:
+        name, series = operation._name.removesuffix(DURATION), _series(Histogram, operation, labels or {})
+    if series is not None:
+        series.observe(seconds)
+    _recent.add(name, seconds)
 
 
-def _series(kind: type[Any], name: str, labels: Labels) -> Any:
-    metric = _KNOWN.get(name) or _on_the_fly.get(kind, name, labels)
+def _series(kind: type[Any], metric_or_name: Metric | str, labels: Labels) -> Any:
+    """The series of a metric with these labels; None when too many metrics were registered by name."""
+    if isinstance(metric_or_name, str):
+        name, metric = metric_or_name, _KNOWN.get(metric_or_name) or _on_the_fly.get(kind, metric_or_name, labels)
+    else:
+        name, metric = metric_or_name._name, metric_or_name
     if metric is None:
         return None
     if not isinstance(metric, kind):
-        raise ValueError(f"{name} is no {kind.__name__.lower()}")
+        raise ValueError(f"{name} is not a {kind.__name__.lower()}")
     if set(labels) != set(metric._labelnames):
         raise ValueError(f"{name} has the labels {sorted(metric._labelnames)}, not {sorted(labels)}")
     return metric.labels(**_on_the_fly.bounded(name, labels)) if labels else metric
 
 
 def observe_database(engine: Engine) -> None:
-    """Feed the database metrics from an engine's own events."""
+    """Update the database metrics from the events of an engine."""
 
     def started(connection: Connection, *_: Any) -> None:
         connection.info.setdefault("statements_started", []).append(time.perf_counter())
 
     def ended(connection: Connection, *_: Any) -> None:
-        observe_duration("database_query", time.perf_counter() - connection.info["statements_started"].pop())
+        observe_duration(DATABASE_QUERY_DURATION, time.perf_counter() - connection.info["statements_started"].pop())
 
     def failed(context: ExceptionContext) -> None:
         if context.connection is not None and context.connection.info.get("statements_started"):
@@ -271,7 +307,7 @@ def observe_database(engine: Engine) -> None:
 
 
 class _Recent:
-    """The latest durations per operation, in memory."""
+    """The latest durations of each operation, in memory."""
 
     KEPT = 2048
 
@@ -296,9 +332,9 @@ _recent = _Recent()
 
 
 def recent_operations(window_s: float = 300) -> dict[str, dict[str, float]]:
-    """What this process measured in the last `window_s` seconds, by operation.
+    """Return statistics of the last `window_s` seconds of this process, by operation.
 
-    For each: `count`, and in seconds `mean`, `p50`, `p95`, `p99`, `max`. At most the latest 2048 of each count.
+    Each has `count`, and in seconds `mean`, `p50`, `p95`, `p99` and `max`. Only the latest 2048 durations count.
     """
     statistics = {}
     for operation, durations in _recent.since(time.monotonic() - window_s).items():
@@ -318,17 +354,17 @@ def recent_operations(window_s: float = 300) -> dict[str, dict[str, float]]:
 
 
 def render() -> tuple[bytes, str]:
-    """All metrics in Prometheus' text format, and its content type; of all processes when they share a directory."""
+    """Return all metrics in Prometheus' text format and its content type, for all processes that share a directory."""
     return generate_latest(_registry()), CONTENT_TYPE_LATEST
 
 
 def serve(settings: MetricsSettings) -> int | None:
-    """Show the metrics on `http://<host>:<port>/metrics` from a side thread until the process ends.
+    """Serve the metrics at `http://<host>:<port>/metrics` from a background thread until the process ends.
 
-    Returns the port, or None when it is 0, which means off.
+    Returns the port, or `None` if it is 0, which means off.
 
     Raises:
-        ConfigurationError: the port cannot be listened on.
+        ConfigurationError: the process cannot listen on the port.
     """
     if settings.port == 0:
         return None
@@ -350,7 +386,7 @@ def _registry() -> CollectorRegistry:
 
 
 def _forget_ended_processes(directory: Path) -> None:
-    """An ended process has no active requests; its counters stay, as the service's history."""
+    """Remove the live gauges of ended processes; their counters stay, as the history of the service."""
     for file in directory.glob("gauge_live*_*.db"):
         pid = int(file.stem.rpartition("_")[2])
         try:

@@ -1,7 +1,10 @@
-"""One door to what a process keeps open and shares: database and Redis connections, HTTP clients, executors.
+"""Shared resources of a process: database and Redis connections, HTTP clients and executors.
 
-Nothing here pools by itself. SQLAlchemy, redis-py and httpx do, with their limits, recycling and health checks set
-where each is built; this module lends, counts and, at the end of a process, closes.
+SQLAlchemy, redis-py and httpx do the pooling. Their limits, recycling and health checks are set where each is built.
+This module lends their connections, counts them, and closes them when the process ends.
+
+`connection_from_pool`, `async_connection_from_pool`, `optimize_performance`, `thread_executor` and `aclose` serve the
+usage examples of the first version; the product itself calls the pools directly.
 """
 
 import asyncio
@@ -20,10 +23,10 @@ from sqlalchemy import Connection
 
 from shared.cache import get_cache_manager
 from shared.db.session import get_engine, session_scope
-from shared.messaging.coalesce import close_bells
+from shared.messaging.coalesce import close_notifiers
 from shared.messaging.queue import broker
 from shared.metrics import time_operation
-from shared.singleton import once
+from shared.singleton import process_singleton
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,10 +54,14 @@ def connection_from_pool(resource: Literal[ResourceType.HTTP]) -> Iterator[httpx
 def connection_from_pool(resource: ResourceType) -> Iterator[Any]:
     """Lend a shared resource for one block.
 
-    DATABASE: a connection in a transaction that commits at the end of the block and rolls back when it raises; it
-    is pinged before and goes back to the pool after. Raises DatabaseConnectionError and DatabaseQueryError.
+    DATABASE: a connection in a transaction, pinged before use. It commits at the end of the block, rolls back when the
+    block raises, and returns to the pool.
     REDIS: the client of the cache's Redis, which takes a connection of its pool for each call.
-    HTTP: a client that follows no redirects and whose every wait is bounded.
+    HTTP: a client that follows no redirects and has a timeout for every wait.
+
+    Raises:
+        DatabaseConnectionError: of DATABASE, when the database cannot be reached or has no free connection.
+        DatabaseQueryError: of DATABASE, when a statement failed for any other reason.
     """
     match resource:
         case ResourceType.DATABASE:
@@ -68,9 +75,10 @@ def connection_from_pool(resource: ResourceType) -> Iterator[Any]:
 
 @asynccontextmanager
 async def async_connection_from_pool(resource: Literal[ResourceType.HTTP]) -> AsyncIterator[httpx.AsyncClient]:
-    """Lend the running event loop's shared HTTP client for one block. `aclose` ends it.
+    """Lend the running event loop's shared HTTP client for one block. `aclose` closes it.
 
-    Only HTTP: the drivers of the other resources are not asynchronous.
+    Raises:
+        ValueError: `resource` is not HTTP. The drivers of the other resources are not asynchronous.
     """
     if resource is not ResourceType.HTTP:
         raise ValueError(f"{resource} has no asynchronous pool")
@@ -82,21 +90,21 @@ async def async_connection_from_pool(resource: Literal[ResourceType.HTTP]) -> As
 
 
 def optimize_performance(function: Callable[P, R]) -> Callable[P, R]:
-    """Time every call of a plain or async function, as `<its name>_duration_seconds` and in `/stats`."""
+    """Measure every call of a plain or async function, as the metric `<its name>_duration_seconds` and in `/stats`."""
     return time_operation(re.sub(r"\W+", "_", function.__name__).strip("_").lower())(function)
 
 
-@once
+@process_singleton
 def thread_executor() -> Executor:
     """Threads for work that waits, such as many reads of the blob store.
 
-    What computes for long goes to a process of its own: see `shared.imaging.UploadDecoder`.
+    Work that computes for long belongs in a process of its own, as in `shared.imaging.UploadDecoder`.
     """
     return ThreadPoolExecutor(max_workers=16, thread_name_prefix="shared")
 
 
 def pool_statistics() -> dict[str, dict[str, int]]:
-    """How many connections of each opened pool are `in_use` and `idle`; of the database also its limits."""
+    """How many connections of each opened pool are `in_use` and `idle`; for the database also `size` and `overflow`."""
     statistics = {}
     if get_engine.cache_info().currsize:
         pool: Any = get_engine().pool  # a QueuePool, whose counters the base class does not name
@@ -114,9 +122,11 @@ def pool_statistics() -> dict[str, dict[str, int]]:
 
 
 def close_all() -> None:
-    """Close every pool that this process opened, and whatever uses them by itself; the next use opens it anew. For the
-    end of a process."""
-    close_bells()
+    """Close every pool that this process opened, and the notifiers that use them. For the end of a process.
+
+    The next use opens them again.
+    """
+    close_notifiers()
     if get_engine.cache_info().currsize:
         get_engine().dispose()  # the engine stays, with a new empty pool: sessions are bound to it
     if get_cache_manager.cache_info().currsize:
@@ -132,7 +142,7 @@ def close_all() -> None:
 
 
 def close_at_exit() -> None:
-    """Call `close_all` when this process ends, also one that `multiprocessing` started: such a one runs no `atexit`."""
+    """Call `close_all` when this process ends. A process that `multiprocessing` started runs no `atexit` functions."""
     Finalize(None, close_all, exitpriority=0)
 
 
@@ -143,10 +153,10 @@ async def aclose() -> None:
         await client.aclose()
 
 
-@once
+@process_singleton
 def _http_client() -> httpx.Client:
     return httpx.Client(timeout=HTTP_TIMEOUT, limits=HTTP_LIMITS)
 
 
 _async_http_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
-"""One per event loop, because a connection belongs to the loop that opened it."""
+"""One client per event loop, because a connection belongs to the loop that opened it."""

@@ -1,6 +1,6 @@
-"""Choosing references: which memories an image is conditioned on, with what weight, and why.
+"""Retrieval: chooses the references of a generated image, with their weights and the reasons.
 
-The API previews with it (`GET /rag/search`) and the worker generates with it, so that both tell the same.
+The API uses it for previews (`GET /rag/search`) and the worker for generation, so both choose the same references.
 """
 
 from collections.abc import Sequence
@@ -13,21 +13,24 @@ from sqlalchemy.orm import Session
 from shared.contracts.generation import PinnedReference
 from shared.contracts.search import ImageFilter
 from shared.db import images
-from shared.db.images import Found, Vector
+from shared.db.images import ScoredImage, Vector
 from shared.db.spaces import Space
 from shared.errors import ReferenceUnavailableError
 from shared.imaging import hash_distance
 from shared.settings import RetrievalSettings
 
 OVERFETCH = 4
-"""Candidates looked at per reference wanted, so that collapsed near-duplicates do not leave the plan short."""
+"""Candidates fetched per wanted reference, so that enough remain after near-duplicates are removed."""
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A candidate and the decision on it. `weight` is its share of the conditioning; those of the used sum to 1."""
+class Candidate:
+    """A corpus image and the decision whether to use it as a reference.
 
-    found: Found
+    weight: its share of the conditioning. The weights of the used candidates sum to 1; the others have 0.
+    """
+
+    scored: ScoredImage
     used: bool
     reason: str
     weight: float = 0.0
@@ -44,8 +47,8 @@ def plan(
     collection_id: UUID,
     where: ImageFilter,
     settings: RetrievalSettings,
-) -> list[Reference]:
-    """Up to `k` references for a query, most similar first, those refused by the relevance gate marked so.
+) -> list[Candidate]:
+    """Up to `k` candidates for a query, most similar first. Those below `min_similarity` are not `used`.
 
     vector: shape (space.dim,), float32, L2-normalised.
     """
@@ -61,39 +64,44 @@ def plan(
         ef_search=settings.ef_search,
         exact_below=settings.exact_below,
     )
-    return decide(nearest.found, k=k, min_similarity=min_similarity, settings=settings)
+    return decide(nearest.images, k=k, min_similarity=min_similarity, settings=settings)
 
 
 def decide(
-    candidates: Sequence[Found], *, k: int, min_similarity: float, settings: RetrievalSettings
-) -> list[Reference]:
-    """The decision on candidates, most similar first: repetitions left out, the best `k` gated, the used weighed."""
+    candidates: Sequence[ScoredImage], *, k: int, min_similarity: float, settings: RetrievalSettings
+) -> list[Candidate]:
+    """Decide on images that are sorted by similarity, best first.
+
+    Near-duplicates are removed. The best `k` remain, and those that reach `min_similarity` are used and get weights.
+    """
     distinct = without_near_duplicates(candidates, similarity=settings.duplicate_similarity)[:k]
     gated = [
-        Reference(found=found, used=True, reason=f"similarity {found.similarity:.3f} reaches {min_similarity:g}")
+        Candidate(scored=found, used=True, reason=f"similarity {found.similarity:.3f} reaches {min_similarity:g}")
         if found.similarity >= min_similarity
-        else Reference(found=found, used=False, reason=f"similarity {found.similarity:.3f} is below {min_similarity:g}")
+        else Candidate(
+            scored=found, used=False, reason=f"similarity {found.similarity:.3f} is below {min_similarity:g}"
+        )
         for found in distinct
     ]
-    return _weigh(gated, temperature=settings.weight_temperature)
+    return _with_weights(gated, temperature=settings.weight_temperature)
 
 
 def plan_pinned(
     session: Session, space: Space, references: Sequence[PinnedReference], vector: Vector | None
-) -> list[Reference]:
-    """Exactly these references in this order; a pinned one passes no gate.
+) -> list[Candidate]:
+    """Exactly these references in this order, whatever their similarity.
 
     Raises:
-        ReferenceUnavailableError: an image is gone or has no vector in this space.
+        ReferenceUnavailableError: an image was deleted or has no vector in this space.
     """
-    found = images.pinned(session, space, [reference.image_id for reference in references], vector)
+    found = images.find_by_ids(session, space, [reference.image_id for reference in references], vector)
     missing = [str(reference.image_id) for reference in references if reference.image_id not in found]
     if missing:
         raise ReferenceUnavailableError(image_ids=missing)
     total = sum(reference.weight or 1.0 for reference in references)
     return [
-        Reference(
-            found=found[reference.image_id],
+        Candidate(
+            scored=found[reference.image_id],
             used=True,
             reason="pinned by the request",
             weight=(reference.weight or 1.0) / total,
@@ -103,44 +111,45 @@ def plan_pinned(
     ]
 
 
-def without_near_duplicates(found: Sequence[Found], *, similarity: float) -> list[Found]:
-    """Keep the first of every group that looks the same."""
-    kept: list[Found] = []
+def without_near_duplicates(found: Sequence[ScoredImage], *, similarity: float) -> list[ScoredImage]:
+    """Keep the first image of each group of near-duplicates."""
+    kept: list[ScoredImage] = []
     for candidate in found:
-        if not any(_same(candidate, other, similarity) for other in kept):
+        if not any(_is_near_duplicate(candidate, other, similarity) for other in kept):
             kept.append(candidate)
     return kept
 
 
-def _same(a: Found, b: Found, similarity: float) -> bool:
-    # Equal hashes alone prove little: a red and a green apple differ in no gradient. They only lower the bar.
-    bar = similarity - 0.05 if hash_distance(a.image.perceptual_hash, b.image.perceptual_hash) <= 2 else similarity
-    return float(a.vector @ b.vector) >= bar
+def _is_near_duplicate(a: ScoredImage, b: ScoredImage, similarity: float) -> bool:
+    # Equal hashes alone prove little: a red and a green apple have the same gradients. They only lower the threshold.
+    same_hash = hash_distance(a.image.perceptual_hash, b.image.perceptual_hash) <= 2
+    threshold = similarity - 0.05 if same_hash else similarity
+    return float(a.vector @ b.vector) >= threshold
 
 
-def diversify(found: Sequence[Found], *, k: int, diversity: float) -> list[Found]:
-    """Maximal marginal relevance (Carbonell & Goldstein, SIGIR 1998): the best `k` by relevance less repetition.
+def diversify(found: Sequence[ScoredImage], *, k: int, diversity: float) -> list[ScoredImage]:
+    """Maximal marginal relevance (Carbonell & Goldstein, SIGIR 1998): the best `k` by relevance minus redundancy.
 
-    diversity: 0 keeps the order by similarity; 1 looks only at how different the next one is from those chosen.
+    diversity: 0 keeps the order by similarity. 1 counts only how different an image is from those already chosen.
     """
-    remaining, chosen = list(found), list[Found]()
+    remaining, chosen = list(found), list[ScoredImage]()
     while remaining and len(chosen) < k:
 
-        def worth(candidate: Found) -> float:
-            repeated = max((float(candidate.vector @ other.vector) for other in chosen), default=0.0)
-            return (1 - diversity) * candidate.similarity - diversity * repeated
+        def marginal_relevance(candidate: ScoredImage) -> float:
+            redundancy = max((float(candidate.vector @ other.vector) for other in chosen), default=0.0)
+            return (1 - diversity) * candidate.similarity - diversity * redundancy
 
-        best = max(remaining, key=worth)
+        best = max(remaining, key=marginal_relevance)
         remaining.remove(best)
         chosen.append(best)
     return chosen
 
 
-def _weigh(references: Sequence[Reference], *, temperature: float) -> list[Reference]:
-    """Softmax of the used references' similarities."""
-    similarities = np.array([r.found.similarity if r.used else -np.inf for r in references])
+def _with_weights(candidates: Sequence[Candidate], *, temperature: float) -> list[Candidate]:
+    """Set the weights of the used candidates to the softmax of their similarities."""
+    similarities = np.array([each.scored.similarity if each.used else -np.inf for each in candidates])
     if not np.isfinite(similarities).any():
-        return list(references)
-    shares = np.exp((similarities - similarities.max()) / temperature)
-    shares /= shares.sum()
-    return [replace(reference, weight=float(share)) for reference, share in zip(references, shares, strict=True)]
+        return list(candidates)
+    weights = np.exp((similarities - similarities.max()) / temperature)
+    weights /= weights.sum()
+    return [replace(candidate, weight=float(weight)) for candidate, weight in zip(candidates, weights, strict=True)]

@@ -1,19 +1,30 @@
-"""Every setting of the product, typed, bounded and documented in one place.
+"""Every setting of the product: its type, its bounds and its meaning.
 
-Values come, strongest first, from keyword arguments, the environment (`AFTERIMAGE_DATABASE__URL=...`),
-`.env.<environment>`, `.env`, the TOML file named by `AFTERIMAGE_CONFIG_FILE` (default `afterimage.toml`), and the
-defaults here, which run offline on a laptop.
+Sources, strongest first: keyword arguments, the environment (`AFTERIMAGE_DATABASE__URL=...`), `.env.<environment>`,
+`.env`, a TOML file, and the defaults in this file. `AFTERIMAGE_CONFIG_FILE` names the TOML file, `afterimage.toml` by
+default. The defaults run offline on a laptop.
 """
 
+import logging
 import os
 import tomllib
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -25,16 +36,36 @@ from pydantic_settings import (
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from shared.errors import ConfigurationError
+from shared.errors import ConfigurationError, ModelNotFoundError
+
+logger = logging.getLogger(__name__)
 
 NOT_SECTIONS = ("environment", "config_file", "url", "stack", "api_key")
-"""What else may stand behind `AFTERIMAGE_`: `url` and `stack` are what a local stack tells the processes around it,
-`url` and `api_key` are what a client reads."""
+"""Names behind `AFTERIMAGE_` that are not sections. A local stack sets `url` and `stack` for the processes around it.
+A client reads `url` and `api_key`."""
 
 SAFETY_CHECKER = "safety_checker"
-"""What decisions of the checker that a model brings are called."""
+"""Concept name in the decisions of the safety checker that a model brings."""
 
 STARTER = Path(__file__).resolve().parent.parent / "starter"
+
+Value = TypeVar("Value")
+
+
+class AdvancedMarker:
+    """Marks a field that no operator needs on day one. docs/settings.md lists these apart from the common ones."""
+
+
+ADVANCED = AdvancedMarker()
+Advanced = Annotated[Value, ADVANCED]
+
+
+@dataclass(frozen=True)
+class FormerName:
+    """The name of a setting in the previous release. This release still reads it and logs a warning."""
+
+    section: str
+    name: str
 
 
 class Environment(StrEnum):
@@ -45,12 +76,35 @@ class Environment(StrEnum):
 
 
 class Section(BaseModel):
-    """A group of settings; an unknown name in it is a mistake, not a comment."""
+    """A group of settings. An unknown name in it is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names_are_read(cls, values: Any) -> Any:
+        """Move values from former names to the current ones; a value under both names is an error."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for name, field in cls.model_fields.items():
+            for former in (marker for marker in field.metadata if isinstance(marker, FormerName)):
+                if former.name in values:
+                    old, new = f"{former.section}.{former.name}", f"{former.section}.{name}"
+                    if name in values:
+                        raise ValueError(f"{old} is the former name of {new}: set only {new}")
+                    values[name] = values.pop(former.name)
+                    _warn_of_former(old, new)
+        return values
 
-# The parsers' own words may repeat a password.
+
+@cache
+def _warn_of_former(former: str, current: str) -> None:
+    """Log once per process. The line must be complete without fields, because logging is not configured yet."""
+    logger.warning("setting_renamed: %s is now %s; the next release does not read the old name", former, current)
+
+
+# A parser's own message may repeat a password.
 UNREADABLE_URL = "cannot be read as a URL: is the port a number, and is every / and @ of a password percent-encoded?"
 
 
@@ -68,7 +122,7 @@ def _redis_url(url: SecretStr) -> SecretStr:
     if not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
         raise ValueError("must start with redis://, rediss:// or unix://")
     try:
-        urlsplit(url.get_secret_value()).port  # noqa: B018 - parsed when asked for
+        urlsplit(url.get_secret_value()).port  # noqa: B018 - reading the port parses it
     except ValueError:
         raise ValueError(UNREADABLE_URL) from None
     return url
@@ -82,45 +136,72 @@ class DatabaseSettings(Section):
     url: DatabaseUrl = Field(
         SecretStr("postgresql+psycopg2://postgres@127.0.0.1:5432/afterimage"), description="Postgres with pgvector"
     )
-    pool_size: int = Field(8, ge=1, le=100, description="connections kept per process")
+    pool_size: int = Field(8, ge=1, le=100, description="connections kept open per process")
     max_overflow: int = Field(8, ge=0, le=100, description="connections above `pool_size`, closed when idle")
-    pool_timeout_s: float = Field(2, gt=0, le=60, description="longest wait for a free connection")
-    pool_recycle_s: int = Field(1800, ge=1, description="a connection older than this is replaced at checkout")
-    connect_timeout_s: int = Field(2, ge=1, le=60, description="longest wait for a new connection")
-    statement_timeout_s: float = Field(10, gt=0, le=3600, description="longest single statement")
+    pool_timeout_s: Advanced[float] = Field(2, gt=0, le=60, description="longest wait for a free connection")
+    pool_recycle_s: Advanced[int] = Field(1800, ge=1, description="age at which a connection is replaced before use")
+    connect_timeout_s: Advanced[int] = Field(2, ge=1, le=60, description="longest wait for a new connection")
+    statement_timeout_s: Advanced[float] = Field(10, gt=0, le=3600, description="longest run of one statement")
 
 
 class QueueSettings(Section):
-    url: RedisUrl = Field(SecretStr("redis://127.0.0.1:6379/0"), description="the Celery broker")
-    socket_timeout_s: float = Field(0.5, gt=0, le=5, description="longest wait of a publisher for the broker")
-    visibility_timeout_s: int = Field(
-        60, ge=5, description="an unacknowledged message is delivered again after this; fencing makes that harmless"
+    url: RedisUrl = Field(SecretStr("redis://127.0.0.1:6379/0"), description="Redis that serves as the Celery broker")
+    socket_timeout_s: Advanced[float] = Field(0.5, gt=0, le=5, description="longest wait of a publisher for the broker")
+    visibility_timeout_s: Advanced[int] = Field(
+        60,
+        ge=5,
+        description="an unacknowledged message is delivered again after this; a job's lease and attempt number make a "
+        "second delivery harmless",
     )
-    window: int = Field(16, ge=1, le=10_000, description="jobs published per queue and lane; the rest wait in SQL")
-    starving_s: float = Field(
+    published_jobs_per_lane: Annotated[int, ADVANCED, FormerName("queue", "window")] = Field(
+        16,
+        ge=1,
+        le=10_000,
+        description="unclaimed jobs of a model that the broker holds for a lane and the lanes above it; the other jobs "
+        "wait in Postgres",
+    )
+    starvation_timeout_s: Annotated[float, ADVANCED, FormerName("queue", "starving_s")] = Field(
         60,
         gt=0,
-        description="a lane with nothing in flight for this long gets one job ahead of all others; in a worker's line, "
-        "so does one image; after it was held up for so long, nothing more passes a batch",
+        description="if a job has waited this long and its lane has nothing in flight, it is published first; "
+        "an image that has waited this long in a worker is drawn next, at most once in this time; "
+        "a batch that was delayed this long in all is not interrupted again",
     )
-    max_queued: int = Field(200_000, ge=1, description="queued jobs in all; beyond it a submit gets 503")
-    max_queued_per_owner: int = Field(20_000, ge=1, description="queued jobs of one owner; beyond it a submit gets 429")
+    max_queued: int = Field(200_000, ge=1, description="queued jobs of all owners; further submits get 503")
+    max_queued_per_owner: int = Field(20_000, ge=1, description="queued jobs of one owner; further submits get 429")
 
 
 class JobSettings(Section):
-    lease_s: float = Field(30, ge=2, le=600, description="a worker silent for this long loses its job")
-    heartbeat_s: float = Field(10, gt=0, le=200, description="how often a worker renews its leases")
-    reconcile_s: float = Field(5, gt=0, le=60, description="how often the reconciler compares jobs and broker")
-    max_crashes: int = Field(3, ge=1, le=10, description="crashes during model work before a job is `dead`")
-    max_transient_retries: int = Field(3, ge=0, le=20, description="returns to the queue after a passing fault")
-    transient_retry_delay_s: float = Field(5, gt=0, le=3600, description="first wait; it doubles each time")
+    lease_s: Advanced[float] = Field(
+        30, ge=2, le=600, description="a worker that does not renew its leases for this long loses its jobs"
+    )
+    heartbeat_s: Advanced[float] = Field(
+        10, gt=0, le=200, description="how often a worker renews its leases; at most half of `lease_s`"
+    )
+    reconcile_s: Advanced[float] = Field(
+        5, gt=0, le=60, description="how often the reconciler compares the jobs in Postgres with the broker"
+    )
+    max_crashes: Advanced[int] = Field(
+        3,
+        ge=1,
+        le=10,
+        description="worker crashes during the model work of a job or image, after which it is `dead` or `failed`",
+    )
+    max_transient_retries: int = Field(
+        3, ge=0, le=20, description="returns of a job to the queue after temporary errors"
+    )
+    transient_retry_delay_s: Advanced[float] = Field(
+        5, gt=0, le=3600, description="delay before a job's first retry after a temporary error; it doubles each time"
+    )
     timeout_s: float = Field(
         600,
         gt=0,
         le=86_400,
-        description="longest run of one attempt, unless the job says less; what passes it does not count",
+        description="longest run of one attempt; a job may ask for less; delays by jobs of higher lanes do not count",
     )
-    shutdown_grace_s: float = Field(20, ge=0, le=600, description="time to finish or hand back on SIGTERM")
+    shutdown_grace_s: float = Field(
+        20, ge=0, le=600, description="time to finish running jobs after SIGTERM; then they go back to the queue"
+    )
 
     @model_validator(mode="after")
     def _a_lease_outlives_two_heartbeats(self) -> Self:
@@ -134,93 +215,128 @@ class StorageSettings(Section):
     options: dict[str, SecretStr] = Field(
         default_factory=dict, description="object store options such as access_key_id, endpoint, region"
     )
-    timeout_s: float = Field(30, gt=0, le=600, description="longest single request to the store")
+    timeout_s: Advanced[float] = Field(30, gt=0, le=600, description="longest single request to the store")
 
 
 class CacheSettings(Section):
-    url: RedisUrl = Field(SecretStr("redis://127.0.0.1:6379/1"), description="may lose its data at any time")
-    socket_timeout_s: float = Field(0.5, gt=0, le=5, description="longest wait for the cache before memory serves")
-    memory_max_items: int = Field(2048, ge=1, description="size of the in-process fall-back")
-    default_ttl_s: int = Field(3600, ge=1, description="how long an answer is kept where its place says nothing")
-    embedding_ttl_s: int = Field(86_400, ge=1, description="how long the vector of a text is remembered")
+    url: RedisUrl = Field(
+        SecretStr("redis://127.0.0.1:6379/1"), description="Redis for the cache; its data may be lost at any time"
+    )
+    socket_timeout_s: Advanced[float] = Field(
+        0.5, gt=0, le=5, description="longest wait for Redis; after it the process uses its memory as cache"
+    )
+    memory_max_items: Advanced[int] = Field(2048, ge=1, description="entries held in memory while Redis is away")
+    default_ttl_s: Advanced[int] = Field(3600, ge=1, description="lifetime of an entry that is stored without one")
+    embedding_ttl_s: Advanced[int] = Field(86_400, ge=1, description="lifetime of the cached vector of a text")
 
 
 class ClipSettings(Section):
     model: str = Field(
         f"local-dir:{STARTER / 'models' / 'clip'}",
-        description="what open_clip loads: `local-dir:<folder>`, `hf-hub:<id>`, or a name such as ViT-B-32",
+        description="model that open_clip loads: `local-dir:<folder>`, `hf-hub:<id>`, or a name such as ViT-B-32",
     )
-    pretrained: str | None = Field(None, description="open_clip weights tag or file, for a plain model name")
+    pretrained: str | None = Field(
+        None, description="open_clip weights tag or file, for a model given by a name such as ViT-B-32"
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
-        description="cpu, cuda, cuda:N or mps; auto: CUDA if there is one",
+        description="cpu, cuda, cuda:N or mps; auto: CUDA if there is a GPU, else the CPU",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights and the work")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="type of the weights and the computation"
+    )
     max_batch_size: int = Field(32, ge=1, le=1024, description="texts or images per call of the model")
 
 
 class IPAdapterSettings(Section):
-    source: str = Field(description="folder or hub id")
-    revision: str | None = Field(None, description="commit of the hub repository")
-    subfolder: str = Field("ip_adapter", description="folder inside the source that holds the weights")
-    weight_name: str = Field("ip_adapter.safetensors", description="file of the weights")
-    image_encoder_folder: str | None = Field(
-        None, description="the adapter's own image encoder; none when the retrieval CLIP is that encoder"
+    source: Advanced[str] = Field(description="folder or hub id")
+    revision: Advanced[str | None] = Field(None, description="commit of the hub repository")
+    subfolder: Advanced[str] = Field("ip_adapter", description="folder inside the source that holds the weights")
+    weight_name: Advanced[str] = Field("ip_adapter.safetensors", description="file of the weights")
+    image_encoder_folder: Advanced[str | None] = Field(
+        None, description="folder of the adapter's own image encoder; unset if the retrieval CLIP is that encoder"
     )
-    conditions_on: Literal["embedding_space", "image"] = Field(
+    conditions_on: Advanced[Literal["embedding_space", "image"]] = Field(
         "image",
-        description="`embedding_space`: the retrieval CLIP is the adapter's encoder, so stored vectors condition "
-        "directly; `image`: the stored images are encoded again by the adapter's encoder",
+        description="`embedding_space`: the stored vectors condition directly, because the retrieval CLIP is the "
+        "adapter's encoder; `image`: the adapter's encoder encodes the stored images again",
     )
 
 
 class LoraSettings(Section):
-    source: str = Field(description="folder or hub id")
-    revision: str | None = Field(None, description="commit of the hub repository")
-    weight_name: str | None = Field(None, description="file of the weights; none: the only one there is")
+    source: Advanced[str] = Field(description="folder or hub id")
+    revision: Advanced[str | None] = Field(None, description="commit of the hub repository")
+    weight_name: Advanced[str | None] = Field(
+        None, description="file of the weights; may be unset if the source has only one"
+    )
 
 
 class GeneratorDefaults(Section):
-    """What a request that says nothing gets."""
+    """Values for the fields that a request leaves out."""
 
-    width: int = Field(512, ge=16, le=4096, description="pixels")
-    height: int = Field(512, ge=16, le=4096, description="pixels")
-    num_inference_steps: int = Field(30, ge=1, le=200, description="denoising steps")
-    guidance_scale: float = Field(7.5, ge=0, le=30, description="classifier-free guidance; at most 1 is none")
-    scheduler: str | None = Field(None, description="a name of the scheduler allowlist; none keeps the model's own")
-    ip_adapter_scale: float = Field(0.5, ge=0, le=2, description="weight of the references against the prompt")
-    strength: float = Field(0.6, gt=0, le=1, description="img2img: how much of the reference is drawn anew")
+    width: Advanced[int] = Field(512, ge=16, le=4096, description="pixels")
+    height: Advanced[int] = Field(512, ge=16, le=4096, description="pixels")
+    num_inference_steps: Advanced[int] = Field(30, ge=1, le=200, description="denoising steps")
+    guidance_scale: Advanced[float] = Field(
+        7.5, ge=0, le=30, description="classifier-free guidance; 1 or less turns it off"
+    )
+    scheduler: Advanced[str | None] = Field(
+        None, description="a name of the scheduler allowlist; unset: the model's own scheduler"
+    )
+    ip_adapter_scale: Advanced[float] = Field(
+        0.5, ge=0, le=2, description="weight of the references against the prompt"
+    )
+    strength: Advanced[float] = Field(
+        0.6,
+        gt=0,
+        le=1,
+        description="img2img: share of the noise schedule that runs; more of it keeps less of the reference",
+    )
+
+
+def _current_kind(kind: Any) -> Any:
+    """`fake` for its former name `cheap`."""
+    if kind == "cheap":
+        _warn_of_former('kind = "cheap"', 'kind = "fake"')
+        return "fake"
+    return kind
 
 
 class GeneratorSettings(Section):
-    kind: Literal["diffusers", "cheap"] = Field(
-        "diffusers", description="`cheap` draws tiny images in milliseconds; only the test environment accepts it"
+    kind: Annotated[Literal["diffusers", "fake"], ADVANCED, BeforeValidator(_current_kind)] = Field(
+        "diffusers", description="`fake` draws coloured blocks without a model; only the test environment accepts it"
     )
     source: str = Field("", description="folder or hub id of a diffusers pipeline")
     revision: str | None = Field(None, description="commit of the hub repository; required for a hub id")
-    variant: str | None = Field(None, description="which files of the pipeline, such as fp16")
+    variant: Advanced[str | None] = Field(None, description="variant of the pipeline's files, such as fp16")
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
-        description="cpu, cuda, cuda:N or mps; auto: CUDA if there is one",
+        description="cpu, cuda, cuda:N or mps; auto: CUDA if there is a GPU, else the CPU",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: bf16 on CUDA")
-    ip_adapter: IPAdapterSettings | None = Field(None, description="conditions the model on images; none: it cannot")
-    loras: dict[str, LoraSettings] = Field(default_factory=dict, description="by the name that requests use")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 on CUDA, float32 elsewhere"
+    )
+    ip_adapter: IPAdapterSettings | None = Field(
+        None, description="IP-Adapter that conditions the model on images; unset: no image prompts"
+    )
+    loras: Advanced[dict[str, LoraSettings]] = Field(default_factory=dict, description="by the name that requests use")
     defaults: GeneratorDefaults = GeneratorDefaults()
-    any_size: bool = Field(True, description="the model draws sizes near its native one well, not only that one")
+    any_size: Advanced[bool] = Field(
+        True, description="the model draws sizes near its native one well; false: only the native size"
+    )
     max_batch_size: int = Field(4, ge=1, le=64, description="images per call of the model")
-    max_references: int = Field(4, ge=1, le=16, description="references per image; fewer are padded to this number")
+    max_references: Advanced[int] = Field(4, ge=1, le=16, description="references per image")
     safety_checker: Literal["off", "flag", "blur", "block"] = Field(
         "block",
-        description="what becomes of an image that the model's own safety checker, if it brings one, objects to",
+        description="action on an image that the model's own safety checker rejects; no effect without a checker",
     )
-    cost_ms: float = Field(5, ge=0, le=10_000, description="cheap generator only: time of one batch")
+    cost_ms: Advanced[float] = Field(5, ge=0, le=10_000, description="fake generator only: time of one batch")
 
     @model_validator(mode="after")
     def _a_pipeline_is_named_and_pinned(self) -> Self:
-        if self.kind == "cheap":
+        if self.kind == "fake":
             return self
         if not self.source:
             raise ValueError("source is required")
@@ -251,11 +367,11 @@ def _starter_generator() -> dict[str, GeneratorSettings]:
 class ModelSettings(Section):
     clip: ClipSettings = ClipSettings()
     generators: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")], GeneratorSettings] = Field(
-        default_factory=_starter_generator, min_length=1, description="the models that draw, by the name requests use"
+        default_factory=_starter_generator, min_length=1, description="image models by the name that requests use"
     )
-    default_generator: str = Field("starter", description="what a request that names no model gets")
-    threads: int = Field(0, ge=0, le=256, description="CPU threads of a model process; 0 leaves it to torch")
-    offline: bool = Field(True, description="never ask a model hub; set to false to let it download")
+    default_generator: str = Field("starter", description="model of a request that names no model")
+    threads: int = Field(0, ge=0, le=256, description="CPU threads of a model process; 0: torch decides")
+    offline: bool = Field(True, description="load models from this machine only; false: download from a model hub")
 
     @model_validator(mode="after")
     def _the_default_exists(self) -> Self:
@@ -265,21 +381,48 @@ class ModelSettings(Section):
             )
         return self
 
+    def generator(self, name: str) -> GeneratorSettings:
+        """The settings of one generator.
+
+        Raises:
+            ModelNotFoundError: no generator has this name.
+        """
+        if name not in self.generators:
+            raise ModelNotFoundError(model=name, models=sorted(self.generators))
+        return self.generators[name]
+
 
 class RetrievalSettings(Section):
-    default_k: int = Field(4, ge=1, le=16, description="references looked for when the request does not say")
+    default_k: int = Field(4, ge=1, le=16, description="number of references of a request that does not set it")
     min_similarity: float = Field(
         0.42,
         ge=-1,
         le=1,
-        description="cosine below which a reference is not used; fits the starter CLIP, other "
-        "CLIPs need their own: about 0.22 for those of OpenAI and LAION",
+        description="lowest cosine of a reference that is used; the default fits the starter CLIP; "
+        "the CLIPs of OpenAI and LAION need about 0.22",
     )
-    duplicate_similarity: float = Field(0.95, ge=0, le=1, description="cosine above which two results are one")
-    weight_temperature: float = Field(0.1, gt=0, le=10, description="softmax temperature from similarity to weight")
-    ef_search: int = Field(100, ge=10, le=1000, description="candidates the index looks at; more finds better, slower")
-    exact_below: int = Field(10_000, ge=0, description="scan exactly when the filter leaves fewer rows than this")
-    text_timeout_s: float = Field(5, gt=0, le=60, description="longest wait of a search for its query's vector")
+    duplicate_similarity: Advanced[float] = Field(
+        0.95,
+        ge=0,
+        le=1,
+        description="cosine from which on two references count as duplicates; "
+        "0.05 less if their perceptual hashes are nearly equal",
+    )
+    weight_temperature: Advanced[float] = Field(
+        0.1, gt=0, le=10, description="temperature of the softmax that turns similarities into weights"
+    )
+    ef_search: Advanced[int] = Field(
+        100,
+        ge=10,
+        le=1000,
+        description="candidates that the vector index examines; more give better results and take longer",
+    )
+    exact_below: Advanced[int] = Field(
+        10_000, ge=0, description="the search is exact when the filter leaves fewer images than this"
+    )
+    text_timeout_s: Advanced[float] = Field(
+        5, gt=0, le=60, description="longest wait of a search for the vector of its query"
+    )
 
 
 class APISettings(Section):
@@ -287,142 +430,218 @@ class APISettings(Section):
     port: int = Field(8000, ge=0, le=65_535, description="port to listen on")
     workers: int = Field(1, ge=1, le=64, description="API processes")
     threads: int = Field(
-        32, ge=1, le=512, description="requests one process works on at a time, those that only wait not counted"
+        32, ge=1, le=512, description="requests that one process works on at a time; waiting requests do not count"
     )
-    max_body_bytes: int = Field(32 * 2**20, ge=1024, description="one whole request")
-    body_timeout_s: float = Field(10, gt=0, le=600, description="head start of a body over `body_bytes_per_s`")
-    body_bytes_per_s: int = Field(2048, ge=1, description="a request whose body comes more slowly gets 408")
-    max_slow_bodies: int = Field(
-        256, ge=1, le=10_000, description="requests whose bodies one process waits for at a time; others get 503"
+    max_body_bytes: Advanced[int] = Field(32 * 2**20, ge=1024, description="size of one request body")
+    body_timeout_s: Advanced[float] = Field(
+        10, gt=0, le=600, description="time for a request body, added to its size divided by `body_bytes_per_s`"
     )
-    max_upload_bytes: int = Field(16 * 2**20, ge=1024, description="one image of an upload")
-    max_upload_pixels: int = Field(40_000_000, ge=4096, description="one image of an upload, decoded")
+    body_bytes_per_s: Advanced[int] = Field(
+        2048, ge=1, description="lowest speed of a request body; a slower one gets 408"
+    )
+    max_slow_bodies: Advanced[int] = Field(
+        256,
+        ge=1,
+        le=10_000,
+        description="slow request bodies that one process waits for at a time; further ones get 503",
+    )
+    max_upload_bytes: int = Field(16 * 2**20, ge=1024, description="size of one uploaded image")
+    max_upload_pixels: Advanced[int] = Field(40_000_000, ge=4096, description="pixels of one uploaded image")
     max_upload_files: int = Field(32, ge=1, le=1000, description="files of one upload")
-    decoder_processes: int = Field(1, ge=1, le=32, description="processes that decode uploads")
-    decode_timeout_s: float = Field(20, gt=0, le=600, description="longest decoding of one image")
-    database_timeout_s: float = Field(
-        2.5, gt=0, le=60, description="longest wait for the database to say anything before a request gets 503"
+    decoder_processes: Advanced[int] = Field(
+        1, ge=1, le=32, description="processes that decode the uploads of one API process"
     )
-    max_wait_s: float = Field(30, ge=0, le=120, description="longest `Prefer: wait` or long-poll")
-    max_stream_s: float = Field(600, ge=1, le=86_400, description="longest life of one event stream")
-    max_waiters: int = Field(80, ge=0, le=1000, description="long-polls and streams one process holds at a time")
-    max_waiters_per_owner: int = Field(60, ge=0, le=1000, description="of them, those of one owner")
-    max_downloads: int = Field(64, ge=1, le=1000, description="files over 1 MiB that one process sends at a time")
-    max_downloads_per_owner: int = Field(48, ge=1, le=1000, description="of them, those to one owner")
+    decode_timeout_s: Advanced[float] = Field(20, gt=0, le=600, description="longest decoding of one image")
+    database_timeout_s: Advanced[float] = Field(
+        2.5, gt=0, le=60, description="longest silence of the database before a request gets 503"
+    )
+    max_wait_s: Advanced[float] = Field(30, ge=0, le=120, description="longest `Prefer: wait` or long-poll")
+    max_stream_s: Advanced[float] = Field(600, ge=1, le=86_400, description="longest event stream")
+    max_waiters: Advanced[int] = Field(
+        80, ge=0, le=1000, description="long-polls and event streams that one process serves at a time"
+    )
+    max_waiters_per_owner: Advanced[int] = Field(
+        60, ge=0, le=1000, description="long-polls and event streams of one owner at a time, per process"
+    )
+    max_downloads: Advanced[int] = Field(
+        64, ge=1, le=1000, description="files over 1 MiB that one process sends at a time"
+    )
+    max_downloads_per_owner: Advanced[int] = Field(
+        48, ge=1, le=1000, description="files over 1 MiB to one owner at a time, per process"
+    )
 
 
 class LimitSettings(Section):
-    """What one API key, or one owner, may ask for. Where keys are off there are no rate limits."""
+    """Limits of one API key or one owner. Without API keys there are no rate limits."""
 
-    enabled: bool = Field(True, description="count the requests of each key; quotas hold either way")
-    url: RedisUrl | None = Field(None, description="where requests are counted; none: on the cache's server")
-    socket_timeout_s: float = Field(0.5, gt=0, le=5, description="longest wait for it before memory counts")
+    enabled: bool = Field(True, description="count the requests of each key; quotas apply in any case")
+    url: Advanced[RedisUrl | None] = Field(
+        None, description="Redis that holds the request counts; unset: the Redis of the cache"
+    )
+    socket_timeout_s: Advanced[float] = Field(
+        0.5, gt=0, le=5, description="longest wait for this Redis; after it the process counts in its memory"
+    )
     reads_per_minute: int = Field(6000, ge=1, description="GET requests and searches of one key")
     writes_per_minute: int = Field(1200, ge=1, description="all other requests of one key")
     daily_images: int = Field(
-        0, ge=0, description="images one owner may ask for per day (UTC), unless its own number says else; 0: no quota"
+        0,
+        ge=0,
+        description="images that one owner may request per day (UTC); an owner's own quota replaces it; 0: no quota",
     )
 
 
 class BulkSettings(Section):
     max_items: int = Field(100_000, ge=1, le=1_000_000, description="items of one bulk, invalid lines included")
-    max_body_bytes: int = Field(512 * 2**20, ge=1024, description="one request that sends lines of a bulk")
-    max_line_bytes: int = Field(64 * 1024, ge=1024, le=2**20, description="one line of a bulk")
-    chunk_lines: int = Field(500, ge=1, le=10_000, description="lines stored at a time while a bulk is received")
-    max_transfers: int = Field(
-        8, ge=1, le=512, description="requests that send lines or download results, per API process at a time"
+    max_body_bytes: Advanced[int] = Field(
+        512 * 2**20, ge=1024, description="size of one request that sends lines of a bulk"
     )
-    receive_timeout_s: float = Field(60, gt=0, le=3600, description="longest wait for a sender's next bytes")
-    max_open: int = Field(100, ge=1, description="unfinished bulks of one owner")
+    max_line_bytes: Advanced[int] = Field(64 * 1024, ge=1024, le=2**20, description="size of one line of a bulk")
+    chunk_lines: Advanced[int] = Field(
+        500, ge=1, le=10_000, description="lines stored in one transaction while a bulk is received"
+    )
+    max_transfers: Advanced[int] = Field(
+        8, ge=1, le=512, description="requests of one API process at a time that send lines or download results"
+    )
+    receive_timeout_s: Advanced[float] = Field(
+        60, gt=0, le=3600, description="longest wait for the next bytes of a sender"
+    )
+    max_open: Advanced[int] = Field(100, ge=1, description="unfinished bulks of one owner")
     max_open_items: int = Field(500_000, ge=1, description="items of all unfinished bulks of one owner")
-    abandoned_after_s: float = Field(86_400, gt=0, description="a bulk whose lines stop coming is given up after this")
+    abandoned_after_s: Advanced[float] = Field(
+        86_400, gt=0, description="an incomplete bulk that receives no lines for this long is abandoned"
+    )
 
 
 class WebhookSettings(Section):
-    timeout_s: float = Field(15, gt=0, le=60, description="longest wait for a receiver")
+    timeout_s: Advanced[float] = Field(15, gt=0, le=60, description="longest wait for a receiver")
     allow_http: bool = Field(False, description="accept targets without TLS")
     allow_private: bool = Field(False, description="accept targets on private, loopback and link-local addresses")
-    per_host: int = Field(2, ge=1, le=100, description="deliveries to one host at a time: a dead one slows nobody")
-    secret_overlap_s: float = Field(86_400, ge=0, description="how long a rotated secret signs beside the new one")
+    per_host: Advanced[int] = Field(
+        2, ge=1, le=100, description="deliveries to one host at a time, so that a dead host does not delay the others"
+    )
+    secret_overlap_s: Advanced[float] = Field(
+        86_400, ge=0, description="how long the old secret still signs after a rotation"
+    )
 
 
 class WorkerSettings(Section):
-    concurrency: int = Field(16, ge=1, le=512, description="jobs one worker process walks through at a time")
-    spare_seats: int = Field(
-        4, ge=0, le=512, description="a generate worker takes so many more of a lane than of the next worse one"
+    concurrency: int = Field(
+        16,
+        ge=1,
+        le=512,
+        description="jobs that one worker process handles at a time; "
+        "a generate worker takes `lane_headroom` more for each higher lane",
     )
-    bulk_pause_s: float = Field(
+    lane_headroom: Annotated[int, ADVANCED, FormerName("worker", "spare_seats")] = Field(
+        4,
+        ge=0,
+        le=512,
+        description="additional jobs that a generate worker takes of a lane, compared with the next lower lane",
+    )
+    bulk_pause_s: Advanced[float] = Field(
         0.05,
         ge=0,
         le=60,
-        description="while better lanes are in use, a generate worker takes a bulk's jobs so far apart",
+        description="pause of a generate worker between two jobs of the bulk lane while higher lanes are in use",
     )
-    generator: str | None = Field(None, description="which generator this process serves; none: the default one")
+    generator: str | None = Field(
+        None, description="generator that a generate worker serves; unset: the default generator"
+    )
 
 
 class WatchdogSettings(Section):
-    """After how long without progress a model call ends its process; leases then bring the jobs back."""
+    """Longest time without progress of a model call. After it the process ends, and expired leases requeue its jobs."""
 
-    load_s: float = Field(3600, gt=0, le=86_400, description="loading one model, downloads included")
-    warm_up_s: float = Field(900, gt=0, le=86_400, description="the first call of a loaded model")
-    embed_s: float = Field(300, gt=0, le=86_400, description="one batch of the embedding model")
-    step_s: float = Field(300, gt=0, le=86_400, description="one denoising step of a batch; the first includes prompts")
-    decode_s: float = Field(300, gt=0, le=86_400, description="from a batch's last step to its pictures")
+    load_s: Advanced[float] = Field(3600, gt=0, le=86_400, description="loading one model, downloads included")
+    warm_up_s: Advanced[float] = Field(900, gt=0, le=86_400, description="the first call of a loaded model")
+    embed_s: Advanced[float] = Field(300, gt=0, le=86_400, description="one batch of the embedding model")
+    step_s: Advanced[float] = Field(
+        300, gt=0, le=86_400, description="one denoising step of a batch; the first includes encoding the prompts"
+    )
+    decode_s: Advanced[float] = Field(
+        300, gt=0, le=86_400, description="from the last step of a batch to its decoded images"
+    )
 
 
 class RetentionSettings(Section):
-    """What is kept for how long. Days count from the end of a job; 0 keeps for ever."""
+    """How long data is kept. Days count from the end of a job; 0 keeps the data forever."""
 
-    jobs_days: float = Field(0, ge=0, le=36_500, description="ended jobs, with their outputs and events; 0: they stay")
-    outputs_days: float = Field(0, ge=0, le=36_500, description="outputs alone, from their making; 0: they stay")
-    events_days: float = Field(30, ge=0, le=36_500, description="the events of ended jobs; 0: they stay")
-    deliveries_days: float = Field(30, ge=0, le=36_500, description="the log of webhook deliveries; 0: it stays")
-    every_s: float = Field(3600, gt=0, le=604_800, description="how often the reconciler removes what is older")
-    sweep_every_s: float = Field(
-        21_600, ge=0, le=2_592_000, description="how often it removes blobs that nothing names; 0: only by hand"
+    jobs_days: float = Field(
+        0, ge=0, le=36_500, description="ended jobs with their outputs and events, and ended bulks; 0: kept forever"
     )
-    blob_grace_s: float = Field(
-        86_400, ge=0, description="younger blobs are left alone; never less than the longest job and two leases"
+    outputs_days: float = Field(
+        0, ge=0, le=36_500, description="outputs, counted from their creation; 0: kept with their job"
+    )
+    events_days: float = Field(
+        30, ge=0, le=36_500, description="events of ended jobs, with their webhook deliveries; 0: kept with their job"
+    )
+    deliveries_days: float = Field(
+        30, ge=0, le=36_500, description="settled webhook deliveries; 0: kept until their event is deleted"
+    )
+    every_s: Advanced[float] = Field(
+        3600, gt=0, le=604_800, description="how often the reconciler deletes data that is too old"
+    )
+    sweep_every_s: Advanced[float] = Field(
+        21_600,
+        ge=0,
+        le=2_592_000,
+        description="how often the reconciler deletes unused blobs; 0: only `python -m scripts.admin sweep` does",
+    )
+    blob_grace_s: Advanced[float] = Field(
+        86_400,
+        ge=0,
+        description="age below which an unused blob is kept; raised to the longest possible duration of a job",
     )
 
 
 class LoggingSettings(Section):
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="the least that is logged")
-    format: Literal["auto", "json", "console"] = Field("auto", description="auto: console locally, JSON elsewhere")
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level that is logged")
+    format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto: console in the local and test environments, JSON elsewhere"
+    )
 
 
 class MetricsSettings(Section):
-    host: str = Field("127.0.0.1", description="where a worker and the reconciler show their metrics")
-    port: int = Field(0, ge=0, le=65_535, description="0: nowhere; the API shows its own at `/metrics`")
+    host: str = Field("127.0.0.1", description="address on which a worker or the reconciler serves its metrics")
+    port: int = Field(
+        0, ge=0, le=65_535, description="port for these metrics; 0: off; the API serves its own at `/metrics`"
+    )
 
 
 class SecuritySettings(Section):
-    default_owner: str = Field("local", description="who acts when keys are off")
-    require_api_keys: bool = Field(False, description="may be off only locally, bound to loopback")
+    default_owner: Advanced[str] = Field("local", description="owner of every request when API keys are off")
+    require_api_keys: bool = Field(
+        False, description="false is accepted only in the local and test environments, bound to loopback"
+    )
     docs_enabled: bool = Field(True, description="serve Swagger UI")
-    studio_enabled: bool = Field(True, description="serve Studio, the pages for people, at `/`")
+    studio_enabled: bool = Field(True, description="serve Studio, the web pages, at `/`")
     cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[A-Za-z0-9.-]+(:\d+)?)$")]] = Field(
-        default_factory=list, description="whose pages may call the API from a browser: `https://studio.example`"
+        default_factory=list,
+        description="origins whose pages may call the API from a browser, such as `https://studio.example`",
     )
     trusted_hosts: list[str] = Field(
         default_factory=lambda: ["localhost", "127.0.0.1", "::1"],
-        description="where keys are off, the names that the service answers to",
+        description="host names that the service answers to when API keys are off",
     )
 
 
 class PromptRule(Section):
-    threshold: float = Field(ge=-1, le=1, description="cosine between two texts from which on the concept counts")
-    action: Literal["flag", "block"] = Field("flag", description="`block`: the job fails before anything is drawn")
+    threshold: Advanced[float] = Field(
+        ge=-1, le=1, description="cosine between two texts from which on the concept is recognised"
+    )
+    action: Advanced[Literal["flag", "block"]] = Field("flag", description="`block`: the job fails before drawing")
 
 
 class OutputRule(Section):
-    threshold: float = Field(
+    threshold: Advanced[float] = Field(
         ge=-1,
         le=1,
-        description="cosine between image and text from which on the concept counts; lower than of two texts",
+        description="cosine between image and text from which on the concept is recognised; "
+        "such cosines are lower than those between two texts",
     )
-    action: Literal["flag", "blur", "block"] = Field(
-        "flag", description="`blur`: what is stored shows a few blots of colour; `block`: nothing is stored"
+    action: Advanced[Literal["flag", "blur", "block"]] = Field(
+        "flag",
+        description="`blur`: the stored image shows a few areas of colour; `block`: the image is not stored",
     )
 
 
@@ -430,38 +649,46 @@ ConceptText = Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")]
 
 
 class ConceptSettings(Section):
-    """Something that prompts or outputs are looked through for."""
+    """A concept that the content policy looks for in prompts or outputs."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="how decisions, metrics and logs call it")
-    texts: list[ConceptText] = Field(
-        min_length=1, max_length=64, description="short descriptions of it, each embedded; the nearest counts"
+    name: Advanced[str] = Field(
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="name of the concept in decisions, metrics and logs"
     )
-    unless: list[ConceptText] = Field(
-        default_factory=list, max_length=64, description="what it is not: nearer to one of these it does not count"
+    texts: Advanced[list[ConceptText]] = Field(
+        min_length=1,
+        max_length=64,
+        description="short descriptions of the concept; each is embedded, and the nearest one counts",
     )
-    prompt: PromptRule | None = Field(None, description="none: prompts are not looked through for it")
-    output: OutputRule | None = Field(None, description="none: outputs are not looked through for it")
+    unless: Advanced[list[ConceptText]] = Field(
+        default_factory=list,
+        max_length=64,
+        description="descriptions of harmless things; a prompt or image part nearer to one of these does not count",
+    )
+    prompt: Advanced[PromptRule | None] = Field(None, description="rule for prompts; unset: prompts are not checked")
+    output: Advanced[OutputRule | None] = Field(None, description="rule for outputs; unset: outputs are not checked")
 
     @model_validator(mode="after")
-    def _it_is_looked_for(self) -> Self:
+    def _a_rule_is_given(self) -> Self:
         if self.prompt is None and self.output is None:
             raise ValueError("prompt or output is required")
         return self
 
 
 class SafetySettings(Section):
-    concepts: list[ConceptSettings] = Field(
-        default_factory=list, max_length=64, description="what the content policy looks for; none: there is no policy"
+    concepts: Advanced[list[ConceptSettings]] = Field(
+        default_factory=list,
+        max_length=64,
+        description="concepts that the content policy looks for; empty: only the models' own safety checkers judge",
     )
 
     @model_validator(mode="after")
-    def _names_tell_concepts_apart(self) -> Self:
+    def _names_are_unique(self) -> Self:
         names = [concept.name for concept in self.concepts]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"concepts has a name twice: {', '.join(twice)}")
         if SAFETY_CHECKER in names:
-            raise ValueError(f"concepts cannot have the name {SAFETY_CHECKER}: so the models' own checker is called")
+            raise ValueError(f"concepts cannot have the name {SAFETY_CHECKER}: it means the models' own checker")
         return self
 
 
@@ -473,11 +700,11 @@ class Settings(BaseSettings):
         env_nested_delimiter="__",
         extra="ignore",
         frozen=True,
-        nested_model_default_partial_update=True,
     )
 
     environment: Environment = Field(
-        Environment.LOCAL, description="what may be left open: keys only locally, the cheap generator only in tests"
+        Environment.LOCAL,
+        description="staging and production require API keys; only test accepts the fake generator",
     )
     database: DatabaseSettings = DatabaseSettings()
     queue: QueueSettings = QueueSettings()
@@ -523,14 +750,17 @@ class Settings(BaseSettings):
     def _the_combination_is_safe(self) -> Self:
         mistakes = []
         if self.environment is not Environment.TEST:
-            cheap = sorted(name for name, model in self.model.generators.items() if model.kind == "cheap")
-            if cheap:
-                mistakes.append(f"model.generators {cheap}: the cheap generator is for the test environment only")
+            fakes = sorted(name for name, model in self.model.generators.items() if model.kind == "fake")
+            if fakes:
+                mistakes.append(f"model.generators {fakes}: the fake generator is for the test environment only")
         keyless_allowed = self.environment in (Environment.LOCAL, Environment.TEST)
         if not self.security.require_api_keys and not (
             keyless_allowed and self.api.host in ("127.0.0.1", "::1", "localhost")
         ):
-            mistakes.append("security.require_api_keys: may be false only locally, with api.host on loopback")
+            mistakes.append(
+                "security.require_api_keys: may be false only in the environments local and test, "
+                "with api.host on loopback"
+            )
         if self.worker.generator is not None and self.worker.generator not in self.model.generators:
             mistakes.append(f"worker.generator: {self.worker.generator!r} is not one of model.generators")
         if mistakes:
@@ -539,7 +769,7 @@ class Settings(BaseSettings):
 
 
 def _is_known(variable: str, settings_cls: type[BaseSettings]) -> bool:
-    """Whether an environment variable is none of ours, or one that something reads."""
+    """Whether an environment variable belongs to another program, or is one that this product reads."""
     if not variable.startswith("afterimage_"):
         return True
     section, separator, _ = variable.removeprefix("afterimage_").partition("__")
@@ -547,10 +777,10 @@ def _is_known(variable: str, settings_cls: type[BaseSettings]) -> bool:
 
 
 def load_settings(**overrides: object) -> Settings:
-    """Read the settings afresh.
+    """Read the settings from all sources. `overrides`: sections or top-level settings by name.
 
     Raises:
-        ConfigurationError: one readable line per mistake, without the values of secrets.
+        ConfigurationError: a value or a name is wrong. One line per mistake, without the values of secrets.
     """
     environment = os.environ.get("AFTERIMAGE_ENVIRONMENT", Environment.LOCAL)
     try:
@@ -571,5 +801,5 @@ def _mistakes(error: ValidationError) -> list[str]:
 
 @cache
 def get_settings() -> Settings:
-    """The settings of this process, read once."""
+    """Return the settings of this process, which are read once."""
     return load_settings()

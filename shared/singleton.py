@@ -1,4 +1,4 @@
-"""What a process has one of."""
+"""Process-wide singletons: a thread-safe `functools.cache`."""
 
 import threading
 from collections.abc import Callable
@@ -9,11 +9,11 @@ Arguments = ParamSpec("Arguments")
 Resource = TypeVar("Resource")
 
 
-class once(Generic[Arguments, Resource]):  # noqa: N801 - a decorator
-    """`functools.cache` for resources: threads that ask for one that is not there yet all get the same.
+class process_singleton(Generic[Arguments, Resource]):  # noqa: N801 - a decorator
+    """`functools.cache` for resources: threads that call the function at the same time get the same object.
 
-    The standard one calls the function for each of them. Of two pools the second would stay, while the first held
-    its connections with nobody to close them; of two semaphores each would let the whole number through.
+    `functools.cache` itself may call the function once per thread. A second pool would leave the connections of the
+    first one open. A second semaphore would admit its whole number again.
     """
 
     def __init__(self, function: Callable[Arguments, Resource]) -> None:
@@ -25,4 +25,4 @@ class once(Generic[Arguments, Resource]):  # noqa: N801 - a decorator
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Resource:
         with self._lock:
-            return self._cached(*args, **kwargs)  # type: ignore[arg-type]  # that they are hashable cannot be said
+            return self._cached(*args, **kwargs)  # type: ignore[arg-type]  # types cannot express that they are hashable

@@ -1,7 +1,7 @@
-"""Calls to addresses that users name: resolved once, checked, and connected to exactly as checked.
+"""Protection against server-side request forgery (SSRF): checks URLs that users give before the service calls them.
 
-Checking a name and then connecting to it are two look-ups, and the second may answer differently (DNS rebinding), so
-the connection goes to the checked address itself, with the name only in `Host` and in TLS.
+A host's name is resolved once, and the connection goes to the checked address. The name is used only in `Host` and in
+TLS. With a second look-up, the name could resolve to another address (DNS rebinding).
 """
 
 import socket
@@ -20,22 +20,23 @@ NAT64 = IPv6Network("64:ff9b::/96")
 
 @dataclass(frozen=True)
 class Target:
-    """Where to connect (`url`, with a literal address) and in whose name (`host`)."""
+    """The URL to connect to, with a literal address, and the host for the `Host` header and TLS."""
 
     url: httpx.URL
     host: str
 
 
 def check_url(url: str, settings: WebhookSettings) -> str:
-    """What can be said of a URL without resolving it; its host.
+    """Check a URL without resolving its host, and return the host.
 
     Raises:
-        ForbiddenTargetError: no https, user information in it, or a literal address that is not public.
+        ForbiddenTargetError: the URL is invalid, not https, has user information, or has a literal address that is not
+            public. The settings `allow_http` and `allow_private` relax this.
     """
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-        # What connects reads more strictly than what splits, and the look-up of a name more strictly still.
+        # `urlsplit` accepts URLs that httpx and the IDNA encoding of the look-up reject, so all three must accept it.
         httpx.URL(url)
         (host or "").encode("idna")
     except (ValueError, httpx.InvalidURL) as error:
@@ -44,7 +45,7 @@ def check_url(url: str, settings: WebhookSettings) -> str:
     if parts.scheme not in schemes:
         raise ForbiddenTargetError(f"The URL must begin with {' or '.join(schemes)}://.")
     if not host or port == 0 or parts.username is not None or parts.password is not None:
-        raise ForbiddenTargetError("The URL must name a host, and no user.")
+        raise ForbiddenTargetError("The URL must have a host, and no user information.")
     try:
         literal = ip_address(host)
     except ValueError:
@@ -54,10 +55,11 @@ def check_url(url: str, settings: WebhookSettings) -> str:
 
 
 def resolve(url: str, settings: WebhookSettings) -> Target:
-    """Resolve a URL's host, once.
+    """Check a URL, resolve its host once, and return the first address.
 
     Raises:
-        ForbiddenTargetError: as `check_url`, or the name does not resolve, or any address behind it is not public.
+        ForbiddenTargetError: `check_url` refuses the URL, its host does not resolve, or one of its addresses is not
+            public.
     """
     host = check_url(url, settings)
     parsed = httpx.URL(url)
@@ -75,13 +77,13 @@ def resolve(url: str, settings: WebhookSettings) -> Target:
 def _check_address(address: Address, settings: WebhookSettings) -> None:
     if settings.allow_private:
         return
-    for candidate in (address, *_embedded(address)):
+    for candidate in (address, *_embedded_ipv4(address)):
         if not candidate.is_global or candidate.is_multicast:
             raise ForbiddenTargetError("The URL's host is not a public address.")
 
 
-def _embedded(address: Address) -> list[IPv4Address]:
-    """IPv4 addresses that an IPv6 one stands for: mapped, 6to4, Teredo, NAT64 (RFC 6052)."""
+def _embedded_ipv4(address: Address) -> list[IPv4Address]:
+    """IPv4 addresses that an IPv6 address embeds: mapped, 6to4, Teredo, NAT64 (RFC 6052)."""
     if isinstance(address, IPv4Address):
         return []
     found = [part for part in (address.ipv4_mapped, address.sixtofour, *(address.teredo or ())) if part is not None]

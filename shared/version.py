@@ -1,8 +1,8 @@
-"""Which version of the product this is."""
+"""The version of the installed package."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 try:
     VERSION = version("afterimage")
-except PackageNotFoundError:  # run from a folder that is not installed
+except PackageNotFoundError:  # the package is not installed
     VERSION = "0+unknown"

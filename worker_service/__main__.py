@@ -17,18 +17,20 @@ MODULES = {
     "io": "worker_service.workers.io",
     "reconciler": "worker_service.maintenance.reconciler",
 }
-"""By name, so that only the processes that need torch load it."""
+"""Modules by name, imported when needed: only the processes that need torch load it."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m worker_service", description=__doc__)
-    parser.add_argument("kind", choices=list(MODULES), help="what this process serves")
-    parser.add_argument("--model", help="generate: which configured generator (default: the settings' choice)")
+    parser.add_argument("kind", choices=list(MODULES), help="kind of process to start")
+    parser.add_argument(
+        "--model", help="generate: name of the generator (default: `worker.generator`, or the default generator)"
+    )
     arguments = parser.parse_args()
     try:
         settings = get_settings()
         close_at_exit()
-        get_blobs()  # a wrong `storage.url` is told now, not by the first job
+        get_blobs()  # a wrong `storage.url` raises an error now, not in the first job
         logs.configure(
             settings, service=arguments.kind if arguments.kind == "reconciler" else f"worker.{arguments.kind}"
         )

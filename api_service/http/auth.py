@@ -1,4 +1,4 @@
-"""Who is asking, and whether they may."""
+"""Authentication by API key, from the header or from Studio's cookie, and the scope that each operation needs."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +11,7 @@ from shared.db.session import session_scope
 from shared.errors import AuthenticationError, AuthorizationError, DatabaseConnectionError
 from shared.settings import get_settings
 
-SCOPES = {
+BLUEPRINT_SCOPES = {
     "generation": "generate",
     "bulks": "generate",
     "jobs": "generate",
@@ -22,34 +22,35 @@ SCOPES = {
     "studio_generation": "generate",
     "studio_search": "search",
 }
-"""What an API key must allow for the operations of a resource; images depend on the method, the rest needs any key."""
-IMAGES = ("images", "studio_corpus")
-READING = ("GET", "HEAD", "OPTIONS")
+"""Scope that the operations of a blueprint need. `IMAGE_BLUEPRINTS` depend on the method; all others accept any key."""
+IMAGE_BLUEPRINTS = ("images", "studio_corpus")
+READ_METHODS = ("GET", "HEAD", "OPTIONS")
+FOREIGN_ORIGIN = "Pages of another origin must not do this."
 
 
 @dataclass(frozen=True)
 class Caller:
-    """On whose behalf a request acts, and what it may do."""
+    """The owner and the scopes of the key with which a request was sent."""
 
     owner_id: UUID
     scopes: frozenset[str]
     key_id: UUID | None = None
-    """None where keys are off."""
+    """`None` when API keys are off."""
 
 
-def authenticated(request: Request) -> Caller:
-    """The owner of the request's API key, or, where keys are off, the default owner with every right.
+def authenticate(request: Request) -> Caller:
+    """Return the owner of the request's API key. When keys are off, it is the default owner with all scopes.
 
     Raises:
-        AuthenticationError: no key, or one that is not valid (any more).
-        AuthorizationError: the key lacks the scope that the operation needs, or a browser sent it along with a change
-            that is not known to come from a page of ours.
-        DatabaseConnectionError
+        AuthenticationError: the request has no key, or the key is invalid, expired or revoked.
+        AuthorizationError: the key lacks the scope that the operation needs. Or a browser sent the key as a cookie,
+            with a change that does not come from a page of this service.
+        DatabaseConnectionError: the database does not answer.
     """
     security = get_settings().security
     if not security.require_api_keys:
         return Caller(_owner_id(security.default_owner), frozenset(keys.SCOPES))
-    secret = _secret(request)
+    secret = _sent_key(request)
     with session_scope() as session:
         key = keys.find_valid(session, secret)
     if key is None:
@@ -61,57 +62,60 @@ def authenticated(request: Request) -> Caller:
 
 
 def may_see_details(request: Request) -> bool:
-    """Whether an operator asks a probe: others learn which part is away, not why."""
+    """Whether the caller of a probe is an operator. Others learn which component is down, but not why."""
     if not get_settings().security.require_api_keys:
         return True
     try:
-        return "admin" in authenticated(request).scopes
+        return "admin" in authenticate(request).scopes
     except (AuthenticationError, AuthorizationError, DatabaseConnectionError):
         return False
 
 
 def scope_of(request: Request) -> str | None:
-    """The scope that the request's operation needs; None for any valid key."""
-    if request.blueprint in IMAGES:
-        return "search" if request.method in READING else "corpus:write"
-    return SCOPES.get(request.blueprint or "")
+    """Return the scope that the request's operation needs; `None`: any valid key will do."""
+    if request.blueprint in IMAGE_BLUEPRINTS:
+        return "search" if request.method in READ_METHODS else "corpus:write"
+    return BLUEPRINT_SCOPES.get(request.blueprint or "")
 
 
 def cookie_name(request: Request) -> str:
-    """Of the cookie that holds the API key of a person who has signed in. Under TLS no other host may set it:
-    https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Set-Cookie#cookie_prefixes."""
+    """Name of the cookie with the API key of a person who has signed in to Studio.
+
+    Under TLS its prefix keeps other hosts from setting it:
+    https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Set-Cookie#cookie_prefixes.
+    """
     return "__Host-afterimage_key" if over_tls(request) else "afterimage_key"
 
 
 def over_tls(request: Request) -> bool:
-    """Whether the browser is at the end of a TLS connection, to this process or to a proxy that says so.
+    """Whether the client uses TLS, to this process or to a proxy that sets `X-Forwarded-Proto`.
 
-    Whoever makes it up makes it up of his own cookie.
+    A client that forges the header only changes its own cookie.
     """
     nearest = request.headers.get("X-Forwarded-Proto", "").partition(",")[0].strip().lower()
     return request.is_secure or nearest == "https"
 
 
 def from_own_page(request: Request) -> bool:
-    """Whether a browser says that a page of this service sent the request; it says so with every change."""
+    """Whether a page of this service sent the request, by the `Origin` that browsers send with every change."""
     scheme, _, host = request.headers.get("Origin", "").partition("://")
     return host == request.host and scheme in (("https",) if over_tls(request) else ("http", "https"))
 
 
-def _secret(request: Request) -> str:
+def _sent_key(request: Request) -> str:
     kind, _, secret = request.headers.get("Authorization", "").partition(" ")
     if kind.lower() == "bearer" and secret:
         return secret.strip()
     cookie = request.cookies.get(cookie_name(request))
     if kind or not cookie:
         raise AuthenticationError
-    if request.method not in READING and not from_own_page(request):
-        raise AuthorizationError("A page of another origin may not do that here.")
+    if request.method not in READ_METHODS and not from_own_page(request):
+        raise AuthorizationError(FOREIGN_ORIGIN)
     return cookie
 
 
 @lru_cache(maxsize=8)
 def _owner_id(name: str) -> UUID:
-    # Remembered for the life of the process: an owner's id never changes and owners are disabled, not deleted.
+    # Cached as long as the process runs: an owner's id never changes, and owners are disabled but not deleted.
     with session_scope() as session:
         return owners.ensure(session, name)

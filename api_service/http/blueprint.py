@@ -1,4 +1,4 @@
-"""The blueprint of every group of routes: flask_openapi3 documents it, `api_service.http.requests` reads it."""
+"""The blueprint of all API routes. flask_openapi3 documents them; `api_service.http.requests` parses their requests."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -9,11 +9,14 @@ from flask_openapi3.blueprint import APIBlueprint
 from pydantic import BaseModel
 
 from api_service.http import requests
-from api_service.http import responses as respond
+from api_service.http.responses import json
 
 
-class Resource(APIBlueprint):
-    """Routes whose arguments named `path`, `query` and `body` are contracts, and whose answers may be ones."""
+class ApiBlueprint(APIBlueprint):
+    """Passes `path`, `query` and `body` to each route as the contracts that it declares.
+
+    A contract that the route returns is sent as JSON.
+    """
 
     @staticmethod
     def create_view_func(
@@ -31,15 +34,15 @@ class Resource(APIBlueprint):
         validate_response: bool | None = None,
     ) -> Callable[..., Response]:
         @wraps(func)
-        def view(**in_path: str) -> Response:
+        def view(**path_values: str) -> Response:
             arguments: dict[str, BaseModel] = {}
             if path is not None:
-                arguments["path"] = requests.path(path, in_path)
+                arguments["path"] = requests.parse_path(path, path_values)
             if query is not None:
-                arguments["query"] = requests.query(query, request)
+                arguments["query"] = requests.parse_query(query, request)
             if body is not None:
-                arguments["body"] = requests.body(body, request)
-            answer = func(**arguments)
-            return respond.json(answer) if isinstance(answer, BaseModel) else answer
+                arguments["body"] = requests.parse_json_body(body, request)
+            result = func(**arguments)
+            return json(result) if isinstance(result, BaseModel) else result
 
         return view

@@ -1,8 +1,8 @@
-"""What browsers are told, and what they may not do to the service: headers, other origins, other names.
+"""Protection against other pages in a user's browser: security headers, CORS, and checks of host name and origin.
 
-A client that is no browser needs none of it. A browser runs anybody's pages beside ours, and where keys are off
-(locally, on loopback) it would let them act with every right. So there the service answers only to its own names, which
-no page elsewhere can take (DNS rebinding), and refuses the changes that such a page asks for.
+Programs do not need it. When API keys are off (locally, on loopback), any page in the same browser could call the API
+with all rights. The service then answers only to its own host names, which prevents DNS rebinding. It also refuses
+changes that pages of other origins request.
 """
 
 import base64
@@ -14,14 +14,14 @@ from urllib.parse import urlsplit
 from flask import Flask, Response, request
 from flask_cors import CORS
 
-from api_service.http.auth import READING, from_own_page
-from api_service.http.headers import COMPONENTS
+from api_service.http.auth import FOREIGN_ORIGIN, READ_METHODS, from_own_page
+from api_service.http.headers import HEADER_COMPONENTS
 from shared.errors import AuthorizationError
 from shared.settings import SecuritySettings, Settings
 
-DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
-"""Content-Security-Policy of what is no page."""
-PAGE_POLICY = (
+DATA_CSP = "default-src 'none'; frame-ancestors 'none'"
+"""Content-Security-Policy of responses that are not HTML pages."""
+PAGE_CSP = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'"
 )
@@ -43,40 +43,40 @@ def register(app: Flask, settings: Settings) -> None:
                 "Last-Event-ID",
                 "Prefer",
             ],
-            expose_headers=sorted(COMPONENTS),
+            expose_headers=sorted(HEADER_COMPONENTS),
             max_age=600,
         )
     if not security.require_api_keys:
-        app.before_request(partial(_refuse_other_pages, security))
-    app.after_request(_tell_browsers)
+        app.before_request(partial(_check_host_and_origin, security))
+    app.after_request(_set_security_headers)
 
 
-def _refuse_other_pages(security: SecuritySettings) -> None:
-    # A browser always names the host; `request.host` is empty when it is no name at all.
+def _check_host_and_origin(security: SecuritySettings) -> None:
+    # A browser always sends `Host`. `request.host` is empty when the header is not a valid host name.
     if "Host" in request.headers and urlsplit(f"//{request.host}").hostname not in security.trusted_hosts:
-        raise AuthorizationError("The service does not answer to that name: `security.trusted_hosts`.")
+        raise AuthorizationError("The service does not answer to this host name. See `security.trusted_hosts`.")
     origin = request.headers.get("Origin")
-    if origin is None or request.method in READING or origin in security.cors_origins:
+    if origin is None or request.method in READ_METHODS or origin in security.cors_origins:
         return
     if not from_own_page(request):
-        raise AuthorizationError("A page of another origin may not do that here.")
+        raise AuthorizationError(FOREIGN_ORIGIN)
 
 
-def _tell_browsers(response: Response) -> Response:
+def _set_security_headers(response: Response) -> Response:
     headers = response.headers
     headers["X-Content-Type-Options"] = "nosniff"
     headers["Referrer-Policy"] = "no-referrer"
     headers["X-Frame-Options"] = "DENY"
     headers["Cross-Origin-Resource-Policy"] = "same-origin"
     if response.mimetype != "text/html":
-        headers.setdefault("Content-Security-Policy", DATA_POLICY)
+        headers.setdefault("Content-Security-Policy", DATA_CSP)
         return response
     headers["Cross-Origin-Opener-Policy"] = "same-origin"
-    # With `no-referrer` a browser would not say either that a form came from a page of ours.
+    # With `no-referrer`, browsers would send `Origin: null` with the forms of these pages.
     headers["Referrer-Policy"] = "same-origin"
-    # Swagger UI brings a script and styles of its own inside the page.
-    own = _swagger_sources(response) if request.blueprint == "swagger" else ""
-    headers.setdefault("Content-Security-Policy", PAGE_POLICY + own)
+    # Swagger UI's page has an inline script and inline styles.
+    inline_sources = _swagger_sources(response) if request.blueprint == "swagger" else ""
+    headers.setdefault("Content-Security-Policy", PAGE_CSP + inline_sources)
     return response
 
 

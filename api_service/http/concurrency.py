@@ -1,10 +1,10 @@
-"""What a request may hold while it waits, so that slow clients slow down nobody but themselves.
+"""Limits on concurrent requests, set so that slow clients do not block others.
 
-A request holds one of the server's threads from its head to the last byte of its answer. These threads are many and
-cost little; what is scarce is a place among the `api.threads` requests that are worked on at a time. Nobody holds one
-while waiting for somebody else: for the rest of a body, for a job, for a reader. Each such wait has a number of places
-of its own, and the server has threads for all of them together, so that none can take them all. The probes need no
-place at all.
+A request occupies one thread of the server from its headers to the last byte of its response. Threads are cheap. The
+`api.threads` slots for active requests are scarce, because they bound the work on the database.
+
+A request gives its slot back while it waits for the rest of its body, for a job, or for a slow reader. Each kind of
+wait has a limit of its own, so it cannot use up the server's threads. Probes need no slot.
 """
 
 import tempfile
@@ -18,30 +18,30 @@ from uuid import UUID
 
 from werkzeug.exceptions import RequestTimeout
 
-from api_service.services.views import API
+from api_service.http.urls import API
 from shared.errors import TooManyStreamsError
 from shared.settings import APISettings, get_settings
-from shared.singleton import once
+from shared.singleton import process_singleton
 
 PROBES = ("/health", f"{API}/health", "/metrics")
 PROBE_THREADS = 8
-QUICK_S = 0.05
-"""A body that is in by then, as nearly all are, has needed no place of its own."""
-MOST_READ_BYTES = 64 * 1024
-MEMORY_BYTES = 2**20
-"""A body larger than this is received into a temporary file."""
+FAST_BODY_S = 0.05
+"""A body that is complete after this time, as nearly all are, does not count as slow."""
+MAX_READ_BYTES = 64 * 1024
+MAX_BODY_IN_MEMORY_BYTES = 2**20
+"""A larger body is received into a temporary file."""
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
 def server_threads(settings: APISettings) -> int:
-    """As many as requests can be held by all that they wait for."""
+    """Number of threads for active requests, all kinds of waits, and probes."""
     waits = settings.max_waiters + settings.max_slow_bodies + settings.max_downloads
     return settings.threads + waits + PROBE_THREADS
 
 
-class Serving:
-    """The application with `api.threads` places for requests that are worked on, and bodies that must keep coming."""
+class ConcurrencyMiddleware:
+    """Runs the application for at most `api.threads` requests at a time, and sets a minimum rate for their bodies."""
 
     def __init__(self, application: Application, settings: APISettings) -> None:
         self._application = application
@@ -50,28 +50,28 @@ class Serving:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         if environ["PATH_INFO"].startswith(PROBES):
             return self._application(environ, start_response)
-        body = environ["wsgi.input"] = Body(environ["wsgi.input"], self._settings)
+        body = environ["wsgi.input"] = RequestBody(environ["wsgi.input"], self._settings)
         try:
-            with work().place():
-                # What is iterated later, a stream or a download, holds no place any more.
+            with active_requests().slot():
+                # A stream or a download is iterated after this block, without a slot.
                 return self._application(environ, start_response)
         finally:
             body.close()
 
 
-def unwatched_body(environ: dict[str, Any]) -> None:
-    """From now on this request reads its body as it comes, and bounds the time for that itself."""
+def stream_body_directly(environ: dict[str, Any]) -> None:
+    """Make the request read its body directly from the server. The caller must bound the time of each read."""
     body = environ["wsgi.input"]
-    if isinstance(body, Body):
+    if isinstance(body, RequestBody):
         environ["wsgi.input"] = body.stream
 
 
-class Body:
-    """A request's body, received whole when the application first asks for it, which is after the caller is known.
+class RequestBody:
+    """A request's body, received completely at the first `read`. The API authenticates the caller before that.
 
-    It must come at `api.body_bytes_per_s` after a head start of `api.body_timeout_s`. The server offers no wait with a
-    limit, so that a thread of its own reads. Where that is given up it ends with the next byte, or with the connection,
-    which the server does not close before.
+    After `api.body_timeout_s`, the body must have arrived at `api.body_bytes_per_s` or more. A read of the server's
+    stream has no timeout, so a separate thread reads. An abandoned thread ends at the next byte, or when the client
+    disconnects; the server does not close the connection before that.
     """
 
     def __init__(self, stream: IO[bytes], settings: APISettings) -> None:
@@ -80,10 +80,11 @@ class Body:
         self._received: IO[bytes] | None = None
 
     def read(self, size: int = -1) -> bytes:
-        """
+        """Return up to `size` bytes; -1: all.
+
         Raises:
-            RequestTimeout: it came too slowly.
-            TooManyStreamsError: this process waits for as many slow bodies as it may.
+            RequestTimeout: the body arrives too slowly.
+            TooManyStreamsError: the body is slow, and this process has reached `api.max_slow_bodies`.
         """
         if self._received is None:
             self._received = self._receive()
@@ -94,44 +95,46 @@ class Body:
             self._received.close()
 
     def _receive(self) -> IO[bytes]:
-        reading = _Reading(self.stream, most_bytes=self._settings.max_body_bytes + 1)
-        if not reading.ended.wait(QUICK_S):
-            if not _slow_bodies().acquire(blocking=False):
-                reading.given_up = True
-                raise TooManyStreamsError("This process waits for as many slow bodies as it may.")
+        reader = _BodyReader(self.stream, max_bytes=self._settings.max_body_bytes + 1)
+        if not reader.ended.wait(FAST_BODY_S):
+            if not _slow_body_slots().acquire(blocking=False):
+                reader.abandoned = True
+                raise TooManyStreamsError("This process has reached its limit of slow request bodies.")
             try:
-                with work().left():
-                    self._wait(reading)
+                with active_requests().released():
+                    self._wait(reader)
             finally:
-                _slow_bodies().release()
-                reading.given_up = not reading.ended.is_set()
-        return reading.result()
+                _slow_body_slots().release()
+                reader.abandoned = not reader.ended.is_set()
+        return reader.result()
 
-    def _wait(self, reading: "_Reading") -> None:
+    def _wait(self, reader: "_BodyReader") -> None:
         while True:
-            earned_s = self._settings.body_timeout_s + reading.received_bytes / self._settings.body_bytes_per_s
-            left_s = reading.started + earned_s - time.monotonic()
-            if left_s <= 0:
-                raise RequestTimeout("The body came too slowly.")
-            if reading.ended.wait(min(left_s, self._settings.body_timeout_s)):
+            allowed_s = self._settings.body_timeout_s + reader.received_bytes / self._settings.body_bytes_per_s
+            remaining_s = reader.started + allowed_s - time.monotonic()
+            if remaining_s <= 0:
+                raise RequestTimeout("The body arrived too slowly.")
+            if reader.ended.wait(min(remaining_s, self._settings.body_timeout_s)):
                 return
 
 
-class _Reading:
-    """A thread that reads a stream to its end, or until it has `most_bytes`."""
+class _BodyReader:
+    """A thread that reads a stream to its end, or until it has `max_bytes`."""
 
-    def __init__(self, stream: IO[bytes], *, most_bytes: int) -> None:
+    def __init__(self, stream: IO[bytes], *, max_bytes: int) -> None:
         self.started = time.monotonic()
         self.received_bytes = 0
         self.ended = threading.Event()
-        self.given_up = False
+        self.abandoned = False
         self._stream = stream
-        self._most_bytes = most_bytes
-        self._file = tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115 - closed by `Body`, or when given up
+        self._max_bytes = max_bytes
+        # Closed by `RequestBody`, or by the thread when it is abandoned.
+        self._file = tempfile.SpooledTemporaryFile(MAX_BODY_IN_MEMORY_BYTES)  # noqa: SIM115
         self._error: Exception | None = None
         threading.Thread(target=self._read, name="request-body", daemon=True).start()
 
     def result(self) -> IO[bytes]:
+        """Return the received body; raises the error of the thread, if it failed."""
         if self._error is not None:
             raise self._error
         self._file.seek(0)
@@ -140,45 +143,46 @@ class _Reading:
     def _read(self) -> None:
         size = 1
         try:
-            while self.received_bytes < self._most_bytes and not self.given_up:
-                asked = time.monotonic()
+            while self.received_bytes < self._max_bytes and not self.abandoned:
+                started = time.monotonic()
                 chunk = self._stream.read(size)
                 if not chunk:
                     return
                 self._file.write(chunk)
                 self.received_bytes += len(chunk)
-                # The server's `read` waits for all it was asked for: of a slow sender that is as little as can be, or
-                # his progress would not be seen.
-                quick = time.monotonic() - asked < QUICK_S
-                size = min(2 * size, MOST_READ_BYTES) if quick else 1
-        except Exception as error:  # handed to the thread that waits
+                # The server's `read` returns only when it has all requested bytes. From a slow client this asks for one
+                # byte at a time, so that `received_bytes` shows its progress.
+                fast = time.monotonic() - started < FAST_BODY_S
+                size = min(2 * size, MAX_READ_BYTES) if fast else 1
+        except Exception as error:  # `result` raises it in the waiting thread
             self._error = error
         finally:
-            if self.given_up:
+            if self.abandoned:
                 self._file.close()
             self.ended.set()
 
 
-class Work:
-    """Places for requests that are worked on. A thread that waits for somebody else gives its own back meanwhile."""
+class ActiveRequests:
+    """Slots for active requests. A thread gives its slot back while it waits for a client or a job."""
 
-    def __init__(self, places: int) -> None:
-        self._free = threading.Semaphore(places)
-        self._mine = threading.local()
+    def __init__(self, slots: int) -> None:
+        self._free = threading.Semaphore(slots)
+        self._thread = threading.local()
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def slot(self) -> Iterator[None]:
+        """Wait for a slot, and occupy it in this block."""
         with self._free:
-            self._mine.held = True
+            self._thread.has_slot = True
             try:
                 yield
             finally:
-                self._mine.held = False
+                self._thread.has_slot = False
 
     @contextmanager
-    def left(self) -> Iterator[None]:
-        """Without a place in this block. Nothing where this thread has none."""
-        if not getattr(self._mine, "held", False):
+    def released(self) -> Iterator[None]:
+        """Release this thread's slot in this block. Does nothing if the thread has no slot."""
+        if not getattr(self._thread, "has_slot", False):
             yield
             return
         self._free.release()
@@ -188,50 +192,50 @@ class Work:
             self._free.acquire()
 
 
-class Places:
-    """So many for all, and so many for one owner that others can come too."""
+class SlotPool:
+    """Slots with a limit for all callers together and a lower limit per owner."""
 
-    def __init__(self, *, most: int, most_per_owner: int) -> None:
-        self._most = most
-        self._most_per_owner = most_per_owner
+    def __init__(self, *, max_slots: int, max_slots_per_owner: int) -> None:
+        self._max_slots = max_slots
+        self._max_slots_per_owner = max_slots_per_owner
         self._lock = threading.Lock()
         self._taken = Counter[UUID]()
 
     def take(self, owner_id: UUID) -> bool:
-        """Whether there was a place; it is the caller's until he gives it back."""
+        """Take a slot without waiting; False when a limit is reached. The caller must `release` the slot."""
         with self._lock:
-            if self._taken.total() >= self._most or self._taken[owner_id] >= self._most_per_owner:
+            if self._taken.total() >= self._max_slots or self._taken[owner_id] >= self._max_slots_per_owner:
                 return False
             self._taken[owner_id] += 1
             return True
 
-    def give_back(self, owner_id: UUID) -> None:
+    def release(self, owner_id: UUID) -> None:
         with self._lock:
             self._taken[owner_id] -= 1
             if not self._taken[owner_id]:
                 del self._taken[owner_id]
 
 
-@once
-def work() -> Work:
-    """The places of this process."""
-    return Work(get_settings().api.threads)
+@process_singleton
+def active_requests() -> ActiveRequests:
+    """Slots for active requests of this process."""
+    return ActiveRequests(get_settings().api.threads)
 
 
-@once
-def waiters() -> Places:
-    """Long-polls and event streams."""
+@process_singleton
+def waiter_slots() -> SlotPool:
+    """Slots for long-polls and event streams."""
     settings = get_settings().api
-    return Places(most=settings.max_waiters, most_per_owner=settings.max_waiters_per_owner)
+    return SlotPool(max_slots=settings.max_waiters, max_slots_per_owner=settings.max_waiters_per_owner)
 
 
-@once
-def downloads() -> Places:
-    """Files that are too large to be handed to the server in one piece."""
+@process_singleton
+def download_slots() -> SlotPool:
+    """Slots for downloads of files that are streamed because of their size."""
     settings = get_settings().api
-    return Places(most=settings.max_downloads, most_per_owner=settings.max_downloads_per_owner)
+    return SlotPool(max_slots=settings.max_downloads, max_slots_per_owner=settings.max_downloads_per_owner)
 
 
-@once
-def _slow_bodies() -> threading.Semaphore:
+@process_singleton
+def _slow_body_slots() -> threading.Semaphore:
     return threading.Semaphore(get_settings().api.max_slow_bodies)

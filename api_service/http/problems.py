@@ -1,4 +1,4 @@
-"""Exceptions into `application/problem+json` (RFC 9457): every error that leaves the API is made here."""
+"""Turns exceptions into `application/problem+json` (RFC 9457). All error responses of the API come from here."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -26,50 +26,51 @@ HTTP_CODES = {
     HTTPStatus.REQUEST_URI_TOO_LONG: "uri_too_long",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported_media_type",
 }
-"""Codes of what the framework itself refuses."""
+"""Error codes of requests that the framework itself refuses."""
 
 
 def register(app: Flask) -> None:
-    app.register_error_handler(BaseAppException, of_ours)
-    app.register_error_handler(HTTPException, of_the_framework)
-    app.register_error_handler(Exception, of_anything_else)
+    app.register_error_handler(BaseAppException, handle_app_error)
+    app.register_error_handler(HTTPException, handle_http_error)
+    app.register_error_handler(Exception, handle_unexpected)
 
 
-def of_ours(error: BaseAppException) -> Response:
+def handle_app_error(error: BaseAppException) -> Response:
     if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("request_failed", exc_info=error, extra={"code": error.code})
-    # What is wrong with the configuration concerns its operator, who finds it in the log.
-    own = error if not isinstance(error, ConfigurationError) else BaseAppException()
+    # A configuration error is for the operator, and only in the log. The client sees an internal error.
+    shown = error if not isinstance(error, ConfigurationError) else BaseAppException()
     response = problem(
-        own.status,
-        code=own.code,
-        detail=own.message,
-        errors=getattr(own, "errors", ()),
-        context=own.context,
+        shown.status,
+        code=shown.code,
+        detail=shown.message,
+        errors=getattr(shown, "errors", ()),
+        context=shown.context,
     )
-    if own.status == HTTPStatus.UNAUTHORIZED:
+    if shown.status == HTTPStatus.UNAUTHORIZED:
         response.headers["WWW-Authenticate"] = "Bearer"
-    if own.retry_after_s is not None:
-        response.headers["Retry-After"] = str(own.retry_after_s)
+    if shown.retry_after_s is not None:
+        response.headers["Retry-After"] = str(shown.retry_after_s)
     return response
 
 
-def of_the_framework(error: HTTPException) -> Response:
-    made = error.get_response()
+def handle_http_error(error: HTTPException) -> Response:
+    framework_response = error.get_response()
     if error.code is None or error.code < HTTPStatus.BAD_REQUEST:
-        return Response(made.get_data(), status=error.code, headers=made.headers.to_wsgi_list())  # a redirect
+        headers = framework_response.headers.to_wsgi_list()
+        return Response(framework_response.get_data(), status=error.code, headers=headers)  # a redirect
     status = HTTPStatus(error.code)
     response = problem(
         status,
         code=HTTP_CODES.get(status, "bad_request" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "internal_error"),
         detail=error.description or status.description,
     )
-    if "Allow" in made.headers:
-        response.headers["Allow"] = made.headers["Allow"]
+    if "Allow" in framework_response.headers:
+        response.headers["Allow"] = framework_response.headers["Allow"]
     return response
 
 
-def of_anything_else(error: Exception) -> Response:
+def handle_unexpected(error: Exception) -> Response:
     logger.error("request_crashed", exc_info=error)
     unexpected = BaseAppException()
     return problem(unexpected.status, code=unexpected.code, detail=unexpected.message)
@@ -83,6 +84,7 @@ def problem(
     errors: Iterable[Mapping[str, Any]] = (),
     context: Mapping[str, Any] | None = None,
 ) -> Response:
+    """Create an error response with this request's id."""
     body = Problem(
         type=f"urn:afterimage:problem:{code}",
         title=HTTPStatus(status).phrase,
@@ -101,23 +103,26 @@ def problem(
     )
 
 
-def invalid(error: pydantic.ValidationError, *, where: str) -> ValidationError:
-    """Pydantic's complaint about the part of a request called `where`, in our words and without the values sent."""
-    mistakes = error.errors(include_url=False, include_input=False, include_context=False)
-    if mistakes[0]["type"] == "json_invalid":
-        return MalformedBodyError(f"The body is not valid JSON: {mistakes[0]['msg'].removeprefix('Invalid JSON: ')}.")
+def validation_error(error: pydantic.ValidationError, *, where: str) -> ValidationError:
+    """Convert Pydantic's error about a part of a request, without the values that the client sent.
+
+    where: name of the part, such as `body`; the first part of each field's path.
+    """
+    details = error.errors(include_url=False, include_input=False, include_context=False)
+    if details[0]["type"] == "json_invalid":
+        return MalformedBodyError(f"The body is not valid JSON: {details[0]['msg'].removeprefix('Invalid JSON: ')}.")
     return ValidationError(
         errors=[
             {
-                "field": ".".join([where, *map(str, mistake["loc"])]),
-                "code": mistake["type"],
-                "message": mistake["msg"].removeprefix("Value error, "),
+                "field": ".".join([where, *map(str, detail["loc"])]),
+                "code": detail["type"],
+                "message": detail["msg"].removeprefix("Value error, "),
             }
-            for mistake in mistakes
+            for detail in details
         ]
     )
 
 
-def mistake(field: str, code: str, message: str) -> ValidationError:
-    """One mistake that no schema can express."""
+def field_error(field: str, code: str, message: str) -> ValidationError:
+    """A validation error for one field, for rules that a schema cannot express."""
     return ValidationError(errors=[{"field": field, "code": code, "message": message}])

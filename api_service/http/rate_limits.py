@@ -1,7 +1,8 @@
-"""How many requests an API key may send in a minute: reads and writes have budgets of their own.
+"""Rate limits: requests per minute and API key, with separate budgets for reads and writes.
 
-Flask-Limiter counts in Redis, together with all other API processes, and in this process's memory while Redis is away.
-Where keys are off nobody is counted, nor are the probes, the metrics and the document, which ask for no key.
+Flask-Limiter counts in Redis for all API processes together. While Redis is unavailable, each process counts in its own
+memory. Requests without a key are not limited: probes, metrics, the OpenAPI document, and all requests when keys are
+off.
 """
 
 import math
@@ -11,36 +12,30 @@ from typing import Any
 from flask import Flask, Response, g, request
 from flask_limiter import Limiter, RateLimitExceeded
 from limits.errors import StorageError
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from api_service.http import problems
-from api_service.http.auth import READING
+from api_service.http.auth import READ_METHODS
 from shared.errors import RateLimitError
+from shared.messaging.redis import fail_fast
 from shared.settings import Settings
 
-SEARCHING = ("search", "studio_search")
+SEARCH_BLUEPRINTS = ("search", "studio_search")
 
 
 def register(app: Flask, settings: Settings) -> None:
-    """Count every request after it was authenticated; to be called once that is registered."""
+    """Count every request after its authentication. Call this after registering the authentication."""
     limits = settings.limits
     budgets = {"read": f"{limits.reads_per_minute} per minute", "write": f"{limits.writes_per_minute} per minute"}
-    # For redis-py, to which it hands whatever there is.
-    options: dict[str, Any] = {
-        "socket_timeout": limits.socket_timeout_s,
-        "socket_connect_timeout": limits.socket_timeout_s,
-        "retry": Retry(NoBackoff(), 0),
-        "wrap_exceptions": True,
-    }
+    # The limiter passes these on to redis-py.
+    options: dict[str, Any] = {**fail_fast(limits.socket_timeout_s), "wrap_exceptions": True}
     limiter = Limiter(
-        lambda: f"{_kind()}:{g.caller.key_id}",
-        application_limits=[lambda: budgets[_kind()]],
+        lambda: f"{_budget()}:{g.caller.key_id}",
+        application_limits=[lambda: budgets[_budget()]],
         storage_uri=_storage_uri(settings),
         storage_options=options,
         strategy="fixed-window",
         in_memory_fallback_enabled=True,
-        # Its own headers would put `Retry-After` on every answer.
+        # Its own headers would include `Retry-After` in every response.
         headers_enabled=False,
         key_prefix="afterimage",
         enabled=limits.enabled,
@@ -48,13 +43,13 @@ def register(app: Flask, settings: Settings) -> None:
     limiter.request_filter(lambda: "caller" not in g or g.caller.key_id is None)
     limiter.init_app(app)
 
-    def tell(response: Response) -> Response:
+    def set_rate_headers(response: Response) -> Response:
         limit = limiter.current_limit if limiter.enabled else None
         if limit is not None:
             try:
                 remaining, reset_in_s = limit.remaining, _seconds_until(limit.window.reset_time)
             except StorageError:
-                return response  # it went away since the request was counted
+                return response  # Redis failed after the request was counted
             response.headers["RateLimit-Limit"] = str(limit.limit.amount)
             response.headers["RateLimit-Remaining"] = str(remaining)
             response.headers["RateLimit-Reset"] = str(reset_in_s)
@@ -63,22 +58,21 @@ def register(app: Flask, settings: Settings) -> None:
     def refuse(_: RateLimitExceeded) -> Response:
         limit = limiter.current_limit
         assert limit is not None
-        what = "reading" if _kind() == "read" else "writing"
-        return problems.of_ours(
+        return problems.handle_app_error(
             RateLimitError(
-                f"This API key has sent as many {what} requests as it may in a minute.",
+                f"This API key has reached its limit of {_budget()} requests per minute.",
                 limit=limit.limit.amount,
                 retry_after_s=_seconds_until(limit.window.reset_time),
             )
         )
 
-    app.after_request(tell)
+    app.after_request(set_rate_headers)
     app.register_error_handler(RateLimitExceeded, refuse)
 
 
-def _kind() -> str:
-    # A search changes nothing, though it is a POST.
-    return "read" if request.method in READING or request.blueprint in SEARCHING else "write"
+def _budget() -> str:
+    # A search is a read, although it is a POST.
+    return "read" if request.method in READ_METHODS or request.blueprint in SEARCH_BLUEPRINTS else "write"
 
 
 def _seconds_until(moment: float) -> int:

@@ -1,4 +1,4 @@
-"""Answers: JSON with an ETag, accepted jobs, and blobs that never change."""
+"""Builds responses: JSON with an ETag, accepted jobs, and stored files that never change."""
 
 import hashlib
 import re
@@ -9,19 +9,19 @@ from flask import Response, g, request
 from pydantic import BaseModel
 from werkzeug.datastructures import Headers
 
-from api_service.http.concurrency import downloads
+from api_service.http.concurrency import download_slots
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobView
 from shared.errors import TooManyStreamsError
 from shared.storage import get_blobs
 
 POLL_AFTER_S = 1
-AT_ONCE_BYTES = 2**20
-"""A file up to this size is handed to the server in one piece: however slowly it is read, no thread waits for that."""
+MAX_UNSTREAMED_BYTES = 2**20
+"""The server gets a file up to this size in one piece, so no thread waits for a slow reader."""
 
 
 def json(body: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """The contract as JSON; a GET that the client already has the answer of gets 304."""
+    """Send a contract as JSON. A GET with the current ETag in `If-None-Match` gets 304."""
     data = orjson.dumps(body.model_dump(mode="json"))
     response = Response(data, status=status, content_type="application/json", headers=headers)
     if request.method in ("GET", "HEAD") and status == 200:
@@ -31,21 +31,24 @@ def json(body: BaseModel, status: int = 200, headers: dict[str, str] | None = No
     return response
 
 
-def encoded(data: bytes) -> Response:
-    """A contract that is JSON already."""
+def json_bytes(data: bytes) -> Response:
+    """Send a contract that is already encoded as JSON."""
     return Response(data, content_type="application/json")
 
 
 def job(view: JobView, *, waited: float | None = None) -> Response:
-    """A job; one that has not ended with the advice when to ask again."""
+    """Send a job; with `Retry-After` if it has not ended.
+
+    waited: the preferred wait in seconds, if the service applied it.
+    """
     headers = {} if view.state.is_final else {"Retry-After": str(POLL_AFTER_S)}
     return json(view, headers=headers | _preference_applied(waited))
 
 
 def accepted(view: JobView, *, waited: float | None = None) -> Response:
-    """200 with a job that has already ended, else 202 and where to ask for it.
+    """Send 200 with a job that has ended, otherwise 202 with its `Location`.
 
-    waited: seconds that the caller preferred to wait for at most, if that was honoured.
+    waited: the preferred wait in seconds, if the service applied it.
     """
     headers = {"Location": view.url} | _preference_applied(waited)
     if view.state.is_final:
@@ -53,8 +56,8 @@ def accepted(view: JobView, *, waited: float | None = None) -> Response:
     return json(view, 202, headers | {"Retry-After": str(POLL_AFTER_S)})
 
 
-def secret(body: BaseModel) -> Response:
-    """Something new with a secret in it, which no cache may keep."""
+def created_secret(body: BaseModel) -> Response:
+    """Send 201 with a new secret, which caches must not store."""
     return json(body, 201, {"Cache-Control": "no-store"})
 
 
@@ -64,12 +67,13 @@ def no_content() -> Response:
     return response
 
 
-def blob(key: str, *, etag: str, media_type: str, size_bytes: int | None, filename: str) -> Response:
-    """Stored bytes, streamed. They never change under their address, so whoever has them need not ask again.
+def stored_file(key: str, *, etag: str, media_type: str, size_bytes: int | None, filename: str) -> Response:
+    """Send the file stored under `key`, which caches may keep forever. A large one is streamed.
 
     Raises:
-        ResourceNotFoundError, StorageError
-        TooManyStreamsError: it is large, and this process sends as many of those as it may.
+        ResourceNotFoundError: the blob store has no such file.
+        StorageError: the blob store failed.
+        TooManyStreamsError: the file is large, and this process or the owner has reached its limit of downloads.
     """
     headers = Headers()
     headers["Cache-Control"] = "private, max-age=31536000, immutable"
@@ -77,7 +81,7 @@ def blob(key: str, *, etag: str, media_type: str, size_bytes: int | None, filena
     if request.if_none_match.contains_weak(etag):
         response = Response(status=304, headers=headers)
     else:
-        response = _content(key, size_bytes)
+        response = _file_response(key, size_bytes)
         response.content_type = media_type
         response.headers.extend(headers)
         if size_bytes is not None:
@@ -86,27 +90,27 @@ def blob(key: str, *, etag: str, media_type: str, size_bytes: int | None, filena
     return response
 
 
-def _content(key: str, size_bytes: int | None) -> Response:
+def _file_response(key: str, size_bytes: int | None) -> Response:
     if request.method == "HEAD":
         return Response()
-    if (size_bytes or 0) <= AT_ONCE_BYTES:
+    if (size_bytes or 0) <= MAX_UNSTREAMED_BYTES:
         return Response(get_blobs().get(key))
     owner_id = g.caller.owner_id
-    if not downloads().take(owner_id):
-        raise TooManyStreamsError("This process sends as many large files as it may, in all or to this owner.")
+    if not download_slots().take(owner_id):
+        raise TooManyStreamsError("This process has reached its limit of large downloads, in all or for this owner.")
     try:
-        # Opened before the headers leave, so that a missing blob is a 404 and not a broken 200.
+        # Open the file before the headers are sent: a missing file is then a 404 and not a broken 200.
         response = Response(get_blobs().stream(key))
     except BaseException:
-        downloads().give_back(owner_id)
+        download_slots().release(owner_id)
         raise
-    response.call_on_close(partial(downloads().give_back, owner_id))
+    response.call_on_close(partial(download_slots().release, owner_id))
     return response
 
 
 def thumbnail(key: str, *, sha256: str, name: str) -> Response:
-    """The thumbnail of the image with that digest."""
-    return blob(
+    """Send the thumbnail of the image with this digest."""
+    return stored_file(
         key,
         etag=f"{sha256}-thumbnail",
         media_type=ImageFormat.WEBP.media_type,
@@ -116,9 +120,9 @@ def thumbnail(key: str, *, sha256: str, name: str) -> Response:
 
 
 def preferred_wait_s() -> float | None:
-    """Seconds of `Prefer: wait=N` (RFC 7240); None when it is absent or makes no sense, which is not an error."""
-    found = re.search(r'(?:^|[,;\s])wait\s*=\s*"?(\d{1,6})"?\s*(?:$|[,;])', request.headers.get("Prefer", ""), re.I)
-    return float(found[1]) if found else None
+    """Return N, in seconds, of `Prefer: wait=N` (RFC 7240); `None`: it is missing or invalid, which is not an error."""
+    match = re.search(r'(?:^|[,;\s])wait\s*=\s*"?(\d{1,6})"?\s*(?:$|[,;])', request.headers.get("Prefer", ""), re.I)
+    return float(match[1]) if match else None
 
 
 def _preference_applied(waited: float | None) -> dict[str, str]:

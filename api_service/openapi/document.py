@@ -1,4 +1,4 @@
-"""The OpenAPI document: what flask_openapi3 finds in the routes, made whole."""
+"""The OpenAPI document: flask_openapi3 derives it from the routes; this module adds errors, headers and links."""
 
 from http import HTTPStatus
 from typing import Any
@@ -7,39 +7,42 @@ from flask_openapi3.openapi import OpenAPI
 
 from api_service.http import headers
 from api_service.http.problems import MEDIA_TYPE
-from api_service.openapi import links as document_links
 from api_service.openapi import schemas
-from api_service.openapi.schemas import SCHEMAS
+from api_service.openapi.links import response_links
+from api_service.openapi.schemas import SCHEMA_REF_PREFIX
 from api_service.routes.bulks import JSON_LINES
 from shared.contracts.common import ImageFormat
 from shared.contracts.images import UploadFields
 from shared.contracts.search import SearchRequest
 
-RESPONSES = "#/components/responses/"
+RESPONSE_REF_PREFIX = "#/components/responses/"
 
-ERRORS = {
+ERROR_RESPONSES = {
     HTTPStatus.BAD_REQUEST: ("BadRequest", "The request cannot be read: `malformed_body`, `invalid_cursor`."),
     HTTPStatus.UNAUTHORIZED: ("Unauthorized", "A valid API key is needed: `Authorization: Bearer ...`."),
-    HTTPStatus.FORBIDDEN: ("Forbidden", "The API key lacks the scope that this needs."),
-    HTTPStatus.NOT_FOUND: ("NotFound", "There is nothing under that id, or it is somebody else's."),
+    HTTPStatus.FORBIDDEN: ("Forbidden", "The API key lacks the scope that this operation needs."),
+    HTTPStatus.NOT_FOUND: ("NotFound", "No resource has this id, or it belongs to another owner."),
     HTTPStatus.CONFLICT: (
         "Conflict",
-        "The state it is in does not allow this: `job_state_conflict`, `bulk_offset_mismatch`.",
+        "The resource's state does not allow this: `job_state_conflict`, `bulk_offset_mismatch`.",
     ),
-    HTTPStatus.REQUEST_TIMEOUT: ("Timeout", "The body came too slowly: `request_timeout`."),
+    HTTPStatus.REQUEST_TIMEOUT: ("Timeout", "The body arrived too slowly: `request_timeout`."),
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("TooLarge", "The body, or an image in it, is over the limit."),
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: ("UnsupportedMediaType", "The body, or a file in it, has the wrong type."),
     HTTPStatus.UNPROCESSABLE_ENTITY: (
         "Invalid",
-        "The request makes no sense here; `errors` names each wrong field of `validation_failed`.",
+        "The request is not valid; `errors` names each wrong field of `validation_failed`.",
     ),
     HTTPStatus.TOO_MANY_REQUESTS: (
         "TooMany",
-        "The key has sent as many requests as it may in a minute (`rate_limited`), or its owner has reached a cap or a "
-        "quota (`owner_queue_full`, `quota_exceeded`, `bulk_quota_exceeded`); try again after `Retry-After`.",
+        "The key has reached its limit of requests per minute (`rate_limited`), or its owner has reached another limit "
+        "(`owner_queue_full`, `quota_exceeded`, `bulk_quota_exceeded`); try again after `Retry-After`.",
     ),
     HTTPStatus.INTERNAL_SERVER_ERROR: ("InternalError", "Something went wrong inside the service."),
-    HTTPStatus.SERVICE_UNAVAILABLE: ("Unavailable", "A part that is needed is away; try again after `Retry-After`."),
+    HTTPStatus.SERVICE_UNAVAILABLE: (
+        "Unavailable",
+        "A component that this needs is unavailable; try again after `Retry-After`.",
+    ),
 }
 
 EXAMPLES: dict[str, Any] = {
@@ -56,15 +59,15 @@ EXAMPLES: dict[str, Any] = {
     "changeImage": {"caption": "a green pear", "tags": ["fruit", "green"]},
 }
 
-BINARY = {"type": "string", "format": "binary"}
-FILES = {
+BINARY_SCHEMA = {"type": "string", "format": "binary"}
+FILE_MEDIA_TYPES = {
     "getImageContent": [image_format.media_type for image_format in ImageFormat],
     "getGenerationContent": [image_format.media_type for image_format in ImageFormat],
     "getImageThumbnail": [ImageFormat.WEBP.media_type],
     "getGenerationThumbnail": [ImageFormat.WEBP.media_type],
 }
-OPEN = ("getHealth", "getLiveness", "getReadiness")
-STATE_CHANGES = (
+OPERATIONS_WITHOUT_KEY = ("getHealth", "getLiveness", "getReadiness")
+OPERATIONS_WITH_CONFLICT = (
     "cancelJob",
     "retryJob",
     "deleteJob",
@@ -78,33 +81,35 @@ STATE_CHANGES = (
 )
 
 
-class Documented(OpenAPI):
-    """The application with its document.
+class DocumentedApp(OpenAPI):
+    """The Flask application with its OpenAPI document.
 
-    flask_openapi3 knows models and routes. Here come what it cannot know: the errors, which are the same everywhere
-    and stand once among the components; multipart bodies; answers that are files or streams.
+    flask_openapi3 knows models and routes. This class adds error responses, which all operations share as components,
+    multipart bodies, and responses that are files or streams.
     """
 
     def generate_spec_json(self) -> None:
         super().generate_spec_json()  # type: ignore[no-untyped-call]
         document = self.spec_json
         components = document["components"]
-        schemas.complete(components["schemas"])
-        components["schemas"] = schemas.folded(components["schemas"])
-        components["responses"] = {name: _error(status, text) for status, (name, text) in ERRORS.items()}
-        components["headers"] = headers.COMPONENTS
+        schemas.add_unnamed_schemas(components["schemas"])
+        components["schemas"] = schemas.with_nullable_types(components["schemas"])
+        components["responses"] = {
+            name: _error_response(status, text) for status, (name, text) in ERROR_RESPONSES.items()
+        }
+        components["headers"] = headers.HEADER_COMPONENTS
         for route, path_item in document["paths"].items():
             for method, operation in path_item.items():
-                _complete(operation, route)
+                _complete_operation(operation, route)
                 _add_headers(operation, method)
                 _add_links(operation)
 
 
-def _error(status: HTTPStatus, description: str) -> dict[str, Any]:
+def _error_response(status: HTTPStatus, description: str) -> dict[str, Any]:
     return {
         "description": description,
-        "headers": headers.of_error(status),
-        "content": {MEDIA_TYPE: {"schema": {"$ref": f"{SCHEMAS}Problem"}}},
+        "headers": headers.error_headers(status),
+        "content": {MEDIA_TYPE: {"schema": {"$ref": f"{SCHEMA_REF_PREFIX}Problem"}}},
     }
 
 
@@ -112,44 +117,44 @@ def _add_headers(operation: dict[str, Any], method: str) -> None:
     name = operation["operationId"]
     for status, response in operation["responses"].items():
         if "$ref" not in response:
-            response["headers"] = headers.of_success(
-                name, method, status, is_file=name in FILES, needs_key=name not in OPEN
+            response["headers"] = headers.success_headers(
+                name, method, status, is_file=name in FILE_MEDIA_TYPES, needs_key=name not in OPERATIONS_WITHOUT_KEY
             )
 
 
 def _add_links(operation: dict[str, Any]) -> None:
     for status, response in operation["responses"].items():
-        if links := document_links.of_answer(operation["operationId"], status):
+        if links := response_links(operation["operationId"], status):
             response["links"] = links
 
 
-def _complete(operation: dict[str, Any], route: str) -> None:
+def _complete_operation(operation: dict[str, Any], route: str) -> None:
     name = operation["operationId"]
-    if "description" in operation:  # flask_openapi3 joins a docstring's lines by <br/>, which is no CommonMark
+    if "description" in operation:  # flask_openapi3 joins lines with <br/>, but the description is CommonMark
         operation["description"] = operation["description"].replace("<br/>", "\n").strip()
     for parameter in operation.get("parameters", ()):
         parameter["schema"] = schemas.without_null(parameter["schema"])
-    if name not in OPEN:
+    if name not in OPERATIONS_WITHOUT_KEY:
         operation["security"] = [{"apiKey": []}]
     responses = operation["responses"]
-    responses.pop("422")  # flask_openapi3's own, in a format that is not ours
-    if name in FILES:
+    responses.pop("422")  # flask_openapi3 describes its own format, which this API does not use
+    if name in FILE_MEDIA_TYPES:
         responses["200"] = {
             "description": "The file.",
-            "content": {media_type: {"schema": BINARY} for media_type in FILES[name]},
+            "content": {media_type: {"schema": BINARY_SCHEMA} for media_type in FILE_MEDIA_TYPES[name]},
         }
-        responses["304"] = {"description": "The client has it already."}
+        responses["304"] = {"description": "The client already has this version."}
     match name:
         case "generate" | "ragGenerate":
             responses["200"] = {
-                "description": "The ended job after `Prefer: wait`, or what a `dry_run` would run.",
-                "content": {"application/json": {"schema": {"$ref": f"{SCHEMAS}SubmitAnswer"}}},
+                "description": "The ended job after `Prefer: wait`, or the resolved request of a `dry_run`.",
+                "content": {"application/json": {"schema": {"$ref": f"{SCHEMA_REF_PREFIX}SubmitAnswer"}}},
             }
             operation["parameters"] = [*operation.get("parameters", []), _PREFER, _IDEMPOTENCY_KEY]
         case "replayGeneration":
             responses["200"] = {
                 "description": "The ended job after `Prefer: wait`.",
-                "content": {"application/json": {"schema": {"$ref": f"{SCHEMAS}JobView"}}},
+                "content": {"application/json": {"schema": {"$ref": f"{SCHEMA_REF_PREFIX}JobView"}}},
             }
             operation["parameters"] = [*operation["parameters"], _PREFER, _IDEMPOTENCY_KEY]
         case "getJob":
@@ -159,38 +164,41 @@ def _complete(operation: dict[str, Any], route: str) -> None:
                 "description": "The stream.",
                 "content": {"text/event-stream": {"schema": {"type": "string"}}},
             }
-            responses["204"] = {"description": "The job has ended and everything was told."}
+            responses["204"] = {"description": "The job has ended, and no event is left to send."}
             operation["parameters"].append(_LAST_EVENT_ID)
         case "createBulk" | "appendBulkLines":
-            operation["requestBody"] = {"content": dict.fromkeys(JSON_LINES, _LINES)}
+            operation["requestBody"] = {"content": dict.fromkeys(JSON_LINES, _BULK_LINES)}
             if name == "createBulk":
                 operation["parameters"] = [*operation["parameters"], _IDEMPOTENCY_KEY]
         case "getBulkManifest":
             responses["200"] = {"description": "The lines.", "content": {JSON_LINES[0]: _MANIFEST}}
         case "getBulkArchive":
-            responses["200"] = {"description": "The archive.", "content": {"application/x-tar": {"schema": BINARY}}}
+            responses["200"] = {
+                "description": "The archive.",
+                "content": {"application/x-tar": {"schema": BINARY_SCHEMA}},
+            }
         case "uploadImages":
             operation["requestBody"] = {"required": True, "content": {"multipart/form-data": _upload_form()}}
         case "search":
             operation["requestBody"] = {
                 "required": True,
                 "content": {
-                    "application/json": {"schema": {"$ref": f"{SCHEMAS}SearchRequest"}},
+                    "application/json": {"schema": {"$ref": f"{SCHEMA_REF_PREFIX}SearchRequest"}},
                     "multipart/form-data": _search_form(),
                 },
             }
     if name in EXAMPLES:
         operation["requestBody"]["content"]["application/json"]["example"] = EXAMPLES[name]
-    for status in _errors_of(operation, route):
-        responses.setdefault(str(int(status)), {"$ref": RESPONSES + ERRORS[status][0]})
-    responses.setdefault("default", {"$ref": f"{RESPONSES}InternalError"})
+    for status in _error_statuses(operation, route):
+        responses.setdefault(str(int(status)), {"$ref": RESPONSE_REF_PREFIX + ERROR_RESPONSES[status][0]})
+    responses.setdefault("default", {"$ref": f"{RESPONSE_REF_PREFIX}InternalError"})
 
 
-def _errors_of(operation: dict[str, Any], route: str) -> list[HTTPStatus]:
+def _error_statuses(operation: dict[str, Any], route: str) -> list[HTTPStatus]:
     statuses = [HTTPStatus.INTERNAL_SERVER_ERROR]
     if operation["operationId"] != "getLiveness":
         statuses.append(HTTPStatus.SERVICE_UNAVAILABLE)
-    if operation["operationId"] not in OPEN:
+    if operation["operationId"] not in OPERATIONS_WITHOUT_KEY:
         statuses += [HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS]
     if operation.get("parameters") or operation.get("requestBody"):
         statuses += [HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY]
@@ -198,7 +206,7 @@ def _errors_of(operation: dict[str, Any], route: str) -> list[HTTPStatus]:
         statuses.append(HTTPStatus.NOT_FOUND)
     if operation.get("requestBody"):
         statuses += [HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNSUPPORTED_MEDIA_TYPE]
-    if operation["operationId"] in STATE_CHANGES:
+    if operation["operationId"] in OPERATIONS_WITH_CONFLICT:
         statuses.append(HTTPStatus.CONFLICT)
     return statuses
 
@@ -214,14 +222,14 @@ _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-    "description": "a repeated request with the same key gets the first one's answer",
+    "description": "a repeated request with the same key gets the answer of the first one",
     "example": "order-17",
 }
-_LINES = {
+_BULK_LINES = {
     "schema": {
         "type": "string",
-        "description": "JSON Lines: each line a `BulkRagGenerateItem` or a `BulkGenerateItem`, the first one perhaps a "
-        "`BulkHeader`",
+        "description": "JSON Lines: each line is a `BulkRagGenerateItem` or a `BulkGenerateItem`; the first line may "
+        "be a `BulkHeader`",
     },
     "example": '{"bulk": {"on_invalid": "skip", "defaults": {"num_images": 2}}}\n'
     '{"prompt": "a red apple", "custom_id": "apple"}\n'
@@ -229,21 +237,26 @@ _LINES = {
 }
 _MANIFEST = {
     "schema": {
-        **BINARY,  # a download: generated clients read text as text only where its type begins with `text/`
-        "description": 'JSON Lines: each line a `BulkManifestLine`; the last one is `{"end": true, "items": N}`',
+        **BINARY_SCHEMA,  # generated clients treat only `text/...` as text, and this is a download
+        "description": 'JSON Lines: each line is a `BulkManifestLine`; the last one is `{"end": true, "items": N}`',
     }
 }
 _LAST_EVENT_ID = {
     "name": "Last-Event-ID",
     "in": "header",
     "schema": {"type": "integer", "minimum": 0},
-    "description": "only events later than this",
+    "description": "only events with a higher number",
 }
 
 
 def _upload_form() -> dict[str, Any]:
     fields = schemas.form_fields(UploadFields)
-    files = {"type": "array", "items": BINARY, "minItems": 1, "description": "PNG, JPEG or WebP; repeatable"}
+    files = {
+        "type": "array",
+        "items": BINARY_SCHEMA,
+        "minItems": 1,
+        "description": "PNG, JPEG or WebP; may be repeated",
+    }
     return {
         "schema": {"type": "object", "properties": {"file": files} | fields, "required": ["file"]},
         "encoding": {name: {"contentType": "application/json"} for name in ("attributes", "each")},
@@ -253,6 +266,6 @@ def _upload_form() -> dict[str, Any]:
 def _search_form() -> dict[str, Any]:
     fields = schemas.form_fields(SearchRequest)
     return {
-        "schema": {"type": "object", "properties": fields | {"image": BINARY}},
+        "schema": {"type": "object", "properties": fields | {"image": BINARY_SCHEMA}},
         "encoding": {"filter": {"contentType": "application/json"}},
     }

@@ -1,8 +1,8 @@
-"""What may be done next with what an answer holds, as links of the OpenAPI document: from an id to its operations."""
+"""Links of the OpenAPI document: from each id in a response to the operations that take it."""
 
 from typing import Any
 
-FOLLOW_UPS: dict[str, tuple[str, ...]] = {
+OPERATIONS_BY_PARAMETER: dict[str, tuple[str, ...]] = {
     "job_id": ("getJob", "streamJobEvents", "cancelJob", "retryJob", "deleteJob", "listWebhookDeliveries"),
     "generation_id": (
         "getGeneration",
@@ -37,13 +37,13 @@ FOLLOW_UPS: dict[str, tuple[str, ...]] = {
     "owner_id": ("getOwner", "changeOwner", "makeKey", "listKeys"),
     "key_id": ("changeKey", "rotateKey", "revokeKey"),
 }
-"""The operations that take an id, by the name of their parameter."""
+"""Operations that take an id, by the name of their path parameter."""
 
 _JOB = {"job_id": "/id", "generation_id": "/outputs/0/id"}
 _BULK = {"bulk_id": "/id"}
 _IMAGE = {"image_id": "/id"}
-_UPLOADED = {"image_id": "/images/0/id"}
-HOLDS: dict[tuple[str, str], dict[str, str]] = {
+_UPLOADED_IMAGE = {"image_id": "/images/0/id"}
+ID_POINTERS: dict[tuple[str, str], dict[str, str]] = {
     ("generate", "202"): _JOB,
     ("ragGenerate", "202"): _JOB,
     ("retryJob", "202"): _JOB,
@@ -54,8 +54,8 @@ HOLDS: dict[tuple[str, str], dict[str, str]] = {
     ("getGeneration", "200"): {"generation_id": "/id", "job_id": "/job_id"},
     ("listGenerations", "200"): {"generation_id": "/items/0/id", "job_id": "/items/0/job_id"},
     ("listGenerationsOfImage", "200"): {"generation_id": "/items/0/id", "job_id": "/items/0/job_id"},
-    ("uploadImages", "200"): _UPLOADED,
-    ("uploadImages", "201"): _UPLOADED,
+    ("uploadImages", "200"): _UPLOADED_IMAGE,
+    ("uploadImages", "201"): _UPLOADED_IMAGE,
     ("getImage", "200"): _IMAGE,
     ("changeImage", "200"): _IMAGE,
     ("listImages", "200"): {"image_id": "/items/0/id"},
@@ -70,25 +70,25 @@ HOLDS: dict[tuple[str, str], dict[str, str]] = {
     ("listBulks", "200"): {"bulk_id": "/items/0/id"},
     ("listBulkItems", "200"): {"generation_id": "/items/0/outputs/0/id"},
     ("listWebhookDeliveries", "200"): {"delivery_id": "/items/0/id"},
-    # Not from lists of owners and keys: who tries every link would end its own.
+    # Lists of owners and keys have no links: a client that follows every link would revoke its own key.
     ("makeOwner", "200"): {"owner_id": "/id"},
     ("makeKey", "201"): {"key_id": "/key/id"},
     ("rotateKey", "201"): {"key_id": "/key/id"},
 }
-"""Where an answer, by operation and status, holds ids: JSON pointers into its body."""
+"""JSON pointers to the ids in a response body, by operation and status."""
 
 
-def of_answer(operation_id: str, status: str) -> dict[str, dict[str, Any]]:
-    """The links of one answer, by the operation that each leads to."""
+def response_links(operation_id: str, status: str) -> dict[str, dict[str, Any]]:
+    """Return the links of one response, by their target operation."""
     return {
-        follow_up: _link(follow_up, parameter, pointer)
-        for parameter, pointer in HOLDS.get((operation_id, status), {}).items()
-        for follow_up in FOLLOW_UPS[parameter]
+        target: _link(target, parameter, pointer)
+        for parameter, pointer in ID_POINTERS.get((operation_id, status), {}).items()
+        for target in OPERATIONS_BY_PARAMETER[parameter]
     }
 
 
 def _link(operation_id: str, parameter: str, pointer: str) -> dict[str, Any]:
     parameters = {parameter: f"$response.body#{pointer}"}
-    if operation_id == "appendBulkLines":  # it goes on where the bulk is
+    if operation_id == "appendBulkLines":  # it continues after the lines that the bulk has
         parameters["from_line"] = f"$response.body#{pointer.rpartition('/')[0]}/received_lines"
     return {"operationId": operation_id, "parameters": parameters}

@@ -1,4 +1,4 @@
-"""The schemas of the OpenAPI document: the contracts in the form that generated clients read best."""
+"""Schemas of the OpenAPI document: the contracts, in a form that client generators handle well."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -12,28 +12,29 @@ from shared.contracts.generation import DryRunView
 from shared.contracts.images import ImageDescription
 from shared.contracts.search import SearchRequest
 
-SCHEMAS = "#/components/schemas/"
-OF_ANSWERS = (DryRunView, BulkManifestLine)
-OF_REQUESTS = (ImageDescription, SearchRequest, BulkHeader, BulkGenerateItem, BulkRagGenerateItem)
-"""No operation's signature names these, or those of `OF_ANSWERS`: they are one of several, or lines of JSON Lines."""
+SCHEMA_REF_PREFIX = "#/components/schemas/"
+RESPONSE_SCHEMAS = (DryRunView, BulkManifestLine)
+REQUEST_SCHEMAS = (ImageDescription, SearchRequest, BulkHeader, BulkGenerateItem, BulkRagGenerateItem)
+"""Like `RESPONSE_SCHEMAS`, contracts that no route's signature names: alternatives, form parts and JSON Lines."""
 
 Schema = dict[str, Any]
 
 
-def complete(components: dict[str, Schema]) -> None:
-    """Add what no route's signature names, and say once what requests and answers share."""
+def add_unnamed_schemas(components: dict[str, Schema]) -> None:
+    """Add the contracts that no route's signature names."""
     components.pop("ValidationErrorModel", None)  # flask_openapi3's own
-    _add(components, OF_ANSWERS, "serialization")
-    # After the answers: what both hold, such as a filter, may be left out of a request. A problem leaves out, too.
-    _add(components, (*OF_REQUESTS, Problem), "validation")
+    _add_schemas(components, RESPONSE_SCHEMAS, "serialization")
+    # Requests come last, and replace a schema that both use, such as a filter: requests may leave out its fields. A
+    # problem, too, may leave out fields.
+    _add_schemas(components, (*REQUEST_SCHEMAS, Problem), "validation")
     components["SubmitAnswer"] = {
-        "description": "The job, or for a `dry_run` what would run.",
-        "anyOf": [{"$ref": f"{SCHEMAS}JobView"}, {"$ref": f"{SCHEMAS}DryRunView"}],
+        "description": "The job, or the resolved request of a `dry_run`.",
+        "anyOf": [{"$ref": f"{SCHEMA_REF_PREFIX}JobView"}, {"$ref": f"{SCHEMA_REF_PREFIX}DryRunView"}],
     }
 
 
 def without_null(schema: Schema) -> Schema:
-    """The schema of a query parameter or a form field: it may be left out, but text has no way to say null."""
+    """Remove `null` from the schema of a query parameter or form field, which is text and cannot be null."""
     if "anyOf" not in schema:
         return schema
     choices = [choice for choice in schema["anyOf"] if choice != {"type": "null"}]
@@ -43,17 +44,17 @@ def without_null(schema: Schema) -> Schema:
     return {**choices[0], **rest} if len(choices) == 1 else {"anyOf": choices, **rest}
 
 
-def folded(node: Any) -> Any:
-    """The same with `type: [x, "null"]` for Pydantic's `anyOf` of x and null.
+def with_nullable_types(node: Any) -> Any:
+    """Replace Pydantic's `anyOf` of x and null by `type: [x, "null"]`, in all schemas within `node`.
 
-    OpenAPI Generator 7.26 takes `anyOf`s of one type for one and the same schema, and prints the description of one
-    of them beside all others. It writes a default of null as the name `null`; that is what leaving out means anyway.
+    OpenAPI Generator 7.26 treats all `anyOf`s of one type as one schema. It then prints the description of one field
+    beside all others. Defaults of null are dropped, because the generator writes them as the name `null`.
     """
     if isinstance(node, list):
-        return [folded(item) for item in node]
+        return [with_nullable_types(item) for item in node]
     if not isinstance(node, dict):
         return node
-    node = {name: folded(value) for name, value in node.items()}
+    node = {name: with_nullable_types(value) for name, value in node.items()}
     choices = node.get("anyOf", ())
     if len(choices) != 2 or choices[1] != {"type": "null"} or not isinstance(choices[0].get("type"), str):
         return node
@@ -62,11 +63,11 @@ def folded(node: Any) -> Any:
 
 
 def form_fields(model: type[BaseModel]) -> Schema:
-    """The properties of a multipart form that carries the contract."""
+    """Return the properties of a multipart form with the fields of the contract."""
     return {name: without_null(field) for name, field in get_model_schema(model)["properties"].items()}
 
 
-def _add(
+def _add_schemas(
     components: dict[str, Schema], models: Iterable[type[BaseModel]], mode: Literal["validation", "serialization"]
 ) -> None:
     for model in models:

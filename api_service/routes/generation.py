@@ -1,4 +1,4 @@
-"""Submitting: images from a prompt, with or without what the corpus remembers."""
+"""Routes that submit jobs: images from a prompt, with or without references from the corpus."""
 
 import re
 from contextlib import suppress
@@ -8,15 +8,15 @@ from flask_openapi3.models.tag import Tag
 
 from api_service import services
 from api_service.http import problems, responses
-from api_service.http.blueprint import Resource
-from api_service.services.views import API
+from api_service.http.blueprint import ApiBlueprint
+from api_service.http.urls import API
 from shared.contracts.generation import DryRunView, GenerateRequest, RagGenerateRequest
 from shared.contracts.jobs import JobView
 from shared.errors import ResourceNotFoundError
 
-KEY = re.compile(r"[\x21-\x7e]{1,255}")
+VALID_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
-generation = Resource(
+generation = ApiBlueprint(
     "generation", __name__, url_prefix=API, abp_tags=[Tag(name="generation", description="Submit jobs.")]
 )
 
@@ -25,35 +25,38 @@ generation = Resource(
 def generate(body: GenerateRequest) -> Response:
     """Generate images from a prompt alone
 
-    Answers 202 with the queued job, to be polled at `Location`. With `Prefer: wait=N` it waits up to N seconds and
-    answers 200 when the job has ended by then. With `dry_run` it answers 200 with what would run. A request sent
-    again with the same `Idempotency-Key` within 24 hours makes no second job: it gets the first one's answer, with
-    `Idempotent-Replayed: true`.
+    The answer is 202 with the queued job; poll it at `Location`. With `Prefer: wait=N` the service waits up to N
+    seconds, and answers 200 if the job has ended by then. With `dry_run` it answers 200 with the resolved request, and
+    queues nothing.
+
+    A request repeated with the same `Idempotency-Key` within 24 hours makes no second job. It gets the answer of the
+    first one, with `Idempotent-Replayed: true`.
     """
-    return accepted(services.generation.generation(body, caller=g.caller, key=idempotency_key()))
+    return submit_response(services.generation.generate(body, caller=g.caller, key=idempotency_key()))
 
 
 @generation.post("/rag/generate", operation_id="ragGenerate", responses={202: JobView})
 def rag_generate(body: RagGenerateRequest) -> Response:
     """Generate images conditioned on the nearest images of the corpus
 
-    References are searched by the prompt, or pinned by `reference_ids`. Answers as `POST /generate`.
+    The references are the images nearest to the prompt, or those in `reference_ids`. Answers like `POST /generate`.
     """
-    return accepted(services.generation.rag_generation(body, caller=g.caller, key=idempotency_key()))
+    return submit_response(services.generation.rag_generate(body, caller=g.caller, key=idempotency_key()))
 
 
-def accepted(submitted: services.generation.Submitted | DryRunView) -> Response:
+def submit_response(submitted: services.generation.Submitted | DryRunView) -> Response:
+    """Answer a submit; wait for the job first if the request prefers that."""
     if isinstance(submitted, DryRunView):
         return responses.json(submitted)
     view, waited = submitted.view, None
     wait_s = responses.preferred_wait_s()
     if wait_s is not None:
-        # A replayed job may be gone by now; then the answer of then is all there is.
+        # The job of a repeated request may be deleted by now. The stored answer is then sent as it is.
         with suppress(ResourceNotFoundError):
-            view, held = services.job_stream.wait_for_job(
+            view, was_waited = services.job_stream.wait_for_job(
                 view.id, caller=g.caller, timeout_s=wait_s, until=lambda job: job.state.is_final
             )
-            waited = wait_s if held else None
+            waited = wait_s if was_waited else None
     response = responses.accepted(view, waited=waited)
     if submitted.replayed:
         response.headers["Idempotent-Replayed"] = "true"
@@ -61,14 +64,14 @@ def accepted(submitted: services.generation.Submitted | DryRunView) -> Response:
 
 
 def idempotency_key() -> str | None:
-    """The request's `Idempotency-Key`, if it has one.
+    """Return the request's `Idempotency-Key`; `None`: it has none.
 
     Raises:
-        ValidationError: it is none.
+        ValidationError: the key is not 1 to 255 visible ASCII characters.
     """
     key = request.headers.get("Idempotency-Key")
-    if key is not None and not KEY.fullmatch(key):
-        raise problems.mistake(
-            "header.Idempotency-Key", "string_pattern_mismatch", "Must be 1 to 255 visible characters."
+    if key is not None and not VALID_IDEMPOTENCY_KEY.fullmatch(key):
+        raise problems.field_error(
+            "header.Idempotency-Key", "string_pattern_mismatch", "Must be 1 to 255 visible ASCII characters."
         )
     return key

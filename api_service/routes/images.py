@@ -1,4 +1,4 @@
-"""The corpus: upload, list, look, change, delete."""
+"""Routes of the corpus: upload, list, read, change and delete images."""
 
 from pathlib import PurePath
 from uuid import UUID
@@ -8,14 +8,16 @@ from flask_openapi3.models.tag import Tag
 
 from api_service import services
 from api_service.http import multipart, responses
-from api_service.http.blueprint import Resource
-from api_service.services.views import API
+from api_service.http.blueprint import ApiBlueprint
+from api_service.http.urls import API
 from shared.contracts.common import Contract, ImageFormat, Page, PageQuery
 from shared.contracts.images import ImagePatch, ImageQuery, ImageView, UploadResponse
 from shared.contracts.jobs import OutputView
 from shared.contracts.outputs import OutputQuery
 
-images = Resource("images", __name__, url_prefix=API, abp_tags=[Tag(name="images", description="What is remembered.")])
+images = ApiBlueprint(
+    "images", __name__, url_prefix=API, abp_tags=[Tag(name="images", description="Images of the corpus.")]
+)
 
 
 class ImagePath(Contract):
@@ -26,12 +28,13 @@ class ImagePath(Contract):
 def upload() -> Response:
     """Add images to the corpus
 
-    All files of a request are kept or none, or with `on_invalid=skip` all that are images; `files` says what became of
-    each. A file that the collection already has is answered with the image it has.
-    They become searchable as soon as a worker has embedded them: `state` is then `ready`.
+    All files of a request are stored, or none. With `on_invalid=skip`, invalid files are left out. `files` has the
+    outcome of each file. For a file that the collection already has, the answer contains the existing image.
+
+    An image is searchable when its `state` is `ready`, which is as soon as a worker has embedded it.
     """
     uploaded = services.images.upload(
-        multipart.files(request),
+        multipart.uploaded_files(request),
         multipart.upload_fields(request),
         caller=g.caller,
         decoder=current_app.extensions["decoder"],
@@ -41,38 +44,41 @@ def upload() -> Response:
 
 @images.get("/images", operation_id="listImages", responses={200: Page[ImageView]})
 def list_images(query: ImageQuery) -> Page[ImageView]:
-    """The images of a collection, newest first"""
-    return services.images.page(query, caller=g.caller)
+    """List the images of a collection, newest first"""
+    return services.images.list_page(query, caller=g.caller)
 
 
 @images.get("/images/<image_id>", operation_id="getImage", responses={200: ImageView})
 def get_image(path: ImagePath) -> ImageView:
-    """One image"""
-    return services.images.image(path.image_id, caller=g.caller)
+    """Get an image"""
+    return services.images.get(path.image_id, caller=g.caller)
 
 
 @images.patch("/images/<image_id>", operation_id="changeImage", responses={200: ImageView})
 def change_image(path: ImagePath, body: ImagePatch) -> ImageView:
-    """Change what is said of an image
+    """Change the description of an image
 
-    Fields that are not given stay as they are; null empties one.
+    Fields that are left out keep their values. `null` empties a field.
     """
-    return services.images.change(path.image_id, body, caller=g.caller)
+    return services.images.update(path.image_id, body, caller=g.caller)
 
 
 @images.delete("/images/<image_id>", operation_id="deleteImage", responses={204: None})
 def delete_image(path: ImagePath) -> Response:
-    """Forget an image: no search and no new generation meets it again"""
-    services.images.remove(path.image_id, caller=g.caller)
+    """Delete an image from the corpus
+
+    No search and no new generation uses it from then on.
+    """
+    services.images.delete(path.image_id, caller=g.caller)
     return responses.no_content()
 
 
 @images.get("/images/<image_id>/content", operation_id="getImageContent")
 def get_content(path: ImagePath) -> Response:
-    """The file"""
-    row = services.images.row(path.image_id, caller=g.caller)
+    """Download the file"""
+    row = services.images.get_row(path.image_id, caller=g.caller)
     stem = PurePath(row.filename).stem if row.filename else str(row.id)
-    return responses.blob(
+    return responses.stored_file(
         row.blob_key,
         etag=row.sha256,
         media_type=ImageFormat(row.format).media_type,
@@ -83,14 +89,17 @@ def get_content(path: ImagePath) -> Response:
 
 @images.get("/images/<image_id>/thumbnail", operation_id="getImageThumbnail")
 def get_thumbnail(path: ImagePath) -> Response:
-    """A small WebP"""
-    row = services.images.row(path.image_id, caller=g.caller)
+    """Download a thumbnail (WebP)"""
+    row = services.images.get_row(path.image_id, caller=g.caller)
     return responses.thumbnail(row.thumbnail_key, sha256=row.sha256, name=str(row.id))
 
 
 @images.get("/images/<image_id>/generations", operation_id="listGenerationsOfImage", responses={200: Page[OutputView]})
 def list_generations(path: ImagePath, query: PageQuery) -> Page[OutputView]:
-    """Every output that used this image, also after it was deleted"""
+    """List the outputs that used this image
+
+    This works for a deleted image too.
+    """
     return services.outputs.list_page(
         OutputQuery(limit=query.limit, cursor=query.cursor, reference_id=path.image_id), caller=g.caller
     )

@@ -1,4 +1,4 @@
-"""Generated images."""
+"""Routes of outputs, the generated images: list, read, replay and delete."""
 
 from uuid import UUID
 
@@ -7,14 +7,14 @@ from flask_openapi3.models.tag import Tag
 
 from api_service import services
 from api_service.http import responses
-from api_service.http.blueprint import Resource
-from api_service.routes.generation import accepted, idempotency_key
-from api_service.services.views import API
+from api_service.http.blueprint import ApiBlueprint
+from api_service.http.urls import API
+from api_service.routes.generation import idempotency_key, submit_response
 from shared.contracts.common import Contract, ImageFormat, Page
 from shared.contracts.jobs import JobView, OutputView
 from shared.contracts.outputs import OutputQuery
 
-outputs = Resource(
+outputs = ApiBlueprint(
     "outputs",
     __name__,
     url_prefix=f"{API}/generations",
@@ -28,21 +28,21 @@ class OutputPath(Contract):
 
 @outputs.get("", operation_id="listGenerations", responses={200: Page[OutputView]})
 def list_generations(query: OutputQuery) -> Page[OutputView]:
-    """The caller's generated images, newest first"""
+    """List the caller's generated images, newest first"""
     return services.outputs.list_page(query, caller=g.caller)
 
 
 @outputs.get("/<generation_id>", operation_id="getGeneration", responses={200: OutputView})
 def get_generation(path: OutputPath) -> OutputView:
-    """One generated image, with everything that decided its pixels"""
+    """Get a generated image, with all data that determined its pixels"""
     return services.outputs.get(path.generation_id, caller=g.caller)
 
 
 @outputs.get("/<generation_id>/content", operation_id="getGenerationContent")
 def get_content(path: OutputPath) -> Response:
-    """The file, with its provenance record inside"""
+    """Download the file, which contains its provenance record"""
     row = services.outputs.get_row(path.generation_id, caller=g.caller)
-    return responses.blob(
+    return responses.stored_file(
         row.blob_key,
         etag=row.sha256,
         media_type=ImageFormat(row.format).media_type,
@@ -53,23 +53,26 @@ def get_content(path: OutputPath) -> Response:
 
 @outputs.get("/<generation_id>/thumbnail", operation_id="getGenerationThumbnail")
 def get_thumbnail(path: OutputPath) -> Response:
-    """A small WebP"""
+    """Download a thumbnail (WebP)"""
     row = services.outputs.get_row(path.generation_id, caller=g.caller)
     return responses.thumbnail(row.thumbnail_key, sha256=row.sha256, name=str(row.id))
 
 
 @outputs.post("/<generation_id>/replay", operation_id="replayGeneration", responses={202: JobView})
 def replay_generation(path: OutputPath) -> Response:
-    """Draw it again from its record, as a new job, and compare
+    """Draw an output again from its record, as a new job, and compare
 
-    The job's output says in `replay` whether it is `identical`, `within_tolerance` or `different`, and what has
-    changed since then. Answers as `POST /generate`.
+    `replay` of the new output has the verdict (`identical`, `within_tolerance` or `different`) and the inputs that have
+    changed since. Answers like `POST /generate`.
     """
-    return accepted(services.generation.replay(path.generation_id, caller=g.caller, key=idempotency_key()))
+    return submit_response(services.generation.replay(path.generation_id, caller=g.caller, key=idempotency_key()))
 
 
 @outputs.delete("/<generation_id>", operation_id="deleteGeneration", responses={204: None})
 def delete_generation(path: OutputPath) -> Response:
-    """Delete one generated image; its job stays"""
+    """Delete a generated image
+
+    Its job stays.
+    """
     services.outputs.delete(path.generation_id, caller=g.caller)
     return responses.no_content()

@@ -1,16 +1,16 @@
-"""Asking the corpus."""
+"""Routes that search the corpus."""
 
 from flask import Response, current_app, g, request
 from flask_openapi3.models.tag import Tag
 
 from api_service import services
 from api_service.http import multipart, requests, responses
-from api_service.http.blueprint import Resource
-from api_service.services.views import API
+from api_service.http.blueprint import ApiBlueprint
+from api_service.http.urls import API
 from shared.contracts.search import RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
 
-search = Resource(
-    "search", __name__, url_prefix=API, abp_tags=[Tag(name="search", description="Ask what is remembered.")]
+search = ApiBlueprint(
+    "search", __name__, url_prefix=API, abp_tags=[Tag(name="search", description="Search the corpus.")]
 )
 
 
@@ -18,19 +18,21 @@ search = Resource(
 def search_images() -> Response:
     """Find images by text, by an image, or by both
 
-    As JSON, or as multipart with the image as a file and the JSON body's fields as form fields.
+    Send JSON, or multipart with the image as a file and the other fields as form fields.
     """
-    wanted = (
-        multipart.search_request(request) if multipart.is_multipart(request) else requests.body(SearchRequest, request)
-    )
-    found = services.search.images_like(wanted, caller=g.caller, decoder=current_app.extensions["decoder"])
-    return responses.encoded(found)
+    if multipart.is_multipart(request):
+        search_request = multipart.search_request(request)
+    else:
+        search_request = requests.parse_json_body(SearchRequest, request)
+    response = services.search.search_images(search_request, caller=g.caller, decoder=current_app.extensions["decoder"])
+    return responses.json_bytes(response)
 
 
 @search.get("/rag/search", operation_id="ragSearch", responses={200: RagSearchResponse})
 def rag_search(query: RagSearchQuery) -> RagSearchResponse:
-    """Show what `POST /rag/generate` would use for a prompt, and why
+    """Show the references that `POST /rag/generate` would use for a prompt
 
-    Pass the ids of the used references as `reference_ids` to pin exactly these.
+    The answer has the weight of each reference and the reason for it. To pin exactly these references, pass the ids of
+    the used ones as `reference_ids`.
     """
-    return services.search.references_for(query, caller=g.caller)
+    return services.search.plan_references(query, caller=g.caller)

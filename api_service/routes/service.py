@@ -1,4 +1,4 @@
-"""The service itself: health, models, statistics."""
+"""Routes of the service itself: health probes, models, statistics and usage."""
 
 from flask import Response, g, request
 from flask_openapi3.models.tag import Tag
@@ -6,8 +6,8 @@ from flask_openapi3.models.tag import Tag
 from api_service import services
 from api_service.http import responses
 from api_service.http.auth import may_see_details
-from api_service.http.blueprint import Resource
-from api_service.services.views import API
+from api_service.http.blueprint import ApiBlueprint
+from api_service.http.urls import API
 from shared.contracts.service import (
     HealthStatus,
     HealthView,
@@ -17,58 +17,61 @@ from shared.contracts.service import (
     UsageView,
 )
 
-TAG = Tag(name="service", description="How it is doing.")
+TAG = Tag(name="service", description="Health, models, statistics and usage.")
 
-service = Resource("service", __name__, url_prefix=API, abp_tags=[TAG])
-probes = Resource("probes", __name__, url_prefix=API, abp_tags=[TAG])
-"""Also registered at the root, where orchestrators look."""
+service = ApiBlueprint("service", __name__, url_prefix=API, abp_tags=[TAG])
+probes = ApiBlueprint("probes", __name__, url_prefix=API, abp_tags=[TAG])
+"""Also registered at the root, where orchestrators expect probes."""
 
 
 @probes.get("/health", operation_id="getHealth", responses={200: HealthView, 503: HealthView})
 def get_health() -> Response:
-    """How every part is doing
+    """Check every component
 
-    503 when a part without which nothing works is away; `degraded`, with 200, when the service works around it. Where
-    keys are on, only one with the scope `admin` is told details.
+    The answer is 503 while the database or the storage is down. It is 200 with `degraded` while the broker, the cache
+    or a worker is missing. When keys are on, only a key with the scope `admin` sees details.
     """
-    return _answer(services.health.everything())
+    return _health_response(services.health.everything())
 
 
 @probes.get("/health/live", operation_id="getLiveness", responses={200: HealthView})
 def get_liveness() -> Response:
-    """Does this process answer? Asks nothing else"""
-    return _answer(services.health.alive())
+    """Check that this process answers
+
+    No other component is checked.
+    """
+    return _health_response(services.health.alive())
 
 
 @probes.get("/health/ready", operation_id="getReadiness", responses={200: HealthView, 503: HealthView})
 def get_readiness(query: ReadinessQuery) -> Response:
-    """Can this process serve requests?
+    """Check that this process can serve requests
 
-    503 while database or storage is away. Without a broker or a worker it is `degraded`, with 200: jobs are accepted
-    and run later. With `strict=true` that is 503, too.
+    The answer is 503 while the database or the storage is down. It is 200 with `degraded` while the broker or a worker
+    is missing, because jobs are accepted and run later. With `strict=true` that is 503, too.
     """
-    return _answer(services.health.ready(strict=query.strict))
+    return _health_response(services.health.ready(strict=query.strict))
 
 
 @service.get("/models", operation_id="listModels", responses={200: ModelsResponse})
 def list_models() -> ModelsResponse:
-    """The configured generators and what each can do"""
+    """List the configured generators with their capabilities"""
     return services.status.models()
 
 
 @service.get("/stats", operation_id="getStats", responses={200: StatsView})
 def get_stats() -> StatsView:
-    """Counts of images, jobs and outputs, the queues, workers, cache and pools"""
+    """Get counts of images, jobs and outputs, and the state of queues, workers, cache and pools"""
     return services.status.stats()
 
 
 @service.get("/usage", operation_id="getUsage", responses={200: UsageView})
 def get_usage() -> UsageView:
-    """What the key's owner has used of its quota and caps"""
+    """Get what the key's owner has used of its quota and limits"""
     return services.status.own_usage(caller=g.caller)
 
 
-def _answer(view: HealthView) -> Response:
+def _health_response(view: HealthView) -> Response:
     if not may_see_details(request):
         view = view.without_details()
     response = responses.json(view, 503 if view.status is HealthStatus.DOWN else 200)

@@ -1,4 +1,4 @@
-"""What operators do with owners and their API keys, without HTTP. Every change is logged, no secret is."""
+"""Use cases of operators: manage owners and API keys. Every change is logged, without secrets."""
 
 import logging
 from uuid import UUID
@@ -24,63 +24,68 @@ from shared.db.tables import ApiKey, Owner
 logger = logging.getLogger(__name__)
 
 
-def owner_page(query: PageQuery) -> Page[OwnerView]:
-    """
+def list_owners(query: PageQuery) -> Page[OwnerView]:
+    """Return a page of owners, newest first.
+
     Raises:
-        InvalidCursorError
+        InvalidCursorError: the cursor was not issued by this service.
     """
     with session_scope() as session:
-        rows, next_cursor = owners.page(session, cursor=query.cursor, limit=query.limit)
-        return Page(items=[_owner(row) for row in rows], next_cursor=next_cursor)
+        rows, next_cursor = owners.list_page(session, cursor=query.cursor, limit=query.limit)
+        return Page(items=[_owner_view(row) for row in rows], next_cursor=next_cursor)
 
 
-def owner(owner_id: UUID) -> OwnerView:
-    """
+def get_owner(owner_id: UUID) -> OwnerView:
+    """Return an owner.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: no owner has this id.
     """
     with session_scope() as session:
-        return _owner(owners.get(session, owner_id))
+        return _owner_view(owners.get(session, owner_id))
 
 
-def make_owner(request: OwnerCreate, *, caller: Caller) -> OwnerView:
-    """The owner of that name; one that exists stays as it is."""
+def create_owner(request: OwnerCreate, *, caller: Caller) -> OwnerView:
+    """Return the owner with this name, created if it does not exist."""
     with session_scope() as session:
-        view = _owner(owners.get(session, owners.ensure(session, request.name)))
+        view = _owner_view(owners.get(session, owners.ensure(session, request.name)))
     _log("owner_made", caller, owner_id=view.id)
     return view
 
 
-def change_owner(owner_id: UUID, patch: OwnerPatch, *, caller: Caller) -> OwnerView:
-    """
+def update_owner(owner_id: UUID, patch: OwnerPatch, *, caller: Caller) -> OwnerView:
+    """Change the quota of an owner, disable or enable it.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: no owner has this id.
     """
     with session_scope() as session:
         row = owners.get(session, owner_id)
         if "daily_images" in patch.model_fields_set:
             row.daily_images = patch.daily_images
         if "disabled" in patch.model_fields_set:
-            owners.disable(session, row, disabled=patch.disabled)
-        view = _owner(row)
+            owners.set_disabled(session, row, disabled=patch.disabled)
+        view = _owner_view(row)
     _log("owner_changed", caller, owner_id=owner_id, fields=sorted(patch.model_fields_set))
     return view
 
 
-def key_page(query: KeyQuery) -> Page[KeyView]:
-    """
+def list_keys(query: KeyQuery) -> Page[KeyView]:
+    """Return a page of API keys, newest first, invalid ones included.
+
     Raises:
-        InvalidCursorError
+        InvalidCursorError: the cursor was not issued by this service.
     """
     with session_scope() as session:
-        rows, next_cursor = keys.page(session, owner_id=query.owner_id, cursor=query.cursor, limit=query.limit)
-        return Page(items=[_key(row) for row in rows], next_cursor=next_cursor)
+        rows, next_cursor = keys.list_page(session, owner_id=query.owner_id, cursor=query.cursor, limit=query.limit)
+        return Page(items=[_key_view(row) for row in rows], next_cursor=next_cursor)
 
 
-def make_key(owner_id: UUID, request: KeyCreate, *, caller: Caller) -> NewKeyView:
-    """
+def create_key(owner_id: UUID, request: KeyCreate, *, caller: Caller) -> NewKeyView:
+    """Create an API key; only the returned view contains its secret.
+
     Raises:
-        ResourceNotFoundError: there is no such owner.
+        ResourceNotFoundError: no owner has this id.
     """
     with session_scope() as session:
         row, secret = keys.create(
@@ -91,46 +96,48 @@ def make_key(owner_id: UUID, request: KeyCreate, *, caller: Caller) -> NewKeyVie
             expires_in_s=request.expires_in_s,
         )
         session.refresh(row)
-        view = _key(row)
+        view = _key_view(row)
     _log("key_made", caller, owner_id=owner_id, made_key_id=view.id, scopes=view.scopes)
     return NewKeyView(key=view, secret=secret)
 
 
-def change_key(key_id: UUID, patch: KeyPatch, *, caller: Caller) -> KeyView:
-    """
+def update_key(key_id: UUID, patch: KeyPatch, *, caller: Caller) -> KeyView:
+    """Change when a key expires.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: no key has this id.
     """
     with session_scope() as session:
         row = keys.get(session, key_id)
         row.expires_at = patch.expires_at
-        view = _key(row)
+        view = _key_view(row)
     _log("key_changed", caller, changed_key_id=key_id, expires_at=patch.expires_at)
     return view
 
 
 def rotate_key(key_id: UUID, request: KeyRotate, *, caller: Caller) -> NewKeyView:
-    """A new key that sees and may do what the old one did.
+    """Create a key with the owner and scopes of an old one, which expires after `overlap_s` seconds at the latest.
 
     Raises:
-        ResourceNotFoundError: there is no such key, or it was revoked.
+        ResourceNotFoundError: no key has this id, or the key was revoked.
     """
     with session_scope() as session:
         row, secret = keys.rotate(session, key_id, overlap_s=request.overlap_s)
         session.refresh(row)
-        view = _key(row)
+        view = _key_view(row)
     _log("key_rotated", caller, rotated_key_id=key_id, made_key_id=view.id)
     return NewKeyView(key=view, secret=secret)
 
 
 def revoke_key(key_id: UUID, *, caller: Caller) -> KeyView:
-    """
+    """Make a key invalid at once.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: no key has this id.
     """
     with session_scope() as session:
         keys.revoke(session, key_id)
-        view = _key(keys.get(session, key_id))
+        view = _key_view(keys.get(session, key_id))
     _log("key_revoked", caller, revoked_key_id=key_id)
     return view
 
@@ -139,7 +146,7 @@ def _log(event: str, caller: Caller, **fields: object) -> None:
     logger.info(event, extra={"by_key_id": caller.key_id, **fields})
 
 
-def _owner(row: Owner) -> OwnerView:
+def _owner_view(row: Owner) -> OwnerView:
     return OwnerView(
         id=row.id,
         name=row.name,
@@ -149,7 +156,7 @@ def _owner(row: Owner) -> OwnerView:
     )
 
 
-def _key(row: ApiKey) -> KeyView:
+def _key_view(row: ApiKey) -> KeyView:
     return KeyView(
         id=row.id,
         owner_id=row.owner_id,

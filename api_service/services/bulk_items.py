@@ -1,4 +1,4 @@
-"""Lines of a bulk made into its header, into items with nothing left open, or into the reasons why they are none."""
+"""Parses and checks the lines of a bulk: the header, and items with every value resolved. Wrong lines become errors."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from api_service.http import problems
 from api_service.http.auth import Caller
 from api_service.services import generation
 from api_service.services.bulk_lines import Line
-from shared.contracts.bulks import OF_THE_BULK, BulkGenerateItem, BulkHeader, BulkOptions, BulkRagGenerateItem
+from shared.contracts.bulks import BULK_LEVEL_FIELDS, BulkGenerateItem, BulkHeader, BulkOptions, BulkRagGenerateItem
 from shared.contracts.generation import GenerationParameters, Mode
 from shared.contracts.jobs import JobKind
 from shared.db import bulks, images, spaces, workers
@@ -27,16 +27,16 @@ from shared.errors import (
 )
 from shared.settings import BulkSettings, Settings
 
-CUSTOM_ID_LENGTH = 200
+MAX_CUSTOM_ID_LENGTH = 200
 
 ItemRequest = BulkGenerateItem | BulkRagGenerateItem
 
 
-def header(line: Line | None) -> BulkOptions | None:
-    """What the stream's first line says of the whole bulk; None when it is no header.
+def parse_header(line: Line | None) -> BulkOptions | None:
+    """Return the options of the bulk from the first line of its stream; `None`: the line is not a header.
 
     Raises:
-        ValidationError: it is one, and wrong.
+        ValidationError: the line is a header, and not valid.
     """
     if line is None or line.text is None:
         return None
@@ -49,74 +49,78 @@ def header(line: Line | None) -> BulkOptions | None:
     try:
         options = BulkHeader.model_validate_json(line.text, strict=True).bulk
     except pydantic.ValidationError as error:
-        raise problems.invalid(error, where="header") from None
+        raise problems.validation_error(error, where="header") from None
     if options.defaults:
         _check_defaults(options.defaults)
     return options
 
 
 def _check_defaults(defaults: dict[str, Any]) -> None:
-    """A mistake in the defaults is told once, instead of for every line."""
+    """Check the defaults on their own, so that a mistake in them is reported once and not for every line."""
     where = "header.bulk.defaults"
     if "custom_id" in defaults:
-        raise problems.mistake(f"{where}.custom_id", "extra_forbidden", "Every item has its own.")
-    _item({"prompt": "any", **defaults}, where=where)
+        raise problems.field_error(
+            f"{where}.custom_id", "extra_forbidden", "A custom_id is unique in the bulk, so it has no default."
+        )
+    _parse_item({"prompt": "any", **defaults}, where=where)
 
 
 # --- items --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What lines have come to, as columns of their tables."""
+class CheckedLines:
+    """The items and errors of a chunk of lines, as columns of their tables."""
 
     items: list[dict[str, Any]]
     errors: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class _Parsed:
+class _ParsedLine:
     line: Line
     request: ItemRequest
     parameters: GenerationParameters
 
 
-def check(session: Session, bulk: Bulk, lines: Sequence[Line], *, caller: Caller, settings: Settings) -> Checked:
-    """Each line as an item with nothing left open, or as the reason why it is none. Blank lines are neither."""
+def check_lines(
+    session: Session, bulk: Bulk, lines: Sequence[Line], *, caller: Caller, settings: Settings
+) -> CheckedLines:
+    """Turn each line into an item with every value resolved, or into an error. Blank lines are skipped."""
     errors: list[dict[str, Any]] = []
-    capabilities = workers.capabilities(session)
-    parsed: list[_Parsed] = []
+    capabilities = workers.list_capabilities(session)
+    parsed: list[_ParsedLine] = []
     for line in lines:
         if line.text is not None and not line.text.strip():
             continue
         fields: object = None
         try:
-            fields = _fields(line, settings.bulks)
-            request = _item({**bulk.defaults, **fields}, where=f"line.{line.number}")
+            fields = _parse_json(line, settings.bulks)
+            request = _parse_item({**bulk.defaults, **fields}, where=f"line.{line.number}")
             retrieval = generation.retrieval_of(request)
-            parameters = generation.resolved(request, retrieval, settings=settings, capabilities=capabilities)
+            parameters = generation.resolve(request, retrieval, settings=settings, capabilities=capabilities)
         except BaseAppException as error:
-            errors.append(_error(line, fields, error))
+            errors.append(_error_columns(line, fields, error))
         else:
-            parsed.append(_Parsed(line, request, parameters))
+            parsed.append(_ParsedLine(line, request, parameters))
 
-    present = _present(session, parsed, caller=caller)
-    taken = _taken(session, bulk, parsed)
+    existing = _find_existing(session, parsed, caller=caller)
+    lines_by_custom_id = _find_custom_ids(session, bulk, parsed)
     items: list[dict[str, Any]] = []
     for each in parsed:
         try:
-            _check_references(each, present)
-            _check_custom_id(each, taken)
+            _check_references(each, existing)
+            _check_custom_id(each, lines_by_custom_id)
         except BaseAppException as error:
-            errors.append(_error(each.line, {"custom_id": each.request.custom_id}, error))
+            errors.append(_error_columns(each.line, {"custom_id": each.request.custom_id}, error))
         else:
-            items.append(_columns(each, settings))
-    return Checked(items, errors)
+            items.append(_item_columns(each, settings))
+    return CheckedLines(items, errors)
 
 
-def _fields(line: Line, settings: BulkSettings) -> dict[str, Any]:
+def _parse_json(line: Line, settings: BulkSettings) -> dict[str, Any]:
     if line.text is None:
-        raise ValidationError(f"A line may have {settings.max_line_bytes} bytes.")
+        raise ValidationError(f"The line is longer than {settings.max_line_bytes} bytes.")
     try:
         fields = orjson.loads(line.text)
     except orjson.JSONDecodeError as error:
@@ -126,17 +130,23 @@ def _fields(line: Line, settings: BulkSettings) -> dict[str, Any]:
     return fields
 
 
-def _item(fields: dict[str, Any], *, where: str) -> ItemRequest:
-    """Read as strictly as a request's body.
+def _parse_item(fields: dict[str, Any], *, where: str) -> ItemRequest:
+    """Parse an item as strictly as a request's body.
+
+    where: name of the line, for the field paths of errors.
 
     Raises:
-        ValidationError
+        ValidationError: a field is invalid or unknown, or belongs to the header.
     """
-    misplaced = [name for name in OF_THE_BULK if name in fields]
+    misplaced = [name for name in BULK_LEVEL_FIELDS if name in fields]
     if misplaced:
         raise ValidationError(
             errors=[
-                {"field": f"{where}.{name}", "code": "extra_forbidden", "message": "This belongs to the bulk's header."}
+                {
+                    "field": f"{where}.{name}",
+                    "code": "extra_forbidden",
+                    "message": "This field belongs to the bulk's header.",
+                }
                 for name in misplaced
             ]
         )
@@ -144,15 +154,15 @@ def _item(fields: dict[str, Any], *, where: str) -> ItemRequest:
     try:
         return model.model_validate_json(orjson.dumps(fields), strict=True)
     except pydantic.ValidationError as error:
-        raise problems.invalid(error, where=where) from None
+        raise problems.validation_error(error, where=where) from None
 
 
-def _error(line: Line, fields: object, error: BaseAppException) -> dict[str, Any]:
+def _error_columns(line: Line, fields: object, error: BaseAppException) -> dict[str, Any]:
     custom_id = fields.get("custom_id") if isinstance(fields, dict) else None
-    sane = isinstance(custom_id, str) and len(custom_id) <= CUSTOM_ID_LENGTH and custom_id.isprintable()
+    is_valid = isinstance(custom_id, str) and len(custom_id) <= MAX_CUSTOM_ID_LENGTH and custom_id.isprintable()
     return {
         "line": line.number,
-        "custom_id": custom_id if sane else None,
+        "custom_id": custom_id if is_valid else None,
         "code": error.code,
         "detail": "The line is not valid." if type(error) is ValidationError and error.errors else error.message,
         "errors": getattr(error, "errors", []),
@@ -160,67 +170,77 @@ def _error(line: Line, fields: object, error: BaseAppException) -> dict[str, Any
 
 
 @dataclass(frozen=True)
-class _Present:
+class _Existing:
+    """The collections and searchable images, of those that the items name, that the caller can use."""
+
     collections: frozenset[str]
     images: frozenset[UUID]
 
 
-def _present(session: Session, parsed: Iterable[_Parsed], *, caller: Caller) -> _Present:
-    """What there is of the collections and images that the items name."""
+def _find_existing(session: Session, parsed: Iterable[_ParsedLine], *, caller: Caller) -> _Existing:
+    """Find the collections and images that the items name, with few queries for all items."""
     names: set[str] = set()
     ids: set[UUID] = set()
     for each in parsed:
         if each.parameters.mode is not Mode.NONE:
             names.add(each.parameters.filter.collection)
             ids.update(reference.image_id for reference in each.parameters.references)
-    there = set()
+    collections = set()
     for name in names:
         try:
             images.get_collection(session, name, owner_id=caller.owner_id)
         except ResourceNotFoundError:
             continue
-        there.add(name)
+        collections.add(name)
     space = spaces.find_active(session) if ids else None
-    found = set() if space is None else images.searchable(session, space, list(ids), owner_id=caller.owner_id)
-    return _Present(frozenset(there), frozenset(found))
+    found = set() if space is None else images.filter_searchable(session, space, list(ids), owner_id=caller.owner_id)
+    return _Existing(frozenset(collections), frozenset(found))
 
 
-def _check_references(each: _Parsed, present: _Present) -> None:
-    parameters = each.parameters
+def _check_references(parsed: _ParsedLine, existing: _Existing) -> None:
+    parameters = parsed.parameters
     if parameters.mode is Mode.NONE:
         return
-    if parameters.filter.collection not in present.collections:
-        field = f"line.{each.line.number}.filter.collection"
-        raise problems.mistake(field, "unknown_collection", "There is no such collection.")
-    missing = [str(each.image_id) for each in parameters.references if each.image_id not in present.images]
+    if parameters.filter.collection not in existing.collections:
+        field = f"line.{parsed.line.number}.filter.collection"
+        raise problems.field_error(field, "unknown_collection", "No collection has this name.")
+    missing = [str(each.image_id) for each in parameters.references if each.image_id not in existing.images]
     if missing:
-        raise ReferenceUnavailableError(f"A pinned reference is gone or not yet searchable: {', '.join(missing)}.")
+        raise ReferenceUnavailableError(
+            f"A pinned reference does not exist or is not searchable yet: {', '.join(missing)}."
+        )
 
 
-def _taken(session: Session, bulk: Bulk, parsed: Iterable[_Parsed]) -> dict[str, int]:
-    named = [each.request.custom_id for each in parsed if each.request.custom_id is not None]
-    return bulks.lines_of(session, bulk.id, named) if named else {}
+def _find_custom_ids(session: Session, bulk: Bulk, parsed: Iterable[_ParsedLine]) -> dict[str, int]:
+    """Return the line numbers, by custom_id, of stored items that have a custom_id of these lines."""
+    custom_ids = [each.request.custom_id for each in parsed if each.request.custom_id is not None]
+    return bulks.find_lines(session, bulk.id, custom_ids) if custom_ids else {}
 
 
-def _check_custom_id(each: _Parsed, taken: dict[str, int]) -> None:
-    custom_id = each.request.custom_id
+def _check_custom_id(parsed: _ParsedLine, lines_by_custom_id: dict[str, int]) -> None:
+    """Add the custom_id to `lines_by_custom_id`.
+
+    Raises:
+        ValidationError: another line has the same custom_id.
+    """
+    custom_id = parsed.request.custom_id
     if custom_id is None:
         return
-    first = taken.setdefault(custom_id, each.line.number)
-    if first != each.line.number:
-        field = f"line.{each.line.number}.custom_id"
-        raise problems.mistake(field, "repeated", f"Line {first} has the same custom_id.")
+    first = lines_by_custom_id.setdefault(custom_id, parsed.line.number)
+    if first != parsed.line.number:
+        field = f"line.{parsed.line.number}.custom_id"
+        raise problems.field_error(field, "repeated", f"Line {first} has the same custom_id.")
 
 
-def _columns(each: _Parsed, settings: Settings) -> dict[str, Any]:
-    longest_s = settings.jobs.timeout_s
+def _item_columns(parsed: _ParsedLine, settings: Settings) -> dict[str, Any]:
+    max_timeout_s = settings.jobs.timeout_s
     return {
-        "line": each.line.number,
-        "custom_id": each.request.custom_id,
-        "kind": each.request.kind,
-        "model": each.parameters.model,
-        "images": len(each.parameters.seeds),
-        "parameters": orjson.Fragment(each.parameters.model_dump_json()),
-        "metadata": each.request.metadata,
-        "timeout_s": min(each.request.timeout_s or longest_s, longest_s),
+        "line": parsed.line.number,
+        "custom_id": parsed.request.custom_id,
+        "kind": parsed.request.kind,
+        "model": parsed.parameters.model,
+        "images": len(parsed.parameters.seeds),
+        "parameters": orjson.Fragment(parsed.parameters.model_dump_json()),
+        "metadata": parsed.request.metadata,
+        "timeout_s": min(parsed.request.timeout_s or max_timeout_s, max_timeout_s),
     }

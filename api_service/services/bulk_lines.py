@@ -1,4 +1,4 @@
-"""The lines of a bulk as they arrive in a request's body."""
+"""Reads the lines of a bulk from a request's body while they arrive."""
 
 import hashlib
 import queue
@@ -13,24 +13,28 @@ from werkzeug.exceptions import RequestTimeout
 from shared.settings import BulkSettings
 
 READ_BYTES = 8 * 1024
-"""The server's `read` waits for all it was asked for, so this much of a slow sender's lines is kept last."""
+"""Size of one read. The server's `read` waits for all of it, so this much of a slow client's data may be unstored."""
 CHUNK_BYTES = 2**20
-"""Lines are stored when there are this many bytes of them, or `bulks.chunk_lines`."""
+"""Lines are stored in chunks of about this size, or of `bulks.chunk_lines` lines if that is less."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line. `text` is without its line feed, and none when it is too long; `digest` is the chain's up to here."""
+    """One line of a bulk."""
 
     number: int
+    """Counted from 1."""
     text: bytes | None
+    """Without the line feed; `None`: the line is longer than `bulks.max_line_bytes`."""
     digest: bytes
+    """Digest of all lines up to this one: d(n) = SHA-256(d(n-1) + line n)."""
 
 
-class Body:
-    """A request's body, read in a thread of its own: a sender that has gone silent must not hold a server's thread.
+class BulkBody:
+    """The body of a request that sends lines. A separate thread reads it, so that a silent client gets a timeout.
 
-    The server gives no sign when a connection breaks, the body just ends. Only a `Content-Length` proves it whole.
+    When a connection breaks, the server ends the body without an error. Only a `Content-Length` proves that the body is
+    complete.
     """
 
     def __init__(self, stream: IO[bytes], *, content_length: int | None, settings: BulkSettings) -> None:
@@ -40,53 +44,55 @@ class Body:
         self._read_bytes = 0
 
     @property
-    def whole(self) -> bool:
-        """All of it has been read, for certain."""
+    def is_complete(self) -> bool:
+        """True if all bytes of the `Content-Length` were read; always False for a chunked body."""
         return self._read_bytes == self._content_length
 
     def lines(self, *, received: int = 0, digest: bytes = b"") -> Iterator[Line]:
-        """Its lines, the first one being that behind the `received` ones with this digest.
+        """Yield the lines of the body. Their numbers and digests continue those of the lines received before.
+
+        received: number of lines received before. digest: digest of these lines.
 
         Raises:
-            RequestTimeout: nothing came for `receive_timeout_s`.
-            RequestEntityTooLarge
+            RequestTimeout: no data arrived for `bulks.receive_timeout_s`.
+            RequestEntityTooLarge: the body is larger than `bulks.max_body_bytes`.
         """
         number, hasher, pending, too_long = received, hashlib.sha256(digest), b"", False
-        for chunk in self._chunks():
-            *ends, rest = chunk.split(b"\n")
-            for end in ends:
-                hasher.update(end)
+        for chunk in self._read_chunks():
+            *line_ends, rest = chunk.split(b"\n")
+            for line_end in line_ends:
+                hasher.update(line_end)
                 number, digest = number + 1, hasher.digest()
-                text = pending + end
+                text = pending + line_end
                 yield Line(number, None if too_long or len(text) > self._settings.max_line_bytes else text, digest)
                 hasher, pending, too_long = hashlib.sha256(digest), b"", False
             hasher.update(rest)
             pending += rest
             if len(pending) > self._settings.max_line_bytes:
                 pending, too_long = b"", True
-        # Without a line feed it is a line only if nothing can have been cut off.
-        if (pending or too_long) and self.whole:
+        # The last line may lack its line feed, but only in a complete body: otherwise it may have been cut.
+        if (pending or too_long) and self.is_complete:
             yield Line(number + 1, None if too_long else pending, hasher.digest())
 
-    def _chunks(self) -> Iterator[bytes]:
-        wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        got: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    def _read_chunks(self) -> Iterator[bytes]:
+        requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        results: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
         def read() -> None:
-            while wanted.get():
+            while requests.get():
                 try:
-                    got.put(self._stream.read(READ_BYTES))
-                except Exception as error:  # handed to the thread that asked
-                    got.put(error)
+                    results.put(self._stream.read(READ_BYTES))
+                except Exception as error:  # raised in the thread that waits for the result
+                    results.put(error)
 
         threading.Thread(target=read, name="bulk-body", daemon=True).start()
         try:
             while True:
-                wanted.put(True)
+                requests.put(True)
                 try:
-                    chunk = got.get(timeout=self._settings.receive_timeout_s)
+                    chunk = results.get(timeout=self._settings.receive_timeout_s)
                 except queue.Empty:
-                    raise RequestTimeout("The lines stopped coming. Those before are kept.") from None
+                    raise RequestTimeout("The lines stopped arriving. The service keeps the lines before.") from None
                 if isinstance(chunk, Exception):
                     raise chunk
                 if not chunk:
@@ -94,18 +100,18 @@ class Body:
                 self._read_bytes += len(chunk)
                 yield chunk
         finally:
-            wanted.put(False)
+            requests.put(False)
 
 
-def chunks(lines: Iterator[Line], *, most: int) -> Iterator[list[Line]]:
-    """The lines, some at a time: up to `most`, fewer when they are long."""
-    while some := list(_some(lines, most)):
-        yield some
+def in_chunks(lines: Iterator[Line], *, max_lines: int) -> Iterator[list[Line]]:
+    """Group the lines into chunks of up to `max_lines`, or fewer once they have `CHUNK_BYTES`."""
+    while chunk := list(_next_chunk(lines, max_lines)):
+        yield chunk
 
 
-def _some(lines: Iterator[Line], most: int) -> Iterator[Line]:
+def _next_chunk(lines: Iterator[Line], max_lines: int) -> Iterator[Line]:
     size_bytes = 0
-    for line in islice(lines, most):
+    for line in islice(lines, max_lines):
         yield line
         size_bytes += len(line.text or b"")
         if size_bytes >= CHUNK_BYTES:

@@ -1,4 +1,4 @@
-"""What an owner does with bulks, without HTTP: send, follow, steer."""
+"""Use cases of bulks: send lines, complete, follow, pause, resume, cancel and retry."""
 
 import hashlib
 import logging
@@ -14,9 +14,9 @@ import orjson
 from sqlalchemy.orm import Session
 
 from api_service.http.auth import Caller
+from api_service.http.urls import API
 from api_service.services import bulk_items
-from api_service.services.bulk_lines import Body, Line, chunks
-from api_service.services.views import API
+from api_service.services.bulk_lines import BulkBody, Line, in_chunks
 from shared.cache import get_cache_manager
 from shared.contracts.bulks import (
     BulkComplete,
@@ -36,7 +36,7 @@ from shared.contracts.common import OnInvalid, Page
 from shared.contracts.jobs import JobError, JobKind, Lane
 from shared.db import bulks, idempotency, outputs
 from shared.db.session import session_scope
-from shared.db.tables import Bulk, BulkItem, Generation, Job
+from shared.db.tables import Bulk, BulkItem, Job, Output
 from shared.errors import (
     BulkInvalidError,
     BulkOffsetError,
@@ -48,89 +48,101 @@ from shared.errors import (
     TooManyStreamsError,
 )
 from shared.messaging import queue
-from shared.messaging.coalesce import feed_bell
-from shared.messaging.job_updates import publish_changed
+from shared.messaging.coalesce import dispatch_soon
+from shared.messaging.job_updates import publish_job_update
 from shared.settings import get_settings
-from shared.singleton import once
+from shared.singleton import process_singleton
 from shared.ssrf import check_url
 
 logger = logging.getLogger(__name__)
 
-MANY = 1000
-"""Items from which on the database's planner is told of them."""
-ROUTE = "bulks"
-"""The scope of its idempotency keys."""
-ERRORS_SHOWN = 20
-LARGE = 10_000
-COUNTS_STAND_S = 2
+ANALYZE_FROM_ITEMS = 1000
+"""A bulk with this many items or more gets an ANALYZE, so that the database plans its queries well at once."""
+IDEMPOTENCY_ROUTE = "bulks"
+"""Name under which the idempotency keys of bulks are stored."""
+MAX_ERRORS_SHOWN = 20
+CACHE_COUNTS_FROM_ITEMS = 10_000
+"""The counts of a bulk with more started items are cached."""
+COUNTS_TTL_S = 2
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A bulk that lines were sent to. `replayed`: its key was known."""
+class SentBulk:
+    """A bulk that has received lines."""
 
     view: BulkView
     replayed: bool = False
+    """The idempotency key belongs to an earlier request, which created the bulk."""
 
 
 # --- sending ------------------------------------------------------------------------------------------------------
 
 
-def send(body: Body, *, may_complete: bool, caller: Caller, key: str | None) -> Sent:
-    """Make a bulk of the lines, or go on with the one that has this key: lines that it has are compared and skipped.
+def send(body: BulkBody, *, may_complete: bool, caller: Caller, key: str | None) -> SentBulk:
+    """Create a bulk from the lines, or continue the bulk of this key; lines that it has are compared and skipped.
+
+    may_complete: start the bulk if the body is certainly complete.
 
     Raises:
-        ValidationError: the header is wrong.
-        IdempotencyKeyReusedError: `key` came with other lines in the last 24 hours.
-        BulkInvalidError: it is complete, and nothing of it runs because of its invalid lines.
-        BulkQuotaError, BulkTooLargeError, BulkStateError, BulkOffsetError, ForbiddenTargetError
-        TooManyStreamsError: this process holds as many transfers as it may.
-        DatabaseConnectionError
+        ValidationError: the header is not valid.
+        ForbiddenTargetError: the header's webhook has a URL to which the service does not send.
+        IdempotencyKeyReusedError: the key was sent with other lines in the last 24 hours.
+        BulkInvalidError: the bulk is complete and refused, because it has invalid lines or no items.
+        BulkQuotaError: the owner has too many unfinished bulks, or too many items in them.
+        BulkTooLargeError: the bulk has more than `bulks.max_items` items.
+        BulkStateError: the bulk receives no more lines.
+        BulkOffsetError: another request sent lines of this bulk at the same time.
+        QuotaExceededError: the bulk is complete, and has more images than the owner's quota allows today.
+        TooManyStreamsError: this process has reached its limit of transfers.
+        DatabaseConnectionError: the database does not answer.
     """
-    with transfer():
+    with transfer_slot():
         lines = body.lines()
         first = next(lines, None)
-        options = bulk_items.header(first)
+        options = bulk_items.parse_header(first)
         with session_scope() as session:
-            bulk, replayed = _begun(session, options, first, caller=caller, key=key)
+            bulk, replayed = _find_or_create(session, options, first, caller=caller, key=key)
         if first is not None and (options is None or replayed):
             lines = chain([first], lines)
         if replayed:
-            lines = _skipped(lines, bulk)
+            lines = _skip_received(lines, bulk)
         if bulk.state == BulkState.RECEIVING:
-            _receive(bulk.id, lines, caller=caller)
+            _store_lines(bulk.id, lines, caller=caller)
         elif next(lines, None) is not None:
             if bulk.state in (BulkState.ABANDONED, BulkState.CANCELED):
-                raise BulkStateError("The bulk takes no more lines.", state=bulk.state)
+                raise BulkStateError("The bulk receives no more lines.", state=bulk.state)
             raise IdempotencyKeyReusedError
-        return Sent(_done(bulk.id, body, may_complete=may_complete, caller=caller), replayed)
+        return SentBulk(_complete_if_all_arrived(bulk.id, body, may_complete=may_complete, caller=caller), replayed)
 
 
-def append(bulk_id: UUID, body: Body, *, from_line: int, may_complete: bool, caller: Caller) -> BulkView:
-    """Go on with the lines behind the first `from_line`.
+def append(bulk_id: UUID, body: BulkBody, *, from_line: int, may_complete: bool, caller: Caller) -> BulkView:
+    """Receive the lines after the first `from_line` lines of the bulk.
 
     Raises:
-        ResourceNotFoundError
-        BulkOffsetError: it has received another number of lines.
-        As `send`.
+        ResourceNotFoundError: the caller has no bulk with this id.
+        BulkOffsetError: the bulk has received a different number of lines than `from_line`.
+        BulkStateError: the bulk receives no more lines.
+        BulkInvalidError, BulkQuotaError, BulkTooLargeError, QuotaExceededError, TooManyStreamsError,
+        DatabaseConnectionError: as `send`.
     """
-    with transfer():
+    with transfer_slot():
         with session_scope() as session:
             bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id)
-        _check_receives(bulk, received_lines=from_line)
-        _receive(bulk_id, body.lines(received=from_line, digest=bulk.digest), caller=caller)
-        return _done(bulk_id, body, may_complete=may_complete, caller=caller)
+        _check_receiving(bulk, received_lines=from_line)
+        _store_lines(bulk_id, body.lines(received=from_line, digest=bulk.digest), caller=caller)
+        return _complete_if_all_arrived(bulk_id, body, may_complete=may_complete, caller=caller)
 
 
 def complete(bulk_id: UUID, request: BulkComplete, *, caller: Caller) -> BulkView:
-    """Start the bulk, if it has received what was sent. May be repeated.
+    """Start the bulk if it has received all lines that the client sent. May be repeated.
 
     Raises:
-        ResourceNotFoundError
-        BulkOffsetError: it has received another number of lines, or other lines.
-        BulkStateError: it was given up.
-        BulkInvalidError: nothing of it runs, because of its invalid lines.
-        QuotaExceededError: it may be completed another day.
+        ResourceNotFoundError: the caller has no bulk with this id.
+        BulkOffsetError: the bulk has received a different number of lines, or different lines.
+        BulkStateError: the bulk was abandoned.
+        BulkInvalidError: the bulk is refused, because it has invalid lines or no items.
+        QuotaExceededError: the bulk has more images than the owner's quota allows today.
+        DatabaseConnectionError: the database does not answer.
     """
     with session_scope() as session:
         bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
@@ -138,34 +150,34 @@ def complete(bulk_id: UUID, request: BulkComplete, *, caller: Caller) -> BulkVie
         if request.lines != bulk.received_lines or request.digest not in (None, digest):
             raise BulkOffsetError(received_lines=bulk.received_lines, digest=digest)
         if bulk.state == BulkState.ABANDONED:
-            raise BulkStateError("The bulk was given up: its lines had stopped coming.", state=bulk.state)
-        begins = False
+            raise BulkStateError("The bulk was abandoned, because its lines stopped arriving.", state=bulk.state)
+        starts = False
         if bulk.state == BulkState.RECEIVING:
             refused = bulk.total == 0 or (bulk.invalid and bulk.on_invalid == OnInvalid.REFUSE)
             if refused:
                 bulks.refuse(session, bulk)
             else:
                 bulks.start(session, bulk, get_settings().limits)
-                begins = True
-        refusal = _refusal(session, bulk) if bulk.state == BulkState.REFUSED else None
-        view = _views(session, [bulk])[0]
+                starts = True
+        refusal = _refusal_error(session, bulk) if bulk.state == BulkState.REFUSED else None
+        view = _bulk_views(session, [bulk])[0]
         models = bulk.models
     if refusal is not None:
         raise refusal
-    if begins and view.total >= MANY:
+    if starts and view.total >= ANALYZE_FROM_ITEMS:
         try:
             with session_scope() as session:
                 bulks.analyze(session)
-        except DatabaseError as error:  # pages are slower for a while
+        except DatabaseError as error:  # lists of items are slower for a while
             logger.warning("bulk_not_analyzed", extra={"cause": error.code})
-    _feed(models)
+    _dispatch(models)
     return view
 
 
-def _begun(
+def _find_or_create(
     session: Session, options: BulkOptions | None, first: Line | None, *, caller: Caller, key: str | None
 ) -> tuple[Bulk, bool]:
-    """The bulk to receive into, and whether it was there before."""
+    """Return the bulk that receives the lines, and whether an earlier request with this key created it."""
     settings = get_settings()
     header = options or BulkOptions()
     if header.webhook is not None:
@@ -173,14 +185,14 @@ def _begun(
     if key is not None:
         fingerprint = hashlib.sha256(orjson.dumps(header.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS))
         known = idempotency.begin(
-            session, owner_id=caller.owner_id, route=ROUTE, key=key, fingerprint=fingerprint.hexdigest()
+            session, owner_id=caller.owner_id, route=IDEMPOTENCY_ROUTE, key=key, fingerprint=fingerprint.hexdigest()
         )
         if known is not None:
             return bulks.get(session, UUID(known["id"]), owner_id=caller.owner_id), True
-    most = settings.bulks.max_items
-    if header.items is not None and header.items > most:
-        raise BulkTooLargeError(f"A bulk may have {most} items.", maximum=most)
-    count, items = bulks.open_of(session, caller.owner_id, lock=True)
+    max_items = settings.bulks.max_items
+    if header.items is not None and header.items > max_items:
+        raise BulkTooLargeError(f"A bulk may have at most {max_items} items.", maximum=max_items)
+    count, items = bulks.count_unfinished(session, caller.owner_id, lock=True)
     if count >= settings.bulks.max_open or items + (header.items or 0) > settings.bulks.max_open_items:
         raise BulkQuotaError(bulks=count, items=items)
     is_header = options is not None and first is not None
@@ -192,12 +204,18 @@ def _begun(
         digest=first.digest if is_header and first is not None else b"",
     )
     if key is not None:
-        idempotency.remember(session, {"id": str(bulk.id)}, owner_id=caller.owner_id, route=ROUTE, key=key)
+        idempotency.store_answer(
+            session, {"id": str(bulk.id)}, owner_id=caller.owner_id, route=IDEMPOTENCY_ROUTE, key=key
+        )
     return bulk, False
 
 
-def _skipped(lines: Iterator[Line], bulk: Bulk) -> Iterator[Line]:
-    """The lines behind those that the bulk has, once the last of these has proved that all of them are the same."""
+def _skip_received(lines: Iterator[Line], bulk: Bulk) -> Iterator[Line]:
+    """Skip the lines that the bulk has. The digest of the last one proves that all of them are the same.
+
+    Raises:
+        IdempotencyKeyReusedError: the skipped lines differ from the received ones.
+    """
     for line in lines:
         if line.number == bulk.received_lines and line.digest != bulk.digest:
             raise IdempotencyKeyReusedError
@@ -205,15 +223,15 @@ def _skipped(lines: Iterator[Line], bulk: Bulk) -> Iterator[Line]:
             yield line
 
 
-def _receive(bulk_id: UUID, lines: Iterator[Line], *, caller: Caller) -> None:
-    """Store the lines, each chunk in a transaction of its own: what came before a lost connection stays."""
+def _store_lines(bulk_id: UUID, lines: Iterator[Line], *, caller: Caller) -> None:
+    """Store the lines, each chunk in its own transaction, so that lines before a lost connection are kept."""
     settings = get_settings()
-    for chunk in chunks(lines, most=settings.bulks.chunk_lines):
+    for chunk in in_chunks(lines, max_lines=settings.bulks.chunk_lines):
         with session_scope() as session:
             bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
-            _check_receives(bulk, received_lines=chunk[0].number - 1)
-            checked = bulk_items.check(session, bulk, chunk, caller=caller, settings=settings)
-            bulks.append(
+            _check_receiving(bulk, received_lines=chunk[0].number - 1)
+            checked = bulk_items.check_lines(session, bulk, chunk, caller=caller, settings=settings)
+            bulks.append_lines(
                 session,
                 bulk,
                 received_lines=chunk[-1].number,
@@ -221,31 +239,33 @@ def _receive(bulk_id: UUID, lines: Iterator[Line], *, caller: Caller) -> None:
                 items=checked.items,
                 errors=checked.errors,
             )
-            if bulk.total + bulk.invalid > settings.bulks.max_items:
-                most = settings.bulks.max_items
-                raise BulkTooLargeError(f"A bulk may have {most} items.", maximum=most, bulk_id=str(bulk_id))
-            count, items = bulks.open_of(session, caller.owner_id)
+            max_items = settings.bulks.max_items
+            if bulk.total + bulk.invalid > max_items:
+                raise BulkTooLargeError(
+                    f"A bulk may have at most {max_items} items.", maximum=max_items, bulk_id=str(bulk_id)
+                )
+            count, items = bulks.count_unfinished(session, caller.owner_id)
             if items > settings.bulks.max_open_items:
                 raise BulkQuotaError(bulks=count, items=items, bulk_id=str(bulk_id))
 
 
-def _check_receives(bulk: Bulk, *, received_lines: int) -> None:
+def _check_receiving(bulk: Bulk, *, received_lines: int) -> None:
     if bulk.state != BulkState.RECEIVING:
-        raise BulkStateError("The bulk takes no more lines.", state=bulk.state)
+        raise BulkStateError("The bulk receives no more lines.", state=bulk.state)
     if bulk.received_lines != received_lines:
         raise BulkOffsetError(received_lines=bulk.received_lines, digest=bulk.digest.hex())
 
 
-def _done(bulk_id: UUID, body: Body, *, may_complete: bool, caller: Caller) -> BulkView:
+def _complete_if_all_arrived(bulk_id: UUID, body: BulkBody, *, may_complete: bool, caller: Caller) -> BulkView:
     view = get(bulk_id, caller=caller)
-    if view.state is BulkState.REFUSED or (may_complete and body.whole and view.state is BulkState.RECEIVING):
+    if view.state is BulkState.REFUSED or (may_complete and body.is_complete and view.state is BulkState.RECEIVING):
         return complete(bulk_id, BulkComplete(lines=view.received_lines), caller=caller)
     return view
 
 
-def _refusal(session: Session, bulk: Bulk) -> BulkInvalidError:
-    """The first reasons; all of them are at `errors_url`."""
-    errors, _ = bulks.line_errors(session, bulk.id, after=0, limit=ERRORS_SHOWN)
+def _refusal_error(session: Session, bulk: Bulk) -> BulkInvalidError:
+    """The error of a refused bulk, with the first `MAX_ERRORS_SHOWN` reasons. The others are at `errors_url`."""
+    errors, _ = bulks.list_line_errors(session, bulk.id, after=0, limit=MAX_ERRORS_SHOWN)
     reasons = [
         reason
         for error in errors
@@ -253,7 +273,7 @@ def _refusal(session: Session, bulk: Bulk) -> BulkInvalidError:
     ]
     return BulkInvalidError(
         None if bulk.total or bulk.invalid else "The bulk has no items.",
-        errors=list(reasons[:ERRORS_SHOWN]),
+        errors=list(reasons[:MAX_ERRORS_SHOWN]),
         bulk_id=str(bulk.id),
         invalid=bulk.invalid,
         errors_url=f"{API}/bulks/{bulk.id}/errors",
@@ -261,32 +281,33 @@ def _refusal(session: Session, bulk: Bulk) -> BulkInvalidError:
 
 
 @contextmanager
-def transfer() -> Iterator[None]:
-    """
+def transfer_slot() -> Iterator[None]:
+    """Occupy a transfer slot in this block.
+
     Raises:
-        TooManyStreamsError
+        TooManyStreamsError: this process has reached its limit of transfers.
     """
-    held = place()
+    slot = take_transfer_slot()
     try:
         yield
     finally:
-        held.release()
+        slot.release()
 
 
-def place() -> threading.BoundedSemaphore:
-    """Take a place for a transfer; whoever has it releases it.
+def take_transfer_slot() -> threading.BoundedSemaphore:
+    """Take a transfer slot. The caller must release it.
 
     Raises:
-        TooManyStreamsError: this process holds as many transfers as it may.
+        TooManyStreamsError: this process has reached its limit of transfers.
     """
-    if not _places().acquire(blocking=False):
-        raise TooManyStreamsError("This process sends or receives as many bulks as it may.")
-    return _places()
+    if not _transfer_slots().acquire(blocking=False):
+        raise TooManyStreamsError("This process has reached its limit of bulks that are sent or received at once.")
+    return _transfer_slots()
 
 
-@once
-def _places() -> threading.BoundedSemaphore:
-    """Transfers that this process may hold at a time, so that they never take all of its threads."""
+@process_singleton
+def _transfer_slots() -> threading.BoundedSemaphore:
+    """Limit of transfers in this process, so that they cannot occupy all of its threads."""
     return threading.BoundedSemaphore(get_settings().bulks.max_transfers)
 
 
@@ -294,154 +315,165 @@ def _places() -> threading.BoundedSemaphore:
 
 
 def get(bulk_id: UUID, *, caller: Caller) -> BulkView:
-    """
+    """Return a bulk with its progress.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: the caller has no bulk with this id.
     """
     with session_scope() as session:
-        return _views(session, [bulks.get(session, bulk_id, owner_id=caller.owner_id)])[0]
+        return _bulk_views(session, [bulks.get(session, bulk_id, owner_id=caller.owner_id)])[0]
 
 
-def page(query: BulkQuery, *, caller: Caller) -> Page[BulkView]:
-    """
+def list_page(query: BulkQuery, *, caller: Caller) -> Page[BulkView]:
+    """Return a page of the caller's bulks, newest first.
+
     Raises:
-        InvalidCursorError
+        InvalidCursorError: the cursor was not issued by this service.
     """
     with session_scope() as session:
-        rows, next_cursor = bulks.page(session, query, owner_id=caller.owner_id)
-        return Page(items=_views(session, rows), next_cursor=next_cursor)
+        rows, next_cursor = bulks.list_page(session, query, owner_id=caller.owner_id)
+        return Page(items=_bulk_views(session, rows), next_cursor=next_cursor)
 
 
-def items(bulk_id: UUID, query: BulkItemQuery, *, caller: Caller) -> Page[BulkItemView]:
-    """
+def list_items(bulk_id: UUID, query: BulkItemQuery, *, caller: Caller) -> Page[BulkItemView]:
+    """Return a page of the bulk's items, in the order of lines.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: the caller has no bulk with this id.
     """
     with session_scope() as session:
         bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id)
-        rows, behind = bulks.items(session, bulk, after=query.cursor or 0, limit=query.limit, state=query.state)
-        made = outputs.of_jobs(session, [job.id for _, job, _ in rows if job is not None])
-        views = [_item(item, job, state, made.get(job.id, []) if job else []) for item, job, state in rows]
-    return Page(items=views, next_cursor=None if behind is None else str(behind))
+        rows, last_line = bulks.list_items(session, bulk, after=query.cursor or 0, limit=query.limit, state=query.state)
+        by_job = outputs.list_by_job(session, [job.id for _, job, _ in rows if job is not None])
+        views = [_item_view(item, job, state, by_job.get(job.id, []) if job else []) for item, job, state in rows]
+    return Page(items=views, next_cursor=None if last_line is None else str(last_line))
 
 
-def errors(bulk_id: UUID, query: LineQuery, *, caller: Caller) -> Page[BulkLineError]:
-    """
+def list_errors(bulk_id: UUID, query: LineQuery, *, caller: Caller) -> Page[BulkLineError]:
+    """Return a page of the bulk's invalid lines.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: the caller has no bulk with this id.
     """
     with session_scope() as session:
         bulks.get(session, bulk_id, owner_id=caller.owner_id)
-        rows, behind = bulks.line_errors(session, bulk_id, after=query.cursor or 0, limit=query.limit)
+        rows, last_line = bulks.list_line_errors(session, bulk_id, after=query.cursor or 0, limit=query.limit)
         views = [
             BulkLineError.model_validate(
                 {name: getattr(row, name) for name in ("line", "custom_id", "code", "detail", "errors")}
             )
             for row in rows
         ]
-    return Page(items=views, next_cursor=None if behind is None else str(behind))
+    return Page(items=views, next_cursor=None if last_line is None else str(last_line))
 
 
-# --- steering -----------------------------------------------------------------------------------------------------
+# --- control ------------------------------------------------------------------------------------------------------
 
 
 def pause(bulk_id: UUID, *, caller: Caller) -> BulkView:
-    """Start nothing more of it; what runs ends. May be repeated.
+    """Pause a bulk: running items end normally, and no other item starts. May be repeated.
 
     Raises:
-        ResourceNotFoundError, BulkStateError
+        ResourceNotFoundError: the caller has no bulk with this id.
+        BulkStateError: the bulk is neither running nor paused.
     """
     with session_scope() as session:
         bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
         bulks.pause(session, bulk)
-        view = _views(session, [bulk])[0]
-    _feed(bulk.models)  # others have more room now
+        view = _bulk_views(session, [bulk])[0]
+    _dispatch(bulk.models)  # there is room for the jobs of others now
     return view
 
 
 def resume(bulk_id: UUID, *, caller: Caller) -> BulkView:
-    """
+    """Resume a paused bulk. May be repeated.
+
     Raises:
-        ResourceNotFoundError, BulkStateError
+        ResourceNotFoundError: the caller has no bulk with this id.
+        BulkStateError: the bulk is neither paused nor running.
     """
     with session_scope() as session:
         bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
         bulks.resume(session, bulk)
-        view = _views(session, [bulk])[0]
-    _feed(bulk.models)
+        view = _bulk_views(session, [bulk])[0]
+    _dispatch(bulk.models)
     return view
 
 
 def cancel(bulk_id: UUID, *, caller: Caller) -> BulkView:
-    """End it, what waits at once and what runs within a step. May be repeated.
+    """Cancel a bulk: waiting items end at once, running ones within a denoising step. May be repeated.
 
     Raises:
-        ResourceNotFoundError
-        BulkStateError: it has ended otherwise.
+        ResourceNotFoundError: the caller has no bulk with this id.
+        BulkStateError: the bulk has ended in another state.
     """
     with session_scope() as session:
         bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
         ended = bulks.cancel(session, bulk)
-        view = _views(session, [bulk])[0]
+        view = _bulk_views(session, [bulk])[0]
     for job_id in ended:
-        publish_changed(job_id)
-    _feed(bulk.models)
+        publish_job_update(job_id)
+    _dispatch(bulk.models)
     if bulk.webhook is not None:
-        queue.ring_for_webhooks()
+        queue.notify_webhook_workers()
     return view
 
 
 def retry_failed(bulk_id: UUID, *, caller: Caller) -> BulkView:
-    """Have each item that failed, expired or died wait for another job. Those that fail from now on are left alone.
+    """Retry each item that has failed, expired or died until now, with a new job.
 
     Raises:
-        ResourceNotFoundError, BulkStateError, QuotaExceededError
+        ResourceNotFoundError: the caller has no bulk with this id.
+        BulkStateError: the bulk has not started, or was canceled, refused or abandoned.
+        QuotaExceededError: the items have more images than the owner's quota allows today.
     """
     with session_scope() as session:
         bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
         bulks.retry_failed(session, bulk, get_settings().limits)
-        view = _views(session, [bulk])[0]
-    _feed(bulk.models)
+        view = _bulk_views(session, [bulk])[0]
+    _dispatch(bulk.models)
     return view
 
 
-def _feed(models: Sequence[str]) -> None:
+def _dispatch(models: Sequence[str]) -> None:
     for model in models:
-        feed_bell(model).pull()
+        dispatch_soon(model)
 
 
 # --- views --------------------------------------------------------------------------------------------------------
 
 
-def _views(session: Session, rows: Sequence[Bulk]) -> list[BulkView]:
-    progress = _progress(session, rows)
-    return [_view(row, progress[row.id]) for row in rows]
+def _bulk_views(session: Session, rows: Sequence[Bulk]) -> list[BulkView]:
+    progress = _cached_progress(session, rows)
+    return [_bulk_view(row, progress[row.id]) for row in rows]
 
 
-def _progress(session: Session, rows: Sequence[Bulk]) -> dict[UUID, bulks.Progress]:
-    """Counting a hundred thousand rows takes 10 to 100 ms, so what was counted of a large bulk stands for a while, as
-    long as the bulk itself does not change its state."""
+def _cached_progress(session: Session, rows: Sequence[Bulk]) -> dict[UUID, bulks.Progress]:
+    """Return the progress of each bulk. That of a large bulk is cached until its state changes, or `COUNTS_TTL_S`.
+
+    To count 100,000 rows takes 10 to 100 ms.
+    """
     cache = get_cache_manager()
     keys = {
         row.id: f"bulk:{row.id}:{row.state}:{row.finished_at}:{row.total}:{row.retry_before}"
         for row in rows
-        if row.fed > LARGE
+        if row.fed > CACHE_COUNTS_FROM_ITEMS
     }
     known = {bulk_id: cache.get(key) for bulk_id, key in keys.items()}
-    progress = bulks.progress(session, [row for row in rows if known.get(row.id) is None])
-    for bulk_id, seen in known.items():
-        if seen is not None:
-            progress[bulk_id] = bulks.Progress(BulkCounts.model_validate(seen["counts"]), seen["rate_per_s"])
+    progress = bulks.get_progress(session, [row for row in rows if known.get(row.id) is None])
+    for bulk_id, cached in known.items():
+        if cached is not None:
+            progress[bulk_id] = bulks.Progress(BulkCounts.model_validate(cached["counts"]), cached["rate_per_s"])
         else:
-            made = progress[bulk_id]
-            value = {"counts": made.counts.model_dump(), "rate_per_s": made.rate_per_s}
-            cache.set(keys[bulk_id], value, COUNTS_STAND_S)
+            counted = progress[bulk_id]
+            value = {"counts": counted.counts.model_dump(), "rate_per_s": counted.rate_per_s}
+            cache.set(keys[bulk_id], value, COUNTS_TTL_S)
     return progress
 
 
-def _view(row: Bulk, progress: bulks.Progress) -> BulkView:
+def _bulk_view(row: Bulk, progress: bulks.Progress) -> BulkView:
     url = f"{API}/bulks/{row.id}"
-    left = progress.counts.queued + progress.counts.processing
+    remaining = progress.counts.queued + progress.counts.processing
     rate_per_s = progress.rate_per_s
     return BulkView(
         id=row.id,
@@ -456,7 +488,7 @@ def _view(row: Bulk, progress: bulks.Progress) -> BulkView:
         invalid=row.invalid,
         counts=progress.counts,
         rate_per_s=rate_per_s,
-        estimated_end=datetime.now(UTC) + timedelta(seconds=left / rate_per_s) if rate_per_s else None,
+        estimated_end=datetime.now(UTC) + timedelta(seconds=remaining / rate_per_s) if rate_per_s else None,
         created_at=row.created_at,
         started_at=row.started_at,
         expires_at=row.expires_at,
@@ -469,12 +501,12 @@ def _view(row: Bulk, progress: bulks.Progress) -> BulkView:
     )
 
 
-def job_of(item: BulkItem, job: Job | None, state: ItemState) -> UUID | None:
-    """The id of an item's job, also of a deleted one; none of one that waits for its first or its next."""
+def item_job_id(item: BulkItem, job: Job | None, state: ItemState) -> UUID | None:
+    """The id of an item's job, even if the job was deleted. `None`: the item waits for its first or next job."""
     return job.id if job is not None else item.job_id if state is ItemState.DELETED else None
 
 
-def _item(item: BulkItem, job: Job | None, state: ItemState, made: Sequence[Generation]) -> BulkItemView:
+def _item_view(item: BulkItem, job: Job | None, state: ItemState, item_outputs: Sequence[Output]) -> BulkItemView:
     return BulkItemView(
         line=item.line,
         custom_id=item.custom_id,
@@ -483,7 +515,7 @@ def _item(item: BulkItem, job: Job | None, state: ItemState, made: Sequence[Gene
         prompt=item.parameters["prompt"],
         metadata=item.item_metadata,
         state=state,
-        job_id=job_of(item, job, state),
+        job_id=item_job_id(item, job, state),
         error=JobError.model_validate(job.error) if job is not None and job.error else None,
         outputs=[
             BulkOutput(
@@ -497,6 +529,6 @@ def _item(item: BulkItem, job: Job | None, state: ItemState, made: Sequence[Gene
                 sha256=each.sha256,
                 content_url=f"{API}/generations/{each.id}/content",
             )
-            for each in made
+            for each in item_outputs
         ],
     )

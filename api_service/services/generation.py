@@ -1,4 +1,4 @@
-"""Submitting work, without HTTP: what decides the result is resolved here, once, and kept with the job."""
+"""Use cases that submit jobs. A request is resolved here, once: the job stores every value that decides the result."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ import pydantic
 from sqlalchemy.orm import Session
 
 from api_service.http.auth import Caller
-from api_service.services import images as corpus
 from api_service.services import views
+from api_service.services.images import find_collection
 from shared import metrics
 from shared.capabilities import check_parameters, drawable_size
 from shared.contracts.generation import (
@@ -28,94 +28,103 @@ from shared.contracts.search import ImageFilter
 from shared.contracts.service import Capabilities
 from shared.db import idempotency, images, jobs, outputs, queue_limits, quotas, spaces, workers
 from shared.db.session import session_scope
-from shared.db.tables import Generation, GenerationReference, Job, ModelRecord
+from shared.db.tables import Job, ModelRecord, Output, OutputReference
 from shared.errors import (
-    ModelNotFoundError,
     OriginalUnreadableError,
     ReferenceUnavailableError,
     UnsupportedParameterError,
     UnsupportedSizeError,
 )
-from shared.messaging.coalesce import feed_bell
+from shared.messaging.coalesce import dispatch_soon
 from shared.settings import GeneratorSettings, Settings, get_settings
 from shared.ssrf import check_url
 
-REPLAY = "replay"
-"""The route under which the idempotency keys of replays are kept."""
+REPLAY_ROUTE = "replay"
+"""Name under which the idempotency keys of replays are stored."""
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """An accepted job. `replayed`: its key was known, and this is the answer of then."""
+    """An accepted job."""
 
     view: JobView
     replayed: bool = False
+    """The idempotency key belongs to an earlier request, and `view` is the answer to that request."""
 
 
-def generation(request: GenerateRequest, *, caller: Caller, key: str | None = None) -> Submitted | DryRunView:
-    """Queue images from a prompt alone.
+def generate(request: GenerateRequest, *, caller: Caller, key: str | None = None) -> Submitted | DryRunView:
+    """Queue a job that generates images from a prompt alone.
 
     Raises:
-        ModelNotFoundError, UnsupportedSizeError, UnsupportedParameterError: the model cannot do that.
-        IdempotencyKeyReusedError: `key` came with another request in the last 24 hours.
-        OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError
+        ModelNotFoundError: no model of this name is configured.
+        UnsupportedSizeError: the model cannot draw the exact size.
+        UnsupportedParameterError: the model does not support the scheduler, a LoRA or a parameter.
+        ForbiddenTargetError: the webhook has a URL to which the service does not send.
+        IdempotencyKeyReusedError: `key` was sent with another request in the last 24 hours.
+        OwnerQueueFullError: the owner has reached its limit of queued jobs.
+        QueueFullError: the service has reached its limit of queued jobs.
+        QuotaExceededError: the images exceed the owner's quota of today.
+        DatabaseConnectionError: the database does not answer.
     """
     return _submit(JobKind.GENERATE, request, retrieval_of(request), caller=caller, key=key)
 
 
-def rag_generation(request: RagGenerateRequest, *, caller: Caller, key: str | None = None) -> Submitted | DryRunView:
-    """Queue images conditioned on what the corpus remembers, or on pinned references.
+def rag_generate(request: RagGenerateRequest, *, caller: Caller, key: str | None = None) -> Submitted | DryRunView:
+    """Queue a job that generates images conditioned on the nearest corpus images, or on pinned references.
 
     Raises:
-        As `generation`, and
-        UnsupportedModeError: the model cannot condition in the mode asked for.
-        ReferenceUnavailableError: a pinned image is not there, not the caller's, or not searchable yet.
-        ValidationError: there is no such collection.
+        Exception: all errors of `generate`.
+        UnsupportedModeError: the model cannot work in the requested mode.
+        ReferenceUnavailableError: a pinned image does not exist, is not visible to the caller, or is not searchable.
+        ValidationError: no collection has the requested name.
     """
     return _submit(JobKind.RAG_GENERATE, request, retrieval_of(request), caller=caller, key=key)
 
 
 def retry(job_id: UUID, *, caller: Caller) -> JobView:
-    """Queue a new job that does the same as one that ended without success.
+    """Queue a new job that repeats one that ended without success.
 
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: the caller has no job with this id.
         JobStateError: the job has not ended, or has succeeded.
-        ReferenceUnavailableError, OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError
+        ReferenceUnavailableError: a pinned reference does not exist any more.
+        OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError: as `generate`.
     """
     with session_scope() as session:
         old = jobs.get(session, job_id, owner_id=caller.owner_id)
         queue_limits.refuse_when_full(session, caller.owner_id, get_settings().queue)
         job = jobs.insert_retry(session, old)
         parameters = GenerationParameters.model_validate(old.parameters)
-        _check_pinned(session, parameters.references, caller=caller)
-        view = _accept(session, job, route="retry", caller=caller, key=None, settings=get_settings())
-    return _announced(view).view
+        _check_pinned_images(session, parameters.references, caller=caller)
+        view = _finish_submit(session, job, route="retry", caller=caller, key=None, settings=get_settings())
+    return _dispatch(view).view
 
 
 def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Submitted:
-    """Queue a job that draws an output again, from its record, and compares the two.
+    """Queue a job that draws an output again from its record, and compares the two.
 
     Raises:
-        ResourceNotFoundError: there is no such output.
-        ReferenceUnavailableError: an image that shaped it is gone.
-        ModelNotFoundError: its model is not configured any more.
-        OriginalUnreadableError: another release recorded it, with what this one does not know.
-        IdempotencyKeyReusedError, OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError
+        ResourceNotFoundError: the caller has no output with this id.
+        ReferenceUnavailableError: a reference of the output does not exist any more.
+        ModelNotFoundError: the model of the output is not configured any more.
+        OriginalUnreadableError: another release recorded the output, in a form that this release cannot read.
+        IdempotencyKeyReusedError, OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError:
+            as `generate`.
     """
     settings = get_settings()
     with session_scope() as session:
         if key is not None:
             known = idempotency.begin(
-                session, owner_id=caller.owner_id, route=REPLAY, key=key, fingerprint=str(generation_id)
+                session, owner_id=caller.owner_id, route=REPLAY_ROUTE, key=key, fingerprint=str(generation_id)
             )
             if known is not None:
                 return Submitted(JobView.model_validate(known), replayed=True)
         original = outputs.get(session, generation_id, owner_id=caller.owner_id)
-        parameters = _as_recorded(original, outputs.references_of(session, [original.id]).get(original.id, []))
-        if parameters.model not in settings.model.generators:
-            raise ModelNotFoundError(model=parameters.model, models=sorted(settings.model.generators))
-        _check_pinned(session, parameters.references, caller=caller)
+        parameters = _recorded_parameters(
+            original, outputs.list_references(session, [original.id]).get(original.id, [])
+        )
+        settings.model.generator(parameters.model)  # raises when the model is not configured any more
+        _check_pinned_images(session, parameters.references, caller=caller)
         queue_limits.refuse_when_full(session, caller.owner_id, settings.queue)
         job = jobs.insert(
             session,
@@ -127,12 +136,12 @@ def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Su
             timeout_s=settings.jobs.timeout_s,
             replay_of=original.id,
         )
-        view = _accept(session, job, route=REPLAY, caller=caller, key=key, settings=settings)
-    return _announced(view)
+        view = _finish_submit(session, job, route=REPLAY_ROUTE, caller=caller, key=key, settings=settings)
+    return _dispatch(view)
 
 
-def _as_recorded(original: Generation, references: Sequence[GenerationReference]) -> GenerationParameters:
-    """What it takes to draw one output again: its own seed, mode and references, and nothing that is looked for."""
+def _recorded_parameters(original: Output, references: Sequence[OutputReference]) -> GenerationParameters:
+    """Return the parameters that draw one output again: its own seed, mode and references, without a search."""
     try:
         return GenerationParameters.model_validate(
             {
@@ -149,7 +158,7 @@ def _as_recorded(original: Generation, references: Sequence[GenerationReference]
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The part of a request that is about references; None where the service decides."""
+    """The part of a request that is about references; `None`: the service chooses the value."""
 
     mode: Mode
     k: int | None = None
@@ -187,11 +196,11 @@ def _submit(
             )
             if known is not None:
                 return Submitted(JobView.model_validate(known), replayed=True)
-        parameters = _resolved(session, request, retrieval, caller=caller, settings=settings)
+        parameters = _resolve_and_check(session, request, retrieval, caller=caller, settings=settings)
         if request.dry_run:
             return DryRunView(kind=kind, parameters=parameters)
         queue_limits.refuse_when_full(session, caller.owner_id, settings.queue)
-        longest_s = settings.jobs.timeout_s
+        max_timeout_s = settings.jobs.timeout_s
         job = jobs.insert(
             session,
             owner_id=caller.owner_id,
@@ -199,71 +208,76 @@ def _submit(
             lane=request.lane,
             parameters=parameters,
             metadata=request.metadata,
-            timeout_s=min(request.timeout_s or longest_s, longest_s),
+            timeout_s=min(request.timeout_s or max_timeout_s, max_timeout_s),
             expires_in_s=request.expires_in_s,
             webhook=request.webhook,
         )
-        view = _accept(session, job, route=kind, caller=caller, key=key, settings=settings)
-    return _announced(view)
+        view = _finish_submit(session, job, route=kind, caller=caller, key=key, settings=settings)
+    return _dispatch(view)
 
 
-def _accept(session: Session, job: Job, *, route: str, caller: Caller, key: str | None, settings: Settings) -> JobView:
-    """The answer to a submit, kept for its key; the last thing in the transaction that makes the job."""
+def _finish_submit(
+    session: Session, job: Job, *, route: str, caller: Caller, key: str | None, settings: Settings
+) -> JobView:
+    """Store the answer for the idempotency key and reserve the quota. Call it last in the transaction of the job."""
     session.refresh(job)
     view = views.job(session, job)
     if key is not None:
-        idempotency.remember(session, view.model_dump(mode="json"), owner_id=caller.owner_id, route=route, key=key)
-    # Last, because the owner's other submits wait for the end of this transaction from here on.
+        idempotency.store_answer(session, view.model_dump(mode="json"), owner_id=caller.owner_id, route=route, key=key)
+    # Last, because from here on the owner's other submits wait for the end of this transaction.
     job.quota_day = quotas.reserve(session, caller.owner_id, job.images, settings.limits)
     return view
 
 
-def _announced(view: JobView) -> Submitted:
-    """After the commit: no worker may look for a row that is not there yet. A broker that is away fails nothing, the
-    row is the outbox."""
-    metrics.increment_counter("jobs_submitted_total", labels={"kind": view.kind})
-    feed_bell(view.model).pull()
+def _dispatch(view: JobView) -> Submitted:
+    """Request that the job is published. Call it after the commit: a worker must find the row.
+
+    It works while the broker is unavailable, because the row is the outbox.
+    """
+    metrics.increment_counter(metrics.JOBS_SUBMITTED, labels={"kind": view.kind})
+    dispatch_soon(view.model)
     return Submitted(view)
 
 
 def fingerprint(request: GenerateRequest) -> str:
-    """Equal for requests that mean the same, however they were written: it is taken after the defaults."""
+    """Return a digest of the request with its defaults. Two ways to write the same request have the same digest."""
     return hashlib.sha256(orjson.dumps(request.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def _resolved(
+def _resolve_and_check(
     session: Session, request: GenerateRequest, retrieval: Retrieval, *, caller: Caller, settings: Settings
 ) -> GenerationParameters:
-    """The request with nothing left open, and everything there that it names."""
-    parameters = resolved(request, retrieval, settings=settings, capabilities=workers.capabilities(session))
+    """Resolve the request, and check that the collection and the pinned images exist."""
+    parameters = resolve(request, retrieval, settings=settings, capabilities=workers.list_capabilities(session))
     if retrieval.mode is not Mode.NONE:
-        corpus.named(session, retrieval.where.collection, caller=caller, field="body.filter.collection")
-        _check_pinned(session, retrieval.pinned, caller=caller)
+        find_collection(session, retrieval.where.collection, caller=caller, field="body.filter.collection")
+        _check_pinned_images(session, retrieval.pinned, caller=caller)
     return parameters
 
 
-def resolved(
+def resolve(
     request: GenerateRequest,
     retrieval: Retrieval,
     *,
     settings: Settings,
     capabilities: Mapping[str, tuple[Capabilities, ModelRecord]],
 ) -> GenerationParameters:
-    """The request with nothing left open. Whether the collection and the images it names exist is not asked here.
+    """Resolve every value of the request. This does not check whether its collection and images exist.
 
     Raises:
-        ModelNotFoundError, UnsupportedModeError, UnsupportedSizeError, UnsupportedParameterError
+        ModelNotFoundError: no model of this name is configured.
+        UnsupportedModeError: the model cannot work in the requested mode.
+        UnsupportedSizeError: the model cannot draw the exact size.
+        UnsupportedParameterError: the model does not support the scheduler, a LoRA or a parameter.
     """
     name = request.model or settings.model.default_generator
-    generator = settings.model.generators.get(name)
-    if generator is None:
-        raise ModelNotFoundError(model=name, models=sorted(settings.model.generators))
+    generator = settings.model.generator(name)
     defaults = generator.defaults
     width, height = request.width or defaults.width, request.height or defaults.height
     known = capabilities.get(name)
-    _check(request, retrieval, generator, known[0] if known else None, width=width, height=height)
+    _check_request(request, retrieval, generator, known[0] if known else None, width=width, height=height)
 
-    wanted = retrieval.k if retrieval.k is not None else settings.retrieval.default_k
+    requested_k = retrieval.k if retrieval.k is not None else settings.retrieval.default_k
     searched = retrieval.mode is not Mode.NONE and not retrieval.pinned
     return GenerationParameters(
         prompt=request.prompt,
@@ -274,27 +288,27 @@ def resolved(
         height=height,
         exact_size=request.exact_size,
         num_inference_steps=request.num_inference_steps or defaults.num_inference_steps,
-        guidance_scale=_first(request.guidance_scale, defaults.guidance_scale),
+        guidance_scale=_or_default(request.guidance_scale, defaults.guidance_scale),
         scheduler=request.scheduler or defaults.scheduler,
         loras=request.loras,
         format=request.format,
         quality=request.quality,
         mode=retrieval.mode,
-        ip_adapter_scale=_first(retrieval.ip_adapter_scale, defaults.ip_adapter_scale),
-        strength=_first(retrieval.strength, defaults.strength),
-        k=min(wanted, generator.max_references) if searched else 0,
-        min_similarity=_first(retrieval.min_similarity, settings.retrieval.min_similarity),
+        ip_adapter_scale=_or_default(retrieval.ip_adapter_scale, defaults.ip_adapter_scale),
+        strength=_or_default(retrieval.strength, defaults.strength),
+        k=min(requested_k, generator.max_references) if searched else 0,
+        min_similarity=_or_default(retrieval.min_similarity, settings.retrieval.min_similarity),
         filter=retrieval.where,
         references=list(retrieval.pinned),
         preview_every=request.preview_every,
     )
 
 
-def _first(asked: float | None, default: float) -> float:
-    return default if asked is None else asked
+def _or_default(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
-def _check(
+def _check_request(
     request: GenerateRequest,
     retrieval: Retrieval,
     generator: GeneratorSettings,
@@ -303,8 +317,11 @@ def _check(
     width: int,
     height: int,
 ) -> None:
-    """Refuse what the model cannot do. Before a worker has told, only what the settings tell is checked: the job
-    then fails later, with the same code."""
+    """Refuse requests that the model cannot fulfil.
+
+    Until a worker has published the model's capabilities, only the settings are checked. The job then fails later, with
+    the same code.
+    """
     if len(retrieval.pinned) > generator.max_references:
         raise UnsupportedParameterError(
             f"This model takes at most {generator.max_references} references, not {len(retrieval.pinned)}.",
@@ -326,22 +343,22 @@ def _check(
         references=len(retrieval.pinned),
         negative_prompt=request.negative_prompt,
     )
-    drawn = drawable_size(capabilities, width, height)
-    if request.exact_size and drawn != (width, height):
+    drawable = drawable_size(capabilities, width, height)
+    if request.exact_size and drawable != (width, height):
         raise UnsupportedSizeError(
-            f"This model draws {drawn[0]} x {drawn[1]} instead of {width} x {height}.",
+            f"This model cannot draw {width} x {height}; the nearest size is {drawable[0]} x {drawable[1]}.",
             width=width,
             height=height,
-            nearest={"width": drawn[0], "height": drawn[1]},
+            nearest={"width": drawable[0], "height": drawable[1]},
         )
 
 
-def _check_pinned(session: Session, pinned: Sequence[PinnedReference], *, caller: Caller) -> None:
+def _check_pinned_images(session: Session, pinned: Sequence[PinnedReference], *, caller: Caller) -> None:
     if not pinned:
         return
     ids = [reference.image_id for reference in pinned]
     space = spaces.find_active(session)
-    there = images.searchable(session, space, ids, owner_id=caller.owner_id) if space is not None else set()
-    missing = [str(image_id) for image_id in ids if image_id not in there]
+    searchable = images.filter_searchable(session, space, ids, owner_id=caller.owner_id) if space is not None else set()
+    missing = [str(image_id) for image_id in ids if image_id not in searchable]
     if missing:
         raise ReferenceUnavailableError(image_ids=missing)

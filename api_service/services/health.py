@@ -1,12 +1,10 @@
-"""Is every part there? Each is asked at the same time and none is waited for longer than `PATIENCE_S`."""
+"""Health checks of all components. They run at the same time, each for at most `CHECK_TIMEOUT_S`."""
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from sqlalchemy import text
 
 from shared.contracts.service import ComponentHealth, HealthStatus, HealthView
@@ -14,43 +12,49 @@ from shared.db import workers
 from shared.db.session import session_scope
 from shared.errors import BaseAppException
 from shared.messaging.queue import generate_queue
+from shared.messaging.redis import connect
 from shared.settings import get_settings
-from shared.singleton import once
+from shared.singleton import process_singleton
 from shared.storage import get_blobs
 from shared.version import VERSION
 
-PATIENCE_S = 2.0
+CHECK_TIMEOUT_S = 2.0
 
 Check = Callable[[], str | None]
-"""Raises when the part is away; returns what is missing of it."""
+"""Raises an error if the component is unavailable; returns what is missing, or `None`."""
 
 
 def alive() -> HealthView:
+    """Report that this process answers, without any check."""
     return HealthView(status=HealthStatus.OK, version=VERSION, components={})
 
 
 def ready(*, strict: bool) -> HealthView:
-    """strict: jobs must be able to run, too; else it is enough that they are accepted and run later."""
-    accepting: dict[str, Check] = {"database": _database, "storage": _storage}
-    running: dict[str, Check] = {"broker": _broker, "workers": _workers}
+    """Check whether this process can serve requests.
+
+    strict: jobs must also be able to run now. Otherwise it is enough that they are accepted and run later.
+    """
+    accepting: dict[str, Check] = {"database": _check_database, "storage": _check_storage}
+    running: dict[str, Check] = {"broker": _check_broker, "workers": _check_workers}
     if strict:
-        return _asked(needed=accepting | running, useful={})
-    return _asked(needed=accepting, useful=running)
+        return _run_checks(needed=accepting | running, useful={})
+    return _run_checks(needed=accepting, useful=running)
 
 
 def everything() -> HealthView:
-    return _asked(
-        needed={"database": _database, "storage": _storage},
-        # Without a broker jobs are accepted and run later; without a cache everything is slower; workers may start.
-        useful={"broker": _broker, "cache": _cache, "workers": _workers},
+    """Check all components."""
+    return _run_checks(
+        needed={"database": _check_database, "storage": _check_storage},
+        # Without a broker or workers, jobs are accepted and run later. Without a cache, requests are slower.
+        useful={"broker": _check_broker, "cache": _check_cache, "workers": _check_workers},
     )
 
 
-def _asked(*, needed: dict[str, Check], useful: dict[str, Check]) -> HealthView:
-    futures = {name: _askers().submit(_timed, check) for name, check in (needed | useful).items()}
-    wait(futures.values(), timeout=PATIENCE_S)
+def _run_checks(*, needed: dict[str, Check], useful: dict[str, Check]) -> HealthView:
+    futures = {name: _check_executor().submit(_timed, check) for name, check in (needed | useful).items()}
+    wait(futures.values(), timeout=CHECK_TIMEOUT_S)
     components = {
-        name: _outcome(future, missing=HealthStatus.DOWN if name in needed else HealthStatus.DEGRADED)
+        name: _component_health(future, failed_status=HealthStatus.DOWN if name in needed else HealthStatus.DEGRADED)
         for name, future in futures.items()
     }
     order = [HealthStatus.OK, HealthStatus.DEGRADED, HealthStatus.DOWN]
@@ -66,45 +70,45 @@ def _timed(check: Check) -> tuple[str | None, float]:
     return check(), (time.monotonic() - started) * 1000
 
 
-def _outcome(future: "Future[tuple[str | None, float]]", *, missing: HealthStatus) -> ComponentHealth:
+def _component_health(future: "Future[tuple[str | None, float]]", *, failed_status: HealthStatus) -> ComponentHealth:
     if not future.done():
         future.cancel()
-        return ComponentHealth(status=missing, detail=f"does not answer within {PATIENCE_S:g} s")
+        return ComponentHealth(status=failed_status, detail=f"does not answer within {CHECK_TIMEOUT_S:g} s")
     error = future.exception()
     if error is None:
-        remark, latency_ms = future.result()
+        detail, latency_ms = future.result()
         return ComponentHealth(
-            status=HealthStatus.OK if remark is None else missing,
-            detail=remark,
+            status=HealthStatus.OK if detail is None else failed_status,
+            detail=detail,
             latency_ms=round(latency_ms, 2),
         )
     if isinstance(error, BaseAppException):
-        return ComponentHealth(status=missing, detail=error.message)
+        return ComponentHealth(status=failed_status, detail=error.message)
     if isinstance(error, redis.RedisError):
-        return ComponentHealth(status=missing, detail="cannot be reached")
+        return ComponentHealth(status=failed_status, detail="cannot be reached")
     raise error
 
 
-def _database() -> None:
+def _check_database() -> None:
     with session_scope() as session:
         session.execute(text("select 1"))
 
 
-def _storage() -> None:
+def _check_storage() -> None:
     get_blobs().check()
 
 
-def _broker() -> None:
+def _check_broker() -> None:
     _ping(get_settings().queue.url.get_secret_value())
 
 
-def _cache() -> None:
+def _check_cache() -> None:
     _ping(get_settings().cache.url.get_secret_value())
 
 
-def _workers() -> str | None:
+def _check_workers() -> str | None:
     with session_scope() as session:
-        ready = {(worker.kind, worker.model) for worker in workers.live(session) if worker.state == "ready"}
+        ready = {(worker.kind, worker.model) for worker in workers.list_live(session) if worker.state == "ready"}
     kinds = {kind for kind, _ in ready}
     missing = [kind for kind in ("embed", "io") if kind not in kinds]
     missing += [generate_queue(name) for name in get_settings().model.generators if ("generate", name) not in ready]
@@ -115,14 +119,12 @@ def _ping(url: str) -> None:
     _connection(url).ping()
 
 
-@once
+@process_singleton
 def _connection(url: str) -> redis.Redis:
-    return redis.Redis.from_url(
-        url, socket_timeout=PATIENCE_S / 2, socket_connect_timeout=PATIENCE_S / 2, retry=Retry(NoBackoff(), 0)
-    )
+    return connect(url, timeout_s=CHECK_TIMEOUT_S / 2)
 
 
-@once
-def _askers() -> ThreadPoolExecutor:
-    # As many as checks: one that hangs must not keep the others from being asked.
+@process_singleton
+def _check_executor() -> ThreadPoolExecutor:
+    # More threads than checks, so that checks that hang do not block the others.
     return ThreadPoolExecutor(max_workers=16, thread_name_prefix="health")

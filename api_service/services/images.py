@@ -1,4 +1,4 @@
-"""Adding, changing and removing images of the corpus, without HTTP."""
+"""Use cases of the corpus: add, list, read, change and delete images."""
 
 import re
 from collections import Counter
@@ -30,23 +30,25 @@ from shared.db.session import session_scope
 from shared.db.tables import Collection, Image
 from shared.errors import InvalidImageError, ResourceNotFoundError, UploadInterruptedError
 from shared.imaging import DecodedImage, UploadDecoder
-from shared.messaging.coalesce import embed_bell
+from shared.messaging.coalesce import notify_embed_workers_soon
 from shared.settings import get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key
 
-SHARED = "shared"
-FILENAME_LENGTH = 200
+SHARED_COLLECTION = "shared"
+MAX_FILENAME_LENGTH = 200
 
 
 @dataclass(frozen=True)
 class SentFile:
+    """A file of a request, with the name that the client gives it."""
+
     name: str | None
     data: bytes
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """A file that is an image, and what is said of it."""
+class _CheckedFile:
+    """A file that is a valid image, with its description."""
 
     file: SentFile
     image: DecodedImage
@@ -54,137 +56,147 @@ class _Checked:
 
 
 def upload(files: list[SentFile], fields: UploadFields, *, caller: Caller, decoder: UploadDecoder) -> UploadResponse:
-    """Store images, all or none; they become searchable as soon as an embed worker has their vectors.
+    """Store all images, or none. They are searchable as soon as an embed worker has computed their vectors.
 
-    A file that the collection already has is answered with the image it has. With `on_invalid: skip` files that are
-    no images are left out, and all others are stored or none.
+    For a file that the collection already has, the answer contains the existing image. With `on_invalid: skip` invalid
+    files are left out, and all others are stored or none.
 
     Raises:
-        ValidationError: no file, or too many, or `each` is not about as many.
-        InvalidImageError: and its kinds; `context` says which file.
-        DecoderBusyError, StorageError, DatabaseConnectionError
+        ValidationError: no file was sent, or too many, or `each` has another number of entries.
+        InvalidImageError: a file is not an image that the service accepts; `context` names the file.
+        DecoderBusyError: too many images are being decoded at once.
+        UploadInterruptedError: storing the images took too long.
+        StorageError: the blob store failed.
+        DatabaseConnectionError: the database does not answer.
     """
-    most = get_settings().api.max_upload_files
-    if not 1 <= len(files) <= most:
-        raise problems.mistake("form.file", "file_count", f"Send 1 to {most} files under the name `file`.")
+    max_files = get_settings().api.max_upload_files
+    if not 1 <= len(files) <= max_files:
+        raise problems.field_error("form.file", "file_count", f"Send 1 to {max_files} files under the name `file`.")
     if fields.each and len(fields.each) != len(files):
-        raise problems.mistake("form.each", "length", f"Has {len(fields.each)} entries for {len(files)} files.")
-    # 1. Every file is checked before anything of it is kept.
-    outcomes = [_checked(file, index, fields, decoder) for index, file in enumerate(files)]
-    checked = [outcome for outcome in outcomes if isinstance(outcome, _Checked)]
+        raise problems.field_error("form.each", "length", f"Has {len(fields.each)} entries for {len(files)} files.")
+    # 1. Check every file before storing any.
+    outcomes = [_check_file(file, index, fields, decoder) for index, file in enumerate(files)]
+    checked = [outcome for outcome in outcomes if isinstance(outcome, _CheckedFile)]
     if not checked:
-        return _response(outcomes, [], fields.collection)
-    # 2. Bytes before rows: a blob without a row is swept away, a row without its blob would be broken. Claimed first,
-    # so that it is not swept in between.
+        return _upload_response(outcomes, [], fields.collection)
+    # 2. Bytes before rows: the sweeper deletes a blob without a row, but a row without its blob would be broken. The
+    # claim keeps the sweeper from deleting the blobs in between.
     with session_scope() as session:
-        claim_id = blobs.claim(session, _keys(checked))
+        claim_id = blobs.claim(session, _blob_keys(checked))
     for image in (each.image for each in checked):
         get_blobs().put(image_key(image.sha256, image.format), image.data, media_type=image.format.media_type)
         get_blobs().put(thumbnail_key(image.sha256), image.thumbnail, media_type=ImageFormat.WEBP.media_type)
     # 3. All rows in one transaction.
     with session_scope() as session:
-        if not blobs.settle(session, claim_id):
+        if not blobs.end_claim(session, claim_id):
             raise UploadInterruptedError
-        collection = _writable(session, fields.collection, caller=caller)
-        response = _response(outcomes, _add_all(session, collection, checked), collection.name)
-    metrics.increment_counter("uploads_total", response.created, {"outcome": "created"})
-    metrics.increment_counter("uploads_total", response.existing, {"outcome": "existing"})
+        collection = _ensure_collection(session, fields.collection, caller=caller)
+        response = _upload_response(outcomes, _add_rows(session, collection, checked), collection.name)
+    metrics.increment_counter(metrics.UPLOADS, response.created, {"outcome": "created"})
+    metrics.increment_counter(metrics.UPLOADS, response.existing, {"outcome": "existing"})
     if any(image.state is ImageState.PENDING for image in response.images):
-        embed_bell().pull()
+        notify_embed_workers_soon()
     return response
 
 
-def page(query: ImageQuery, *, caller: Caller) -> Page[ImageView]:
-    """
+def list_page(query: ImageQuery, *, caller: Caller) -> Page[ImageView]:
+    """Return a page of a collection's images, newest first.
+
     Raises:
-        ValidationError: there is no such collection.
-        InvalidCursorError
+        ValidationError: no collection has the requested name.
+        InvalidCursorError: the cursor was not issued by this service.
     """
     with session_scope() as session:
-        collection = named(session, query.collection, caller=caller, field="query.collection")
-        rows, next_cursor = images.page(session, query, collection_id=collection.id)
+        collection = find_collection(session, query.collection, caller=caller, field="query.collection")
+        rows, next_cursor = images.list_page(session, query, collection_id=collection.id)
         return Page(items=[views.image(row, collection.name) for row in rows], next_cursor=next_cursor)
 
 
-def image(image_id: UUID, *, caller: Caller) -> ImageView:
-    """
+def get(image_id: UUID, *, caller: Caller) -> ImageView:
+    """Return an image.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: no image that the caller may see has this id.
     """
     with session_scope() as session:
         row, collection = images.get(session, image_id, owner_id=caller.owner_id)
         return views.image(row, collection.name)
 
 
-def row(image_id: UUID, *, caller: Caller) -> Image:
-    """
+def get_row(image_id: UUID, *, caller: Caller) -> Image:
+    """Return the database row of an image.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: no image that the caller may see has this id.
     """
     with session_scope() as session:
         return images.get(session, image_id, owner_id=caller.owner_id)[0]
 
 
-def change(image_id: UUID, patch: ImagePatch, *, caller: Caller) -> ImageView:
-    """Give an image new values for the fields that `patch` names.
+def update(image_id: UUID, patch: ImagePatch, *, caller: Caller) -> ImageView:
+    """Set the fields of an image that `patch` contains.
 
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: no image that the caller may see has this id.
     """
     with session_scope() as session:
         row, collection = images.get(session, image_id, owner_id=caller.owner_id)
         for name in patch.model_fields_set:
             value = getattr(patch, name)
-            # Tags and attributes are never unknown, only empty.
+            # `None` empties a field. Tags and attributes have empty values of their own.
             setattr(row, name, {"tags": [], "attributes": {}}.get(name) if value is None else value)
-        images.touch(session, row.collection_id)
+        images.bump_collection_version(session, row.collection_id)
         return views.image(row, collection.name)
 
 
-def remove(image_id: UUID, *, caller: Caller) -> None:
-    """Take an image out of every search and future generation at once.
+def delete(image_id: UUID, *, caller: Caller) -> None:
+    """Delete an image; no search and no new generation uses it from then on.
 
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: no image that the caller may see has this id.
     """
     with session_scope() as session:
         row, _ = images.get(session, image_id, owner_id=caller.owner_id)
         images.remove(session, row)
 
 
-def named(session: Session, name: str, *, caller: Caller, field: str) -> Collection:
-    """The collection that the request's `field` names: the caller's own, or the shared one.
+def find_collection(session: Session, name: str, *, caller: Caller, field: str) -> Collection:
+    """Return the collection with this name, of the caller or shared.
+
+    field: path of the request field with the name, for the error.
 
     Raises:
-        ValidationError: there is none.
+        ValidationError: no collection that the caller may see has this name.
     """
     try:
         return images.get_collection(session, name, owner_id=caller.owner_id)
     except ResourceNotFoundError as error:
-        raise problems.mistake(field, "unknown", error.message) from None
+        raise problems.field_error(field, "unknown", error.message) from None
 
 
-def _checked(file: SentFile, index: int, fields: UploadFields, decoder: UploadDecoder) -> _Checked | UploadedFile:
+def _check_file(
+    file: SentFile, index: int, fields: UploadFields, decoder: UploadDecoder
+) -> _CheckedFile | UploadedFile:
     try:
         image = decoder.decode(file.data)
     except InvalidImageError as error:
-        metrics.increment_counter("uploads_total", labels={"outcome": error.code})
+        metrics.increment_counter(metrics.UPLOADS, labels={"outcome": error.code})
         if fields.on_invalid is OnInvalid.SKIP:
             return UploadedFile(outcome=FileOutcome.SKIPPED, code=error.code, detail=error.message)
         error.context.update(file=file.name, index=index)
         raise
     description = fields.each[index] if fields.each else ImageDescription()
-    for_all = {name: getattr(fields, name) for name in ImageDescription.model_fields}
-    said = {name: getattr(description, name) for name in description.model_fields_set}
-    return _Checked(file, image, ImageDescription.model_construct(**for_all | said))
+    common = {name: getattr(fields, name) for name in ImageDescription.model_fields}
+    own = {name: getattr(description, name) for name in description.model_fields_set}
+    return _CheckedFile(file, image, ImageDescription.model_construct(**common | own))
 
 
-def _response(
-    outcomes: Sequence[_Checked | UploadedFile], rows: Sequence[tuple[Image, bool]], collection: str
+def _upload_response(
+    outcomes: Sequence[_CheckedFile | UploadedFile], rows: Sequence[tuple[Image, bool]], collection: str
 ) -> UploadResponse:
-    """rows: of the checked ones, in their order."""
-    remaining = iter(rows)
-    files = [outcome if isinstance(outcome, UploadedFile) else _stored(*next(remaining)) for outcome in outcomes]
+    """rows: row of each `_CheckedFile` of `outcomes`, in the same order, and whether it is new."""
+    next_row = iter(rows)
+    files = [outcome if isinstance(outcome, UploadedFile) else _uploaded_file(*next(next_row)) for outcome in outcomes]
     counts = Counter(file.outcome for file in files)
     return UploadResponse(
         images=[views.image(row, collection) for row, _ in rows],
@@ -194,30 +206,31 @@ def _response(
     )
 
 
-def _stored(row: Image, is_new: bool) -> UploadedFile:
+def _uploaded_file(row: Image, is_new: bool) -> UploadedFile:
     return UploadedFile(outcome=FileOutcome.CREATED if is_new else FileOutcome.EXISTING, image_id=row.id)
 
 
-def _keys(checked: Sequence[_Checked]) -> set[str]:
+def _blob_keys(checked: Sequence[_CheckedFile]) -> set[str]:
     images = [each.image for each in checked]
     return {key for image in images for key in (image_key(image.sha256, image.format), thumbnail_key(image.sha256))}
 
 
-def _writable(session: Session, name: str, *, caller: Caller) -> Collection:
-    if name == SHARED:
+def _ensure_collection(session: Session, name: str, *, caller: Caller) -> Collection:
+    """Return the shared collection, or the caller's collection of this name, created if it does not exist."""
+    if name == SHARED_COLLECTION:
         return images.get_collection(session, name, owner_id=caller.owner_id)
     return owners.ensure_collection(session, name, owner_id=caller.owner_id)
 
 
-def _add_all(session: Session, collection: Collection, checked: Sequence[_Checked]) -> list[tuple[Image, bool]]:
-    """A row for each file, in the order they were sent, and whether it is new."""
-    # Added in the order of their content: two uploads of the same files would otherwise wait for each other's rows.
+def _add_rows(session: Session, collection: Collection, checked: Sequence[_CheckedFile]) -> list[tuple[Image, bool]]:
+    """Return the row of each file, in the order of the files, and whether it is new."""
+    # Rows are added in the order of their digests. Otherwise two uploads of the same files could deadlock.
     order = sorted(range(len(checked)), key=lambda index: checked[index].image.sha256)
-    rows = {index: _add(session, collection, checked[index]) for index in order}
+    rows = {index: _add_row(session, collection, checked[index]) for index in order}
     return [rows[index] for index in range(len(checked))]
 
 
-def _add(session: Session, collection: Collection, checked: _Checked) -> tuple[Image, bool]:
+def _add_row(session: Session, collection: Collection, checked: _CheckedFile) -> tuple[Image, bool]:
     image, description = checked.image, checked.description
     return images.add(
         session,
@@ -235,12 +248,12 @@ def _add(session: Session, collection: Collection, checked: _Checked) -> tuple[I
         source=description.source,
         licence=description.licence,
         attributes=description.attributes,
-        filename=_clean(checked.file.name),
+        filename=_clean_filename(checked.file.name),
     )
 
 
-def _clean(name: str | None) -> str | None:
-    """The last part of a client's file name, without what no file name should hold."""
+def _clean_filename(name: str | None) -> str | None:
+    """Return the last part of the client's file name, without control characters; `None`: nothing is left."""
     last = PurePosixPath((name or "").replace("\\", "/")).name
-    clean = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "", last)[-FILENAME_LENGTH:].strip()
+    clean = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "", last)[-MAX_FILENAME_LENGTH:].strip()
     return clean if clean.strip(".") else None

@@ -1,4 +1,4 @@
-"""Waiting for jobs: long-polls and event streams, bounded in number and time, without a database session in hand."""
+"""Long-polls and event streams of jobs. Their number and time are limited; a wait uses no database session."""
 
 import signal
 import socket
@@ -13,8 +13,9 @@ from flask import Response
 
 from api_service.http import responses
 from api_service.http.auth import Caller
-from api_service.http.concurrency import waiters, work
+from api_service.http.concurrency import active_requests, waiter_slots
 from api_service.services import views
+from api_service.services.jobs import get as get_job
 from shared.contracts.jobs import EventView, JobState, JobView
 from shared.db import jobs
 from shared.db.session import session_scope
@@ -26,123 +27,114 @@ HEARTBEAT_S = 15.0
 RECONNECT_MS = 2000
 
 
-def job(job_id: UUID, *, caller: Caller) -> JobView:
-    """The job as it is now.
-
-    Raises:
-        ResourceNotFoundError, DatabaseConnectionError
-    """
-    with session_scope() as session:
-        row = jobs.get(session, job_id, owner_id=caller.owner_id)
-        return views.job(session, row, progress=subscriber().latest(job_id))
-
-
 def wait_for_job(
     job_id: UUID, *, caller: Caller, timeout_s: float, until: Callable[[JobView], bool]
 ) -> tuple[JobView, bool]:
-    """The job as soon as `until` holds of it, or as it is after `timeout_s`; and whether it was waited for.
+    """Wait until `until(job)` is true, at most `timeout_s`; return the job, and whether the service waited.
 
-    It is not when this process already holds as many waiters as it may, in all or of this owner.
+    It does not wait when this process has reached its limit of waiters, in all or for this owner.
 
     Raises:
-        ResourceNotFoundError, DatabaseConnectionError
+        ResourceNotFoundError: the caller has no job with this id.
+        DatabaseConnectionError: the database does not answer.
     """
     deadline = time.monotonic() + min(timeout_s, get_settings().api.max_wait_s)
-    places = waiters()
-    if not places.take(caller.owner_id):
-        return job(job_id, caller=caller), False
+    slots = waiter_slots()
+    if not slots.take(caller.owner_id):
+        return get_job(job_id, caller=caller), False
     try:
         with subscriber().watch(job_id) as watch:
-            view = job(job_id, caller=caller)
-            while not until(view) and not subscriber().closing and (left_s := deadline - time.monotonic()) > 0:
-                with work().left():
-                    changed = watch.wait(left_s).changed
+            view = get_job(job_id, caller=caller)
+            while not until(view) and not subscriber().closing and (remaining_s := deadline - time.monotonic()) > 0:
+                with active_requests().released():
+                    changed = watch.wait(remaining_s).changed
                 if changed:
-                    view = job(job_id, caller=caller)
+                    view = get_job(job_id, caller=caller)
             return view, True
     finally:
-        places.give_back(caller.owner_id)
+        slots.release(caller.owner_id)
 
 
-def end_with_process() -> None:
-    """From the first signal on, let every wait and stream come to an end, so that a stop is not held up by them.
+def close_streams_on_signal() -> None:
+    """End all waits and streams at the first signal, so that they do not delay a shutdown.
 
-    For the main thread of a server process. Granian's own signal handler stays; this one is told beside it.
+    Call it in the main thread of a server process. Granian's own signal handler stays in place.
     """
-    told, tell = socket.socketpair()
-    tell.setblocking(False)
-    signal.set_wakeup_fd(tell.fileno())
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.fileno())
 
-    def wait_for_signal(told: socket.socket, _tell: socket.socket) -> None:
-        # Both ends live as long as this thread; one that is collected would close and end the wait at once.
-        told.recv(1)
+    def wait_for_signal(receiver: socket.socket, _sender: socket.socket) -> None:
+        # The thread refers to both sockets: if one were garbage-collected, `recv` would return at once.
+        receiver.recv(1)
         close_subscriber()
 
-    threading.Thread(target=wait_for_signal, args=(told, tell), name="end-with-process", daemon=True).start()
+    threading.Thread(target=wait_for_signal, args=(receiver, sender), name="close-streams", daemon=True).start()
 
 
 def event_stream(job_id: UUID, *, caller: Caller, after: int) -> Response:
-    """The job's events later than `after` as server-sent events, live until the job has ended.
+    """Stream the job's events after number `after` as server-sent events, until the job has ended.
 
-    Events carry their number as id, so that a client resumes where it was; progress and previews carry none. 204
-    tells an EventSource that nothing will come any more.
+    Events have their number as id, so a client can resume. Progress and previews have no id. If the job has ended and
+    no event is left, the response is 204, on which an EventSource stops reconnecting.
 
     Raises:
-        ResourceNotFoundError, DatabaseConnectionError
-        TooManyStreamsError: this process already holds as many waiters as it may, in all or of this owner.
+        ResourceNotFoundError: the caller has no job with this id.
+        DatabaseConnectionError: the database does not answer.
+        TooManyStreamsError: this process has reached its limit of waiters, in all or for this owner.
     """
-    now = job(job_id, caller=caller)
-    if now.state.is_final and now.seq <= after:
+    view = get_job(job_id, caller=caller)
+    if view.state.is_final and view.seq <= after:
         return responses.no_content()
-    places = waiters()
-    if not places.take(caller.owner_id):
+    slots = waiter_slots()
+    if not slots.take(caller.owner_id):
         raise TooManyStreamsError
     response = Response(_stream(job_id, after), content_type="text/event-stream")
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Accel-Buffering"] = "no"
-    # Not in the generator: one that is closed before its first step runs no `finally`.
-    response.call_on_close(partial(places.give_back, caller.owner_id))
+    # Not in the generator: if it is closed before its first step, its `finally` does not run.
+    response.call_on_close(partial(slots.release, caller.owner_id))
     return response
 
 
 def _stream(job_id: UUID, after: int) -> Iterator[bytes]:
-    ends = time.monotonic() + get_settings().api.max_stream_s
+    ends_at = time.monotonic() + get_settings().api.max_stream_s
     yield b"retry: %d\n\n" % RECONNECT_MS
     with subscriber().watch(job_id) as watch:
-        changed, beat = True, time.monotonic() + HEARTBEAT_S
-        while time.monotonic() < ends and not subscriber().closing:
+        changed, heartbeat_at = True, time.monotonic() + HEARTBEAT_S
+        while time.monotonic() < ends_at and not subscriber().closing:
             if changed:
                 try:
-                    new, over = _events(job_id, after)
+                    new_events, ended = _new_events(job_id, after)
                 except (DatabaseConnectionError, ResourceNotFoundError):
-                    return  # the client comes back with Last-Event-ID, and hears what is wrong
-                for event in new:
-                    yield _message(event.type, event.model_dump(mode="json"), event_id=event.seq)
+                    return  # the client reconnects with Last-Event-ID, and gets the error as a response
+                for event in new_events:
+                    yield _sse_message(event.type, event.model_dump(mode="json"), event_id=event.seq)
                     after = event.seq
-                if over:
+                if ended:
                     return
-            left_s = min(beat, ends) - time.monotonic()
-            changed, progress, previews = watch.wait(max(left_s, 0))
+            remaining_s = min(heartbeat_at, ends_at) - time.monotonic()
+            changed, progress, previews = watch.wait(max(remaining_s, 0))
             for preview in previews:
-                yield _message("preview", preview.model_dump())
+                yield _sse_message("preview", preview.model_dump())
             if progress is not None:
-                yield _message("progress", progress.model_dump())
-            if time.monotonic() >= beat:
+                yield _sse_message("progress", progress.model_dump())
+            if time.monotonic() >= heartbeat_at:
                 yield b": still here\n\n"
-                beat = time.monotonic() + HEARTBEAT_S
+                heartbeat_at = time.monotonic() + HEARTBEAT_S
 
 
-def _events(job_id: UUID, after: int) -> tuple[list[EventView], bool]:
-    """New events, and whether the last of them ended the job."""
+def _new_events(job_id: UUID, after: int) -> tuple[list[EventView], bool]:
+    """Return the events after number `after`, and whether the job has ended with the last of them."""
     with session_scope() as session:
-        # Read before the events: a job that ends in between is looked at once more.
-        state = jobs.state_of(session, job_id)
-        new = [views.event(row) for row in jobs.events(session, job_id, after=after)]
+        # The state is read before the events: if the job ends in between, the caller reads once more.
+        state = jobs.find_state(session, job_id)
+        new = [views.event(row) for row in jobs.list_events(session, job_id, after=after)]
     if state is None:
         raise ResourceNotFoundError
     return new, JobState(state).is_final
 
 
-def _message(name: str, data: object, *, event_id: int | None = None) -> bytes:
-    number = b"" if event_id is None else b"id: %d\n" % event_id
-    return b"%sevent: %s\ndata: %s\n\n" % (number, name.encode(), orjson.dumps(data))
+def _sse_message(name: str, data: object, *, event_id: int | None = None) -> bytes:
+    id_line = b"" if event_id is None else b"id: %d\n" % event_id
+    return b"%sevent: %s\ndata: %s\n\n" % (id_line, name.encode(), orjson.dumps(data))

@@ -1,4 +1,4 @@
-"""What an owner does with jobs that exist, without HTTP."""
+"""Use cases of existing jobs: read, list, cancel and delete."""
 
 from uuid import UUID
 
@@ -9,25 +9,38 @@ from shared.contracts.jobs import JobQuery, JobState, JobView
 from shared.db import jobs
 from shared.db.session import session_scope
 from shared.errors import JobStateError
-from shared.messaging.job_updates import publish_changed
+from shared.messaging.job_updates import publish_job_update, subscriber
 
 
-def page(query: JobQuery, *, caller: Caller) -> Page[JobView]:
-    """
+def get(job_id: UUID, *, caller: Caller) -> JobView:
+    """Return a job as it is now.
+
     Raises:
-        InvalidCursorError
+        ResourceNotFoundError: the caller has no job with this id.
+        DatabaseConnectionError: the database does not answer.
     """
     with session_scope() as session:
-        rows, next_cursor = jobs.page(session, query, owner_id=caller.owner_id)
-        return Page(items=views.job_list(session, rows), next_cursor=next_cursor)
+        row = jobs.get(session, job_id, owner_id=caller.owner_id)
+        return views.job(session, row, progress=subscriber().latest_progress(job_id))
+
+
+def list_page(query: JobQuery, *, caller: Caller) -> Page[JobView]:
+    """Return a page of the caller's jobs, newest first.
+
+    Raises:
+        InvalidCursorError: the cursor was not issued by this service.
+    """
+    with session_scope() as session:
+        rows, next_cursor = jobs.list_page(session, query, owner_id=caller.owner_id)
+        return Page(items=views.jobs(session, rows), next_cursor=next_cursor)
 
 
 def cancel(job_id: UUID, *, caller: Caller) -> JobView:
-    """End a job that has not ended; whoever works on it finds out within a step.
+    """Cancel a job. A worker that runs it stops within a denoising step.
 
     Raises:
-        ResourceNotFoundError
-        JobStateError: it has ended already, and not by a cancel.
+        ResourceNotFoundError: the caller has no job with this id.
+        JobStateError: the job has ended in another state than `canceled`.
     """
     with session_scope() as session:
         canceled = jobs.cancel(session, job_id, owner_id=caller.owner_id)
@@ -36,14 +49,15 @@ def cancel(job_id: UUID, *, caller: Caller) -> JobView:
             raise JobStateError("The job has already ended.", state=row.state)
         view = views.job(session, row)
     if canceled:
-        publish_changed(job_id)
+        publish_job_update(job_id)
     return view
 
 
 def delete(job_id: UUID, *, caller: Caller) -> None:
-    """
+    """Delete an ended job with its outputs.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: the caller has no job with this id.
         JobStateError: the job has not ended.
     """
     with session_scope() as session:

@@ -1,4 +1,4 @@
-"""Counts and capabilities, for people and dashboards."""
+"""Counts, capabilities and usage, for people and dashboards."""
 
 from datetime import timedelta
 from typing import Any
@@ -13,21 +13,21 @@ from shared.contracts.safety import ConceptView, PolicyView, SafetyAction
 from shared.contracts.service import JobWindow, ModelsResponse, ModelView, StatsView, UsageView
 from shared.db import queue_limits, quotas, spaces, workers
 from shared.db.session import session_scope
-from shared.db.tables import Generation, Image, Job
+from shared.db.tables import Image, Job, Output
 from shared.metrics import recent_operations
 from shared.pools import pool_statistics
-from shared.request_stats import WINDOWS_MIN, request_windows
+from shared.request_stats import WINDOWS_MIN, request_stats
 from shared.settings import ConceptSettings, get_settings
 
 PERCENTILES = [0.5, 0.95, 0.99]
 
 
 def models() -> ModelsResponse:
-    """The configured generators, with what their workers have told, and what their outputs are looked through for."""
+    """Return the configured generators, the capabilities that their workers published, and the content policy."""
     settings, concepts = get_settings().model, get_settings().safety.concepts
     with session_scope() as session:
-        known = workers.capabilities(session)
-        live = workers.live(session)
+        known = workers.list_capabilities(session)
+        live = workers.list_live(session)
     return ModelsResponse(
         models=[
             ModelView(
@@ -40,11 +40,11 @@ def models() -> ModelsResponse:
             )
             for name, generator in settings.generators.items()
         ],
-        policy=PolicyView(concepts=[_concept(each) for each in concepts]) if concepts else None,
+        policy=PolicyView(concepts=[_concept_view(each) for each in concepts]) if concepts else None,
     )
 
 
-def _concept(concept: ConceptSettings) -> ConceptView:
+def _concept_view(concept: ConceptSettings) -> ConceptView:
     return ConceptView(
         name=concept.name,
         prompt=SafetyAction(concept.prompt.action) if concept.prompt else None,
@@ -53,12 +53,13 @@ def _concept(concept: ConceptSettings) -> ConceptView:
 
 
 def stats() -> StatsView:
+    """Return counts of rows, and the state of workers, cache, pools and recent requests."""
     with session_scope() as session:
         return StatsView(
-            images=_counted(session, select(Image.state, func.count()).group_by(Image.state)),
-            jobs=_counted(session, select(Job.state, func.count()).group_by(Job.state)),
-            generations=session.scalar(select(func.count()).select_from(Generation)) or 0,
-            queues=_counted(
+            images=_count_by_name(session, select(Image.state, func.count()).group_by(Image.state)),
+            jobs=_count_by_name(session, select(Job.state, func.count()).group_by(Job.state)),
+            generations=session.scalar(select(func.count()).select_from(Output)) or 0,
+            queues=_count_by_name(
                 session, select(Job.model, func.count()).where(Job.state == JobState.QUEUED).group_by(Job.model)
             ),
             workers=[
@@ -69,43 +70,43 @@ def stats() -> StatsView:
                     "state": worker.state,
                     "started_at": worker.started_at,
                 }
-                for worker in workers.live(session)
+                for worker in workers.list_live(session)
             ],
             cache=get_cache_manager().stats(),
             pools=pool_statistics(),
             embedding_spaces=[
                 {"digest": space.digest, "model": space.model, "dim": space.dim, "active": active, "vectors": vectors}
-                for space, active, vectors in spaces.listed(session)
+                for space, active, vectors in spaces.list_all(session)
             ],
-            recent_requests=request_windows().read(),
+            recent_requests=request_stats().read(),
             recent_jobs=[_jobs_ended(session, seconds=minutes * 60) for minutes in WINDOWS_MIN],
             operations=recent_operations(),
         )
 
 
 def own_usage(*, caller: Caller) -> UsageView:
-    """What the caller's owner has used today, and what waits."""
+    """Return the images that the caller's owner has used today, and its queued jobs."""
     settings = get_settings()
-    most = settings.queue.max_queued_per_owner
+    max_queued = settings.queue.max_queued_per_owner
     with session_scope() as session:
-        today = quotas.of_today(session, caller.owner_id, settings.limits)
-        queued = queue_limits.queued_of(session, caller.owner_id, at_most=most)
+        today = quotas.get_today(session, caller.owner_id, settings.limits)
+        queued = queue_limits.count_queued(session, caller.owner_id, at_most=max_queued)
     return UsageView(
         day=today.day,
         images=today.images,
         daily_images=today.quota,
         resets_at=today.ends_at,
         queued_jobs=queued,
-        max_queued_jobs=most,
+        max_queued_jobs=max_queued,
     )
 
 
 def _jobs_ended(session: Session, *, seconds: float) -> JobWindow:
-    """Every replica asks the same table, so every replica says the same."""
+    """Return statistics of the jobs that ended in the last `seconds`. All replicas read them from the same table."""
     waited = func.extract("epoch", Job.started_at - Job.created_at)
     took = func.extract("epoch", Job.finished_at - Job.created_at)
     recent = Job.finished_at > func.now() - timedelta(seconds=seconds)
-    ended = _counted(session, select(Job.state, func.count()).where(recent).group_by(Job.state))
+    ended = _count_by_name(session, select(Job.state, func.count()).where(recent).group_by(Job.state))
     percentiles = session.execute(
         select(
             func.percentile_cont(PERCENTILES).within_group(waited), func.percentile_cont(PERCENTILES).within_group(took)
@@ -125,5 +126,5 @@ def _jobs_ended(session: Session, *, seconds: float) -> JobWindow:
     )
 
 
-def _counted(session: Session, statement: Any) -> dict[str, int]:
+def _count_by_name(session: Session, statement: Any) -> dict[str, int]:
     return {str(name): count for name, count in session.execute(statement)}

@@ -1,4 +1,4 @@
-"""Rows as their owner sees them."""
+"""Converts database rows to the contracts that the API returns."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from api_service.http.urls import API
 from shared.cache import get_cache_manager
 from shared.contracts.common import ImageFormat
 from shared.contracts.images import ImageState, ImageView
@@ -27,17 +28,16 @@ from shared.contracts.safety import SafetyRecord
 from shared.contracts.search import Neighbour
 from shared.contracts.webhooks import DeliveryState, DeliveryView
 from shared.db import outputs, queue_position, throughput
-from shared.db.images import Found
-from shared.db.tables import Generation, GenerationReference, Image, Job, JobEvent, WebhookDelivery
-from shared.db.throughput import Pace
+from shared.db.images import ScoredImage
+from shared.db.tables import Image, Job, JobEvent, Output, OutputReference, WebhookDelivery
+from shared.db.throughput import Throughput
 
-API = "/api/v1"
-PACE_TTL_S = 2
+THROUGHPUT_TTL_S = 2
 
 
 def job(session: Session, row: Job, *, progress: Progress | None = None) -> JobView:
-    """A job with its outputs, its place in the queue, and how far it is."""
-    view = job_list(session, [row])[0]
+    """Return a job with its outputs, its queue position and its progress."""
+    view = jobs(session, [row])[0]
     if view.state is JobState.QUEUED:
         ahead = queue_position.queue_position(session, row)
         return view.model_copy(
@@ -46,10 +46,12 @@ def job(session: Session, row: Job, *, progress: Progress | None = None) -> JobV
     return view.model_copy(update={"progress": progress}) if view.state is JobState.PROCESSING else view
 
 
-def job_list(session: Session, rows: Sequence[Job]) -> list[JobView]:
-    """Jobs with their outputs, in order; without their places in the queue, each of which is a count."""
-    made = outputs.of_jobs(session, [row.id for row in rows])
-    used = outputs.references_of(session, [each.id for of_job in made.values() for each in of_job])
+def jobs(session: Session, rows: Sequence[Job]) -> list[JobView]:
+    """Return jobs with their outputs, in order. Their queue positions are left out, because each needs a query."""
+    outputs_by_job = outputs.list_by_job(session, [row.id for row in rows])
+    references_by_output = outputs.list_references(
+        session, [each.id for of_job in outputs_by_job.values() for each in of_job]
+    )
     return [
         JobView(
             id=row.id,
@@ -67,7 +69,7 @@ def job_list(session: Session, rows: Sequence[Job]) -> list[JobView]:
             resolution=row.resolution,
             safety=_safety(row.safety),
             error=JobError.model_validate(row.error) if row.error else None,
-            outputs=[output(each, used.get(each.id, [])) for each in made.get(row.id, [])],
+            outputs=[output(each, references_by_output.get(each.id, [])) for each in outputs_by_job.get(row.id, [])],
             metadata=row.job_metadata,
             created_at=row.created_at,
             started_at=row.started_at,
@@ -81,21 +83,21 @@ def job_list(session: Session, rows: Sequence[Job]) -> list[JobView]:
 
 
 def _estimated_start_s(session: Session, row: Job, *, jobs_ahead: int) -> float | None:
-    start_in_s = _pace(session, row.model).start_in_s(jobs_ahead)
+    start_in_s = _cached_throughput(session, row.model).start_in_s(jobs_ahead)
     if start_in_s is None:
         return None
     due_in_s = (row.run_after - datetime.now(UTC)).total_seconds() if row.run_after is not None else 0
     return round(max(start_in_s, due_in_s), 1)
 
 
-def _pace(session: Session, model: str) -> Pace:
-    """The model's pace, remembered for `PACE_TTL_S`: many wait for their jobs and all of them ask."""
+def _cached_throughput(session: Session, model: str) -> Throughput:
+    """Return the throughput of the model, cached for `THROUGHPUT_TTL_S` because all waiting clients need it."""
     cache, key = get_cache_manager(), f"pace:{model}"
     known = cache.get(key)
     if known is not None:
-        return Pace(**known)
-    found = throughput.of_model(session, model)
-    cache.set(key, asdict(found), PACE_TTL_S)
+        return Throughput(**known)
+    found = throughput.measure(session, model)
+    cache.set(key, asdict(found), THROUGHPUT_TTL_S)
     return found
 
 
@@ -103,7 +105,7 @@ def event(row: JobEvent) -> EventView:
     return EventView(seq=row.seq, type=EventType(row.type), at=row.at, data=row.data)
 
 
-def output(row: Generation, references: Sequence[GenerationReference]) -> OutputView:
+def output(row: Output, references: Sequence[OutputReference]) -> OutputView:
     return OutputView(
         id=row.id,
         job_id=row.job_id,
@@ -180,7 +182,7 @@ def image(row: Image, collection: str) -> ImageView:
     )
 
 
-def neighbour(found: Found) -> Neighbour:
+def scored_image(found: ScoredImage) -> Neighbour:
     row = found.image
     return Neighbour(
         image_id=row.id,

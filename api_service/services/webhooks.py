@@ -1,4 +1,4 @@
-"""What owners see of their webhooks and do with them, without HTTP."""
+"""Use cases of webhooks: list and repeat deliveries, rotate the signing secret."""
 
 from uuid import UUID
 
@@ -12,32 +12,34 @@ from shared.messaging import queue
 from shared.settings import get_settings
 
 
-def page(query: DeliveryQuery, *, caller: Caller) -> Page[DeliveryView]:
-    """
+def list_page(query: DeliveryQuery, *, caller: Caller) -> Page[DeliveryView]:
+    """Return a page of the caller's webhook deliveries, newest first.
+
     Raises:
-        InvalidCursorError
+        InvalidCursorError: the cursor was not issued by this service.
     """
     with session_scope() as session:
-        rows, next_cursor = webhooks.page(session, query, owner_id=caller.owner_id)
-        types = webhooks.types_of(session, rows)
+        rows, next_cursor = webhooks.list_page(session, query, owner_id=caller.owner_id)
+        types = webhooks.get_types(session, rows)
         return Page(items=[views.delivery(row, types[row.id]) for row in rows], next_cursor=next_cursor)
 
 
 def redeliver(delivery_id: UUID, *, caller: Caller) -> DeliveryView:
-    """Make a delivery due again, whatever became of it.
+    """Make a delivery due again, in any state.
 
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: the caller has no delivery with this id.
     """
     with session_scope() as session:
         webhooks.redeliver(session, delivery_id, owner_id=caller.owner_id)
         row = webhooks.get(session, delivery_id, owner_id=caller.owner_id)
-        view = views.delivery(row, webhooks.types_of(session, [row])[row.id])
-    queue.ring_for_webhooks()
+        view = views.delivery(row, webhooks.get_types(session, [row])[row.id])
+    queue.notify_webhook_workers()
     return view
 
 
 def rotate_secret(*, caller: Caller) -> WebhookSecretView:
+    """Create a signing secret. The older ones stay valid for `webhooks.secret_overlap_s`."""
     overlap_s = get_settings().webhooks.secret_overlap_s
     with session_scope() as session:
         secret, until = webhooks.rotate_secret(session, caller.owner_id, overlap_s=overlap_s)

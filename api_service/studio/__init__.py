@@ -1,29 +1,29 @@
-"""Studio: the service as pages, for people, made of the verbs that the API has.
+"""Studio: web pages for people, with the same use cases as the API.
 
-Every page works without a script. `static/studio.js` spares leaving them: a part of a page is asked for by the header
-`X-Fragment`.
+Every page works without a script. `static/studio.js` updates pages in place: with the header `X-Fragment`, a page sends
+only the part that changes.
 """
 
 from flask import Flask, Response, request
 
 from api_service.studio.corpus import studio_corpus
 from api_service.studio.generation import studio_generation
-from api_service.studio.pages import in_words, next_page, pretty
+from api_service.studio.pages import next_page_query, pretty_json, render_error
 from api_service.studio.search import studio_search
 from api_service.studio.sign_in import studio
 
-PAGES = (studio, studio_generation, studio_search, studio_corpus)
+BLUEPRINTS = (studio, studio_generation, studio_search, studio_corpus)
 
 
 def register(app: Flask) -> None:
-    for pages in PAGES:
-        app.register_blueprint(pages)
-    app.add_template_global(next_page)
-    app.add_template_filter(pretty)
-    app.after_request(_lost)
+    for blueprint in BLUEPRINTS:
+        app.register_blueprint(blueprint)
+    app.add_template_global(next_page_query)
+    app.add_template_filter(pretty_json)
+    app.after_request(_render_not_found)
 
 
-def _lost(response: Response) -> Response:
-    """An address that is none, asked for by a person; programs, which do not ask for HTML, get what they expect."""
-    asked_by_person = "text/html" in request.headers.get("Accept", "") and not request.path.startswith("/api/")
-    return in_words(response) if request.blueprint is None and asked_by_person else response
+def _render_not_found(response: Response) -> Response:
+    """Turn the error of an unknown path into a page for browsers. Programs, which do not accept HTML, get problems."""
+    from_browser = "text/html" in request.headers.get("Accept", "") and not request.path.startswith("/api/")
+    return render_error(response) if request.blueprint is None and from_browser else response

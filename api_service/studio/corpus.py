@@ -1,4 +1,4 @@
-"""The corpus as pages: browse, add, look at one image and at what it shaped, forget it."""
+"""Studio's pages of the corpus: browse, add, view and delete images."""
 
 from uuid import UUID
 
@@ -6,43 +6,44 @@ from flask import Response, current_app, g, request
 
 from api_service import services
 from api_service.http import multipart, requests
-from api_service.studio.pages import PICTURES, filled, page, pages, read, to
+from api_service.studio.pages import IMAGES_PER_PAGE, filled_fields, page_blueprint, read_form, redirect_to, render_page
 from shared.contracts.images import ImageQuery, UploadFields
 from shared.contracts.outputs import OutputQuery
 
-studio_corpus = pages("studio_corpus")
+studio_corpus = page_blueprint("studio_corpus")
 
-SHAPED = 24
+OUTPUTS_SHOWN = 24
+"""Latest outputs that are shown on the page of a corpus image."""
 
 
 @studio_corpus.get("/memory")
 def memory() -> Response:
-    query = read(ImageQuery, request.args, ("collection", "tag", "state", "cursor"), limit=PICTURES)
-    return page("memory", active="memory", images=services.images.page(query, caller=g.caller), query=query)
+    query = read_form(ImageQuery, request.args, ("collection", "tag", "state", "cursor"), limit=IMAGES_PER_PAGE)
+    return render_page("memory", active="corpus", images=services.images.list_page(query, caller=g.caller), query=query)
 
 
 @studio_corpus.post("/memory")
 def upload() -> Response:
-    said = requests.fields(
-        UploadFields, filled(request.form, ("caption", "tags", "licence", "source", "collection")), where="form"
+    values = requests.field_values(
+        UploadFields, filled_fields(request.form, ("caption", "tags", "licence", "source", "collection")), where="form"
     )
-    if "tags" in said:
-        said["tags"] = multipart.tags(said["tags"])
-    fields = requests.form(UploadFields, said)
-    sent = [file for file in multipart.files(request) if file.name]
-    services.images.upload(sent, fields, caller=g.caller, decoder=current_app.extensions["decoder"])
-    return to("studio_corpus.memory", collection=fields.collection)
+    if "tags" in values:
+        values["tags"] = multipart.split_tags(values["tags"])
+    fields = requests.parse_form(UploadFields, values)
+    files = [file for file in multipart.uploaded_files(request) if file.name]
+    services.images.upload(files, fields, caller=g.caller, decoder=current_app.extensions["decoder"])
+    return redirect_to("studio_corpus.memory", collection=fields.collection)
 
 
 @studio_corpus.get("/memory/<uuid:image_id>")
 def image(image_id: UUID) -> Response:
-    shown = services.images.image(image_id, caller=g.caller)
-    shaped = services.outputs.list_page(OutputQuery(limit=SHAPED, reference_id=image_id), caller=g.caller)
-    return page("image", active="memory", image=shown, shaped=shaped)
+    view = services.images.get(image_id, caller=g.caller)
+    outputs = services.outputs.list_page(OutputQuery(limit=OUTPUTS_SHOWN, reference_id=image_id), caller=g.caller)
+    return render_page("image", active="corpus", image=view, outputs=outputs)
 
 
-@studio_corpus.post("/memory/<uuid:image_id>/forget")
-def forget(image_id: UUID) -> Response:
-    collection = services.images.image(image_id, caller=g.caller).collection
-    services.images.remove(image_id, caller=g.caller)
-    return to("studio_corpus.memory", collection=collection)
+@studio_corpus.post("/memory/<uuid:image_id>/forget", endpoint="forget")
+def delete_image(image_id: UUID) -> Response:
+    collection = services.images.get(image_id, caller=g.caller).collection
+    services.images.delete(image_id, caller=g.caller)
+    return redirect_to("studio_corpus.memory", collection=collection)

@@ -1,4 +1,4 @@
-"""What all pages share: how they are rendered, moved on from, and what they say when something is wrong."""
+"""Functions that all pages share: render pages and errors, redirect, and read forms."""
 
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -13,29 +13,26 @@ from api_service.http import problems, requests
 from api_service.http.requests import Model
 from shared.settings import get_settings
 
-PICTURES = 48
-"""On one page."""
-SEE_OTHER = HTTPStatus.SEE_OTHER
+IMAGES_PER_PAGE = 48
 
 
-def pages(name: str) -> Blueprint:
-    """A group of pages, which tell of errors in words."""
-    group = Blueprint(name, __name__, template_folder="templates")
-    group.after_request(in_words)
-    return group
+def page_blueprint(name: str) -> Blueprint:
+    """Create a blueprint whose errors are shown as pages."""
+    blueprint = Blueprint(name, __name__, template_folder="templates")
+    blueprint.after_request(render_error)
+    return blueprint
 
 
-def is_fragment() -> bool:
-    """Whether a script asks for the part of a page that changes."""
+def wants_fragment() -> bool:
+    """Whether a script requests only the part of a page that changes."""
     return "X-Fragment" in request.headers
 
 
-def page(template: str, **values: Any) -> Response:
-    """A page, or of a fragment the block `part` alone."""
-    whole = not is_fragment()
+def render_page(template: str, **values: Any) -> Response:
+    """Render a template: the whole page, or only its block `part` for a fragment."""
     text = render_template(
         f"studio/{template}.html",
-        layout="studio/layout.html" if whole else "studio/fragment.html",
+        layout="studio/fragment.html" if wants_fragment() else "studio/layout.html",
         keys_required=get_settings().security.require_api_keys,
         **values,
     )
@@ -43,48 +40,50 @@ def page(template: str, **values: Any) -> Response:
     return Response(text, content_type="text/html; charset=utf-8", headers=headers)
 
 
-def to(endpoint: str, **values: Any) -> Response:
-    """Go there, by GET, whatever method brought one here."""
-    answer = redirect(url_for(endpoint, **values), code=SEE_OTHER)
-    assert isinstance(answer, Response)
-    return answer
+def redirect_to(endpoint: str, **values: Any) -> Response:
+    """Redirect to the page of `endpoint`; the browser requests it with GET."""
+    response = redirect(url_for(endpoint, **values), code=HTTPStatus.SEE_OTHER)
+    assert isinstance(response, Response)
+    return response
 
 
-def filled(values: "MultiDict[str, str]", names: Sequence[str]) -> "MultiDict[str, str]":
-    """Of a form's fields those of these names that something was written in.
+def filled_fields(values: "MultiDict[str, str]", names: Sequence[str]) -> "MultiDict[str, str]":
+    """Return the fields in `names` that are not empty, with LF at the ends of lines.
 
-    A browser sends empty ones, too, and ends lines as it did on a teletype.
+    Browsers also send empty fields, and end lines with CRLF.
     """
     sent = [(name, value.replace("\r\n", "\n")) for name, value in values.items(multi=True) if name in names]
     return MultiDict([(name, value) for name, value in sent if value.strip()])
 
 
-def read(model: type[Model], values: "MultiDict[str, str]", names: Sequence[str], **defaults: Any) -> Model:
-    """What a person wrote into these fields, as the contract that has them.
+def read_form(model: type[Model], values: "MultiDict[str, str]", names: Sequence[str], **defaults: Any) -> Model:
+    """Parse the fields in `names` into a contract.
 
     Raises:
-        ValidationError
+        ValidationError: a value is not valid.
     """
-    return requests.form(model, defaults | requests.fields(model, filled(values, names), where="form"))
+    return requests.parse_form(
+        model, defaults | requests.field_values(model, filled_fields(values, names), where="form")
+    )
 
 
-def pretty(record: Any) -> str:
-    """JSON for people, not yet escaped."""
+def pretty_json(record: Any) -> str:
+    """Return indented JSON, not escaped for HTML."""
     return orjson.dumps(record, option=orjson.OPT_INDENT_2).decode()
 
 
-def next_page(cursor: str) -> str:
-    """The query of the address that shows what comes after this page."""
+def next_page_query(cursor: str) -> str:
+    """Return the query string of the next page: the current one with another cursor."""
     return urlencode([*((name, value) for name, value in request.args.items() if name != "cursor"), ("cursor", cursor)])
 
 
-def in_words(response: Response) -> Response:
-    """Whatever went wrong, as a page; to who has not signed in, the page where that is done."""
+def render_error(response: Response) -> Response:
+    """Turn a problem into a page. Without a valid key, redirect to the page `sign_in`."""
     if response.mimetype != problems.MEDIA_TYPE:
         return response
-    if response.status_code == HTTPStatus.UNAUTHORIZED and not is_fragment():
-        return to("studio.sign_in")
-    told = page("problem", problem=response.get_json(force=True), active="")
-    response.set_data(told.get_data())
-    response.headers.update(told.headers)
+    if response.status_code == HTTPStatus.UNAUTHORIZED and not wants_fragment():
+        return redirect_to("studio.sign_in")
+    page = render_page("problem", problem=response.get_json(force=True), active="")
+    response.set_data(page.get_data())
+    response.headers.update(page.headers)
     return response

@@ -1,4 +1,4 @@
-"""What is remembered of words or of a picture: the plan of a generation, and searching."""
+"""Studio's search page, and the planned references that the page `create` shows for a prompt."""
 
 import base64
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from werkzeug.datastructures import MultiDict
 
 from api_service import services
 from api_service.http import requests
-from api_service.studio.pages import filled, page, pages
+from api_service.studio.pages import filled_fields, page_blueprint, render_page
 from shared.contracts.images import ImageView
 from shared.contracts.search import (
     PlannedReference,
@@ -22,76 +22,82 @@ from shared.contracts.search import (
 from shared.errors import ResourceNotFoundError
 from shared.settings import get_settings
 
-studio_search = pages("studio_search")
+studio_search = page_blueprint("studio_search")
 
-MOST_PINNED = 16
-ASKED = ("query", "k", "threshold", "image_id", "diversity", "collection")
+MAX_PINNED = 16
+SEARCH_FIELDS = ("query", "k", "threshold", "image_id", "diversity", "collection")
 
 
 @studio_search.get("/references")
 def references() -> Response:
-    """What a generation would use: the part of the page `create` that follows the prompt."""
+    """Show the references for the prompt: the part of the page `create` that follows it."""
     pinned = pinned_images(request.args)
-    return page("references", active="create", plan=plan(request.args, pinned), pinned=pinned)
+    return render_page("references", active="create", plan=plan_references(request.args, pinned), pinned=pinned)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a prompt would be drawn from. `crowded`: relevant ones for which what is pinned leaves no room."""
+    """The references that a generation would use beside the pinned ones."""
 
-    found: RagSearchResponse
-    crowded: frozenset[UUID]
+    search: RagSearchResponse
+    without_room: frozenset[UUID]
+    """Relevant references that the pinned ones leave no room for."""
 
     def uses(self, reference: PlannedReference) -> bool:
-        return reference.used and reference.image_id not in self.crowded
+        return reference.used and reference.image_id not in self.without_room
 
 
-def plan(form: "MultiDict[str, str]", pinned: Sequence[ImageView]) -> Plan | None:
-    """What the form's prompt would be drawn from beside what is pinned; None without a prompt.
+def plan_references(form: "MultiDict[str, str]", pinned: Sequence[ImageView]) -> Plan | None:
+    """Plan the references for the form's prompt, beside the pinned images; `None`: the form has no prompt.
 
     Raises:
-        EmbeddingUnavailableError, ModelNotFoundError, ValidationError
+        EmbeddingUnavailableError: no embed worker answered in time.
+        ModelNotFoundError: no model of this name is configured.
+        ValidationError: a value of the form is not valid.
     """
-    sent = filled(form, ("prompt", "model", "collection", "min_similarity", "similar_examples_count"))
+    sent = filled_fields(form, ("prompt", "model", "collection", "min_similarity", "similar_examples_count"))
     if "prompt" not in sent:
         return None
     if "similar_examples_count" in sent:
         sent["k"] = sent.pop("similar_examples_count")
-    query = requests.form(RagSearchQuery, requests.fields(RagSearchQuery, sent, where="form"))
-    found = services.search.references_for(query, caller=g.caller)
+    query = requests.parse_form(RagSearchQuery, requests.field_values(RagSearchQuery, sent, where="form"))
+    response = services.search.plan_references(query, caller=g.caller)
     models = get_settings().model
     room = max(0, models.generators[query.model or models.default_generator].max_references - len(pinned))
-    there = {image.id for image in pinned}
-    used = [each.image_id for each in found.references if each.used and each.image_id not in there]
-    return Plan(found, frozenset(used[room:]))
+    pinned_ids = {image.id for image in pinned}
+    used = [each.image_id for each in response.references if each.used and each.image_id not in pinned_ids]
+    return Plan(response, frozenset(used[room:]))
 
 
 def pinned_images(form: "MultiDict[str, str]") -> list[ImageView]:
+    """Return the images that the form pins. Ids that are invalid or no longer exist are left out."""
     pinned = []
-    for sent in list(dict.fromkeys(form.getlist("pin")))[:MOST_PINNED]:
+    for image_id in list(dict.fromkeys(form.getlist("pin")))[:MAX_PINNED]:
         try:
-            pinned.append(services.images.image(UUID(sent), caller=g.caller))
+            pinned.append(services.images.get(UUID(image_id), caller=g.caller))
         except (ValueError, ResourceNotFoundError):
-            continue  # forgotten since it was pinned
+            continue
     return pinned
 
 
 @studio_search.route("/search", methods=["GET", "POST"])
 def search() -> Response:
-    """By words, by a picture that is sent, by an image of the corpus, or by several of these."""
+    """Search by words, by an uploaded picture, by a corpus image, or by words and one of these images."""
     form = request.form if request.method == "POST" else request.args
-    sent = request.files.get("image")
-    picture = sent.read() if sent is not None else b""
-    asked = filled(form, ASKED)
-    collection = asked.pop("collection", None)
-    values = requests.fields(SearchRequest, asked, where="form")
+    file = request.files.get("image")
+    picture = file.read() if file is not None else b""
+    sent = filled_fields(form, SEARCH_FIELDS)
+    collection = sent.pop("collection", None)
+    values = requests.field_values(SearchRequest, sent, where="form")
     if not values.keys() & {"query", "image_id"} and not picture:
-        return page("search", active="memory", found=None, like=None, form=form)
+        return render_page("search", active="corpus", found=None, similar_to=None, form=form)
     if picture:
         values["image"] = base64.b64encode(picture).decode()
     if collection:
         values["filter"] = {"collection": collection}
-    wanted = requests.form(SearchRequest, values)
-    answer = services.search.images_like(wanted, caller=g.caller, decoder=current_app.extensions["decoder"])
-    like = services.images.image(wanted.image_id, caller=g.caller) if wanted.image_id else None
-    return page("search", active="memory", found=SearchResponse.model_validate_json(answer), like=like, form=form)
+    search_request = requests.parse_form(SearchRequest, values)
+    found = SearchResponse.model_validate_json(
+        services.search.search_images(search_request, caller=g.caller, decoder=current_app.extensions["decoder"])
+    )
+    similar_to = services.images.get(search_request.image_id, caller=g.caller) if search_request.image_id else None
+    return render_page("search", active="corpus", found=found, similar_to=similar_to, form=form)

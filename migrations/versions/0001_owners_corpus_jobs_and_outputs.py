@@ -339,7 +339,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # Vector tables are made at run time, one per embedding space. The extension stays: others may use it.
+    # The service creates vector tables at run time, one per embedding space. The extension is kept, because other
+    # schemas may use it.
     op.execute(r"""
         do $$ declare t text; begin
             for t in select tablename from pg_tables where schemaname = current_schema() and tablename like 'vectors\_%'

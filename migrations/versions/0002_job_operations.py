@@ -11,7 +11,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # An image's work is fenced and its crashes are counted, as a job's are.
+    # Fencing and crash counts for images, as for jobs.
     op.add_column("images", sa.Column("attempt", sa.Integer(), server_default=sa.text("0"), nullable=False))
     op.add_column("images", sa.Column("crashes", sa.Integer(), server_default=sa.text("0"), nullable=False))
     op.add_column("images", sa.Column("model_started", sa.Boolean(), server_default=sa.text("false"), nullable=False))
@@ -22,7 +22,7 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("state = 'pending' and lease_until is not null"),
     )
-    # Sweeping blobs.
+    # The blob sweeper.
     op.create_index(op.f("ix_images_sha256"), "images", ["sha256"], unique=False)
     op.create_table(
         "blob_claims",
@@ -50,7 +50,7 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("state <> 'pending'"),
     )
-    # Places in the queue.
+    # Queue positions.
     op.create_index(
         "ix_jobs_queued",
         "jobs",
@@ -58,7 +58,7 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("state = 'queued'"),
     )
-    # Caps and quotas of owners.
+    # Limits and quotas of owners.
     op.create_index(
         "ix_jobs_queued_owner", "jobs", ["owner_id"], unique=False, postgresql_where=sa.text("state = 'queued'")
     )
@@ -72,7 +72,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["owner_id"], ["owners.id"], name=op.f("fk_image_usage_owner_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("owner_id", "day", name=op.f("pk_image_usage")),
     )
-    # Lists of deliveries.
+    # Lists of webhook deliveries.
     op.create_index(
         op.f("ix_webhook_deliveries_owner_id"),
         "webhook_deliveries",

@@ -109,7 +109,7 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("bulk_id is not null"),
     )
-    # A delivery is about an event of a job, or carries its own body.
+    # A delivery refers to an event of a job, or has its own body.
     op.alter_column("webhook_deliveries", "job_id", existing_type=sa.Uuid(), nullable=True)
     op.alter_column("webhook_deliveries", "seq", existing_type=sa.BigInteger(), nullable=True)
     op.add_column("webhook_deliveries", sa.Column("body", postgresql.JSONB(astext_type=sa.Text()), nullable=True))

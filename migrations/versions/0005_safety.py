@@ -11,7 +11,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # The release before neither reads nor writes it.
+    # The previous release neither reads nor writes this column.
     op.add_column("jobs", sa.Column("safety", postgresql.JSONB(astext_type=sa.Text()), nullable=True))
 
 

@@ -11,7 +11,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # The release before neither reads nor writes them: a worker of it draws a replay and compares nothing.
+    # The previous release neither reads nor writes these columns: its workers run a replay without the comparison.
     op.add_column("jobs", sa.Column("replay_of", sa.Uuid(), nullable=True))
     op.add_column("generations", sa.Column("replay", postgresql.JSONB(astext_type=sa.Text()), nullable=True))
 

@@ -1,1 +1,1 @@
-"""Requests, responses and what services tell each other, by noun. Nothing here imports the rest of the product."""
+"""Models of requests, responses and stored records, by noun. They import no other part of the product."""

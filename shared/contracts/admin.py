@@ -11,7 +11,7 @@ from shared.contracts.common import Contract, Moment, Name, PageQuery, Text
 
 
 class Scope(StrEnum):
-    """What a key allows."""
+    """A permission of an API key."""
 
     GENERATE = "generate"
     SEARCH = "search"
@@ -28,15 +28,15 @@ class OwnerPatch(Contract):
         None,
         ge=0,
         le=2**31 - 1,
-        description="images per day (UTC); 0: as many as it likes; null: what the service says",
+        description="images per day (UTC); 0: no quota; `null`: the quota of the service",
     )
-    disabled: bool = Field(False, description="true: none of its keys is valid; its jobs run on")
+    disabled: bool = Field(False, description="true: its keys are invalid; its jobs continue")
 
 
 class OwnerView(Contract):
     id: UUID
     name: str
-    daily_images: int | None = Field(description="its own quota; none: what the service says")
+    daily_images: int | None = Field(description="the owner's own quota; `null`: the quota of the service")
     created_at: datetime
     disabled_at: datetime | None
 
@@ -46,15 +46,19 @@ class KeyCreate(Contract):
     scopes: Annotated[list[Scope], Field(min_length=1, max_length=len(Scope))] = Field(
         examples=[["generate", "search"]]
     )
-    expires_in_s: float | None = Field(None, gt=0, le=10 * 366 * 86_400, description="none: it does not expire")
+    expires_in_s: float | None = Field(
+        None, gt=0, le=10 * 366 * 86_400, description="seconds until the key expires; `null`: never"
+    )
 
 
 class KeyPatch(Contract):
-    expires_at: Moment | None = Field(description="null: it does not expire; a time in the past ends it now")
+    expires_at: Moment | None = Field(description="`null`: the key does not expire; a time in the past ends it now")
 
 
 class KeyRotate(Contract):
-    overlap_s: float = Field(86_400, ge=0, le=30 * 86_400, description="how long the old key is valid beside the new")
+    overlap_s: float = Field(
+        86_400, ge=0, le=30 * 86_400, description="how long the old key stays valid beside the new one"
+    )
 
 
 class KeyQuery(PageQuery):
@@ -67,7 +71,9 @@ class KeyView(Contract):
     id: UUID
     owner_id: UUID
     name: str
-    begins_with: str = Field(description="of the secret, so that people can tell keys apart", examples=["aft_x7Kq2m"])
+    begins_with: str = Field(
+        description="first characters of the secret, by which people recognise the key", examples=["aft_x7Kq2m"]
+    )
     scopes: list[Scope]
     created_at: datetime
     expires_at: datetime | None

@@ -1,7 +1,7 @@
-"""Bulks: up to a hundred thousand generations sent as one stream of JSON Lines.
+"""Bulks: many thousand generations, sent as one stream of JSON Lines.
 
-The stream's first line may be a header, `{"bulk": {...}}`; every other line is one item. Lines count from 1, blank ones
-and the header included, so that a line's number is the one that an editor shows.
+The first line of the stream may be a header, `{"bulk": {...}}`. Every other line is one item. Line numbers start at 1
+and count blank lines and the header, as an editor does.
 """
 
 from datetime import datetime
@@ -20,13 +20,13 @@ CustomId = Annotated[Text, Field(min_length=1, max_length=200)]
 
 
 class BulkState(StrEnum):
-    RECEIVING = "receiving"  # lines arrive; nothing of it runs
+    RECEIVING = "receiving"  # lines arrive; no item runs yet
     RUNNING = "running"
-    PAUSED = "paused"  # what runs ends, nothing new starts
-    COMPLETED = "completed"  # every item has ended, one way or another
+    PAUSED = "paused"  # running items end, no other item starts
+    COMPLETED = "completed"  # every item has ended, in any final state
     CANCELED = "canceled"
-    REFUSED = "refused"  # it had invalid lines and was to be all or nothing, or it had no valid one
-    ABANDONED = "abandoned"  # its lines stopped coming
+    REFUSED = "refused"  # a line was invalid and `on_invalid` is `refuse`, or no line was valid
+    ABANDONED = "abandoned"  # its lines stopped arriving
 
     @property
     def is_final(self) -> bool:
@@ -34,77 +34,82 @@ class BulkState(StrEnum):
 
 
 class BulkWebhook(Contract):
-    """Whom to tell when the bulk has ended, signed by Standard Webhooks with the owner's secret."""
+    """Receiver of an event when the bulk has ended, signed with the owner's secret (Standard Webhooks)."""
 
     url: Annotated[Text, Field(min_length=8, max_length=2000)]
 
 
 class BulkOptions(Contract):
-    """What holds for the whole bulk."""
+    """Options of the whole bulk."""
 
     name: Annotated[Text, Field(min_length=1, max_length=200)] | None = None
     on_invalid: OnInvalid = Field(
-        OnInvalid.REFUSE, description="`refuse`: one invalid line and nothing runs; `skip`: the valid lines run"
+        OnInvalid.REFUSE, description="`refuse`: one invalid line stops the whole bulk; `skip`: the valid lines run"
     )
     lane: Lane = Lane.BULK
     defaults: dict[str, Any] = Field(
-        default_factory=dict, max_length=64, description="fields of an item, for every line that does not name them"
+        default_factory=dict, max_length=64, description="values for the fields that a line leaves out"
     )
     items: int | None = Field(
-        None, ge=1, description="how many will come, to have room for them reserved, or to be told at once"
+        None,
+        ge=1,
+        description="announced number of items; the service reserves room for them or refuses the bulk at once",
     )
     expires_in_s: float | None = Field(
-        None, gt=0, le=30 * 86_400, description="from its completion on; items that wait longer are `expired`"
+        None,
+        gt=0,
+        le=30 * 86_400,
+        description="seconds from the start of the bulk; items that wait longer become `expired`",
     )
     webhook: BulkWebhook | None = None
-    metadata: Metadata = Field(default_factory=dict, description="echoed wherever the bulk is shown")
+    metadata: Metadata = Field(default_factory=dict, description="returned with the bulk")
 
 
 class BulkHeader(Contract):
-    """The stream's first line, if it is not an item yet."""
+    """The first line of the stream, if it is not an item."""
 
     bulk: BulkOptions
 
 
-OF_THE_BULK = ("lane", "webhook", "expires_in_s", "dry_run")
-"""Fields of a request that hold for a bulk as a whole, so that no line may name them."""
+BULK_LEVEL_FIELDS = ("lane", "webhook", "expires_in_s", "dry_run")
+"""Request fields that apply to a whole bulk. A line must not contain them."""
 
 
 class BulkGenerateItem(GenerateRequest):
     """A line that asks for images from a prompt alone."""
 
     kind: Literal[JobKind.GENERATE]
-    custom_id: CustomId | None = Field(None, description="the caller's own name of the item, unique in the bulk")
+    custom_id: CustomId | None = Field(None, description="name that the caller gives the item, unique in the bulk")
 
 
 class BulkRagGenerateItem(RagGenerateRequest):
     """A line that asks for retrieval-augmented images."""
 
     kind: Literal[JobKind.RAG_GENERATE] = JobKind.RAG_GENERATE
-    custom_id: CustomId | None = Field(None, description="the caller's own name of the item, unique in the bulk")
+    custom_id: CustomId | None = Field(None, description="name that the caller gives the item, unique in the bulk")
 
 
 class BulkSend(Contract):
     complete: bool = Field(
         True,
-        description="the bulk is complete when this body has arrived whole, which only a `Content-Length` can prove: "
+        description="the bulk is complete after this body; only a `Content-Length` proves that all of it arrived; "
         "after a chunked body send `POST /bulks/{bulk_id}/complete`",
     )
 
 
 class BulkAppend(BulkSend):
-    from_line: int = Field(ge=0, description="how many lines were received before; the body starts with the next one")
+    from_line: int = Field(ge=0, description="number of lines received before; the body starts with the next line")
 
 
 class BulkComplete(Contract):
-    """The sender's own count, so that no lost line goes unnoticed."""
+    """The sender's own count of lines, which reveals a lost line."""
 
-    lines: int = Field(ge=0, description="all lines of the stream, blank ones and the header included")
-    digest: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="of these lines; compared if given")
+    lines: int = Field(ge=0, description="all lines of the stream, blank lines and the header included")
+    digest: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="digest of these lines; compared if given")
 
 
 class BulkCounts(Contract):
-    """Items by state; they sum up to `total`."""
+    """Number of items by state. The sum is `total`."""
 
     queued: int = 0
     processing: int = 0
@@ -113,7 +118,7 @@ class BulkCounts(Contract):
     canceled: int = 0
     expired: int = 0
     dead: int = 0
-    deleted: int = Field(0, description="the item's job was deleted")
+    deleted: int = Field(0, description="items whose job was deleted")
 
 
 class BulkView(Contract):
@@ -125,17 +130,17 @@ class BulkView(Contract):
     lane: Lane
     on_invalid: OnInvalid
     metadata: Metadata
-    received_lines: int = Field(description="lines stored for good; a resumed stream goes on with the next one")
+    received_lines: int = Field(description="stored lines; a resumed stream continues with the next one")
     digest: str = Field(
-        description="of these lines: d(0) is empty, d(n) = SHA-256(d(n-1) + line n without its line feed), in hex"
+        description="hex digest of these lines: d(0) is empty, d(n) = SHA-256(d(n-1) + line n without its line feed)"
     )
     total: int = Field(description="valid items")
-    invalid: int = Field(description="invalid lines: see `errors_url`")
+    invalid: int = Field(description="invalid lines; `errors_url` lists them")
     counts: BulkCounts
-    rate_per_s: float | None = Field(None, description="items ended per second, over the last minute, while running")
+    rate_per_s: float | None = Field(None, description="items ended per second in the last minute; only while running")
     estimated_end: datetime | None = None
     created_at: datetime
-    started_at: datetime | None = Field(None, description="when it was complete")
+    started_at: datetime | None = Field(None, description="when all lines had arrived")
     expires_at: datetime | None = None
     finished_at: datetime | None = None
     url: str
@@ -150,7 +155,7 @@ class BulkQuery(PageQuery):
 
 
 class ItemState(StrEnum):
-    """A job's state, or what the item is while it has no job (any more)."""
+    """The state of the item's job, or of an item that has no job, or no longer has one."""
 
     QUEUED = "queued"
     PROCESSING = "processing"
@@ -167,7 +172,7 @@ class ItemState(StrEnum):
 
 
 class BulkOutput(Contract):
-    """A generated image, as much of it as a download needs."""
+    """A generated image with the fields that a download needs."""
 
     id: UUID
     index: int
@@ -188,13 +193,13 @@ class BulkItemView(Contract):
     prompt: str
     metadata: Metadata
     state: ItemState
-    job_id: UUID | None = Field(description="none while its turn has not come")
+    job_id: UUID | None = Field(description="`null` while the item waits for its first or next job")
     error: JobError | None = None
     outputs: list[BulkOutput] = Field(default_factory=list)
 
 
 class BulkManifestLine(Contract):
-    """An item with everything that decided its pixels."""
+    """An item with all data that determined its pixels."""
 
     line: int
     custom_id: str | None
@@ -204,14 +209,18 @@ class BulkManifestLine(Contract):
     metadata: Metadata
     state: ItemState
     job_id: UUID | None
-    retry_of: UUID | None = Field(None, description="its job before this one")
-    attempt: int = Field(0, description="tries of the job so far")
+    retry_of: UUID | None = Field(None, description="the previous job of the item")
+    attempt: int = Field(0, description="attempts of the job so far")
     parameters: dict[str, Any] = Field(description="the request with every default resolved")
-    resolution: dict[str, Any] | None = Field(None, description="mode and references chosen, and why")
-    safety: SafetyRecord | None = Field(None, description="what a content policy decided; none: there was no policy")
+    resolution: dict[str, Any] | None = Field(None, description="the chosen mode and references, with reasons")
+    safety: SafetyRecord | None = Field(
+        None, description="decisions of the content policy; `null`: no policy was active"
+    )
     error: JobError | None = None
     outputs: list[OutputView] = Field(default_factory=list)
-    missing: list[int] = Field(default_factory=list, description="in an archive: outputs whose file is gone")
+    missing: list[int] = Field(
+        default_factory=list, description="in an archive: indexes of outputs whose file does not exist any more"
+    )
     timings: dict[str, float] = Field(default_factory=dict, description="seconds per stage of the last attempt")
     created_at: datetime | None = None
     started_at: datetime | None = None
@@ -219,16 +228,16 @@ class BulkManifestLine(Contract):
 
 
 class BulkEnd(Contract):
-    """The last line of a manifest, and the last member of an archive: without it the download was cut."""
+    """The last line of a manifest and the last member of an archive. Without it the download is incomplete."""
 
     end: Literal[True] = True
     items: int
 
 
 class LineQuery(Contract):
-    """Pages in the order of lines. The cursor is a line number: the page starts behind it."""
+    """A page in the order of lines. The cursor is a line number."""
 
-    cursor: int | None = Field(None, ge=0, description="the page starts behind this line")
+    cursor: int | None = Field(None, ge=0, description="the page starts after this line")
     limit: int = Field(100, ge=1, le=1000)
 
 
@@ -237,16 +246,18 @@ class BulkItemQuery(LineQuery):
 
 
 class BulkRest(Contract):
-    """Where a download that broke goes on."""
+    """The position at which an interrupted download continues."""
 
-    cursor: int | None = Field(None, ge=0, description="start behind this line")
+    cursor: int | None = Field(None, ge=0, description="start after this line")
 
 
 class BulkLineError(Contract):
-    """Why a line is no item."""
+    """The reason why a line is not a valid item."""
 
     line: int
     custom_id: str | None = None
-    code: str = Field(description="as of a problem: `validation_failed`, `malformed_body`, `mode_not_supported`, ...")
+    code: str = Field(
+        description="code as in a problem: `validation_failed`, `malformed_body`, `mode_not_supported`, ..."
+    )
     detail: str
     errors: list[FieldProblem] = Field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What every request and response shares."""
+"""Types that requests and responses share."""
 
 import re
 from datetime import UTC, datetime
@@ -9,9 +9,9 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, 
 
 
 class Contract(BaseModel):
-    """A request or response body: unknown fields are refused, values never change after validation."""
+    """A request or response body. Unknown fields are errors, and values do not change after validation."""
 
-    # What the API sends is whole: its document says of answers that every field is there.
+    # Responses contain every field, so the OpenAPI document marks all fields of a response as required.
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_serialization_defaults_required=True)
 
 
@@ -24,14 +24,14 @@ def _no_control_characters(text: str) -> str:
 
 
 def _not_a_number(moment: object) -> object:
-    # Pydantic reads 0.5 as half a second after 1970, which nobody means.
+    # Pydantic reads 0.5 as half a second after the start of 1970, which no client means.
     if isinstance(moment, int | float) or (isinstance(moment, str) and re.fullmatch(r"\s*[\d.eE+-]+\s*", moment)):
         raise ValueError("must be a time as in RFC 3339, such as 2026-01-31T12:00:00Z")
     return moment
 
 
 def _in_utc(moment: datetime) -> datetime:
-    # Postgres reads offsets up to 16 hours only; ISO 8601 allows 24.
+    # Postgres reads offsets of up to 16 hours; ISO 8601 allows 24.
     try:
         return moment.astimezone(UTC)
     except OverflowError:
@@ -45,9 +45,9 @@ Text = Annotated[
     Field(json_schema_extra={"pattern": r"^[^\u0000-\u0008\u000b-\u001f\u007f]*$"}),
 ]
 Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
-"""A point in time, in UTC whatever offset it came with."""
+"""A point in time, converted to UTC."""
 QueryMoment = Annotated[AwareDatetime, BeforeValidator(_not_a_number), AfterValidator(_in_utc)]
-"""The same in a query string, where a number is text like any other."""
+"""A `Moment` in a query string. A number is an error there, not seconds since 1970."""
 Prompt = Annotated[Text, Field(min_length=1, max_length=2000)]
 Tag = Annotated[Text, Field(min_length=1, max_length=64)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
@@ -71,20 +71,20 @@ class ImageFormat(StrEnum):
 class FieldProblem(Contract):
     """One mistake in a request."""
 
-    field: str = Field(description="where: `body.width`, `query.k`", examples=["body.width"])
-    code: str = Field(description="stable kind of mistake", examples=["greater_than_equal"])
+    field: str = Field(description="place of the mistake, such as `body.width` or `query.k`", examples=["body.width"])
+    code: str = Field(description="stable code of the mistake", examples=["greater_than_equal"])
     message: str
 
 
 class OnInvalid(StrEnum):
-    """What becomes of a request of many parts when some are invalid."""
+    """How the service handles a request of many parts when some are invalid."""
 
     REFUSE = "refuse"
     SKIP = "skip"
 
 
 class Problem(Contract):
-    """Every error, as `application/problem+json` (RFC 9457)."""
+    """The body of every error response, `application/problem+json` (RFC 9457)."""
 
     type: str = Field(description="the code as a URI", examples=["urn:afterimage:problem:validation_failed"])
     title: str
@@ -103,7 +103,7 @@ class Page(Contract, Generic[Item]):
     """One page of a list, newest first."""
 
     items: list[Item]
-    next_cursor: str | None = Field(description="pass it as `cursor` for the next page; none on the last one")
+    next_cursor: str | None = Field(description="pass it as `cursor` for the next page; `null` on the last page")
 
     @classmethod
     def model_parametrized_name(cls, params: tuple[Any, ...]) -> str:

@@ -1,6 +1,7 @@
-"""Asking for images."""
+"""Requests for images."""
 
 import secrets
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Self
 from uuid import UUID
@@ -10,6 +11,22 @@ from pydantic import Field, model_validator
 from shared.contracts.common import Contract, ImageFormat, Metadata, Name, Prompt, Seed, Text
 from shared.contracts.jobs import EventType, JobKind, Lane
 from shared.contracts.search import ImageFilter
+
+
+@dataclass(frozen=True)
+class ModeTraits:
+    """The parts of a reference, and of a pipeline, that a mode uses."""
+
+    uses_image_prompt: bool = False
+    """An IP-Adapter conditions on the references."""
+    uses_initial_image: bool = False
+    """The first reference is the image that img2img starts from."""
+    uses_native_references: bool = False
+    """The pipeline itself reads several reference images, beside the prompt."""
+    needs_pixels: bool = False
+    """The references are read as images; without it, their vectors or captions are enough."""
+    needs_captions: bool = False
+    """The references' captions are appended to the prompt."""
 
 
 class Mode(StrEnum):
@@ -24,22 +41,29 @@ class Mode(StrEnum):
     NONE = "none"
 
     @property
-    def uses_image_prompt(self) -> bool:
-        return self in (Mode.IMAGE_PROMPT, Mode.IMAGE_PROMPT_IMG2IMG)
+    def traits(self) -> ModeTraits:
+        return _TRAITS[self]
 
-    @property
-    def uses_initial_image(self) -> bool:
-        return self in (Mode.IMG2IMG, Mode.IMAGE_PROMPT_IMG2IMG)
+
+_TRAITS = {
+    Mode.AUTO: ModeTraits(),
+    Mode.IMAGE_PROMPT: ModeTraits(uses_image_prompt=True),
+    Mode.IMG2IMG: ModeTraits(uses_initial_image=True, needs_pixels=True),
+    Mode.IMAGE_PROMPT_IMG2IMG: ModeTraits(uses_image_prompt=True, uses_initial_image=True, needs_pixels=True),
+    Mode.CAPTION: ModeTraits(needs_captions=True),
+    Mode.REFERENCE: ModeTraits(uses_native_references=True, needs_pixels=True),
+    Mode.NONE: ModeTraits(),
+}
 
 
 class Webhook(Contract):
-    """Whom to tell of a job, signed by Standard Webhooks with the owner's secret."""
+    """Receiver of the events of a job, signed with the owner's secret (Standard Webhooks)."""
 
     url: Annotated[Text, Field(min_length=8, max_length=2000)] = Field(
         examples=["https://example.com/hooks/afterimage"]
     )
     events: Annotated[list[EventType], Field(min_length=1, max_length=len(EventType))] = Field(
-        default_factory=lambda: [event for event in EventType if event.ends_job], description="which events to send"
+        default_factory=lambda: [event for event in EventType if event.ends_job], description="events to send"
     )
 
 
@@ -48,53 +72,57 @@ class GenerateRequest(Contract):
 
     prompt: Prompt = Field(examples=["a red apple with a bite"])
     negative_prompt: Annotated[Text, Field(max_length=2000)] | None = None
-    model: Name | None = Field(None, description="one of `GET /models`; none: the service's default")
+    model: Name | None = Field(None, description="a name from `GET /models`; `null`: the default model of the service")
     num_images: int = Field(1, ge=1, le=16)
-    width: int | None = Field(None, ge=16, le=2048, description="pixels; none: what the model draws natively")
-    height: int | None = Field(None, ge=16, le=2048, description="pixels; none: what the model draws natively")
-    exact_size: bool = Field(False, description="refuse a size that the model cannot draw, instead of scaling")
+    width: int | None = Field(None, ge=16, le=2048, description="pixels; `null`: the default of the model")
+    height: int | None = Field(None, ge=16, le=2048, description="pixels; `null`: the default of the model")
+    exact_size: bool = Field(
+        False, description="refuse a size that the model cannot draw; false: scale the image to the size"
+    )
     num_inference_steps: int | None = Field(None, ge=1, le=150)
     guidance_scale: float | None = Field(None, ge=0, le=30)
     scheduler: Annotated[Text, Field(max_length=64)] | None = None
     loras: dict[Name, Annotated[float, Field(ge=-2, le=2)]] = Field(
-        default_factory=dict, max_length=4, description="configured LoRA names and their scale"
+        default_factory=dict, max_length=4, description="scale of each LoRA, by its configured name"
     )
     seed: Seed | None = Field(None, description="seed of the first image; image i gets seed + i modulo 2**32")
     format: ImageFormat = ImageFormat.PNG
-    quality: int = Field(90, ge=1, le=100, description="JPEG and WebP")
+    quality: int = Field(90, ge=1, le=100, description="quality of JPEG and WebP")
     preview_every: int | None = Field(
         None,
         ge=1,
         le=150,
-        description="show each image small after every so many steps, as `preview` events of the job's stream, a few "
-        "per second at most; no effect on the result; none: no previews",
+        description="steps between small previews of each image; they are `preview` events of the job's stream, a few "
+        "per second at most, and do not change the result; `null`: no previews",
     )
     lane: Lane = Lane.NORMAL
     expires_in_s: float | None = Field(
-        None, gt=0, le=30 * 86_400, description="longest wait until the model starts; then the job is `expired`"
+        None, gt=0, le=30 * 86_400, description="longest wait until the model starts; after it the job is `expired`"
     )
     timeout_s: float | None = Field(
-        None, gt=0, le=86_400, description="longest run from there; then `failed` with `job_timeout`"
+        None, gt=0, le=86_400, description="longest run from there; after it the job is `failed` with `job_timeout`"
     )
     webhook: Webhook | None = None
-    metadata: Metadata = Field(default_factory=dict, description="echoed wherever the job is shown")
-    dry_run: bool = Field(False, description="resolve and answer, queue nothing")
+    metadata: Metadata = Field(default_factory=dict, description="returned with the job")
+    dry_run: bool = Field(False, description="return the resolved parameters and queue no job")
 
 
 class PinnedReference(Contract):
     image_id: UUID
-    weight: float | None = Field(None, gt=0, le=100, description="relative; none: 1")
+    weight: float | None = Field(None, gt=0, le=100, description="relative weight; `null`: 1")
 
 
 class RagGenerateRequest(GenerateRequest):
-    """Generate images conditioned on what the corpus remembers of the prompt, or on pinned references."""
+    """Generate images conditioned on the corpus images nearest to the prompt, or on pinned references."""
 
-    similar_examples_count: int | None = Field(None, ge=0, le=16, description="references looked for")
+    similar_examples_count: int | None = Field(None, ge=0, le=16, description="number of references to search")
     mode: Mode = Mode.AUTO
     reference_ids: Annotated[
         list[Annotated[UUID | PinnedReference, Field(title="Reference")]], Field(max_length=16)
-    ] = Field(default_factory=list, description="use exactly these, in this order, instead of searching")
-    min_similarity: float | None = Field(None, ge=-1, le=1, description="relevance gate; none: the service's")
+    ] = Field(default_factory=list, description="use exactly these images in this order, without a search")
+    min_similarity: float | None = Field(
+        None, ge=-1, le=1, description="lowest cosine of a reference that is used; `null`: the value of the service"
+    )
     filter: ImageFilter = ImageFilter()
     ip_adapter_scale: float | None = Field(None, ge=0, le=2, description="strength of the image conditioning")
     strength: float | None = Field(None, gt=0, le=1, description="img2img: share of the noise schedule that is run")
@@ -112,7 +140,7 @@ class RagGenerateRequest(GenerateRequest):
 
 
 class GenerationParameters(Contract):
-    """A request with nothing left open: what the worker runs and what provenance records.
+    """A request with every value resolved. The worker runs it, and the provenance records it.
 
     The API writes it once at submit; a replay runs it again.
     """
@@ -132,23 +160,25 @@ class GenerationParameters(Contract):
     mode: Mode
     ip_adapter_scale: float
     strength: float
-    k: int = Field(description="references looked for; 0 for none")
+    k: int = Field(description="number of references to search; 0: no search")
     min_similarity: float
     filter: ImageFilter
-    references: list[PinnedReference] = Field(description="pinned ones; empty: search")
+    references: list[PinnedReference] = Field(description="pinned references; empty: search")
     exact_size: bool = Field(False, description="fail with `size_not_supported` instead of scaling")
-    # Left out where it is not asked for, so that a worker of the release before reads the row.
-    preview_every: int | None = Field(None, exclude_if=lambda steps: steps is None, description="steps; none: never")
+    # Excluded when it is `None`, so that a worker of the previous release can read the row.
+    preview_every: int | None = Field(
+        None, exclude_if=lambda steps: steps is None, description="steps between previews; `null`: no previews"
+    )
 
 
 class DryRunView(Contract):
-    """What a request would run, had it not been a `dry_run`."""
+    """The parameters that the request would run without `dry_run`."""
 
     kind: JobKind
     parameters: GenerationParameters
 
 
 def seeds_from(first: int | None, count: int) -> list[int]:
-    """`count` seeds in [0, 2**32): consecutive from `first`, or from a random start."""
+    """Return `count` seeds in [0, 2**32), consecutive from `first` or, if that is `None`, from a random start."""
     start = secrets.randbelow(2**32) if first is None else first
     return [(start + i) % 2**32 for i in range(count)]

@@ -1,4 +1,4 @@
-"""The corpus."""
+"""Images of the corpus."""
 
 from datetime import datetime
 from enum import StrEnum
@@ -24,7 +24,7 @@ Attributes = Annotated[
 
 
 class ImageDescription(Contract):
-    """What is said of an image."""
+    """The description of an image."""
 
     caption: Caption | None = None
     tags: list[Tag] = Field(default_factory=list, max_length=32)
@@ -34,22 +34,22 @@ class ImageDescription(Contract):
 
 
 class UploadFields(ImageDescription):
-    """What an upload says of its images; each value holds for every file of which `each` does not say another."""
+    """The descriptions of an upload. A value applies to every file for which `each` has no other value."""
 
     collection: Name = "shared"
     on_invalid: OnInvalid = Field(
         OnInvalid.REFUSE,
-        description="`refuse`: one file that is no image, and nothing is kept; `skip`: the others are",
+        description="`refuse`: one invalid file stops the whole upload; `skip`: the other files are stored",
     )
     each: list[ImageDescription] = Field(
         default_factory=list,
         max_length=1000,
-        description="as JSON, what is said of single files, in the order of the files",
+        description="as JSON: descriptions of single files, in the order of the files",
     )
 
 
 class ImagePatch(Contract):
-    """New values for the fields given; the others stay."""
+    """New values for the given fields. Other fields keep their values."""
 
     caption: Caption | None = None
     tags: Annotated[list[Tag], Field(max_length=32)] | None = None
@@ -73,7 +73,7 @@ class ImageView(Contract):
     width: int
     height: int
     size_bytes: int
-    sha256: str = Field(description="of the file as it was uploaded")
+    sha256: str = Field(description="SHA-256 of the uploaded file")
     created_at: datetime
     url: str
     content_url: str
@@ -82,24 +82,24 @@ class ImageView(Contract):
 
 class FileOutcome(StrEnum):
     CREATED = "created"
-    EXISTING = "existing"  # the collection had it
+    EXISTING = "existing"  # the collection already had the image
     SKIPPED = "skipped"  # see `code`
 
 
 class UploadedFile(Contract):
-    """What became of one file."""
+    """The outcome of one file."""
 
     outcome: FileOutcome
     image_id: UUID | None = None
-    code: str | None = Field(None, description="why it was skipped")
+    code: str | None = Field(None, description="error code of a skipped file")
     detail: str | None = None
 
 
 class UploadResponse(Contract):
-    images: list[ImageView] = Field(description="those of the files that were kept")
-    files: list[UploadedFile] = Field(description="in the order in which they were sent")
+    images: list[ImageView] = Field(description="images of the files that were not skipped")
+    files: list[UploadedFile] = Field(description="outcomes in the order of the files")
     created: int
-    existing: int = Field(description="files that the collection already had; answered with the image it has")
+    existing: int = Field(description="files that the collection already had; `images` contains its image")
 
 
 class ImageQuery(PageQuery):

@@ -1,4 +1,4 @@
-"""Jobs: what a user submitted, and how far it is."""
+"""Jobs: the work that users submitted, and its progress."""
 
 from datetime import datetime
 from enum import StrEnum
@@ -31,7 +31,7 @@ class JobState(StrEnum):
 
 
 class Lane(StrEnum):
-    """Which jobs go first when there are more than the workers can hold."""
+    """Priority of a job when more jobs wait than the workers can take."""
 
     HIGH = "high"
     NORMAL = "normal"
@@ -40,7 +40,7 @@ class Lane(StrEnum):
 
     @property
     def rank(self) -> int:
-        """0 is served first."""
+        """Position of the lane; 0 is served first."""
         return list(Lane).index(self)
 
 
@@ -50,12 +50,12 @@ class Progress(Contract):
 
 
 class Preview(Contract):
-    """One image of a running job as it is after some steps: small, and gone when nobody looked."""
+    """A small picture of one image of a running job after some steps. It is not stored."""
 
-    index: int = Field(ge=0, description="which of the job's images")
+    index: int = Field(ge=0, description="index of the image in the job")
     step: int = Field(ge=0)
     total_steps: int = Field(ge=0)
-    image: str = Field(max_length=100_000, description="a `data:` URL of a JPEG, at most 256 pixels a side")
+    image: str = Field(max_length=100_000, description="`data:` URL of a JPEG, at most 256 pixels per side")
 
 
 class JobError(Contract):
@@ -65,18 +65,18 @@ class JobError(Contract):
 
 
 class UsedReference(Contract):
-    """One memory that shaped an output."""
+    """One reference of an output."""
 
     image_id: UUID
     sha256: str
-    similarity: float | None = Field(description="cosine to the prompt's vector; none for a pinned one without vector")
+    similarity: float | None = Field(description="cosine to the vector of the prompt; `null` if it was not computed")
     weight: float
     pinned: bool
     caption: str | None = None
 
 
 class ReplayVerdict(StrEnum):
-    """How a picture that was drawn again compares with the original."""
+    """How the output of a replay compares with the original."""
 
     IDENTICAL = "identical"
     WITHIN_TOLERANCE = "within_tolerance"
@@ -84,23 +84,25 @@ class ReplayVerdict(StrEnum):
 
 
 class Change(Contract):
-    """Something that decides pixels and is not what it was."""
+    """A value that determines pixels and differs from the original."""
 
-    what: str = Field(examples=["versions.torch"], description="its place in the provenance")
+    what: str = Field(examples=["versions.torch"], description="path of the value in the provenance")
     was: Any
     now: Any
 
 
 class Replay(Contract):
-    """An output compared with the one that it draws again."""
+    """The comparison of a replay's output with the original."""
 
-    of: UUID = Field(description="the output that was drawn again; it may be deleted by now")
+    of: UUID = Field(description="the original output; it may have been deleted since")
     verdict: ReplayVerdict
-    max_difference: int = Field(ge=0, le=255, description="of one channel of one pixel, in levels of 255")
-    psnr_db: float | None = Field(
-        description="peak signal-to-noise ratio; 40 and more is within tolerance; none: not a pixel differs"
+    max_difference: int = Field(
+        ge=0, le=255, description="largest difference of one channel of one pixel, in levels of 255"
     )
-    changed: list[Change] = Field(description="what may explain a difference")
+    psnr_db: float | None = Field(
+        description="peak signal-to-noise ratio; 40 and more is within tolerance; `null`: all pixels are equal"
+    )
+    changed: list[Change] = Field(description="changes that may explain a difference")
 
 
 class OutputView(Contract):
@@ -120,10 +122,10 @@ class OutputView(Contract):
     thumbnail_url: str
     references: list[UsedReference]
     safety: SafetyRecord | None = Field(
-        None, description="what a content policy decided about it and its prompt; none: there was no policy"
+        None, description="decisions of the content policy on the image and its prompt; `null`: no policy was active"
     )
-    replay: Replay | None = Field(None, description="of a replay's output: how it compares with the original")
-    provenance: dict[str, Any] = Field(description="everything that decided the pixels")
+    replay: Replay | None = Field(None, description="only for an output of a replay: its comparison with the original")
+    provenance: dict[str, Any] = Field(description="all data that determined the pixels")
 
 
 class JobView(Contract):
@@ -135,24 +137,26 @@ class JobView(Contract):
     lane: Lane
     model: str
     prompt: str
-    attempt: int = Field(description="tries so far")
-    seq: int = Field(description="number of its latest event; pass it as `after` to wait for the next one")
-    retry_of: UUID | None = Field(None, description="the job that this one tries again")
-    replay_of: UUID | None = Field(None, description="the output that it draws again")
-    bulk_id: UUID | None = Field(None, description="the bulk that it is an item of")
+    attempt: int = Field(description="attempts so far")
+    seq: int = Field(description="number of the latest event; pass it as `after` to wait for the next event")
+    retry_of: UUID | None = Field(None, description="the job that this job repeats")
+    replay_of: UUID | None = Field(None, description="the output that this job draws again")
+    bulk_id: UUID | None = Field(None, description="the bulk to which this job belongs")
     progress: Progress | None = None
-    queue_position: int | None = Field(None, description="jobs of the same model ahead of it, while queued")
+    queue_position: int | None = Field(
+        None, description="queued jobs of the same model ahead of this job; `null` in lists and when it is not queued"
+    )
     estimated_start_s: float | None = Field(
         None,
-        description="an estimate: seconds until the images ahead of it are drawn, while queued, by how fast the "
-        "model's workers were lately; none when that is not known or no worker is ready",
+        description="estimated seconds until the images ahead of a queued job are drawn, from the latest speed of the "
+        "model's workers; `null` in lists, when the speed is unknown, and when no worker is ready",
     )
     parameters: dict[str, Any] = Field(description="the request with every default resolved")
-    resolution: dict[str, Any] | None = Field(None, description="mode and references chosen, and why")
+    resolution: dict[str, Any] | None = Field(None, description="the chosen mode and references, with reasons")
     safety: SafetyRecord | None = Field(
         None,
-        description="what a content policy decided; images with the action `block` are not among the outputs. None: "
-        "there was no policy",
+        description="decisions of the content policy; images with the action `block` are not among the outputs; "
+        "`null`: no policy was active",
     )
     error: JobError | None = None
     outputs: list[OutputView] = Field(default_factory=list)
@@ -174,16 +178,18 @@ class JobQuery(PageQuery):
 
 
 class JobWait(Contract):
-    """Wait for a job instead of asking again and again."""
+    """Wait for a job instead of polling."""
 
-    wait: float | None = Field(None, ge=0, le=120, description="seconds; the service may answer earlier")
+    wait: float | None = Field(None, ge=0, le=120, description="seconds to wait; the service may answer earlier")
     after: int | None = Field(
-        None, ge=0, description="answer when an event later than this happened; none: when the job has ended"
+        None, ge=0, description="answer when there is an event with a higher number; by default, when the job has ended"
     )
 
 
 class EventsQuery(Contract):
-    after: int | None = Field(None, ge=0, description="only events later than this; `Last-Event-ID` counts too")
+    after: int | None = Field(
+        None, ge=0, description="only events with a higher number; the header `Last-Event-ID` has the same effect"
+    )
 
 
 class EventType(StrEnum):

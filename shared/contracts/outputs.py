@@ -1,4 +1,4 @@
-"""What jobs generated."""
+"""Queries for generated images."""
 
 from uuid import UUID
 

@@ -1,4 +1,4 @@
-"""What the operator's content policy decided, and what it is."""
+"""The operator's content policy and its decisions."""
 
 from enum import StrEnum
 
@@ -13,7 +13,7 @@ class SafetyStage(StrEnum):
 
 
 class SafetyAction(StrEnum):
-    """What follows from a concept that was recognised, the mildest first."""
+    """The consequence of a recognised concept, the mildest first."""
 
     FLAG = "flag"
     BLUR = "blur"
@@ -21,30 +21,32 @@ class SafetyAction(StrEnum):
 
 
 class SafetyDecision(Contract):
-    """One concept that was recognised, and what followed."""
+    """One recognised concept and its consequence."""
 
     concept: str = Field(
-        description="a name of the policy, or `safety_checker`: the checker that came with the model",
+        description="name of a concept of the policy, or `safety_checker` for the model's own checker",
         examples=["weapon"],
     )
     stage: SafetyStage
     action: SafetyAction
-    index: int | None = Field(None, description="which of the job's images; none for the prompt", examples=[1])
+    index: int | None = Field(None, description="index of the image in the job; `null` for the prompt", examples=[1])
     similarity: float | None = Field(
-        None, description="cosine to the concept; none from a checker that gives only a yes", examples=[0.31]
+        None, description="cosine to the concept; `null` for a checker that gives no number", examples=[0.31]
     )
-    threshold: float | None = Field(None, description="from which similarity on the concept counts", examples=[0.28])
+    threshold: float | None = Field(
+        None, description="similarity from which on the concept is recognised", examples=[0.28]
+    )
 
 
 class SafetyRecord(Contract):
-    """What a policy has judged. Without decisions it found nothing."""
+    """The judgement of a policy. Without decisions, the policy recognised no concept."""
 
-    policy: str = Field(description="digest of the policy: equal as long as it judges by the same rules")
+    policy: str = Field(description="digest of the policy; it changes when a rule changes")
     decisions: list[SafetyDecision] = Field(default_factory=list)
 
 
 class ConceptView(Contract):
-    """A concept of the policy, and what follows where it is recognised; none: it is not looked for there."""
+    """A concept of the policy and its actions. `null`: prompts, or outputs, are not checked for it."""
 
     name: Name = Field(examples=["weapon"])
     prompt: SafetyAction | None

@@ -1,4 +1,4 @@
-"""Asking the corpus what it remembers."""
+"""Searches in the corpus."""
 
 from datetime import datetime
 from typing import Annotated, Self
@@ -10,15 +10,17 @@ from shared.contracts.common import Contract, Moment, Name, Prompt, Tag, Text
 
 
 class ImageFilter(Contract):
-    """Which images count; every condition must hold."""
+    """Conditions on the images. All of them must hold."""
 
     collection: Name = Field("shared", description="name of a collection of the caller, or `shared`")
-    tags: Annotated[list[Tag], Field(max_length=16)] = Field(default_factory=list, description="all of them")
+    tags: Annotated[list[Tag], Field(max_length=16)] = Field(
+        default_factory=list, description="tags that an image must have, all of them"
+    )
     source: Annotated[Text, Field(max_length=200)] | None = None
     licence: Annotated[Text, Field(max_length=100)] | None = None
     attributes: Annotated[
         dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=200)]], Field(max_length=16)
-    ] = Field(default_factory=dict, description="all of these name and value pairs")
+    ] = Field(default_factory=dict, description="name and value pairs that an image must have, all of them")
     created_after: Moment | None = None
     created_before: Moment | None = None
 
@@ -26,17 +28,19 @@ class ImageFilter(Contract):
 class SearchRequest(Contract):
     """Find images by text, by an image, or by both (the normalised sum of the two vectors)."""
 
-    query: Prompt | None = Field(None, description="what to look for, in words", examples=["a cat playing"])
-    image_id: UUID | None = Field(None, description="an image of the corpus to look like")
-    image: str | None = Field(None, description="a PNG, JPEG or WebP file in base64 to look like", repr=False)
-    k: int = Field(10, ge=1, le=100, description="how many images at most")
-    threshold: float | None = Field(None, ge=-1, le=1, description="cosine similarity that a result must reach")
+    query: Prompt | None = Field(None, description="text to search for", examples=["a cat playing"])
+    image_id: UUID | None = Field(None, description="image of the corpus that the results resemble")
+    image: str | None = Field(
+        None, description="PNG, JPEG or WebP file in base64 that the results resemble", repr=False
+    )
+    k: int = Field(10, ge=1, le=100, description="largest number of results")
+    threshold: float | None = Field(None, ge=-1, le=1, description="lowest cosine similarity of a result")
     filter: ImageFilter = ImageFilter()
     diversity: float = Field(
         0,
         ge=0,
         le=1,
-        description="0 ranks by similarity alone; above, maximal marginal relevance",
+        description="0 ranks by similarity alone; more ranks by maximal marginal relevance",
     )
 
     @model_validator(mode="after")
@@ -49,7 +53,7 @@ class SearchRequest(Contract):
 
 
 class Neighbour(Contract):
-    """One image found."""
+    """One image of a search result."""
 
     image_id: UUID
     similarity: float = Field(description="cosine similarity to the query, in [-1, 1]")
@@ -67,14 +71,14 @@ class Neighbour(Contract):
 
 class SearchResponse(Contract):
     results: list[Neighbour] = Field(description="most similar first")
-    requested: int = Field(description="`k` as asked")
-    shortfall: int = Field(description="how many fewer than asked were found above the threshold")
+    requested: int = Field(description="`k` of the request")
+    shortfall: int = Field(description="`requested` minus the number of results")
     embedding_space: str
-    exact: bool = Field(description="every matching image was compared, no index approximated")
+    exact: bool = Field(description="true: every matching image was compared; false: an approximate index was used")
 
 
 class RagSearchQuery(Contract):
-    """What would `POST /rag/generate` use for this prompt?"""
+    """Asks for the references that `POST /rag/generate` would use for this prompt."""
 
     prompt: Prompt
     k: int | None = Field(None, ge=1, le=16)
@@ -85,17 +89,19 @@ class RagSearchQuery(Contract):
 
 
 class PlannedReference(Neighbour):
-    used: bool = Field(description="passed the relevance gate")
-    reason: str = Field(description="why it would or would not be used")
-    weight: float = Field(ge=0, le=1, description="its share of the image conditioning; the used ones sum to 1")
+    used: bool = Field(description="the image passed the relevance gate")
+    reason: str = Field(description="reason why it would be used or not")
+    weight: float = Field(
+        ge=0, le=1, description="share of the image conditioning; the shares of the used references sum to 1"
+    )
 
 
 class RagSearchResponse(Contract):
-    """The plan: pass the used ids as `reference_ids` to pin exactly these."""
+    """The planned references. Pass the ids of the used ones as `reference_ids` to pin exactly these."""
 
     prompt: str
     references: list[PlannedReference]
     min_similarity: float
-    mode: str = Field(description="what `auto` resolves to")
+    mode: str = Field(description="mode to which `auto` resolves")
     mode_reason: str
     embedding_space: str

@@ -33,17 +33,19 @@ class HealthView(Contract):
 
 
 class ReadinessQuery(Contract):
-    strict: bool = Field(False, description="ready only if jobs can run now: a broker, and a worker for every queue")
+    strict: bool = Field(
+        False, description="ready only if jobs can run now: the broker answers, and every queue has a worker"
+    )
 
 
 class Capabilities(Contract):
-    """What a loaded model can do; its worker writes it at warm-up, the API reads it."""
+    """The abilities of a loaded model. Its worker writes them after warm-up, and the API reads them."""
 
     modes: list[str]
     native_width: int
     native_height: int
     size_multiple: int = Field(description="width and height must be multiples of this")
-    any_size: bool = Field(description="the model draws other sizes than its native one well")
+    any_size: bool = Field(description="the model draws sizes near its native one well")
     max_batch_size: int
     max_references: int
     schedulers: list[str]
@@ -60,60 +62,60 @@ class ModelView(Contract):
     name: str
     default: bool
     ready_workers: int
-    capabilities: Capabilities | None = Field(description="none until a worker has loaded it")
+    capabilities: Capabilities | None = Field(description="`null` until a worker has loaded the model")
     defaults: dict[str, Any]
     updated_at: datetime | None = None
 
 
 class ModelsResponse(Contract):
     models: list[ModelView]
-    policy: PolicyView | None = Field(
-        None, description="what prompts and outputs are looked through for; none: nothing"
-    )
+    policy: PolicyView | None = Field(None, description="content policy of the service; `null`: no policy")
 
 
 class UsageView(Contract):
-    """What the caller's owner has asked for, and how much more it may."""
+    """Usage and limits of the caller's owner."""
 
-    day: date = Field(description="in UTC")
-    images: int = Field(description="asked for today, without those of jobs that ended without them")
-    daily_images: int | None = Field(description="images per day; none: no quota")
-    resets_at: datetime = Field(description="when a new day begins")
+    day: date = Field(description="date in UTC")
+    images: int = Field(description="images requested today, without those of jobs that ended without outputs")
+    daily_images: int | None = Field(description="images per day; `null`: no quota")
+    resets_at: datetime = Field(description="when the next day begins")
     queued_jobs: int
     max_queued_jobs: int
 
 
 class RequestWindow(Contract):
-    """Requests of the last minutes: whole ones and the running one."""
+    """Requests of the last whole minutes and the current minute."""
 
-    seconds: float = Field(description="how much time it covers")
+    seconds: float = Field(description="length of the window")
     requests: int
     rate_per_s: float
-    client_errors: int = Field(description="answers 4xx")
-    server_errors: int = Field(description="answers 5xx")
-    p50_s: float | None = Field(description="seconds to answer, from a histogram; none without requests")
+    client_errors: int = Field(description="responses with status 4xx")
+    server_errors: int = Field(description="responses with status 5xx")
+    p50_s: float | None = Field(description="seconds to answer, from a histogram; `null` without requests")
     p95_s: float | None
     p99_s: float | None
-    everyones: bool = Field(description="of all API processes; false while Redis is away: of this one")
+    everyones: bool = Field(
+        description="true: of all API processes; false: of this process only, because Redis is away"
+    )
 
 
 class JobWindow(Contract):
     """Jobs that ended in the last minutes."""
 
-    seconds: float = Field(description="how much time it covers")
-    ended: dict[str, int] = Field(description="by final state")
+    seconds: float = Field(description="length of the window")
+    ended: dict[str, int] = Field(description="number by final state")
     rate_per_s: float
-    wait_p50_s: float | None = Field(description="from accepted to started; none when none had started")
+    wait_p50_s: float | None = Field(description="seconds from submit to start; `null` if no job had started")
     wait_p95_s: float | None
     wait_p99_s: float | None
-    total_p50_s: float | None = Field(description="from accepted to ended; none when none ended")
+    total_p50_s: float | None = Field(description="seconds from submit to end; `null` if no job ended")
     total_p95_s: float | None
     total_p99_s: float | None
 
 
 class StatsView(Contract):
-    images: dict[str, int] = Field(description="by state")
-    jobs: dict[str, int] = Field(description="by state")
+    images: dict[str, int] = Field(description="number by state")
+    jobs: dict[str, int] = Field(description="number by state")
     generations: int
     queues: dict[str, int] = Field(description="queued jobs by model")
     workers: list[dict[str, Any]]
@@ -123,5 +125,5 @@ class StatsView(Contract):
     recent_requests: list[RequestWindow] = Field(description="the last 1, 5 and 60 minutes")
     recent_jobs: list[JobWindow] = Field(description="the last 1, 5 and 60 minutes")
     operations: dict[str, dict[str, float]] = Field(
-        description="count and seconds (mean, p50, p95, p99, max) of what this process did in the last 5 minutes"
+        description="count and seconds (mean, p50, p95, p99, max) by operation of this process in the last 5 minutes"
     )

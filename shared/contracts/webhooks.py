@@ -1,4 +1,4 @@
-"""Webhooks as their owner sees them: what was told to whom, and how the telling went."""
+"""Webhook deliveries as their owner sees them."""
 
 from datetime import datetime
 from enum import StrEnum
@@ -16,29 +16,29 @@ class DeliveryState(StrEnum):
 
 
 class DeliveryView(Contract):
-    """One event on its way to one receiver."""
+    """The delivery of one event to one receiver."""
 
-    id: UUID = Field(description="the `webhook-id` that the receiver sees, the same over all tries")
-    job_id: UUID | None = Field(description="none when it is not about a job")
-    seq: int | None = Field(description="number of the job's event")
-    type: str = Field(description="of the body", examples=["job.succeeded"])
+    id: UUID = Field(description="the `webhook-id` that the receiver sees, equal in all attempts")
+    job_id: UUID | None = Field(description="`null` if the event is not about a job")
+    seq: int | None = Field(description="number of the job's event; `null` without a job")
+    type: str = Field(description="type of the event", examples=["job.succeeded"])
     url: str
-    state: DeliveryState = Field(description="`failed`: no more tries, unless it is redelivered")
-    attempts: int = Field(description="tries so far")
-    last_status: int | None = Field(description="what the receiver answered to the last one; none: nothing")
-    last_error: str | None = Field(description="why the last one was no success")
-    due_at: datetime | None = Field(description="when it is tried next, while `pending`")
+    state: DeliveryState = Field(description="`failed`: no more attempts, unless the owner asks for a redelivery")
+    attempts: int = Field(description="attempts so far")
+    last_status: int | None = Field(description="HTTP status of the last attempt; `null`: the receiver did not answer")
+    last_error: str | None = Field(description="reason why the last attempt failed")
+    due_at: datetime | None = Field(description="time of the next attempt, while `pending`")
     created_at: datetime
     delivered_at: datetime | None
 
 
 class DeliveryQuery(PageQuery):
-    job_id: UUID | None = Field(None, description="only what was told of this job")
+    job_id: UUID | None = Field(None, description="only deliveries about this job")
     state: DeliveryState | None = None
 
 
 class WebhookSecretView(Contract):
     """A new signing secret. It is shown once."""
 
-    secret: str = Field(description="for any library of Standard Webhooks", examples=["whsec_..."])
-    others_until: datetime = Field(description="until then the secrets before it sign beside it")
+    secret: str = Field(description="signing secret for any library of Standard Webhooks", examples=["whsec_..."])
+    others_until: datetime = Field(description="until then the previous secrets sign too")

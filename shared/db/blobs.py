@@ -1,8 +1,8 @@
-"""Which blobs something still needs, and the claims of uploads that are about to need them.
+"""Finds the blobs that nothing needs any more, and keeps the claims of uploads on blobs that their rows will name.
 
-Equal images of several collections share one blob, so an upload may come to name a blob that no row names any more
-while the sweeper removes it. Both take the lock of each key first, and the upload claims what it will name before it
-stores it: docs/decisions/0008-how-are-unneeded-blobs-deleted.md.
+Equal images of several collections share one blob. So an upload may start to use a blob that no row names any more,
+while the sweeper deletes it. To prevent that, an upload claims its keys before it stores the bytes, and both the upload
+and the sweeper lock the keys first. See docs/decisions/0008-how-are-unneeded-blobs-deleted.md.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,14 +13,14 @@ from sqlalchemy import ARRAY, Text, cast, delete, func, insert, select, text
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
-from shared.db.tables import BlobClaim, Generation, Image, Job
-from shared.storage import attempt_of, content_of
+from shared.db.tables import BlobClaim, Image, Job, Output
+from shared.storage import parse_content_key, parse_output_key
 
 
 def claim(session: Session, keys: Collection[str]) -> UUID:
-    """Keep the sweeper from these keys until `settle`. Commit before anything is stored.
+    """Protect the blobs of `keys` from the sweeper until `end_claim`. Commit it before storing the bytes.
 
-    Waits while the sweeper is removing one of them.
+    Waits while the sweeper deletes one of these blobs.
     """
     _lock(session, keys, shared=True)
     claim_id = uuid4()
@@ -28,37 +28,38 @@ def claim(session: Session, keys: Collection[str]) -> UUID:
     return claim_id
 
 
-def settle(session: Session, claim_id: UUID) -> bool:
-    """End a claim in the transaction that names its blobs; False when it had run out, and they may be gone."""
+def end_claim(session: Session, claim_id: UUID) -> bool:
+    """End a claim, in the transaction that writes the rows; False when the claim has expired and blobs may be gone."""
     statement = delete(BlobClaim).where(BlobClaim.id == claim_id).returning(BlobClaim.id)
     return session.scalar(statement.execution_options(synchronize_session=False)) is not None
 
 
-def forget_claims(session: Session, *, older_than_s: float) -> None:
-    """End the claims of uploads that will not come back."""
+def delete_old_claims(session: Session, *, older_than_s: float) -> None:
+    """Delete the claims of uploads that started more than `older_than_s` ago and did not finish."""
     old = BlobClaim.created_at <= func.clock_timestamp() - timedelta(seconds=older_than_s)
     session.execute(delete(BlobClaim).where(old).execution_options(synchronize_session=False))
 
 
-def lock(session: Session, keys: Collection[str]) -> None:
-    """Hold up every upload that is about to claim one of these keys, until this transaction ends.
-
-    However long the blob store takes meanwhile: a lock that is lost in the middle of a removal is worth nothing.
-    """
+def lock_keys(session: Session, keys: Collection[str]) -> None:
+    """Make every upload that claims one of these keys wait until this transaction ends."""
+    # The blob store may take long to delete the blobs. The server must not end this idle transaction, which
+    # would release the locks.
     session.execute(select(func.set_config("idle_in_transaction_session_timeout", "0", True)))
     _lock(session, keys, shared=False)
 
 
-def unneeded(session: Session, keys: Sequence[str]) -> list[str]:
-    """Those of these keys that no row names, no live attempt will and no upload claims. Unknown kinds are needed.
+def list_unneeded(session: Session, keys: Sequence[str]) -> list[str]:
+    """The keys that no row names, no upload claims, and no running attempt may still name.
 
-    The answer stays true as long as the keys are locked: an attempt that has lost its job never gets it back.
+    A key of unknown form counts as needed. The result stays valid while the keys are locked, because an attempt that
+    has lost its job never gets it back.
     """
-    # What will be named is asked for before what is: a finish in between moves from the first to the second.
-    known = [key for key in keys if content_of(key) is not None or attempt_of(key) is not None]
-    coming = _claimed(session, known) | _of_live_attempts(session, known)
+    known = [key for key in keys if parse_content_key(key) is not None or parse_output_key(key) is not None]
+    # Claims and running attempts are read before the rows. A key whose rows are written in between is then found twice;
+    # in the other order it would be missed.
+    expected = _claimed(session, known) | _of_running_attempts(session, known)
     named = _named_by_images(session, known) | _named_by_outputs(session, known)
-    return [key for key in known if key not in coming and key not in named]
+    return [key for key in known if key not in expected and key not in named]
 
 
 def _claimed(session: Session, keys: Sequence[str]) -> set[str]:
@@ -66,34 +67,34 @@ def _claimed(session: Session, keys: Sequence[str]) -> set[str]:
     return set(claimed)
 
 
-def _of_live_attempts(session: Session, keys: Sequence[str]) -> set[str]:
-    attempts = {key: attempt for key in keys if (attempt := attempt_of(key)) is not None}
+def _of_running_attempts(session: Session, keys: Sequence[str]) -> set[str]:
+    attempts = {key: attempt for key in keys if (attempt := parse_output_key(key)) is not None}
     job_ids = {job_id for job_id, _ in attempts.values()}
     statement = select(Job.id, Job.attempt).where(Job.id.in_(job_ids), Job.state == JobState.PROCESSING)
-    live = {(row.id, row.attempt) for row in session.execute(statement)}
-    return {key for key, attempt in attempts.items() if attempt in live}
+    running = {(row.id, row.attempt) for row in session.execute(statement)}
+    return {key for key, attempt in attempts.items() if attempt in running}
 
 
 def _named_by_images(session: Session, keys: Sequence[str]) -> set[str]:
-    contents = {content for key in keys if (content := content_of(key)) is not None}
-    statement = select(Image.blob_key, Image.thumbnail_key).where(Image.sha256.in_(contents))
+    digests = {sha256 for key in keys if (sha256 := parse_content_key(key)) is not None}
+    statement = select(Image.blob_key, Image.thumbnail_key).where(Image.sha256.in_(digests))
     return {key for row in session.execute(statement) for key in row}
 
 
 def _named_by_outputs(session: Session, keys: Sequence[str]) -> set[str]:
-    job_ids = {attempt[0] for key in keys if (attempt := attempt_of(key)) is not None}
-    statement = select(Generation.blob_key, Generation.thumbnail_key).where(Generation.job_id.in_(job_ids))
+    job_ids = {attempt[0] for key in keys if (attempt := parse_output_key(key)) is not None}
+    statement = select(Output.blob_key, Output.thumbnail_key).where(Output.job_id.in_(job_ids))
     return {key for row in session.execute(statement) for key in row}
 
 
 def _lock(session: Session, keys: Collection[str], *, shared: bool) -> None:
     take = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
-    # In one order everywhere: two that share two keys would otherwise wait for each other.
+    # Every transaction locks in the same order. Otherwise two with two keys in common could wait for each other.
     key = func.unnest(cast(sorted(keys), ARRAY(Text))).column_valued("key")
     session.execute(select(take(func.hashtextextended(key, 0))))
 
 
 def database_identity(session: Session) -> str:
-    """What tells this database from every other, a copy on another server included."""
+    """The server's system identifier and the database's name. A dump restored on another server gets another one."""
     row = session.execute(text("select system_identifier, current_database() from pg_control_system()")).one()
     return f"{row[0]}/{row[1]}"

@@ -1,7 +1,8 @@
-"""Bulks: receiving their lines, making jobs of their items when the turn comes, and counting how far they are.
+"""Bulks: receives their lines, makes jobs of their items step by step, and counts their progress.
 
-Items wait in a table of their own. Of each running bulk a few dozen are jobs that wait, so that whatever looks at
-waiting jobs sees few rows however long bulks are, and pausing or canceling one touches few rows too.
+Items wait in a table of their own, `bulk_items`. At each dispatch, `top_up` makes jobs of the next items, so that a few
+dozen jobs of each running bulk wait. So every query over waiting jobs reads few rows, however long the bulks are.
+Pausing or canceling a bulk changes few rows too. See docs/decisions/0011-when-do-bulk-items-become-jobs.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,16 +23,16 @@ from shared.errors import BulkStateError, ResourceNotFoundError
 from shared.metrics import JOBS_SUBMITTED
 from shared.settings import LimitSettings
 
-RATE_S = 60
-"""The rate is that of the last minute."""
-RETRIED = (JobState.FAILED, JobState.DEAD, JobState.EXPIRED)
-SWEPT_ROWS = 5000
-"""Items of a bulk that never ran are removed so many at a time."""
+RATE_WINDOW_S = 60
+"""`rate_per_s` is measured over so many seconds."""
+RETRIABLE = (JobState.FAILED, JobState.DEAD, JobState.EXPIRED)
+ITEMS_PER_DELETE = 5000
+"""Items of bulks that never ran are deleted in batches of this size."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a bulk is. rate_per_s: items ended per second, none while that cannot be said."""
+    """How far a bulk is. rate_per_s: items ended per second; None unless the bulk runs and has jobs."""
 
     counts: BulkCounts
     rate_per_s: float | None
@@ -41,7 +42,10 @@ class Progress:
 
 
 def create(session: Session, options: BulkOptions, *, owner_id: UUID, received_lines: int, digest: bytes) -> Bulk:
-    """A bulk that receives. `received_lines` of it, with that digest, were its header."""
+    """Add a bulk in state `receiving`, whose header has been read.
+
+    received_lines: lines up to the end of the header. digest: the SHA-256 chain of these lines.
+    """
     bulk = Bulk(
         id=uuid4(),
         owner_id=owner_id,
@@ -63,10 +67,11 @@ def create(session: Session, options: BulkOptions, *, owner_id: UUID, received_l
     return bulk
 
 
-def open_of(session: Session, owner_id: UUID, *, lock: bool = False) -> tuple[int, int]:
-    """An owner's unfinished bulks, and the items that they have or have announced.
+def count_unfinished(session: Session, owner_id: UUID, *, lock: bool = False) -> tuple[int, int]:
+    """How many unfinished bulks an owner has, and how many items they have or have announced.
 
-    lock: until the end of the transaction nobody else counts with a lock, so that two cannot take the same room.
+    lock: until the end of the transaction, other calls with `lock` for this owner wait. So two requests cannot both use
+    the last free place.
     """
     if lock:
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"bulks:{owner_id}", 0))))
@@ -77,12 +82,12 @@ def open_of(session: Session, owner_id: UUID, *, lock: bool = False) -> tuple[in
     return counted[0], int(counted[1])
 
 
-def lines_of(session: Session, bulk_id: UUID, custom_ids: Sequence[str]) -> dict[str, int]:
-    """Which of these names the bulk already has, and in which line."""
+def find_lines(session: Session, bulk_id: UUID, custom_ids: Sequence[str]) -> dict[str, int]:
+    """The line number of each of `custom_ids` that the bulk already has."""
     statement = select(BulkItem.custom_id, BulkItem.line).where(
         BulkItem.bulk_id == bulk_id, BulkItem.custom_id.in_(custom_ids)
     )
-    return {str(name): line for name, line in session.execute(statement)}
+    return {str(custom_id): line for custom_id, line in session.execute(statement)}
 
 
 INSERT_ITEMS = text(
@@ -103,10 +108,11 @@ INSERT_ERRORS = text(
     )
     """
 )
-"""Psycopg2 cannot COPY while a callback bounds its waits. One JSON value for hundreds of rows is as quick."""
+"""Both statements take their rows as one JSON value. Psycopg2 cannot COPY while a callback bounds its waits, and for
+hundreds of rows one JSON value is as fast."""
 
 
-def append(
+def append_lines(
     session: Session,
     bulk: Bulk,
     *,
@@ -115,9 +121,9 @@ def append(
     items: Sequence[Mapping[str, Any]],
     errors: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Store what a chunk of lines has come to; the bulk's row is locked by the caller.
+    """Store the items and the errors of a chunk of lines. The caller has locked the bulk's row.
 
-    items, errors: columns by name, where values that are JSON already may be `orjson.Fragment`.
+    items, errors: columns by name. A value that is already JSON may be an `orjson.Fragment`.
     """
     for statement, rows in ((INSERT_ITEMS, items), (INSERT_ERRORS, errors)):
         if rows:
@@ -132,10 +138,12 @@ def append(
 
 
 def start(session: Session, bulk: Bulk, limits: LimitSettings) -> None:
-    """The lines are complete: from now on items become jobs. Their images count towards today's quota.
+    """Set a bulk whose lines are complete to `running`, so that its items become jobs.
+
+    All images of the bulk count towards the owner's quota of today.
 
     Raises:
-        QuotaExceededError
+        QuotaExceededError: the images exceed the owner's quota of today.
     """
     bulk.quota_day = quotas.reserve(session, bulk.owner_id, bulk.images, limits)
     bulk.state = BulkState.RUNNING
@@ -147,15 +155,16 @@ def start(session: Session, bulk: Bulk, limits: LimitSettings) -> None:
 
 
 def analyze(session: Session) -> None:
-    """Tell the planner of many items that have come at once.
+    """Refresh the planner's statistics after a large bulk has arrived.
 
-    Until then it takes them for a few, and reads and sorts all of them for each page. The server finds out by itself,
-    but looks once a minute.
+    With old statistics the planner expects a few items, and reads and sorts all of them for each page. The server
+    refreshes the statistics itself, but looks only once a minute.
     """
     session.execute(text("analyze (skip_locked) bulk_items"))
 
 
 def refuse(session: Session, bulk: Bulk) -> None:
+    """End the bulk in state `refused`: none of its items runs."""
     bulk.state, bulk.finished_at = BulkState.REFUSED, func.now()
     session.flush()
     session.refresh(bulk)
@@ -165,11 +174,12 @@ def refuse(session: Session, bulk: Bulk) -> None:
 
 
 def get(session: Session, bulk_id: UUID, *, owner_id: UUID, lock: bool = False) -> Bulk:
-    """
-    lock: nobody else changes it until the end of the transaction.
+    """The bulk, if it belongs to `owner_id`.
+
+    lock: no other transaction changes the bulk until this one ends.
 
     Raises:
-        ResourceNotFoundError: there is none, or it belongs to somebody else.
+        ResourceNotFoundError: the bulk does not exist, or belongs to another owner.
     """
     statement = select(Bulk).where(Bulk.id == bulk_id, Bulk.owner_id == owner_id)
     bulk = session.scalar(statement.with_for_update() if lock else statement)
@@ -178,70 +188,75 @@ def get(session: Session, bulk_id: UUID, *, owner_id: UUID, lock: bool = False) 
     return bulk
 
 
-def page(session: Session, query: BulkQuery, *, owner_id: UUID) -> tuple[list[Bulk], str | None]:
-    """An owner's bulks, newest first."""
+def list_page(session: Session, query: BulkQuery, *, owner_id: UUID) -> tuple[list[Bulk], str | None]:
+    """A page of an owner's bulks, newest first, and the cursor of the next page.
+
+    Raises:
+        InvalidCursorError: the cursor was not made by this API.
+    """
     statement = select(Bulk).where(Bulk.owner_id == owner_id)
     if query.state is not None:
         statement = statement.where(Bulk.state == query.state)
-    return paging.page(
+    return paging.fetch_page(
         session, statement, created_at=Bulk.created_at, id=Bulk.id, cursor=query.cursor, limit=query.limit
     )
 
 
-def progress(session: Session, bulks: Sequence[Bulk]) -> dict[UUID, Progress]:
-    """How far each of these is. Reads the index of its jobs alone."""
-    counted = session.execute(PROGRESS, {"ids": [bulk.id for bulk in bulks], "rate_s": RATE_S}).all()
-    of_bulk: dict[UUID, list[Row[Any]]] = {bulk.id: [] for bulk in bulks}
+def get_progress(session: Session, bulks: Sequence[Bulk]) -> dict[UUID, Progress]:
+    """The progress of each bulk. It reads only the index of the bulk's jobs, not the jobs."""
+    counted = session.execute(PROGRESS, {"ids": [bulk.id for bulk in bulks], "rate_s": RATE_WINDOW_S}).all()
+    by_bulk: dict[UUID, list[Row[Any]]] = {bulk.id: [] for bulk in bulks}
     for row in counted:
-        of_bulk[row.id].append(row)
-    return {bulk.id: _progress(bulk, of_bulk[bulk.id]) for bulk in bulks}
+        by_bulk[row.id].append(row)
+    return {bulk.id: _progress(bulk, by_bulk[bulk.id]) for bulk in bulks}
 
 
 PROGRESS = text(
     """
-    select bulks.id, bulks.fed, extract(epoch from now() - bulks.started_at) as runs_s, by_state.*
+    select bulks.id, bulks.fed, extract(epoch from now() - bulks.started_at) as running_s, by_state.*
     from bulks cross join lateral (
         select state, count(*) as jobs,
-            count(*) filter (where finished_at > now() - :rate_s * interval '1 s') as lately,
-            count(*) filter (where finished_at < bulks.retry_before) as before_retry
+            count(*) filter (where finished_at > now() - :rate_s * interval '1 s') as ended_recently,
+            count(*) filter (where finished_at < bulks.retry_before) as ended_before_retry
         from jobs where bulk_id = bulks.id group by state
     ) by_state
     where bulks.id = any(:ids)
     """
 )
-"""One statement, so that no item is seen both as a job and as waiting for one."""
+"""The column `fed`, the number of items that have become jobs, is read in the same statement as the jobs. Otherwise an
+item could count twice: as a job and as waiting for one."""
 
 
 def _progress(bulk: Bulk, rows: Sequence[Row[Any]]) -> Progress:
-    fed = rows[0].fed if rows else bulk.fed
+    items_with_job = rows[0].fed if rows else bulk.fed
     counts = {row.state: row.jobs for row in rows}
     waiting = state_without_job(bulk)
-    counts[waiting] = counts.get(waiting, 0) + bulk.total - fed
+    counts[waiting] = counts.get(waiting, 0) + bulk.total - items_with_job
     for row in rows:
-        if row.state in RETRIED:
-            counts[row.state] -= row.before_retry
-            counts[waiting] += row.before_retry
-    counts[ItemState.DELETED] = fed - sum(row.jobs for row in rows)
+        if row.state in RETRIABLE:
+            counts[row.state] -= row.ended_before_retry
+            counts[waiting] += row.ended_before_retry
+    counts[ItemState.DELETED] = items_with_job - sum(row.jobs for row in rows)
     rate_per_s = None
     if bulk.state == BulkState.RUNNING and rows:
-        rate_per_s = sum(row.lately for row in rows) / min(RATE_S, max(float(rows[0].runs_s), 1))
+        rate_per_s = sum(row.ended_recently for row in rows) / min(RATE_WINDOW_S, max(float(rows[0].running_s), 1))
     return Progress(BulkCounts(**counts), rate_per_s)
 
 
 def state_without_job(bulk: Bulk) -> ItemState:
-    """What an item of the bulk is that has not become a job."""
+    """The state of the bulk's items that have no job: canceled, expired or queued, depending on the bulk's state."""
     if bulk.state in (BulkState.CANCELED, BulkState.REFUSED, BulkState.ABANDONED):
         return ItemState.CANCELED
-    # Items of a bulk that completed without them had come too late.
+    # A bulk that completes before all items have become jobs has reached its deadline.
     return ItemState.EXPIRED if bulk.state == BulkState.COMPLETED else ItemState.QUEUED
 
 
-def items(
+def list_items(
     session: Session, bulk: Bulk, *, after: int, limit: int, state: ItemState | None = None
 ) -> tuple[list[tuple[BulkItem, Job | None, ItemState]], int | None]:
-    """A page of items with their jobs and states in the order of lines, and the line behind which the next page starts.
+    """A page of items with their jobs and states, in the order of lines; and its last line, or None on the last page.
 
-    One that waits to be tried again is queued, and has no job.
+    An item that waits for a retry has the state `queued` and no job.
     """
     of_bulk = select(BulkItem, Job).where(BulkItem.bulk_id == bulk.id, BulkItem.line > after)
     with_any_job = of_bulk.outerjoin(Job, Job.id == BulkItem.job_id)
@@ -250,13 +265,13 @@ def items(
     elif state is ItemState.DELETED:
         parts = [with_any_job.where(BulkItem.job_id.is_not(None), Job.id.is_(None))]
     else:
-        # Asked for by their jobs, the few failed ones of many are found by index.
+        # Joined from the jobs, so that the index finds a few failed items among many.
         of_item = and_(Job.bulk_id == bulk.id, Job.bulk_line == BulkItem.line)
-        parts = [of_bulk.join(Job, and_(of_item, Job.state == state.value, not_(_waits_again(bulk))))]
+        parts = [of_bulk.join(Job, and_(of_item, Job.state == state.value, not_(_awaits_retry(bulk))))]
         if state is state_without_job(bulk):
             parts.append(with_any_job.where(BulkItem.job_id.is_(None)))
             if bulk.retry_before is not None:
-                parts.append(of_bulk.join(Job, and_(of_item, _waits_again(bulk))))
+                parts.append(of_bulk.join(Job, and_(of_item, _awaits_retry(bulk))))
     rows = [
         _with_state(bulk, item, job)
         for part in parts
@@ -270,37 +285,39 @@ def _with_state(bulk: Bulk, item: BulkItem, job: Job | None) -> tuple[BulkItem, 
     if job is None:
         return item, None, state_without_job(bulk) if item.job_id is None else ItemState.DELETED
     before, ended = bulk.retry_before, job.finished_at
-    if before is not None and ended is not None and job.state in RETRIED and ended < before:
+    if before is not None and ended is not None and job.state in RETRIABLE and ended < before:
         return item, None, state_without_job(bulk)
     return item, job, ItemState(job.state)
 
 
-def _waits_again(bulk: Bulk) -> ColumnElement[bool]:
-    """Of jobs: whether their item will get another one."""
+def _awaits_retry(bulk: Bulk) -> ColumnElement[bool]:
+    """The condition on jobs whose item will get a new job: they failed before the bulk's `retry_before`."""
     if bulk.retry_before is None:
         return false()
-    return and_(Job.bulk_id == bulk.id, Job.state.in_(RETRIED), Job.finished_at < bulk.retry_before)
+    return and_(Job.bulk_id == bulk.id, Job.state.in_(RETRIABLE), Job.finished_at < bulk.retry_before)
 
 
-def line_errors(session: Session, bulk_id: UUID, *, after: int, limit: int) -> tuple[list[BulkLineError], int | None]:
-    """A page of invalid lines, and the line behind which the next page starts."""
+def list_line_errors(
+    session: Session, bulk_id: UUID, *, after: int, limit: int
+) -> tuple[list[BulkLineError], int | None]:
+    """A page of invalid lines; and its last line, or None on the last page."""
     statement = select(BulkLineError).where(BulkLineError.bulk_id == bulk_id, BulkLineError.line > after)
     rows = list(session.scalars(statement.order_by(BulkLineError.line).limit(limit + 1)))
     return rows[:limit], rows[limit - 1].line if len(rows) > limit else None
 
 
-# --- what owners do -----------------------------------------------------------------------------------------------
+# --- operations of owners -----------------------------------------------------------------------------------------
 
 
 def pause(session: Session, bulk: Bulk) -> None:
-    """Start nothing more of it: while it does not run, neither are its items fed nor its jobs claimed.
+    """Pause the bulk: none of its items becomes a job and none of its queued jobs is claimed. Running jobs go on.
 
     Raises:
-        BulkStateError: it is not running.
+        BulkStateError: the bulk is neither running nor paused.
     """
     if bulk.state not in (BulkState.RUNNING, BulkState.PAUSED):
         raise BulkStateError("Only a running bulk can be paused.", state=bulk.state)
-    # The messages of those that are published will be taken for nothing.
+    # Published jobs become unpublished. Their messages stay in the broker, and workers cannot claim the jobs.
     waiting = select(Job.id).where(Job.bulk_id == bulk.id, Job.state == JobState.QUEUED)
     jobs.unpublish(session, session.scalars(waiting).all())
     bulk.state = BulkState.PAUSED
@@ -308,9 +325,10 @@ def pause(session: Session, bulk: Bulk) -> None:
 
 
 def resume(session: Session, bulk: Bulk) -> None:
-    """
+    """Let a paused bulk run again.
+
     Raises:
-        BulkStateError: it is not paused.
+        BulkStateError: the bulk is neither paused nor running.
     """
     if bulk.state not in (BulkState.RUNNING, BulkState.PAUSED):
         raise BulkStateError("Only a paused bulk can be resumed.", state=bulk.state)
@@ -319,10 +337,10 @@ def resume(session: Session, bulk: Bulk) -> None:
 
 
 def cancel(session: Session, bulk: Bulk) -> list[UUID]:
-    """End the bulk and every job of it that has not ended; the ids of those.
+    """Cancel the bulk and every job of it that has not ended; return the ids of these jobs.
 
     Raises:
-        BulkStateError: it has ended otherwise.
+        BulkStateError: the bulk has ended in another state than `canceled`.
     """
     if bulk.state == BulkState.CANCELED:
         return []
@@ -334,41 +352,44 @@ def cancel(session: Session, bulk: Bulk) -> list[UUID]:
 
 
 def retry_failed(session: Session, bulk: Bulk, limits: LimitSettings) -> None:
-    """Have items that failed, expired or died by now wait for another job each, and run the bulk again.
+    """Retry the items whose jobs have failed, expired or died until now, and run the bulk again.
 
-    They get it when their turn comes, so this takes no longer for many. Their jobs of before stay, but leave the bulk
-    then; the new ones name them in `retry_of`. Their images count again.
+    The call only sets `retry_before` to this moment, so it takes no longer for many items. `top_up` later gives each
+    item a new job, whose `retry_of` is the old one. The old job is kept, but no longer belongs to the bulk. Items of a
+    completed bulk that never had a job, because it reached its deadline, run too. All these images count towards the
+    quota again.
 
     Raises:
-        BulkStateError: it has not started, or was canceled.
-        QuotaExceededError
+        BulkStateError: the bulk is not running, paused or completed.
+        QuotaExceededError: the images exceed the owner's quota of today.
     """
     if bulk.state not in (BulkState.RUNNING, BulkState.PAUSED, BulkState.COMPLETED):
         raise BulkStateError("Only a bulk that runs or has completed can be tried again.", state=bulk.state)
-    came_too_late = _images_left(session, bulk) if bulk.state == BulkState.COMPLETED and bulk.fed < bulk.total else 0
+    has_expired_items = bulk.state == BulkState.COMPLETED and bulk.fed < bulk.total
+    images_without_job = _images_without_job(session, bulk) if has_expired_items else 0
     now = session.scalars(select(func.clock_timestamp())).one()
-    failed = and_(Job.bulk_id == bulk.id, Job.state.in_(RETRIED), Job.finished_at < now, not_(_waits_again(bulk)))
+    failed = and_(Job.bulk_id == bulk.id, Job.state.in_(RETRIABLE), Job.finished_at < now, not_(_awaits_retry(bulk)))
     images = session.scalar(select(func.sum(Job.images)).where(failed)) or 0
-    if not images and not came_too_late:
+    if not images and not images_without_job:
         return
-    today = quotas.reserve(session, bulk.owner_id, images + came_too_late, limits)
+    today = quotas.reserve(session, bulk.owner_id, images + images_without_job, limits)
     if images:
         bulk.retry_before = now
     bulk.expires_at = None
     if bulk.state == BulkState.COMPLETED:
-        # Items of a bulk that still runs may count towards another day, to which they must be given back.
+        # A bulk that still runs keeps its day: its waiting items are counted there, and given back there.
         bulk.quota_day = today
         bulk.state, bulk.finished_at = BulkState.RUNNING, None
     session.flush()
 
 
-RETRY = text(
+RELEASE_FAILED = text(
     """
     with failed as (
         select id, bulk_line from jobs
         where bulk_id = :bulk_id and state = any(:states) and finished_at < :before and model = :model
         limit :most for update
-    ), left_behind as (
+    ), removed_from_bulk as (
         update jobs set bulk_id = null, bulk_line = null from failed where jobs.id = failed.id
     ), waiting as (
         update bulk_items set job_id = null, retry_of = failed.id
@@ -380,75 +401,82 @@ RETRY = text(
 )
 
 
-def _free_failed(session: Session, bulk: Bulk, model: str, most: int) -> None:
-    """Take the jobs from up to `most` items that wait to be tried again, so that they are fed like any other."""
-    parameters = {"bulk_id": bulk.id, "states": list(RETRIED), "before": bulk.retry_before, "model": model}
-    freed = int(session.execute(RETRY, {**parameters, "most": most}).scalar_one())
-    bulk.fed -= freed
-    if freed < most and session.scalar(select(Job.id).where(_waits_again(bulk)).limit(1)) is None:
+def _release_failed(session: Session, bulk: Bulk, model: str, most: int) -> None:
+    """Detach the failed jobs of up to `most` items that wait for a retry, so that these items can get new jobs."""
+    parameters = {"bulk_id": bulk.id, "states": list(RETRIABLE), "before": bulk.retry_before, "model": model}
+    released = int(session.execute(RELEASE_FAILED, {**parameters, "most": most}).scalar_one())
+    bulk.fed -= released
+    if released < most and session.scalar(select(Job.id).where(_awaits_retry(bulk)).limit(1)) is None:
         bulk.retry_before = None
     session.flush()
 
 
-def _images_left(session: Session, bulk: Bulk) -> int:
-    """Of items that wait for a job."""
-    first = select(func.sum(BulkItem.images)).where(BulkItem.bulk_id == bulk.id, BulkItem.job_id.is_(None))
-    again = select(func.sum(Job.images)).where(_waits_again(bulk))
-    return (session.scalar(first) or 0) + (session.scalar(again) or 0)
+def _images_without_job(session: Session, bulk: Bulk) -> int:
+    """The number of images of all items that wait for their first job or for a retry."""
+    never_ran = select(func.sum(BulkItem.images)).where(BulkItem.bulk_id == bulk.id, BulkItem.job_id.is_(None))
+    await_retry = select(func.sum(Job.images)).where(_awaits_retry(bulk))
+    return (session.scalar(never_ran) or 0) + (session.scalar(await_retry) or 0)
 
 
-# --- feeding ------------------------------------------------------------------------------------------------------
+# --- making jobs --------------------------------------------------------------------------------------------------
 
 
-FEED = text(
+INSERT_JOBS = text(
     """
-    with next as (
+    with next_items as (
         select line from bulk_items
         where bulk_id = :bulk_id and model = :model and job_id is null
         order by line limit :most
-    ), fed as (
+    ), updated_items as (
         update bulk_items item set job_id = gen_random_uuid()
-        from next where item.bulk_id = :bulk_id and item.line = next.line
+        from next_items where item.bulk_id = :bulk_id and item.line = next_items.line
         returning item.*
-    ), made as (
+    ), new_jobs as (
         insert into jobs (
             id, owner_id, bulk_id, bulk_line, kind, state, lane, model, images, parameters, metadata, timeout_s,
             expires_at, retry_of, quota_day, last_seq
         )
-        select fed.job_id, bulk.owner_id, bulk.id, fed.line, fed.kind, 'queued', bulk.lane, fed.model, fed.images,
-            fed.parameters, fed.metadata, fed.timeout_s, bulk.expires_at, fed.retry_of, bulk.quota_day, 1
-        from fed join bulks bulk on bulk.id = fed.bulk_id
-        order by fed.line
+        select item.job_id, bulk.owner_id, bulk.id, item.line, item.kind, 'queued', bulk.lane, item.model, item.images,
+            item.parameters, item.metadata, item.timeout_s, bulk.expires_at, item.retry_of, bulk.quota_day, 1
+        from updated_items item join bulks bulk on bulk.id = item.bulk_id
+        order by item.line
         returning id, kind
-    ), told as (
-        insert into job_events (job_id, seq, type, data) select id, 1, 'queued', '{}' from made
+    ), new_events as (
+        insert into job_events (job_id, seq, type, data) select id, 1, 'queued', '{}' from new_jobs
     )
-    select kind, count(*) as jobs from made group by kind
+    select kind, count(*) as jobs from new_jobs group by kind
     """
 )
-"""As `jobs.insert` does it, for many."""
+"""Does for many items what `jobs.insert` does for one job. A column added there must be added here."""
 
 
-HUNGRY = text(
+BULKS_NEEDING_JOBS = text(
     """
-    select bulks.id, waiting.jobs
+    select bulks.id, queued.jobs
     from bulks cross join lateral (
         select count(*) as jobs from (
             select from jobs
             where bulk_id = bulks.id and state = 'queued' and model = :model limit :window
-        ) hungry
-    ) waiting
+        ) first_jobs
+    ) queued
     where bulks.state = 'running' and bulks.finished_at is null and bulks.models @> array[:model]
-        and waiting.jobs < :window
+        and queued.jobs < :window
     """
 )
+"""The limit inside the count bounds its cost: it reads at most `window` jobs of each bulk."""
 
 
 def top_up(session: Session, model: str, *, window: int) -> None:
-    """Make jobs of the next items of running bulks, so that at least `window` of each wait for the model."""
-    for bulk_id, waiting in session.execute(HUNGRY, {"model": model, "window": window}).all():
-        # Whoever holds the row is feeding another model of it, or stops it; what is missed now, the next end of a job
-        # makes up for, or the reconciler.
+    """Make jobs of the next items of running bulks, so that enough of them wait for `model`.
+
+    A running bulk with fewer than `window` queued jobs for `model` is filled up to twice `window`, as long as it has
+    items. The dispatch calls this first, with its own window, so that one bulk alone can fill it. A bulk past its
+    deadline gets no new job. A bulk whose items have all become jobs, or that is past its deadline, ends here once its
+    last job has ended.
+    """
+    for bulk_id, queued in session.execute(BULKS_NEEDING_JOBS, {"model": model, "window": window}).all():
+        # A locked row is skipped: another process tops up another model of this bulk, or pauses or cancels it. The
+        # next job that ends, or the reconciler, dispatches again and makes up for it.
         locked = select(Bulk, func.coalesce(Bulk.expires_at <= func.now(), False)).where(
             Bulk.id == bulk_id, Bulk.state == BulkState.RUNNING
         )
@@ -456,39 +484,42 @@ def top_up(session: Session, model: str, *, window: int) -> None:
         row = session.execute(locked).one_or_none()
         if row is not None:
             bulk, expired = row
-            _feed(session, bulk, model, most=0 if expired else 2 * window - waiting)
+            _insert_jobs(session, bulk, model, most=0 if expired else 2 * window - queued)
 
 
-def _feed(session: Session, bulk: Bulk, model: str, *, most: int) -> None:
-    """Make jobs of up to `most` of the bulk's items; 0: the bulk has expired."""
+def _insert_jobs(session: Session, bulk: Bulk, model: str, *, most: int) -> None:
+    """Make jobs of up to `most` of the bulk's items; end the bulk when no item waits and its last job has ended.
+
+    most: 0 when the bulk is past its deadline.
+    """
     made = 0
     if most and bulk.retry_before is not None:
-        _free_failed(session, bulk, model, most)
+        _release_failed(session, bulk, model, most)
     if most and bulk.fed < bulk.total:
-        for kind, count in session.execute(FEED, {"bulk_id": bulk.id, "model": model, "most": most}):
+        for kind, count in session.execute(INSERT_JOBS, {"bulk_id": bulk.id, "model": model, "most": most}):
             JOBS_SUBMITTED.labels(kind).inc(count)
             made += count
         bulk.fed += made
         session.flush()
     if not made and bulk.retry_before is None and (bulk.fed == bulk.total or not most):
-        alive = select(Job.id).where(Job.bulk_id == bulk.id, Job.state.in_((JobState.QUEUED, JobState.PROCESSING)))
-        if session.scalar(alive.limit(1)) is None:
+        unfinished = select(Job.id).where(Job.bulk_id == bulk.id, Job.state.in_((JobState.QUEUED, JobState.PROCESSING)))
+        if session.scalar(unfinished.limit(1)) is None:
             _end(session, bulk, BulkState.COMPLETED)
 
 
 def _end(session: Session, bulk: Bulk, state: BulkState) -> None:
     if bulk.quota_day is not None and (bulk.fed < bulk.total or bulk.retry_before is not None):
-        quotas.give_back_images(session, bulk.owner_id, bulk.quota_day, _images_left(session, bulk))
+        quotas.give_back_images(session, bulk.owner_id, bulk.quota_day, _images_without_job(session, bulk))
     bulk.state, bulk.finished_at, bulk.retry_before = state, func.now(), None
     session.flush()
     session.refresh(bulk)
     if bulk.webhook is not None:
-        body = told(bulk, progress(session, [bulk])[bulk.id].counts)
+        body = webhook_body(bulk, get_progress(session, [bulk])[bulk.id].counts)
         webhooks.enqueue_body(session, body, owner_id=bulk.owner_id, url=bulk.webhook["url"])
 
 
-def told(bulk: Bulk, counts: BulkCounts) -> dict[str, Any]:
-    """A thin body: that the bulk has ended, how, and where to look."""
+def webhook_body(bulk: Bulk, counts: BulkCounts) -> dict[str, Any]:
+    """The webhook's body: the bulk's final state and counts, and its URL. It holds no results."""
     return {
         "type": f"bulk.{bulk.state}",
         "timestamp": bulk.finished_at and bulk.finished_at.isoformat(),
@@ -503,23 +534,23 @@ def told(bulk: Bulk, counts: BulkCounts) -> dict[str, Any]:
     }
 
 
-# --- what the reconciler does -------------------------------------------------------------------------------------
+# --- for the reconciler -------------------------------------------------------------------------------------------
 
 
-def running_models(session: Session) -> set[str]:
-    """Models that running bulks have items for: each may have one to feed, or be through."""
+def list_running_models(session: Session) -> set[str]:
+    """Models that items of running bulks use. A dispatch of such a model may make jobs or end a bulk."""
     statement = select(func.unnest(Bulk.models)).where(Bulk.state == BulkState.RUNNING).distinct()
     return set(session.scalars(statement))
 
 
-def waiting_items(session: Session) -> int:
-    """Items of running bulks whose turn to become jobs has not come."""
+def count_waiting_items(session: Session) -> int:
+    """How many items of running bulks have not become jobs."""
     statement = select(func.coalesce(func.sum(Bulk.total - Bulk.fed), 0)).where(Bulk.state == BulkState.RUNNING)
     return int(session.scalar(statement) or 0)
 
 
-def held_by_model(session: Session) -> dict[str, int]:
-    """Queued jobs that wait because their bulk is paused."""
+def count_paused_by_model(session: Session) -> dict[str, int]:
+    """How many queued jobs of each model wait because their bulk is paused."""
     statement = (
         select(Job.model, func.count())
         .join(Bulk, Bulk.id == Job.bulk_id)
@@ -529,17 +560,18 @@ def held_by_model(session: Session) -> dict[str, int]:
     return {str(model): count for model, count in session.execute(statement)}
 
 
-def sweep(session: Session, *, abandoned_after_s: float) -> None:
-    """Give up bulks whose lines stopped coming, and remove items that will never run, some at a time."""
+def delete_abandoned(session: Session, *, abandoned_after_s: float) -> None:
+    """End bulks that received no line for `abandoned_after_s`, and delete up to `ITEMS_PER_DELETE` items of bulks that
+    never ran."""
     stale = and_(
         Bulk.state == BulkState.RECEIVING, Bulk.received_at < func.now() - timedelta(seconds=abandoned_after_s)
     )
     session.execute(update(Bulk).where(stale).values(state=BulkState.ABANDONED, finished_at=func.now()))
     never_ran = select(Bulk.id).where(Bulk.state.in_((BulkState.REFUSED, BulkState.ABANDONED)))
-    some = (
+    batch = (
         select(BulkItem.bulk_id, BulkItem.line)
         .where(BulkItem.bulk_id.in_(never_ran), BulkItem.job_id.is_(None))
-        .limit(SWEPT_ROWS)
+        .limit(ITEMS_PER_DELETE)
         .subquery()
     )
-    session.execute(delete(BulkItem).where(BulkItem.bulk_id == some.c.bulk_id, BulkItem.line == some.c.line))
+    session.execute(delete(BulkItem).where(BulkItem.bulk_id == batch.c.bulk_id, BulkItem.line == batch.c.line))

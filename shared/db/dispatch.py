@@ -1,7 +1,9 @@
-"""Which waiting jobs go to the broker next: by lane, then fair share of owners, then age.
+"""Dispatch: chooses which waiting jobs of a model go to the broker next, by lane, fair share of owners, and age.
 
-Each model has a small published window. What waits behind it stays in SQL, so that a hundred thousand bulk jobs
-neither flood the broker nor delay an interactive user: of one lane, what is published can no longer be overtaken.
+Only a small window of each model's jobs is published, that is, has a message in the broker. The other queued jobs
+wait in Postgres. The broker serves the jobs of one lane in the order of publishing, which cannot be changed afterwards.
+With a small window, a hundred thousand bulk jobs neither fill the broker nor delay an interactive user. See
+docs/decisions/0007-which-waiting-job-is-published-next.md.
 """
 
 from collections import Counter, defaultdict
@@ -16,11 +18,11 @@ from shared.contracts.jobs import JobState, Lane
 from shared.db import bulks
 from shared.db.tables import Job
 
-LOWEST = len(Lane) - 1
+LOWEST_LANE = len(Lane) - 1
 
-# The distinct (lane, owner) pairs are found by hopping through the index (a "loose index scan"), and of each only as
-# many of its oldest jobs are read as could be chosen: the cost follows the number of owners who wait and the room there
-# is, not the number of jobs.
+# The recursive part finds the distinct (lane, owner) pairs with one index look-up each (a "loose index scan"). For each
+# pair, only as many of its oldest jobs are read as could be chosen. The cost depends on the number of waiting owners
+# and of free slots, not on the number of jobs.
 CANDIDATES = text(
     """
     with recursive waiting(lane, owner_id) as (
@@ -45,7 +47,7 @@ CANDIDATES = text(
             and (run_after is null or run_after <= now())
             and (expires_at is null or expires_at > now())
             and (bulk_id is null or exists (select from bulks where bulks.id = bulk_id and bulks.state = 'running'))
-        order by created_at, id limit (cast(:rooms as integer[]))[waiting.lane + 1]
+        order by created_at, id limit (cast(:free_slots as integer[]))[waiting.lane + 1]
     ) oldest
     """
 )
@@ -53,23 +55,27 @@ CANDIDATES = text(
 
 @dataclass(frozen=True)
 class Published:
-    """A job marked as published. `lane` is its priority in the broker; a promoted job has a better one than its own."""
+    """A job marked as published. lane: its priority in the broker, the best one for a job of a starving lane."""
 
     job_id: UUID
     lane: int
 
 
-def next_jobs(session: Session, model: str, *, window: int, starving_s: float) -> list[Published]:
-    """Mark the next jobs of `model` as published and return them, the first to go first.
+def next_jobs(session: Session, model: str, *, window: int, starvation_timeout_s: float) -> list[Published]:
+    """Mark the next jobs of `model` as published and return them, the first to run first.
 
-    At most `window` unclaimed jobs of a lane and the lanes above it are out at a time, so a better lane always finds
-    room. Of one lane, the owner with the fewest images in flight goes first. A lane that has waited for `starving_s`
-    with nothing in flight gets one job published ahead of all others: a steady stream above it cannot starve it.
+    window: the most jobs that may be published and not yet claimed by a worker, in a lane and all better lanes
+    together. Published jobs of worse lanes do not count, so they never take the slots of a better lane.
 
-    The caller commits, then publishes. A crash in between is repaired by the reconciler, which finds the jobs absent
-    from the broker.
+    Within a lane, the job of the owner with the fewest images in flight goes first, then the oldest. In flight means
+    published or running. A lane with no job in flight starves when one of its jobs has waited for
+    `starvation_timeout_s`. One such job is published in the best lane, before all others.
+
+    First, running bulks get jobs for their next items: see `bulks.top_up`. The caller commits, then publishes. If it
+    crashes in between, the reconciler finds the jobs missing from the broker and makes them wait again.
     """
-    # One feeder per model at a time: two would each see the same room and fill it twice.
+    # One dispatch per model at a time: two at once would see the same free slots and fill them twice. The key keeps its
+    # old name, "feed", because during an upgrade two releases share this lock.
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"feed:{model}", 0))))
     bulks.top_up(session, model, window=window)
     in_flight = session.execute(
@@ -88,11 +94,13 @@ def next_jobs(session: Session, model: str, *, window: int, starving_s: float) -
             published[published_lane] += jobs
     if published[Lane.HIGH.rank] >= window:
         return []
-    # One at least, of every lane: it may starve.
-    rooms = [max(window - sum(published[better] for better in range(lane + 1)), 1) for lane in range(LOWEST + 1)]
-    candidates = session.execute(CANDIDATES, {"model": model, "rooms": rooms}).all()
-    chosen = _choose(candidates, window, published, lanes_in_flight, images, starving_s)
-    return _mark(session, chosen)
+    # At least one candidate per lane is read, even without a free slot, because the lane may be starving.
+    free_slots = [
+        max(window - sum(published[better] for better in range(lane + 1)), 1) for lane in range(LOWEST_LANE + 1)
+    ]
+    candidates = session.execute(CANDIDATES, {"model": model, "free_slots": free_slots}).all()
+    chosen = _choose(candidates, window, published, lanes_in_flight, images, starvation_timeout_s)
+    return _mark_published(session, chosen)
 
 
 def _choose(
@@ -101,7 +109,7 @@ def _choose(
     published: Counter[int],
     lanes_in_flight: set[int],
     images: Counter[UUID],
-    starving_s: float,
+    starvation_timeout_s: float,
 ) -> list[Published]:
     chosen: list[Published] = []
     remaining = list(candidates)
@@ -112,19 +120,19 @@ def _choose(
         published[lane] += 1
         images[candidate.owner_id] += candidate.images
 
-    for lane in range(1, LOWEST + 1):
-        starving = [c for c in remaining if c.lane == lane and c.waited_s >= starving_s]
+    for lane in range(1, LOWEST_LANE + 1):
+        starving = [c for c in remaining if c.lane == lane and c.waited_s >= starvation_timeout_s]
         if starving and lane not in lanes_in_flight:
             take(min(starving, key=lambda c: (images[c.owner_id], -c.waited_s)), Lane.HIGH.rank)
     while remaining:
         best = min(remaining, key=lambda c: (c.lane, images[c.owner_id], -c.waited_s, c.id))
         if sum(published[lane] for lane in range(best.lane + 1)) >= window:
-            break  # nor is there room for any lane below
+            break  # the window is full for the worse lanes too
         take(best, best.lane)
     return chosen
 
 
-def _mark(session: Session, chosen: Sequence[Published]) -> list[Published]:
+def _mark_published(session: Session, chosen: Sequence[Published]) -> list[Published]:
     by_lane = defaultdict(list)
     for each in chosen:
         by_lane[each.lane].append(each.job_id)

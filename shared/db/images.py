@@ -1,8 +1,12 @@
-"""Corpus queries: adding, listing, embedding and finding images."""
+"""Corpus queries: add, list, embed and find images.
+
+An image is `pending` until an embed worker stores its vector. A worker claims a pending image for some seconds: this is
+its lease, which it renews while it works. When the worker stops, the lease expires, and `take_back_expired` makes the
+image available to other workers. Each claim is a new attempt, and only the latest attempt may store the result.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Self
 from uuid import UUID, uuid4
 
@@ -20,7 +24,6 @@ from sqlalchemy import (
     literal,
     or_,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -28,18 +31,18 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.images import ImageQuery, ImageState
 from shared.contracts.search import ImageFilter
-from shared.db import paging
+from shared.db import leasing, paging
 from shared.db.spaces import Space
 from shared.db.tables import Collection, Image
 from shared.errors import EmbeddingCrashedError, ResourceNotFoundError
-from shared.metrics import RETRIEVAL_SIMILARITY, time_operation
+from shared.metrics import RETRIEVAL_DURATION, RETRIEVAL_SIMILARITY, time_operation
 
 Vector = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ImageClaim:
-    """The right to say what became of an image: holds as long as no other attempt takes it over."""
+    """The right to store an image's vector or failure. It holds until another attempt takes the image over."""
 
     image_id: UUID
     attempt: int
@@ -50,8 +53,12 @@ class ImageClaim:
 
 
 @dataclass(frozen=True)
-class Found:
-    """An image near a query. `vector` is the stored one, shape (dim,), float32, L2-normalised."""
+class ScoredImage:
+    """An image with its similarity to a query.
+
+    similarity: cosine, in [-1, 1]; NaN without a query. vector: shape (dim,), float32, L2-normalised. norm: its length
+    before normalisation.
+    """
 
     image: Image
     similarity: float
@@ -61,7 +68,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Nearest:
-    found: list[Found]
+    """The images nearest to a query. exact: every candidate was compared, without the approximate index."""
+
+    images: list[ScoredImage]
     exact: bool
 
 
@@ -69,9 +78,9 @@ class Nearest:
 
 
 def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, bool]:
-    """Add an image in state `pending`, or find the one of the same content; True when it is new.
+    """Add an image in state `pending`, or find the image with the same content; True when it is new.
 
-    One that has failed is tried again: its bytes have just been stored anew.
+    An image that has failed becomes `pending` again, because its bytes have just been stored again.
     """
     statement = (
         upsert(Image)
@@ -91,14 +100,14 @@ def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, b
                 image.state, image.error_code, image.crashes = ImageState.PENDING, None, 0
                 session.flush()
             return image, False
-        # Deleted between the two statements: now there is room for it.
+        # The image was deleted between the two statements, so the insert can succeed now.
 
 
 def get(session: Session, image_id: UUID, *, owner_id: UUID) -> tuple[Image, Collection]:
     """The image and its collection, if `owner_id` may see it.
 
     Raises:
-        ResourceNotFoundError: there is none, or it belongs to somebody else.
+        ResourceNotFoundError: the image does not exist, or is in a collection that `owner_id` may not see.
     """
     statement = (
         select(Image, Collection)
@@ -112,10 +121,10 @@ def get(session: Session, image_id: UUID, *, owner_id: UUID) -> tuple[Image, Col
 
 
 def get_collection(session: Session, name: str, *, owner_id: UUID) -> Collection:
-    """A collection by its name: the owner's own first, else the shared one.
+    """The owner's collection with this name; otherwise a shared one.
 
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: neither exists.
     """
     statement = (
         select(Collection)
@@ -130,11 +139,16 @@ def get_collection(session: Session, name: str, *, owner_id: UUID) -> Collection
 
 
 def visible_to(owner_id: UUID) -> ColumnElement[bool]:
+    """The condition on collections that `owner_id` may see: their own and shared ones."""
     return or_(Collection.owner_id == owner_id, Collection.shared)
 
 
-def page(session: Session, query: ImageQuery, *, collection_id: UUID) -> tuple[list[Image], str | None]:
-    """A collection's images, newest first."""
+def list_page(session: Session, query: ImageQuery, *, collection_id: UUID) -> tuple[list[Image], str | None]:
+    """A page of a collection's images, newest first, and the cursor of the next page.
+
+    Raises:
+        InvalidCursorError: the cursor was not made by this API.
+    """
     statement = select(Image).where(Image.collection_id == collection_id)
     if query.state is not None:
         statement = statement.where(Image.state == query.state)
@@ -144,19 +158,19 @@ def page(session: Session, query: ImageQuery, *, collection_id: UUID) -> tuple[l
         statement = statement.where(Image.source == query.source)
     if query.licence is not None:
         statement = statement.where(Image.licence == query.licence)
-    return paging.page(
+    return paging.fetch_page(
         session, statement, created_at=Image.created_at, id=Image.id, cursor=query.cursor, limit=query.limit
     )
 
 
 def remove(session: Session, image: Image) -> None:
-    """Take an image out of searches and future references at once; its bytes are the sweeper's."""
+    """Delete an image. From this commit on, no search finds it. The sweeper deletes its bytes later."""
     session.execute(delete(Image).where(Image.id == image.id))
-    touch(session, image.collection_id)
+    bump_collection_version(session, image.collection_id)
 
 
-def touch(session: Session, collection_id: UUID) -> None:
-    """Raise the collection's version: every cached search of it is stale from this commit on."""
+def bump_collection_version(session: Session, collection_id: UUID) -> None:
+    """Raise the collection's version. From this commit on, cached searches of the collection are not used any more."""
     session.execute(update(Collection).where(Collection.id == collection_id).values(version=Collection.version + 1))
 
 
@@ -164,9 +178,9 @@ def touch(session: Session, collection_id: UUID) -> None:
 
 
 def claim_pending(session: Session, *, limit: int, lease_s: float) -> list[Image]:
-    """Take up to `limit` images that wait for a vector, oldest first, for `lease_s` seconds.
+    """Claim up to `limit` pending images for `lease_s` seconds, oldest first.
 
-    One whose work has brought its process down before comes alone.
+    An image that was claimed during a crash is claimed alone, so that its next crash affects no other image.
     """
     waiting = session.execute(
         select(Image.id, Image.crashes)
@@ -181,7 +195,7 @@ def claim_pending(session: Session, *, limit: int, lease_s: float) -> list[Image
     statement = (
         update(Image)
         .where(Image.id.in_([row.id for row in chosen]))
-        .values(attempt=Image.attempt + 1, model_started=False, lease_until=_from_now(lease_s))
+        .values(attempt=Image.attempt + 1, model_started=False, lease_until=leasing.from_now(lease_s))
         .returning(Image)
         .execution_options(populate_existing=True)
     )
@@ -189,36 +203,39 @@ def claim_pending(session: Session, *, limit: int, lease_s: float) -> list[Image
 
 
 def renew(session: Session, claims: Iterable[ImageClaim], *, lease_s: float) -> set[UUID]:
-    """Extend the leases of these images; the ids still owned."""
-    statement = update(Image).where(_owned(claims)).values(lease_until=_from_now(lease_s)).returning(Image.id)
+    """Extend the leases of these images to `lease_s` from now; return the ids of the images still owned."""
+    statement = update(Image).where(_owned(claims)).values(lease_until=leasing.from_now(lease_s)).returning(Image.id)
     return set(session.scalars(statement.execution_options(synchronize_session=False)))
 
 
-def model_started(session: Session, claims: Iterable[ImageClaim]) -> set[UUID]:
-    """From here on a lost lease counts as a crash of these images; the ids still owned."""
+def mark_model_started(session: Session, claims: Iterable[ImageClaim]) -> set[UUID]:
+    """Record that the model's work starts: from here on, an expired lease counts as a crash of these images.
+
+    Returns the ids of the images still owned.
+    """
     statement = update(Image).where(_owned(claims)).values(model_started=True).returning(Image.id)
     return set(session.scalars(statement.execution_options(synchronize_session=False)))
 
 
 def hand_back(session: Session, claims: Iterable[ImageClaim]) -> int:
-    """Let others claim these images at once; how many were still owned."""
+    """Give up the leases of these images, so that other workers can claim them; return how many were still owned."""
     statement = update(Image).where(_owned(claims)).values(lease_until=None, model_started=False).returning(Image.id)
     return len(session.scalars(statement.execution_options(synchronize_session=False)).all())
 
 
 def any_pending(session: Session) -> bool:
-    """Is there an image that waits for a vector and that no worker holds?"""
+    """Whether a pending image exists that no worker has claimed."""
     return session.scalar(select(Image.id).where(_unclaimed()).limit(1)) is not None
 
 
-def embedded(
+def store_embeddings(
     session: Session, space: Space, claims: Sequence[ImageClaim], vectors: Vector, norms: Vector
 ) -> list[UUID]:
-    """Store vectors and make their images searchable; the ids of those that were still owned.
+    """Store vectors and make their images `ready`, that is, searchable; return the ids of the images still owned.
 
     vectors: shape (n, space.dim), float32, L2-normalised. norms: shape (n,), lengths before normalisation.
     """
-    # Locked, so that a concurrent delete comes wholly before (no row, no vector) or wholly after (both go).
+    # The lock orders a concurrent delete: before this (then no vector is stored) or after it (then both are deleted).
     owned = session.execute(
         select(Image.id, Image.collection_id).where(_owned(claims)).order_by(Image.id).with_for_update()
     ).all()
@@ -245,12 +262,12 @@ def embedded(
         .execution_options(synchronize_session=False)
     )
     for collection_id in sorted(set(collections.values())):
-        touch(session, collection_id)
+        bump_collection_version(session, collection_id)
     return list(collections)
 
 
-def embedding_failed(session: Session, claim: ImageClaim, *, code: str) -> bool:
-    """End an image `failed`; False when it was not owned any more."""
+def mark_embedding_failed(session: Session, claim: ImageClaim, *, code: str) -> bool:
+    """Set an image to `failed`; False when it was not owned any more. code: the error's code."""
     statement = (
         update(Image)
         .where(_owned([claim]))
@@ -261,8 +278,12 @@ def embedding_failed(session: Session, claim: ImageClaim, *, code: str) -> bool:
 
 
 def take_back_expired(session: Session, *, max_crashes: int, limit: int = 1000) -> list[tuple[UUID, ImageState]]:
-    """Images whose worker went silent wait again, or are `failed` after `max_crashes` during model work."""
-    silent = (
+    """Make images with an expired lease available again, or `failed` after `max_crashes` crashes.
+
+    A crash is a lease that expired after the model's work had started. Returns the ids and new states of all these
+    images.
+    """
+    expired = (
         select(Image.id)
         .where(Image.state == ImageState.PENDING, Image.lease_until < func.clock_timestamp())
         .order_by(Image.lease_until)
@@ -272,7 +293,7 @@ def take_back_expired(session: Session, *, max_crashes: int, limit: int = 1000) 
     crashes = Image.crashes + cast(Image.model_started, Integer)
     statement = (
         update(Image)
-        .where(Image.id.in_(silent.scalar_subquery()))
+        .where(Image.id.in_(expired.scalar_subquery()))
         .values(
             crashes=crashes,
             state=case((crashes >= max_crashes, ImageState.FAILED), else_=ImageState.PENDING),
@@ -287,31 +308,28 @@ def take_back_expired(session: Session, *, max_crashes: int, limit: int = 1000) 
 
 
 def _unclaimed() -> ColumnElement[bool]:
-    # An expired lease is not enough: `take_back_expired` is the one way back, and counts.
+    # An image with an expired lease still counts as claimed: only `take_back_expired` releases it, and counts crashes.
     return and_(Image.state == ImageState.PENDING, Image.lease_until.is_(None))
 
 
 def _owned(claims: Iterable[ImageClaim]) -> ColumnElement[bool]:
-    pairs = [(claim.image_id, claim.attempt) for claim in claims]
-    return and_(tuple_(Image.id, Image.attempt).in_(pairs), Image.state == ImageState.PENDING)
-
-
-def _from_now(seconds: float) -> ColumnElement[Any]:
-    return func.clock_timestamp() + timedelta(seconds=seconds)
+    return leasing.owned(Image, ((claim.image_id, claim.attempt) for claim in claims), state=ImageState.PENDING)
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
 
 
-def vector_of(session: Session, space: Space, image_id: UUID) -> tuple[Vector, float] | None:
-    """The stored vector (L2-normalised, shape (dim,)) and its norm; None when the image has none in this space."""
+def find_vector(session: Session, space: Space, image_id: UUID) -> tuple[Vector, float] | None:
+    """The stored vector (L2-normalised, shape (dim,)) and its norm; None if the image has no vector in this space."""
     table = space.table
     row = session.execute(select(table.c.embedding, table.c.norm).where(table.c.image_id == image_id)).one_or_none()
     return (_as_vector(row.embedding), row.norm) if row is not None else None
 
 
-def pinned(session: Session, space: Space, image_ids: Sequence[UUID], query: Vector | None) -> dict[UUID, Found]:
-    """Searchable images by id, with their similarity to `query` (NaN without one); missing ids are left out."""
+def find_by_ids(
+    session: Session, space: Space, image_ids: Sequence[UUID], query: Vector | None
+) -> dict[UUID, ScoredImage]:
+    """Searchable images by id, with their similarity to `query` (NaN if None). Other ids are left out."""
     table = space.table
     statement = (
         select(Image, table.c.embedding, table.c.norm)
@@ -322,12 +340,12 @@ def pinned(session: Session, space: Space, image_ids: Sequence[UUID], query: Vec
     for image, embedding, norm in session.execute(statement):
         vector = _as_vector(embedding)
         similarity = float(vector @ query) if query is not None else float("nan")
-        found[image.id] = Found(image=image, similarity=similarity, vector=vector, norm=norm)
+        found[image.id] = ScoredImage(image=image, similarity=similarity, vector=vector, norm=norm)
     return found
 
 
-def searchable(session: Session, space: Space, image_ids: Sequence[UUID], *, owner_id: UUID) -> set[UUID]:
-    """Which of these images `owner_id` may see and a job could use now."""
+def filter_searchable(session: Session, space: Space, image_ids: Sequence[UUID], *, owner_id: UUID) -> set[UUID]:
+    """The ids of the images that `owner_id` may see and that a job could use now."""
     statement = (
         select(Image.id)
         .join(Collection, Collection.id == Image.collection_id)
@@ -337,7 +355,7 @@ def searchable(session: Session, space: Space, image_ids: Sequence[UUID], *, own
     return set(session.scalars(statement))
 
 
-@time_operation("retrieval")
+@time_operation(RETRIEVAL_DURATION)
 def nearest(
     session: Session,
     space: Space,
@@ -351,10 +369,11 @@ def nearest(
 ) -> Nearest:
     """The `k` searchable images nearest to `vector`, most similar first.
 
-    vector: shape (space.dim,), float32, L2-normalised. Similarity is cosine, in [-1, 1]. Rows are compared one by
-    one when the filter leaves fewer than `exact_below`; otherwise the HNSW index is scanned, iteratively, so that a
-    filter does not leave the result short. Fewer than `k` come back when the filter leaves fewer, or when the
-    iterative scan gives up (hnsw.max_scan_tuples).
+    vector: shape (space.dim,), float32, L2-normalised. Similarity is cosine, in [-1, 1].
+
+    When the filter leaves fewer than `exact_below` images, each of them is compared. Otherwise the HNSW index is
+    scanned iteratively, so that the filter does not shorten the result. The result has fewer than `k` images when the
+    filter leaves fewer, or when the iterative scan reaches `hnsw.max_scan_tuples`.
     """
     table = space.table
     conditions = _conditions(collection_id, where)
@@ -362,7 +381,7 @@ def nearest(
     exact = (session.scalar(select(func.count()).select_from(few)) or 0) < exact_below
 
     distance = table.c.embedding.cosine_distance(vector.tolist())
-    # `+ 0` hides the order from the planner's index match, which forces the exact comparison.
+    # With `+ 0` the planner cannot use the index for the order, which forces the exact comparison.
     order = distance + literal(0) if exact else distance
     statement: Select[Any] = (
         select(Image, distance.label("distance"), table.c.embedding, table.c.norm)
@@ -372,17 +391,17 @@ def nearest(
         .limit(k)
     )
     if not exact:
-        # set_config(..., true) lasts for this transaction only, so no other user of the connection inherits it.
+        # set_config(..., true) lasts for this transaction only, so the next user of the connection does not inherit it.
         settings = {"hnsw.ef_search": str(max(ef_search, min(k, 1000))), "hnsw.iterative_scan": "strict_order"}
         for name, value in settings.items():
             session.execute(select(func.set_config(name, value, True)))
     found = [
-        Found(image=image, similarity=1 - float(distance), vector=_as_vector(embedding), norm=norm)
+        ScoredImage(image=image, similarity=1 - float(distance), vector=_as_vector(embedding), norm=norm)
         for image, distance, embedding, norm in session.execute(statement)
     ]
     for neighbour in found:
         RETRIEVAL_SIMILARITY.observe(neighbour.similarity)
-    return Nearest(found=found, exact=exact)
+    return Nearest(images=found, exact=exact)
 
 
 def _conditions(collection_id: UUID, where: ImageFilter) -> list[ColumnElement[bool]]:

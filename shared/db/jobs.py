@@ -1,23 +1,26 @@
-"""Every change of a job's state, each one statement that says what it expects to find.
+"""Every change of a job's state. Each is one UPDATE whose condition names the state that it expects.
 
-A worker's writes name its attempt, so that of two attempts at one job only the one that owns it can publish a result:
-a write that returns False found the job canceled, finished or taken over, and its caller discards what it has.
+A worker's writes name its attempt, so that only the attempt that owns the job can store a result. When a write returns
+False, the job was canceled, has ended, or another attempt owns it. The caller then discards its results.
+
+A running job has a lease, which its worker renews. When the worker stops, the lease expires, and `take_back_expired`
+returns the job to the queue.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, and_, exists, func, or_, select, text, tuple_, update
+from sqlalchemy import ColumnElement, and_, exists, func, or_, select, text, update
 from sqlalchemy.orm import Session, aliased
 
 from shared.contracts.bulks import BulkState
 from shared.contracts.generation import GenerationParameters, Webhook
 from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
-from shared.db import paging, quotas, webhooks
-from shared.db.tables import Bulk, Generation, GenerationReference, Job, JobEvent, Owner
+from shared.db import leasing, paging, quotas, webhooks
+from shared.db.tables import Bulk, Job, JobEvent, Output, OutputReference, Owner
 from shared.errors import BaseAppException, JobCrashedError, JobStateError, ResourceNotFoundError
 from shared.metrics import JOBS_FINISHED
 
@@ -26,22 +29,24 @@ FINAL = [state for state in JobState if state.is_final]
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to write to a job: holds as long as no other attempt takes it over."""
+    """The right to write to a job. It holds until another attempt takes the job over."""
 
     job_id: UUID
     attempt: int
 
 
 @dataclass(frozen=True)
-class Output:
-    """One stored image of a finished attempt, about to be published with its job."""
+class StoredOutput:
+    """One stored image of a finished attempt, whose rows are added when the job succeeds."""
 
-    generation: Generation
-    references: Sequence[GenerationReference]
+    generation: Output
+    references: Sequence[OutputReference]
 
 
 @dataclass(frozen=True)
 class DeadJob:
+    """A `dead` job, the name of its owner, and whether a later job retries it."""
+
     job: Job
     owner: str
     tried_again: bool
@@ -64,9 +69,9 @@ def insert(
     retry_of: UUID | None = None,
     replay_of: UUID | None = None,
 ) -> Job:
-    """A new `queued` job and the first event of its story.
+    """Add a `queued` job and its first event.
 
-    timeout_s: longest run from the start of the model's work. expires_in_s: longest wait for it.
+    timeout_s: the longest run, from the start of the model's work. expires_in_s: the longest wait until then.
     """
     job = Job(
         id=uuid4(),
@@ -87,16 +92,16 @@ def insert(
     )
     session.add(job)
     session.flush()  # the event's foreign key needs the row
-    _tell(session, EventType.QUEUED, {}, [job])
+    _append_events(session, EventType.QUEUED, {}, [job])
     session.flush()
     return job
 
 
 def insert_retry(session: Session, old: Job) -> Job:
-    """A new job that does the same as one that ended without success.
+    """Add a job with the parameters of `old`, which ended without success.
 
     Raises:
-        JobStateError: the job has not ended, or has succeeded.
+        JobStateError: `old` has not ended, or has succeeded.
     """
     if old.state == JobState.SUCCEEDED or not JobState(old.state).is_final:
         raise JobStateError("Only a job that ended without success can be tried again.", state=old.state)
@@ -118,9 +123,10 @@ def insert_retry(session: Session, old: Job) -> Job:
 
 
 def get(session: Session, job_id: UUID, *, owner_id: UUID) -> Job:
-    """
+    """The job, if it belongs to `owner_id`.
+
     Raises:
-        ResourceNotFoundError: there is none, or it belongs to somebody else.
+        ResourceNotFoundError: the job does not exist, or belongs to another owner.
     """
     job = session.scalar(select(Job).where(Job.id == job_id, Job.owner_id == owner_id))
     if job is None:
@@ -128,13 +134,17 @@ def get(session: Session, job_id: UUID, *, owner_id: UUID) -> Job:
     return job
 
 
-def state_of(session: Session, job_id: UUID) -> str | None:
-    """The job's state alone, for those who look often; None when the job is gone."""
+def find_state(session: Session, job_id: UUID) -> str | None:
+    """Only the job's state, for callers that poll; None when the job was deleted."""
     return session.scalar(select(Job.state).where(Job.id == job_id))
 
 
-def page(session: Session, query: JobQuery, *, owner_id: UUID) -> tuple[list[Job], str | None]:
-    """An owner's jobs, newest first."""
+def list_page(session: Session, query: JobQuery, *, owner_id: UUID) -> tuple[list[Job], str | None]:
+    """A page of an owner's jobs, newest first, and the cursor of the next page.
+
+    Raises:
+        InvalidCursorError: the cursor was not made by this API.
+    """
     statement = select(Job).where(Job.owner_id == owner_id)
     if query.state is not None:
         statement = statement.where(Job.state == query.state)
@@ -146,11 +156,13 @@ def page(session: Session, query: JobQuery, *, owner_id: UUID) -> tuple[list[Job
         statement = statement.where(Job.created_at >= query.created_after)
     if query.created_before is not None:
         statement = statement.where(Job.created_at < query.created_before)
-    return paging.page(session, statement, created_at=Job.created_at, id=Job.id, cursor=query.cursor, limit=query.limit)
+    return paging.fetch_page(
+        session, statement, created_at=Job.created_at, id=Job.id, cursor=query.cursor, limit=query.limit
+    )
 
 
-def events(session: Session, job_id: UUID, *, after: int, limit: int = 1000) -> list[JobEvent]:
-    """The job's events with `seq > after`, in order."""
+def list_events(session: Session, job_id: UUID, *, after: int, limit: int = 1000) -> list[JobEvent]:
+    """Up to `limit` events of the job with `seq > after`, in order."""
     statement = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > after)
     return list(session.scalars(statement.order_by(JobEvent.seq).limit(limit)))
 
@@ -159,7 +171,10 @@ def events(session: Session, job_id: UUID, *, after: int, limit: int = 1000) -> 
 
 
 def claim(session: Session, job_id: UUID, *, worker: str, lease_s: float) -> tuple[Claim, Job] | None:
-    """Take a queued job for `lease_s` seconds; None when it is owned, finished, unknown, paused or not due yet."""
+    """Claim a queued job for `lease_s` seconds.
+
+    None when the job is owned, ended, expired, unknown or not due yet, or when its bulk does not run.
+    """
     taken = _transition(
         session,
         Job.id == job_id,
@@ -173,7 +188,7 @@ def claim(session: Session, job_id: UUID, *, worker: str, lease_s: float) -> tup
         attempt=Job.attempt + 1,
         worker=worker,
         model_started=False,
-        lease_until=_from_now(lease_s),
+        lease_until=leasing.from_now(lease_s),
         started_at=func.coalesce(Job.started_at, func.now()),
         safety=None,
         error=None,
@@ -186,49 +201,52 @@ def claim(session: Session, job_id: UUID, *, worker: str, lease_s: float) -> tup
 
 
 def renew(session: Session, claims: Iterable[Claim], *, lease_s: float) -> set[UUID]:
-    """Extend the leases of these attempts; the ids still owned."""
-    statement = update(Job).where(_owned(claims)).values(lease_until=_from_now(lease_s)).returning(Job.id)
+    """Extend the leases of these attempts to `lease_s` from now; return the ids of the jobs they still own."""
+    statement = update(Job).where(_owned(claims)).values(lease_until=leasing.from_now(lease_s)).returning(Job.id)
     return set(session.scalars(statement))
 
 
 def still_owned(session: Session, claims: Iterable[Claim]) -> set[UUID]:
-    """Which of these attempts may go on; the others were canceled or taken over."""
+    """The ids of the jobs that these attempts still own. The others were canceled or taken over."""
     return set(session.scalars(select(Job.id).where(_owned(claims))))
 
 
-def resolved(
+def record_resolution(
     session: Session, claim: Claim, resolution: dict[str, Any], *, safety: dict[str, Any] | None = None
 ) -> bool:
-    """Record what the attempt will do: the mode and the references, and why; and that a policy lets it."""
+    """Record how the attempt will run: its mode and references, with the reasons, and a policy's approval."""
     owned = _owned([claim])
     return bool(
         _transition(session, owned, event=EventType.RESOLVED, data=resolution, resolution=resolution, safety=safety)
     )
 
 
-def moderated(session: Session, claim: Claim, data: dict[str, Any], *, safety: dict[str, Any]) -> bool:
-    """Tell what a policy has just decided. safety: all that it has decided about the job so far."""
+def record_moderation(session: Session, claim: Claim, data: dict[str, Any], *, safety: dict[str, Any]) -> bool:
+    """Append an event with a policy's latest decision. safety: all of its decisions about the job so far."""
     return bool(_transition(session, _owned([claim]), event=EventType.MODERATED, data=data, safety=safety))
 
 
-def degraded(session: Session, claim: Claim, data: dict[str, Any]) -> bool:
-    """Tell that the attempt drew in a way that changes pixels, because otherwise memory would not have sufficed."""
+def record_degradation(session: Session, claim: Claim, data: dict[str, Any]) -> bool:
+    """Append an event: the attempt saved memory in a way that changes pixels, because otherwise it would not fit."""
     return bool(_transition(session, _owned([claim]), event=EventType.DEGRADED, data=data))
 
 
-def model_started(session: Session, claim: Claim) -> bool:
-    """From here on a lost lease counts as a crash, and the job's wait is over: False also when that took too long."""
+def mark_model_started(session: Session, claim: Claim) -> bool:
+    """Record that the model's work starts: from here on, a lost lease counts as a crash and the job cannot expire.
+
+    False when the attempt does not own the job any more, or when the job has expired.
+    """
     statement = update(Job).where(_owned([claim]), _not_expired()).values(model_started=True).returning(Job.id)
     return session.scalar(statement) is not None
 
 
 def expire(session: Session, claim: Claim) -> bool:
-    """End an attempt whose model work did not begin in time; False when its time is not over."""
+    """End the job as `expired`; False when its deadline has not passed or the attempt does not own it."""
     return _end(session, and_(_owned([claim]), ~_not_expired()), JobState.EXPIRED, data={})
 
 
-def finish(session: Session, claim: Claim, outputs: Sequence[Output], *, timings: dict[str, float]) -> bool:
-    """Publish the outputs and end the job `succeeded`, all or nothing."""
+def finish(session: Session, claim: Claim, outputs: Sequence[StoredOutput], *, timings: dict[str, float]) -> bool:
+    """End the job as `succeeded` and add its outputs, in one transaction."""
     done = _end(
         session,
         _owned([claim]),
@@ -244,42 +262,45 @@ def finish(session: Session, claim: Claim, outputs: Sequence[Output], *, timings
 
 
 def fail(session: Session, claim: Claim, error: BaseAppException) -> bool:
+    """End the job as `failed`, with `error` as the reason."""
     return _end(session, _owned([claim]), JobState.FAILED, data=error.body(), error=error.body())
 
 
 def retry_later(
-    session: Session, claim: Claim, error: BaseAppException, *, delay_s: float, most: int
+    session: Session, claim: Claim, error: BaseAppException, *, delay_s: Callable[[int], float | None]
 ) -> JobState | None:
-    """After a passing fault: back to the queue with a doubled wait, or `failed` when that happened `most` times.
+    """After a temporary error, return the job to the queue, or end it `failed` when no retry is left.
 
-    What has become of the job; None when it was not owned any more.
+    delay_s: seconds until the next attempt, given the number of earlier retries; None ends the job.
+
+    Returns the job's new state; None when the attempt no longer owns the job.
     """
     job = session.scalar(select(Job).where(_owned([claim])).with_for_update())
     if job is None:
         return None
-    if job.transient_retries >= most:
+    wait_s = delay_s(job.transient_retries)
+    if wait_s is None:
         return JobState.FAILED if fail(session, claim, error) else None
-    wait_s = delay_s * 2**job.transient_retries
     requeued = _requeue(
         session,
         _owned([claim]),
         data={"reason": error.code, "wait_s": wait_s},
         transient_retries=Job.transient_retries + 1,
-        run_after=_from_now(wait_s),
+        run_after=leasing.from_now(wait_s),
     )
     return JobState.QUEUED if requeued else None
 
 
 def hand_back(session: Session, claims: Iterable[Claim]) -> int:
-    """Return unfinished attempts to the queue at once, as on shutdown; how many were still owned."""
+    """Return unfinished jobs to the queue at once, on shutdown; return how many were still owned."""
     return len(_requeue(session, _owned(claims), data={"reason": "shutdown"}))
 
 
-# --- what users and operators do ----------------------------------------------------------------------------------
+# --- operations of users and operators ----------------------------------------------------------------------------
 
 
 def cancel(session: Session, job_id: UUID, *, owner_id: UUID) -> bool:
-    """End a job that has not ended; False when it had. A running attempt finds out when it looks or writes next."""
+    """Cancel a job; False when it has already ended. A running attempt notices at its next check or write."""
     return _end(
         session,
         and_(Job.id == job_id, Job.owner_id == owner_id, Job.state.not_in(FINAL)),
@@ -289,18 +310,18 @@ def cancel(session: Session, job_id: UUID, *, owner_id: UUID) -> bool:
 
 
 def revoke(session: Session, job_ids: Collection[UUID]) -> list[UUID]:
-    """End those of these jobs that have not ended, whoever owns them, as an operator does; their ids."""
+    """Cancel those of `job_ids` that have not ended, of any owner; return their ids. For operators."""
     canceled = and_(Job.id.in_(job_ids), Job.state.not_in(FINAL))
     return _end_all(session, canceled, JobState.CANCELED, data={"reason": "revoked"})
 
 
 def cancel_bulk(session: Session, bulk_id: UUID) -> list[UUID]:
-    """End every job of a bulk that has not ended; their ids."""
+    """Cancel every job of a bulk that has not ended; return their ids."""
     return _end_all(session, and_(Job.bulk_id == bulk_id, Job.state.not_in(FINAL)), JobState.CANCELED, data={})
 
 
 def delete(session: Session, job: Job) -> None:
-    """Remove an ended job with its outputs; the sweeper removes their bytes.
+    """Delete an ended job with its outputs. The sweeper deletes the bytes of the outputs later.
 
     Raises:
         JobStateError: the job has not ended.
@@ -310,8 +331,8 @@ def delete(session: Session, job: Job) -> None:
     session.delete(job)
 
 
-def dead(session: Session, *, limit: int) -> list[DeadJob]:
-    """Jobs that killed their process too often, those that ended last first."""
+def list_dead(session: Session, *, limit: int) -> list[DeadJob]:
+    """Jobs that are `dead` because they crashed their worker too often, latest first."""
     again = aliased(Job)
     tried_again = select(again.id).where(again.retry_of == Job.id).exists()
     statement = (
@@ -324,7 +345,7 @@ def dead(session: Session, *, limit: int) -> list[DeadJob]:
     return [DeadJob(job, owner, retried) for job, owner, retried in session.execute(statement)]
 
 
-# The models are found by hopping through the index from one to the next, not by looking at every job that waits.
+# The recursive part finds each model with one index look-up, instead of reading every waiting job.
 WAITING_MODELS = text(
     """
     with recursive waiting(model) as (
@@ -345,11 +366,14 @@ WAITING_MODELS = text(
 )
 
 
-# --- what the reconciler does -------------------------------------------------------------------------------------
+# --- for the reconciler -------------------------------------------------------------------------------------------
 
 
 def take_back_expired(session: Session, *, max_crashes: int, limit: int = 100) -> list[UUID]:
-    """Attempts whose worker went silent: back to the queue, or `dead` after `max_crashes` during model work."""
+    """Return jobs whose lease has expired to the queue, or end them as `dead` after `max_crashes` crashes.
+
+    A crash is a lease that expired after the model's work had started. Returns the ids of all these jobs.
+    """
     lost = session.execute(
         select(Job.id, Job.attempt, Job.crashes, Job.model_started)
         .where(Job.state == JobState.PROCESSING, Job.lease_until < func.clock_timestamp())
@@ -369,14 +393,14 @@ def take_back_expired(session: Session, *, max_crashes: int, limit: int = 100) -
 
 
 def end_expired(session: Session, *, limit: int = 1000) -> list[UUID]:
-    """Queued jobs that have waited longer than they allow: `expired`."""
+    """End queued jobs past their deadline as `expired`; return their ids."""
     overdue = select(Job.id).where(Job.state == JobState.QUEUED, Job.expires_at <= func.now())
     overdue = overdue.order_by(Job.expires_at).limit(limit).with_for_update(skip_locked=True)
     return _end_all(session, Job.id.in_(overdue.scalar_subquery()), JobState.EXPIRED, data={})
 
 
-def published(session: Session, *, older_than_s: float) -> list[tuple[UUID, str]]:
-    """Jobs that should be in the broker or about to be claimed: (id, model)."""
+def list_published(session: Session, *, older_than_s: float) -> list[tuple[UUID, str]]:
+    """Jobs published more than `older_than_s` ago and not yet claimed, as (id, model)."""
     statement = select(Job.id, Job.model).where(
         Job.state == JobState.QUEUED, Job.published_at < func.now() - timedelta(seconds=older_than_s)
     )
@@ -384,7 +408,7 @@ def published(session: Session, *, older_than_s: float) -> list[tuple[UUID, str]
 
 
 def unpublish(session: Session, job_ids: Sequence[UUID]) -> int:
-    """Give jobs that the broker lost their place in the queue again; how many were not claimed in the meantime."""
+    """Mark queued jobs as not published, so that they are dispatched again; return how many were still queued."""
     statement = (
         update(Job)
         .where(Job.id.in_(job_ids), Job.state == JobState.QUEUED)
@@ -394,27 +418,22 @@ def unpublish(session: Session, job_ids: Sequence[UUID]) -> int:
     return len(session.scalars(statement).all())
 
 
-def queued_by_model(session: Session) -> dict[str, int]:
-    """How many jobs wait, published or not."""
+def count_queued_by_model(session: Session) -> dict[str, int]:
+    """How many jobs of each model are queued, published or not."""
     statement = select(Job.model, func.count()).where(Job.state == JobState.QUEUED).group_by(Job.model)
     return {str(model): count for model, count in session.execute(statement)}
 
 
-def waiting_models(session: Session) -> list[str]:
-    """Models with jobs that could be published now."""
+def list_waiting_models(session: Session) -> list[str]:
+    """Models with a job that could be published now."""
     return list(session.scalars(WAITING_MODELS))
 
 
-# --- the statements behind them -----------------------------------------------------------------------------------
+# --- conditions and statements ------------------------------------------------------------------------------------
 
 
 def _owned(claims: Iterable[Claim]) -> ColumnElement[bool]:
-    pairs = [(claim.job_id, claim.attempt) for claim in claims]
-    return and_(tuple_(Job.id, Job.attempt).in_(pairs), Job.state == JobState.PROCESSING)
-
-
-def _from_now(seconds: float) -> ColumnElement[Any]:
-    return func.clock_timestamp() + timedelta(seconds=seconds)
+    return leasing.owned(Job, ((claim.job_id, claim.attempt) for claim in claims), state=JobState.PROCESSING)
 
 
 def _not_expired() -> ColumnElement[bool]:
@@ -422,7 +441,7 @@ def _not_expired() -> ColumnElement[bool]:
 
 
 def _bulk_runs() -> ColumnElement[bool]:
-    """The job belongs to no bulk, or to one that is not paused or over. `shared.db.dispatch` asks the same in SQL."""
+    """The job belongs to no bulk, or its bulk is running. `shared.db.dispatch` has the same condition in SQL."""
     return or_(Job.bulk_id.is_(None), exists().where(Bulk.id == Job.bulk_id, Bulk.state == BulkState.RUNNING))
 
 
@@ -471,7 +490,10 @@ def _requeue(session: Session, condition: ColumnElement[bool], *, data: dict[str
 def _transition(
     session: Session, *conditions: ColumnElement[bool], event: EventType, data: dict[str, Any], **values: Any
 ) -> list[UUID]:
-    """Change the rows that are as expected and add to each its event, numbered by that same statement; their ids."""
+    """Update the jobs that meet the conditions and append an event to each; return their ids.
+
+    The same UPDATE counts `last_seq` up, so the events of a job are numbered without gaps.
+    """
     statement = (
         update(Job)
         .where(*conditions)
@@ -480,12 +502,12 @@ def _transition(
         .execution_options(synchronize_session=False)
     )
     rows = session.execute(statement).all()
-    _tell(session, event, data, rows)
+    _append_events(session, event, data, rows)
     return [row.id for row in rows]
 
 
-def _tell(session: Session, event: EventType, data: dict[str, Any], rows: Iterable[Any]) -> None:
-    """Add the event to each job's story, and to the outbox of those whose webhook asks for it."""
+def _append_events(session: Session, event: EventType, data: dict[str, Any], rows: Iterable[Any]) -> None:
+    """Append the event to each job, and add a webhook delivery for each job whose webhook asks for this event."""
     for row in rows:
         session.add(JobEvent(job_id=row.id, seq=row.last_seq, type=event, data=data))
         if row.webhook is not None and event in row.webhook["events"]:

@@ -1,4 +1,4 @@
-"""API keys: 256 random bits, of which only the SHA-256 is kept, so that a stolen database opens nothing."""
+"""API keys: secrets of 256 random bits. Only their SHA-256 is stored, so a stolen database reveals no key."""
 
 import hashlib
 import hmac
@@ -21,10 +21,10 @@ TOKEN_PREFIX = "aft_"
 def create(
     session: Session, owner_id: UUID, *, name: str, scopes: frozenset[str], expires_in_s: float | None = None
 ) -> tuple[ApiKey, str]:
-    """A new key of the owner, and its secret, which is never to be seen again.
+    """Add a key for the owner and return it with its secret, which cannot be read again later.
 
     Raises:
-        ValueError: an unknown scope.
+        ValueError: `scopes` has an unknown scope.
     """
     if unknown := scopes - set(SCOPES):
         raise ValueError(f"unknown scopes: {', '.join(sorted(unknown))}")
@@ -44,7 +44,7 @@ def create(
 
 
 def find_valid(session: Session, secret: str) -> ApiKey | None:
-    """The key of that secret; None when there is none, or it was revoked, has expired, or its owner is disabled."""
+    """The valid key with this secret; None if it is unknown, revoked or expired, or if its owner is disabled."""
     digest = _digest(secret)
     statement = (
         select(ApiKey)
@@ -53,14 +53,15 @@ def find_valid(session: Session, secret: str) -> ApiKey | None:
         .where(or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()))
     )
     key = session.scalar(statement)
-    # The index compares digests, which tell nothing of the secret; this only keeps the habit.
+    # The index compares digests, so its timing does not reveal the secret. compare_digest is used out of caution.
     return key if key is not None and hmac.compare_digest(key.secret_sha256, digest) else None
 
 
 def get(session: Session, key_id: UUID) -> ApiKey:
-    """
+    """The key with this id.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: the key does not exist.
     """
     key = session.get(ApiKey, key_id)
     if key is None:
@@ -68,23 +69,27 @@ def get(session: Session, key_id: UUID) -> ApiKey:
     return key
 
 
-def page(session: Session, *, owner_id: UUID | None, cursor: str | None, limit: int) -> tuple[list[ApiKey], str | None]:
-    """Keys of one owner or of all, newest first.
+def list_page(
+    session: Session, *, owner_id: UUID | None, cursor: str | None, limit: int
+) -> tuple[list[ApiKey], str | None]:
+    """A page of the keys of one owner, newest first, and the cursor of the next page.
+
+    owner_id: None for the keys of all owners.
 
     Raises:
-        InvalidCursorError
+        InvalidCursorError: the cursor was not made by this API.
     """
     statement = select(ApiKey)
     if owner_id is not None:
         statement = statement.where(ApiKey.owner_id == owner_id)
-    return paging.page(session, statement, created_at=ApiKey.created_at, id=ApiKey.id, cursor=cursor, limit=limit)
+    return paging.fetch_page(session, statement, created_at=ApiKey.created_at, id=ApiKey.id, cursor=cursor, limit=limit)
 
 
 def rotate(session: Session, key_id: UUID, *, overlap_s: float) -> tuple[ApiKey, str]:
-    """A new key with the rights of the old one, which stays valid for `overlap_s` more seconds.
+    """Add a key with the scopes of the old one; the old key stays valid for `overlap_s` more seconds.
 
     Raises:
-        ResourceNotFoundError: there is none, or it was revoked.
+        ResourceNotFoundError: the key does not exist or was revoked.
     """
     old = get(session, key_id)
     if old.revoked_at is not None:
@@ -95,17 +100,18 @@ def rotate(session: Session, key_id: UUID, *, overlap_s: float) -> tuple[ApiKey,
 
 
 def revoke(session: Session, key_id: UUID) -> None:
-    """Make a key useless from this commit on.
+    """Make a key invalid from this commit on.
 
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: the key does not exist.
     """
     statement = update(ApiKey).where(ApiKey.id == key_id).values(revoked_at=func.now()).returning(ApiKey.id)
     if session.scalar(statement) is None:
         raise ResourceNotFoundError("There is no such key.", key_id=str(key_id))
 
 
-def listed(session: Session) -> list[tuple[ApiKey, Owner]]:
+def list_all(session: Session) -> list[tuple[ApiKey, Owner]]:
+    """Every key with its owner, sorted by the owner's name and the key's age, oldest first."""
     statement = select(ApiKey, Owner).join(Owner, Owner.id == ApiKey.owner_id).order_by(Owner.name, ApiKey.created_at)
     return [(row[0], row[1]) for row in session.execute(statement)]
 

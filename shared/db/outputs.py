@@ -1,4 +1,4 @@
-"""What jobs generated, and which memories shaped it."""
+"""Queries for outputs, the images that jobs generated, and for the reference images that conditioned them."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,52 +8,57 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared.db import paging
-from shared.db.tables import Generation, GenerationReference
+from shared.db.tables import Output, OutputReference
 from shared.errors import ResourceNotFoundError
 
 
-def get(session: Session, generation_id: UUID, *, owner_id: UUID) -> Generation:
-    """
+def get(session: Session, generation_id: UUID, *, owner_id: UUID) -> Output:
+    """The output, if it belongs to `owner_id`.
+
     Raises:
-        ResourceNotFoundError: there is none, or it belongs to somebody else.
+        ResourceNotFoundError: the output does not exist, or belongs to another owner.
     """
-    statement = select(Generation).where(Generation.id == generation_id, Generation.owner_id == owner_id)
+    statement = select(Output).where(Output.id == generation_id, Output.owner_id == owner_id)
     generation = session.scalar(statement)
     if generation is None:
         raise ResourceNotFoundError("There is no such output.", generation_id=str(generation_id))
     return generation
 
 
-def of_jobs(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, list[Generation]]:
-    """The outputs of each job, in order."""
+def list_by_job(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, list[Output]]:
+    """The outputs of each job, ordered by index. A job without outputs has no entry."""
     outputs = defaultdict(list)
-    statement = select(Generation).where(Generation.job_id.in_(job_ids)).order_by(Generation.job_id, Generation.index)
+    statement = select(Output).where(Output.job_id.in_(job_ids)).order_by(Output.job_id, Output.index)
     for generation in session.scalars(statement):
         outputs[generation.job_id].append(generation)
     return outputs
 
 
-def references_of(session: Session, generation_ids: Sequence[UUID]) -> dict[UUID, list[GenerationReference]]:
-    """The references of each output, in order."""
+def list_references(session: Session, generation_ids: Sequence[UUID]) -> dict[UUID, list[OutputReference]]:
+    """The references of each output, ordered by position. An output without references has no entry."""
     references = defaultdict(list)
     statement = (
-        select(GenerationReference)
-        .where(GenerationReference.generation_id.in_(generation_ids))
-        .order_by(GenerationReference.generation_id, GenerationReference.position)
+        select(OutputReference)
+        .where(OutputReference.generation_id.in_(generation_ids))
+        .order_by(OutputReference.generation_id, OutputReference.position)
     )
     for reference in session.scalars(statement):
         references[reference.generation_id].append(reference)
     return references
 
 
-def page(
+def list_page(
     session: Session, *, owner_id: UUID, cursor: str | None, limit: int, reference_id: UUID | None = None
-) -> tuple[list[Generation], str | None]:
-    """An owner's outputs, newest first; with `reference_id`, those that this image shaped."""
-    statement = select(Generation).where(Generation.owner_id == owner_id)
+) -> tuple[list[Output], str | None]:
+    """A page of an owner's outputs, newest first, and the cursor of the next page.
+
+    reference_id: only outputs that this corpus image conditioned.
+
+    Raises:
+        InvalidCursorError: the cursor was not made by this API.
+    """
+    statement = select(Output).where(Output.owner_id == owner_id)
     if reference_id is not None:
-        using = select(GenerationReference.generation_id).where(GenerationReference.image_id == reference_id)
-        statement = statement.where(Generation.id.in_(using))
-    return paging.page(
-        session, statement, created_at=Generation.created_at, id=Generation.id, cursor=cursor, limit=limit
-    )
+        using = select(OutputReference.generation_id).where(OutputReference.image_id == reference_id)
+        statement = statement.where(Output.id.in_(using))
+    return paging.fetch_page(session, statement, created_at=Output.created_at, id=Output.id, cursor=cursor, limit=limit)

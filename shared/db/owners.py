@@ -12,15 +12,16 @@ from shared.errors import ResourceNotFoundError
 
 
 def ensure(session: Session, name: str) -> UUID:
-    """The id of the owner of that name, made on first sight."""
+    """The id of the owner with this name, who is added if needed."""
     session.execute(upsert(Owner).values(id=uuid4(), name=name).on_conflict_do_nothing(index_elements=["name"]))
     return session.scalars(select(Owner.id).where(Owner.name == name)).one()
 
 
 def get(session: Session, owner_id: UUID) -> Owner:
-    """
+    """The owner with this id.
+
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: the owner does not exist.
     """
     owner = session.get(Owner, owner_id)
     if owner is None:
@@ -28,18 +29,21 @@ def get(session: Session, owner_id: UUID) -> Owner:
     return owner
 
 
-def page(session: Session, *, cursor: str | None, limit: int) -> tuple[list[Owner], str | None]:
-    """Every owner, newest first.
+def list_page(session: Session, *, cursor: str | None, limit: int) -> tuple[list[Owner], str | None]:
+    """A page of all owners, newest first, and the cursor of the next page.
 
     Raises:
-        InvalidCursorError
+        InvalidCursorError: the cursor was not made by this API.
     """
     statement = select(Owner)
-    return paging.page(session, statement, created_at=Owner.created_at, id=Owner.id, cursor=cursor, limit=limit)
+    return paging.fetch_page(session, statement, created_at=Owner.created_at, id=Owner.id, cursor=cursor, limit=limit)
 
 
-def disable(session: Session, owner: Owner, *, disabled: bool) -> None:
-    """From this commit on none of the owner's keys is valid; or those are again that would be otherwise."""
+def set_disabled(session: Session, owner: Owner, *, disabled: bool) -> None:
+    """Disable or enable an owner. From this commit on, no key of a disabled owner is valid.
+
+    Enabling makes the owner's keys valid again, except those that were revoked or have expired.
+    """
     if not disabled:
         owner.disabled_at = None
     elif owner.disabled_at is None:
@@ -47,7 +51,7 @@ def disable(session: Session, owner: Owner, *, disabled: bool) -> None:
 
 
 def ensure_collection(session: Session, name: str, *, owner_id: UUID) -> Collection:
-    """The owner's collection of that name, made on first sight."""
+    """The owner's collection with this name, which is added if needed."""
     statement = select(Collection).where(Collection.owner_id == owner_id, Collection.name == name)
     collection = session.scalar(statement)
     if collection is None:

@@ -1,4 +1,4 @@
-"""Cursor pages over (created_at, id), newest first: stable while rows come and go."""
+"""Pages by cursor over (created_at, id), newest first. Inserted or deleted rows do not shift the next page."""
 
 import base64
 import binascii
@@ -14,7 +14,7 @@ from shared.errors import InvalidCursorError
 Row = TypeVar("Row")
 
 
-def page(
+def fetch_page(
     session: Session,
     statement: Select[Row],
     *,
@@ -23,10 +23,10 @@ def page(
     cursor: str | None,
     limit: int,
 ) -> tuple[list[Row], str | None]:
-    """Up to `limit` rows and the cursor of the next page.
+    """Up to `limit` rows, and the cursor of the next page, or None on the last page.
 
     Raises:
-        InvalidCursorError: the cursor was not made here.
+        InvalidCursorError: the cursor was not made by this function.
     """
     if cursor is not None:
         statement = statement.where(tuple_(created_at, id) < tuple_(*_decode(cursor)))

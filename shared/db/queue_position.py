@@ -1,4 +1,4 @@
-"""Places in the queue, without counting all of it for everybody who asks."""
+"""Positions in the queue, without counting the whole queue for every request."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -12,42 +12,47 @@ from shared.cache import get_cache_manager
 from shared.contracts.jobs import JobState
 from shared.db.tables import Job
 
-STRIDE = 500
-REMEMBERED_S = 5
+JOBS_PER_MARK = 500
+"""Every 500th queued job of a model is a mark: its position is cached, and other positions are counted from it."""
+MARKS_TTL_S = 5
 
-Place = tuple[int, datetime, UUID]
-"""Lane, time of submit and id: the order in which jobs of one owner go."""
+Position = tuple[int, datetime, UUID]
+"""Lane, time of submit and id: the order in which the jobs of one owner run."""
 
 
 def queue_position(session: Session, job: Job) -> int:
-    """How many queued jobs of the same model go first; 0 for the next one.
+    """How many queued jobs of the same model come before this one; 0 for the next one.
 
-    Exact among the first `STRIDE`. Behind them it is counted from the nearest of marks that were set some seconds ago,
-    so it lags behind by what has left the queue since.
+    The result is exact for the first `JOBS_PER_MARK` jobs. Behind them it is counted from the nearest mark before the
+    job. Marks are up to `MARKS_TTL_S` old, so the result may include jobs that have left the queue since.
     """
-    mine = (job.lane, job.created_at, job.id)
+    position = (job.lane, job.created_at, job.id)
     marks = _marks(session, job.model)
-    passed = bisect_left(marks, mine)
-    place = tuple_(Job.lane, Job.created_at, Job.id)
-    ahead = select(func.count()).where(Job.model == job.model, Job.state == JobState.QUEUED, place < tuple_(*mine))
-    if passed:
-        ahead = ahead.where(place >= tuple_(*marks[passed - 1]))
-    return (session.scalar(ahead) or 0) + passed * STRIDE
+    marks_ahead = bisect_left(marks, position)
+    columns = tuple_(Job.lane, Job.created_at, Job.id)
+    ahead = select(func.count()).where(
+        Job.model == job.model, Job.state == JobState.QUEUED, columns < tuple_(*position)
+    )
+    if marks_ahead:
+        ahead = ahead.where(columns >= tuple_(*marks[marks_ahead - 1]))
+    return (session.scalar(ahead) or 0) + marks_ahead * JOBS_PER_MARK
 
 
-def _marks(session: Session, model: str) -> list[Place]:
-    """The place of every `STRIDE`-th queued job, the first to go first."""
+def _marks(session: Session, model: str) -> list[Position]:
+    """The positions of the marks, in the order of the queue, from the cache or the database."""
     cache, key = get_cache_manager(), f"places:{model}"
-    known = cache.get(key)
-    if known is None:
-        known = [[lane, at.isoformat(), str(job_id)] for lane, at, job_id in _every_stride(session, model)]
-        cache.set(key, known, REMEMBERED_S)
-    return [(lane, datetime.fromisoformat(at), UUID(job_id)) for lane, at, job_id in known]
+    cached = cache.get(key)
+    if cached is None:
+        cached = [[lane, at.isoformat(), str(job_id)] for lane, at, job_id in _query_marks(session, model)]
+        cache.set(key, cached, MARKS_TTL_S)
+    return [(lane, datetime.fromisoformat(at), UUID(job_id)) for lane, at, job_id in cached]
 
 
-def _every_stride(session: Session, model: str) -> Iterable[tuple[int, datetime, UUID]]:
+def _query_marks(session: Session, model: str) -> Iterable[Position]:
     order = (Job.lane, Job.created_at, Job.id)
     number = func.row_number().over(order_by=order).label("number")
-    line = select(*order, number).where(Job.model == model, Job.state == JobState.QUEUED).subquery()
-    marks = select(line.c.lane, line.c.created_at, line.c.id).where(line.c.number > 1, line.c.number % STRIDE == 1)
-    return ((row.lane, row.created_at, row.id) for row in session.execute(marks.order_by(line.c.number)))
+    queued = select(*order, number).where(Job.model == model, Job.state == JobState.QUEUED).subquery()
+    marks = select(queued.c.lane, queued.c.created_at, queued.c.id).where(
+        queued.c.number > 1, queued.c.number % JOBS_PER_MARK == 1
+    )
+    return ((row.lane, row.created_at, row.id) for row in session.execute(marks.order_by(queued.c.number)))

@@ -1,4 +1,4 @@
-"""Images per owner and day (UTC): counted when they are asked for, given back when a job ends without them."""
+"""Daily quotas: images per owner and day (UTC). A job counts when it is submitted; a job without success does not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from shared.settings import LimitSettings
 
 
 @dataclass(frozen=True)
-class Today:
-    """quota: images per day; None for as many as one likes."""
+class DailyUsage:
+    """The images that an owner has used on one day. quota: images per day; None for no limit."""
 
     day: date
     images: int
@@ -28,12 +28,12 @@ class Today:
 
 
 def reserve(session: Session, owner_id: UUID, images: int, settings: LimitSettings) -> date:
-    """Count images towards the owner's quota of today; the day, for `Job.quota_day`.
+    """Count images towards the owner's quota of today; return the day, for `Job.quota_day`.
 
-    Other transactions of the owner wait here for the end of this one, so no number of them exceeds the quota.
+    Other transactions of the owner wait here until this one ends, so that together they cannot exceed the quota.
 
     Raises:
-        QuotaExceededError: `retry_after_s` ends with the day.
+        QuotaExceededError: the images exceed the quota. Its `retry_after_s` ends with the day.
     """
     quota = _quota(session, owner_id, settings)
     statement = upsert(ImageUsage).values(owner_id=owner_id, day=func.current_date(), images=images)
@@ -44,9 +44,9 @@ def reserve(session: Session, owner_id: UUID, images: int, settings: LimitSettin
             where=None if quota is None else ImageUsage.images + images <= quota,
         ).returning(ImageUsage.day)
     )
-    # The day's first request meets no row that could refuse it.
+    # The first request of a day inserts the row, so the condition of the update does not apply to it.
     if counted is None or (quota is not None and images > quota):
-        today = of_today(session, owner_id, settings)
+        today = get_today(session, owner_id, settings)
         left_s = max(1, round((today.ends_at - datetime.now(UTC)).total_seconds()))
         used = today.images if counted is None else 0
         raise QuotaExceededError(quota=quota, used=used, asked=images, retry_after_s=left_s)
@@ -54,19 +54,19 @@ def reserve(session: Session, owner_id: UUID, images: int, settings: LimitSettin
 
 
 def give_back(session: Session, job_ids: Sequence[UUID]) -> None:
-    """Count the images of jobs that ended without them no more."""
+    """Give the images of jobs that ended without success back to their owners' quotas."""
     reserved = (
         select(Job.owner_id, Job.quota_day, func.sum(Job.images).label("images"))
         .where(Job.id.in_(job_ids), Job.quota_day.is_not(None))
         .group_by(Job.owner_id, Job.quota_day)
-        .order_by(Job.owner_id, Job.quota_day)  # so that two who end many jobs do not wait for each other
+        .order_by(Job.owner_id, Job.quota_day)  # one order everywhere, so that two transactions cannot deadlock
     )
     for row in session.execute(reserved).all():
         give_back_images(session, row.owner_id, row.quota_day, row.images)
 
 
 def give_back_images(session: Session, owner_id: UUID, day: date, images: int) -> None:
-    """Count images no more that were reserved on that day and will not be made."""
+    """Give images back that were reserved on `day` and will not be generated."""
     session.execute(
         update(ImageUsage)
         .where(ImageUsage.owner_id == owner_id, ImageUsage.day == day)
@@ -74,10 +74,11 @@ def give_back_images(session: Session, owner_id: UUID, day: date, images: int) -
     )
 
 
-def of_today(session: Session, owner_id: UUID, settings: LimitSettings) -> Today:
+def get_today(session: Session, owner_id: UUID, settings: LimitSettings) -> DailyUsage:
+    """The owner's usage and quota of today."""
     day = session.scalars(select(func.current_date())).one()
     used = select(ImageUsage.images).where(ImageUsage.owner_id == owner_id, ImageUsage.day == day)
-    return Today(day=day, images=session.scalar(used) or 0, quota=_quota(session, owner_id, settings))
+    return DailyUsage(day=day, images=session.scalar(used) or 0, quota=_quota(session, owner_id, settings))
 
 
 def _quota(session: Session, owner_id: UUID, settings: LimitSettings) -> int | None:

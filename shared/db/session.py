@@ -17,11 +17,11 @@ from sqlalchemy.orm import Session, sessionmaker
 from shared.errors import DatabaseConnectionError, DatabaseQueryError
 from shared.metrics import observe_database
 from shared.settings import DatabaseSettings, get_settings
-from shared.singleton import once
+from shared.singleton import process_singleton
 
 
 def build_engine(settings: DatabaseSettings) -> Engine:
-    """An engine with a bounded, pre-pinged, recycled pool; every wait it can cause has a limit."""
+    """An engine with a bounded pool, whose connections are pinged before use and recycled. Every wait has a timeout."""
     server_settings = {
         "statement_timeout": f"{settings.statement_timeout_s * 1000:.0f}",
         "idle_in_transaction_session_timeout": "60000",
@@ -38,7 +38,7 @@ def build_engine(settings: DatabaseSettings) -> Engine:
             "connect_timeout": settings.connect_timeout_s,
             "application_name": "afterimage",
             "options": " ".join(f"-c {name}={value}" for name, value in server_settings.items()),
-            # A peer that vanished without a word is noticed in about 10 s instead of hours.
+            # A server that vanished without closing the connection is noticed in about 10 s instead of hours.
             "keepalives_idle": 5,
             "keepalives_interval": 2,
             "keepalives_count": 3,
@@ -52,9 +52,9 @@ def database_url(settings: DatabaseSettings) -> URL:
 
 
 class BoundedWait:
-    """Psycopg2's wait callback: gives up on a server that says nothing for `limit_s`.
+    """A wait callback for psycopg2 that raises when the server sends nothing for `limit_s`.
 
-    No timeout of libpq covers that: a frozen server's kernel goes on acknowledging what it is sent.
+    No timeout of libpq covers a frozen server, because its kernel still acknowledges the packets that it receives.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -71,7 +71,7 @@ class BoundedWait:
 
     @contextmanager
     def connecting(self) -> Iterator[None]:
-        """In this thread, waiting for a free connection, pinging it and replacing a dead one share one limit."""
+        """Apply one limit to the whole block, in this thread: waiting for a connection, pinging and replacing it."""
         self._thread.until = time.monotonic() + self._limit_s
         try:
             yield
@@ -80,13 +80,13 @@ class BoundedWait:
 
 
 def bound_waits(limit_s: float) -> BoundedWait:
-    """Bound every wait for the database in this process, which is all of them: psycopg2 has one such callback."""
+    """Bound every wait for the database in this process: psycopg2 has one wait callback per process."""
     wait = BoundedWait(limit_s)
     extensions.set_wait_callback(wait)
     return wait
 
 
-def _waits() -> BoundedWait:
+def _bounded_wait() -> BoundedWait:
     installed = extensions.get_wait_callback()
     return (
         installed
@@ -95,17 +95,17 @@ def _waits() -> BoundedWait:
     )
 
 
-@once
+@process_singleton
 def get_engine() -> Engine:
-    """The engine of this process. Never used before a fork: every process of the product is started, not forked."""
+    """The engine of this process. Processes of the product are spawned, not forked, so no two share a connection."""
     engine = build_engine(get_settings().database)
     observe_database(engine)
     return engine
 
 
-@once
+@process_singleton
 def _factory() -> sessionmaker[Session]:
-    # Views are built after the commit, from rows already loaded: expiring them would reopen a transaction.
+    # Responses are built from the loaded rows after the commit. Expired rows would open another transaction then.
     return sessionmaker(get_engine(), expire_on_commit=False)
 
 
@@ -119,7 +119,7 @@ def session_scope() -> Iterator[Session]:
     """
     try:
         with _factory().begin() as session:
-            with _waits().connecting():
+            with _bounded_wait().connecting():
                 session.connection()
             yield session
     except PoolTimeoutError as error:

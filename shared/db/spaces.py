@@ -1,4 +1,4 @@
-"""Embedding spaces: which vectors may be compared, and the table that holds those of one space."""
+"""Embedding spaces: vectors of the same space may be compared, and each space has its own vector table."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +12,7 @@ from shared.db.tables import EmbeddingSpace, Image
 
 @dataclass(frozen=True)
 class Space:
-    """One embedding space. `digest` covers model, weights and preprocessing."""
+    """One embedding space. digest: of the model, its weights and its preprocessing. dim: components of a vector."""
 
     id: int
     digest: str
@@ -34,7 +34,7 @@ def _vector_table(space_id: int, dim: int) -> Table:
         metadata,
         Column("image_id", ForeignKey("images.id", ondelete="CASCADE"), primary_key=True),
         Column("embedding", HALFVEC(dim), nullable=False),  # L2-normalised
-        Column("norm", REAL, nullable=False),  # length before normalisation: the adapter conditions on the product
+        Column("norm", REAL, nullable=False),  # length before normalisation; the adapter uses embedding * norm
         Index(
             f"ix_{name}_embedding",
             "embedding",
@@ -46,8 +46,8 @@ def _vector_table(space_id: int, dim: int) -> Table:
 
 
 def ensure(session: Session, *, digest: str, model: str, dim: int) -> Space:
-    """The space of that digest, made with its table on first sight; the first space of all becomes the active one."""
-    # Two workers that start together would both make it.
+    """The space with this digest, added with its table if needed. The very first space becomes the active one."""
+    # The lock keeps two workers that start at once from both adding it.
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("embedding_spaces", 0))))
     row = session.scalar(select(EmbeddingSpace).where(EmbeddingSpace.digest == digest))
     if row is None:
@@ -65,8 +65,8 @@ def find_active(session: Session) -> Space | None:
     return _space(row) if row is not None else None
 
 
-def listed(session: Session) -> list[tuple[Space, bool, int]]:
-    """Every space with its activity and its number of vectors."""
+def list_all(session: Session) -> list[tuple[Space, bool, int]]:
+    """Every space, whether it is active, and how many vectors it holds."""
     rows = session.scalars(select(EmbeddingSpace).order_by(EmbeddingSpace.id)).all()
     return [
         (_space(row), row.active, session.scalar(text(f"select count(*) from vectors_{row.id:d}")) or 0) for row in rows

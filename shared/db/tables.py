@@ -1,6 +1,6 @@
-"""The tables.
+"""The database's tables, except the vector tables.
 
-Vector tables are not here: each embedding space has its own, made when its model first runs (`shared.db.spaces`).
+Each embedding space has a vector table of its own, added when its model first runs: see `shared.db.spaces`.
 """
 
 from datetime import date, datetime
@@ -52,7 +52,7 @@ class Base(DeclarativeBase):
 
 
 class Owner(Base):
-    """Who jobs, collections and quotas belong to."""
+    """An owner of jobs, collections, API keys and a quota."""
 
     __tablename__ = "owners"
 
@@ -60,11 +60,11 @@ class Owner(Base):
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     disabled_at: Mapped[datetime | None]
-    daily_images: Mapped[int | None] = mapped_column(Integer)  # none: what the settings say
+    daily_images: Mapped[int | None] = mapped_column(Integer)  # None: the setting `limits.daily_images`; 0: no limit
 
 
 class ImageUsage(Base):
-    """Images that an owner asked for on one day (UTC), without those that were never drawn."""
+    """Images that an owner requested on one day (UTC), without those of jobs that ended without success."""
 
     __tablename__ = "image_usage"
 
@@ -74,7 +74,7 @@ class ImageUsage(Base):
 
 
 class ApiKey(Base):
-    """A way to act as an owner. Only the hash of the secret is kept: it has 256 random bits, so SHA-256 is enough."""
+    """A key to act as an owner. Only the SHA-256 of the secret is stored; it has 256 random bits, so that is enough."""
 
     __tablename__ = "api_keys"
 
@@ -90,7 +90,7 @@ class ApiKey(Base):
 
 
 class Collection(Base):
-    """A named set of images. `version` rises with every change, so that cached searches can carry it in their key."""
+    """A named set of images. `version` rises with every change and is part of the keys of cached searches."""
 
     __tablename__ = "collections"
     __table_args__ = (UniqueConstraint("owner_id", "name"),)
@@ -104,7 +104,7 @@ class Collection(Base):
 
 
 class Image(Base):
-    """One image of one collection. Its bytes lie in the blob store under their content, shared by equal images."""
+    """One image of one collection. Its bytes are in the blob store; equal images share one blob."""
 
     __tablename__ = "images"
     __table_args__ = (
@@ -113,7 +113,7 @@ class Image(Base):
         Index(None, "collection_id", text("created_at desc"), text("id desc")),
         Index(None, "tags", postgresql_using="gin"),
         Index(None, "attributes", postgresql_using="gin", postgresql_ops={"attributes": "jsonb_path_ops"}),
-        # The outbox of the embedding work: what is stored and has no vector yet.
+        # The outbox of the embed workers: images that are stored and have no vector yet.
         Index("ix_images_pending", "created_at", postgresql_where=text("state = 'pending'")),
         Index(
             "ix_images_leases",
@@ -149,7 +149,7 @@ class Image(Base):
 
 
 class EmbeddingSpace(Base):
-    """What makes vectors comparable: model, weights and preprocessing, by digest. One of them is active."""
+    """Vectors of one model, with its weights and preprocessing, which the digest covers. One space is active."""
 
     __tablename__ = "embedding_spaces"
     __table_args__ = (
@@ -166,7 +166,7 @@ class EmbeddingSpace(Base):
 
 
 class Job(Base):
-    """What a user submitted. While `queued` the row is its own outbox; while `processing` it carries its lease."""
+    """A job that a user submitted. A `queued` row is also its outbox entry; a `processing` row also holds its lease."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -191,7 +191,7 @@ class Job(Base):
         Index("ix_jobs_leases", "lease_until", postgresql_where=text("state = 'processing'")),
         Index("ix_jobs_finished", "finished_at", postgresql_where=text("finished_at is not null")),
         Index("ix_jobs_deadlines", "expires_at", postgresql_where=text("state = 'queued' and expires_at is not null")),
-        # Holds all that the counts of a bulk ask for.
+        # Covers all columns that counting the jobs of a bulk reads.
         Index("ix_jobs_bulk", "bulk_id", "state", "finished_at", postgresql_where=text("bulk_id is not null")),
     )
 
@@ -202,16 +202,16 @@ class Job(Base):
     lane: Mapped[int] = mapped_column(SmallInteger)
     model: Mapped[str]
     images: Mapped[int] = mapped_column(Integer)
-    quota_day: Mapped[date | None]  # whose quota its images count towards; none: nobody's
+    quota_day: Mapped[date | None]  # the day whose quota its images count towards; None: no quota
     parameters: Mapped[dict[str, Any]]
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
     webhook: Mapped[dict[str, Any] | None]
-    retry_of: Mapped[UUID | None]  # no foreign key: the job that it tries again may be deleted
-    replay_of: Mapped[UUID | None]  # no foreign key: the output that it draws again may be deleted
+    retry_of: Mapped[UUID | None]  # no foreign key: the retried job may be deleted
+    replay_of: Mapped[UUID | None]  # no foreign key: the replayed output may be deleted
     bulk_id: Mapped[UUID | None] = mapped_column(ForeignKey("bulks.id", ondelete="SET NULL"))
     bulk_line: Mapped[int | None] = mapped_column(Integer)
     resolution: Mapped[dict[str, Any] | None]
-    safety: Mapped[dict[str, Any] | None]  # what a content policy decided; none: there was none
+    safety: Mapped[dict[str, Any] | None]  # decisions of the content policy; None without a policy
     timings: Mapped[dict[str, float]] = mapped_column(server_default="{}")
 
     attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
@@ -234,7 +234,7 @@ class Job(Base):
 
 
 class Bulk(Base):
-    """Many generations sent as one stream of lines. Its items become jobs when their turn comes."""
+    """Many generation requests sent as one stream of lines. Its items become jobs step by step: `bulks.top_up`."""
 
     __tablename__ = "bulks"
     __table_args__ = (
@@ -255,28 +255,28 @@ class Bulk(Base):
     defaults: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
     webhook: Mapped[dict[str, Any] | None]
     bulk_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
-    models: Mapped[list[str]] = mapped_column(server_default="{}")  # those that its items name
-    announced: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # items that the sender said will come
+    models: Mapped[list[str]] = mapped_column(server_default="{}")  # models that its items name
+    announced: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # items that the sender announced
     expires_in_s: Mapped[float | None]
 
     received_lines: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     digest: Mapped[bytes] = mapped_column(server_default=text("''::bytea"))
     total: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     invalid: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    images: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # of all items
-    quota_day: Mapped[date | None]  # as of its jobs
+    images: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # of all items together
+    quota_day: Mapped[date | None]  # the `quota_day` of its jobs
     fed: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # items that have become jobs
 
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     received_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]
-    expires_at: Mapped[datetime | None]  # no item becomes a job after that
-    retry_before: Mapped[datetime | None]  # items whose jobs failed before then get another one when their turn comes
+    expires_at: Mapped[datetime | None]  # no item becomes a job after this time
+    retry_before: Mapped[datetime | None]  # an item whose job failed before this time gets a new job
     finished_at: Mapped[datetime | None]
 
 
 class BulkItem(Base):
-    """One valid line of a bulk, resolved as a job would be. `job_id` is none until its turn has come."""
+    """One valid line of a bulk, resolved like a job. `job_id` is set when the item becomes a job."""
 
     __tablename__ = "bulk_items"
     __table_args__ = (
@@ -299,12 +299,12 @@ class BulkItem(Base):
     parameters: Mapped[dict[str, Any]]
     item_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
     timeout_s: Mapped[float]
-    job_id: Mapped[UUID | None]  # no foreign key: the job may be deleted, and must not be made again then
+    job_id: Mapped[UUID | None]  # no foreign key: if the job is deleted, the item must not get a new one
     retry_of: Mapped[UUID | None]
 
 
 class BulkLineError(Base):
-    """A line of a bulk that is no item, and why."""
+    """An invalid line of a bulk, with the reason."""
 
     __tablename__ = "bulk_line_errors"
 
@@ -317,7 +317,7 @@ class BulkLineError(Base):
 
 
 class IdempotencyKey(Base):
-    """What an `Idempotency-Key` has already led to. No foreign key: the answer outlives the job."""
+    """The stored answer of an `Idempotency-Key`. It has no foreign key, because it outlives the job."""
 
     __tablename__ = "idempotency_keys"
     __table_args__ = (Index(None, "created_at"),)
@@ -331,7 +331,7 @@ class IdempotencyKey(Base):
 
 
 class JobEvent(Base):
-    """The story of a job, numbered from 1 without gaps."""
+    """An event of a job. The events of a job are numbered from 1 without gaps."""
 
     __tablename__ = "job_events"
     __table_args__ = (Index(None, "at"),)
@@ -344,7 +344,7 @@ class JobEvent(Base):
 
 
 class WebhookSecret(Base):
-    """What signs an owner's webhooks. After a rotation the old one signs too, until it expires."""
+    """A secret that signs an owner's webhooks. After a rotation the old secret signs too, until it expires."""
 
     __tablename__ = "webhook_secrets"
 
@@ -356,7 +356,7 @@ class WebhookSecret(Base):
 
 
 class WebhookDelivery(Base):
-    """One event on its way to one receiver: written with the event, so that neither exists without the other."""
+    """One event to deliver to one receiver. It is added in the same transaction as the event."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (
@@ -374,7 +374,7 @@ class WebhookDelivery(Base):
     owner_id: Mapped[UUID] = mapped_column(ForeignKey("owners.id", ondelete="CASCADE"))
     job_id: Mapped[UUID | None]
     seq: Mapped[int | None] = mapped_column(BigInteger)
-    body: Mapped[dict[str, Any] | None]  # what to tell when it is not about a job
+    body: Mapped[dict[str, Any] | None]  # the body to send, when no job's event is delivered
     url: Mapped[str]
     host: Mapped[str]
     state: Mapped[str] = mapped_column(server_default="pending")
@@ -387,7 +387,7 @@ class WebhookDelivery(Base):
     delivered_at: Mapped[datetime | None]
 
 
-class Generation(Base):
+class Output(Base):
     """One image that a job generated."""
 
     __tablename__ = "generations"
@@ -411,12 +411,12 @@ class Generation(Base):
     sha256: Mapped[str]
     pixels_sha256: Mapped[str]
     provenance: Mapped[dict[str, Any]]
-    replay: Mapped[dict[str, Any] | None]  # of a replay: how it compares with the output of then
+    replay: Mapped[dict[str, Any] | None]  # for a replay: the comparison with the original output
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
-class GenerationReference(Base):
-    """A memory that shaped an output. No foreign key to images: the record outlives the image it names."""
+class OutputReference(Base):
+    """A reference image that conditioned an output. It outlives the image, so it has no foreign key to `images`."""
 
     __tablename__ = "generation_references"
 
@@ -431,7 +431,7 @@ class GenerationReference(Base):
 
 
 class BlobClaim(Base):
-    """Blobs that an upload is about to name in rows: the sweeper spares them. Gone when the rows are there."""
+    """Blobs that an upload will name in rows: the sweeper keeps them. The claim ends in the commit of these rows."""
 
     __tablename__ = "blob_claims"
 
@@ -440,8 +440,8 @@ class BlobClaim(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
-class Chore(Base):
-    """When a piece of housekeeping last began, whichever process did it."""
+class PeriodicTask(Base):
+    """When a periodic task last started, in any process."""
 
     __tablename__ = "chores"
 
@@ -450,7 +450,7 @@ class Chore(Base):
 
 
 class Worker(Base):
-    """A live worker process; one that stops renewing `heartbeat_at` is gone."""
+    """A worker process. It is live while it renews `heartbeat_at`."""
 
     __tablename__ = "workers"
 
@@ -463,7 +463,7 @@ class Worker(Base):
 
 
 class ModelRecord(Base):
-    """What a generator can do, as its last loaded worker found it."""
+    """The capabilities of a generator, published by the last worker that loaded it."""
 
     __tablename__ = "models"
 

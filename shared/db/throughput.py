@@ -1,6 +1,6 @@
-"""How fast the workers of a model draw, from what they finished lately: when a queued job will start is guessed by it.
+"""Measures how fast the workers of a model generate, to estimate when a queued job will start.
 
-Every statement here reads a bounded number of rows, whatever waits or has ever ended.
+Every statement here reads a bounded number of rows, however many jobs wait or have ended.
 """
 
 from collections import defaultdict
@@ -15,16 +15,20 @@ from shared.contracts.jobs import JobState
 from shared.db import workers
 from shared.db.tables import Job
 
-LOOKED_AT = 300
-"""Jobs, the latest ended ones of all models, that speed is taken from."""
-RECENT_S = 3600
-SAMPLED = 100
-"""Jobs at the head of the queue whose mean size stands for all of it."""
+SAMPLED_ENDED_JOBS = 300
+"""Speed is measured from so many of the latest ended jobs of all models."""
+SAMPLE_WINDOW_S = 3600
+"""Only jobs that ended within this time count."""
+SAMPLED_QUEUED_JOBS = 100
+"""The mean images per job are taken from so many jobs at the head of the queue."""
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What a model's workers do now. `seconds_per_image`: of one worker; None when none has ended a job lately."""
+class Throughput:
+    """The current work of a model's workers.
+
+    seconds_per_image: of one worker; None when no job was sampled.
+    """
 
     workers: int
     images_in_work: int
@@ -32,7 +36,7 @@ class Pace:
     seconds_per_image: float | None
 
     def start_in_s(self, jobs_ahead: int) -> float | None:
-        """Seconds until the images ahead are drawn, if all goes on as it did; None when nothing is known."""
+        """Seconds until the images ahead are generated at the measured speed; None without workers or speed."""
         if self.workers == 0:
             return None
         images = self.images_in_work + jobs_ahead * self.images_per_job
@@ -41,12 +45,13 @@ class Pace:
         return None if self.seconds_per_image is None else images * self.seconds_per_image / self.workers
 
 
-def of_model(session: Session, model: str) -> Pace:
+def measure(session: Session, model: str) -> Throughput:
+    """The throughput of `model` now."""
     in_work = select(func.sum(Job.images)).where(Job.state == JobState.PROCESSING, Job.model == model)
     head = select(Job.images).where(Job.state == JobState.QUEUED, Job.model == model)
-    head = head.order_by(Job.lane, Job.created_at, Job.id).limit(SAMPLED)
-    return Pace(
-        workers=sum(worker.model == model and worker.state == "ready" for worker in workers.live(session)),
+    head = head.order_by(Job.lane, Job.created_at, Job.id).limit(SAMPLED_QUEUED_JOBS)
+    return Throughput(
+        workers=sum(worker.model == model and worker.state == "ready" for worker in workers.list_live(session)),
         images_in_work=session.scalar(in_work) or 0,
         images_per_job=float(session.scalar(select(func.avg(head.subquery().c.images))) or 0),
         seconds_per_image=_seconds_per_image(session, model),
@@ -56,12 +61,12 @@ def of_model(session: Session, model: str) -> Pace:
 def _seconds_per_image(session: Session, model: str) -> float | None:
     ended = (
         select(Job.model, Job.state, Job.attempt, Job.worker, Job.images, Job.started_at, Job.finished_at)
-        .where(Job.finished_at > func.now() - timedelta(seconds=RECENT_S))
+        .where(Job.finished_at > func.now() - timedelta(seconds=SAMPLE_WINDOW_S))
         .order_by(Job.finished_at.desc())
-        .limit(LOOKED_AT)
+        .limit(SAMPLED_ENDED_JOBS)
         .subquery()
     )
-    # A job that was tried again has waited between its start and its end.
+    # Only first attempts count: a job that was tried again waited in the queue between its start and its end.
     statement = select(ended).where(
         ended.c.model == model, ended.c.state == JobState.SUCCEEDED, ended.c.attempt == 1, ended.c.worker.is_not(None)
     )
@@ -73,10 +78,10 @@ def _seconds_per_image(session: Session, model: str) -> float | None:
 
 
 def _covered_s(spans: Iterable[tuple[datetime, datetime]]) -> float:
-    """Seconds in at least one of the spans: a worker walks through several jobs at a time and may idle in between."""
-    total, until = timedelta(), None
+    """The length of the union of the spans in seconds: jobs of one worker overlap, and it may idle between them."""
+    total, covered_until = timedelta(), None
     for start, end in sorted(spans):
-        begins = start if until is None else max(start, until)
-        if end > begins:
-            total, until = total + (end - begins), end
+        new_start = start if covered_until is None else max(start, covered_until)
+        if end > new_start:
+            total, covered_until = total + (end - new_start), end
     return total.total_seconds()

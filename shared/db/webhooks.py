@@ -1,4 +1,4 @@
-"""The outbox of webhooks: what is still to be told to whom, and how the telling went."""
+"""The outbox of webhooks: events to deliver, when each is due, and the result of every attempt; and signing secrets."""
 
 import base64
 import secrets
@@ -17,34 +17,38 @@ from shared.db.tables import Job, JobEvent, WebhookDelivery, WebhookSecret
 from shared.errors import ResourceNotFoundError
 
 RETRY_AFTER_S = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600)
-"""Waits between tries, about 18 hours in all: the schedule that Standard Webhooks recommends, without its last step.
+"""Pauses between attempts in seconds, about 18 hours in all. It is the schedule that Standard Webhooks recommends,
+without its last step:
 https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md"""
 
-SIGN_AT_ONCE = 4
-"""Each of these secrets adds a signature to a header: rotating again and again must not make it endless."""
+MAX_SIGNATURES = 4
+"""Every valid secret adds a signature to a header. The limit keeps the header short after many rotations."""
 
 
 def enqueue(session: Session, job_id: UUID, seq: int, *, owner_id: UUID, url: str) -> None:
-    """Put an event of a job into the outbox, due at once."""
+    """Add a delivery of a job's event, due at once."""
     host = urlsplit(url).hostname or ""
     session.add(WebhookDelivery(id=uuid4(), owner_id=owner_id, job_id=job_id, seq=seq, url=url, host=host))
 
 
 def enqueue_body(session: Session, body: dict[str, Any], *, owner_id: UUID, url: str) -> None:
-    """Put something that is not about a job into the outbox, due at once."""
+    """Add a delivery with a body of its own, for an event that belongs to no job. It is due at once."""
     host = urlsplit(url).hostname or ""
     session.add(WebhookDelivery(id=uuid4(), owner_id=owner_id, body=body, url=url, host=host))
 
 
 def any_due(session: Session) -> bool:
-    """Is there a delivery that could be tried now?"""
+    """Whether a delivery could be attempted now."""
     due = select(WebhookDelivery.id).where(WebhookDelivery.state == "pending", WebhookDelivery.due_at <= func.now())
     return session.scalar(due.limit(1)) is not None
 
 
 def claim_due(session: Session, *, lease_s: float, per_host: int) -> tuple[WebhookDelivery, dict[str, Any]] | None:
-    """Take the delivery that is due longest, unless its host already has `per_host` in flight; with what to tell."""
-    # One claim at a time: two would each count the other's host as idle.
+    """Claim the delivery that has been due longest, and return it with its body; None when no delivery can be claimed.
+
+    lease_s: for how long the claim lasts. per_host: deliveries to a host with so many in flight are skipped.
+    """
+    # Claims run one after the other: two at once would not count each other's delivery.
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("webhook_deliveries", 0))))
     other = aliased(WebhookDelivery)
     in_flight = select(func.count()).where(other.host == WebhookDelivery.host, other.lease_until > func.now())
@@ -76,7 +80,7 @@ def claim_due(session: Session, *, lease_s: float, per_host: int) -> tuple[Webho
 
 
 def _body(job: Job, event: JobEvent) -> dict[str, Any]:
-    """A thin body: what happened and where to look, never the result itself."""
+    """The webhook's body: the event, and the URL of the job. It holds no results."""
     return {
         "type": f"job.{event.type}",
         "timestamp": event.at.isoformat(),
@@ -90,11 +94,12 @@ def _body(job: Job, event: JobEvent) -> dict[str, Any]:
     }
 
 
-def delivered(session: Session, delivery: WebhookDelivery, *, status: int) -> None:
-    _settle(session, delivery, state="delivered", delivered_at=func.now(), last_status=status, last_error=None)
+def record_success(session: Session, delivery: WebhookDelivery, *, status: int) -> None:
+    """Record that the receiver accepted the delivery. status: its HTTP status."""
+    _record(session, delivery, state="delivered", delivered_at=func.now(), last_status=status, last_error=None)
 
 
-def failed(
+def record_failure(
     session: Session,
     delivery: WebhookDelivery,
     *,
@@ -103,38 +108,41 @@ def failed(
     retry_after_s: float = 0,
     final: bool = False,
 ) -> None:
-    """Note a try that failed; it is tried again later, unless it is `final` or was the last one."""
+    """Record a failed attempt. The delivery is due again later, unless this is `final` or its last attempt.
+
+    retry_after_s: the shortest pause that the receiver asked for; more than a day counts as a day.
+    """
     if final or delivery.attempts > len(RETRY_AFTER_S):
-        _settle(session, delivery, state="failed", last_status=status, last_error=error)
+        _record(session, delivery, state="failed", last_status=status, last_error=error)
         return
     wait_s = max(RETRY_AFTER_S[delivery.attempts - 1], min(retry_after_s, 86_400))
     due_at = func.now() + timedelta(seconds=wait_s)
-    _settle(session, delivery, state="pending", due_at=due_at, last_status=status, last_error=error)
+    _record(session, delivery, state="pending", due_at=due_at, last_status=status, last_error=error)
 
 
-def _settle(session: Session, delivery: WebhookDelivery, **values: object) -> None:
-    # Of two workers that tried the same delivery only the later claim may say how it went.
-    mine = update(WebhookDelivery).where(
+def _record(session: Session, delivery: WebhookDelivery, **values: object) -> None:
+    # When two workers attempted the same delivery, only the later claim may record its result.
+    claimed = update(WebhookDelivery).where(
         WebhookDelivery.id == delivery.id, WebhookDelivery.attempts == delivery.attempts
     )
-    session.execute(mine.values(lease_until=None, **values).execution_options(synchronize_session=False))
+    session.execute(claimed.values(lease_until=None, **values).execution_options(synchronize_session=False))
 
 
-# --- what owners see and do ---------------------------------------------------------------------------------------
+# --- operations of owners -----------------------------------------------------------------------------------------
 
 
-def page(session: Session, query: DeliveryQuery, *, owner_id: UUID) -> tuple[list[WebhookDelivery], str | None]:
-    """An owner's deliveries, newest first.
+def list_page(session: Session, query: DeliveryQuery, *, owner_id: UUID) -> tuple[list[WebhookDelivery], str | None]:
+    """A page of an owner's deliveries, newest first, and the cursor of the next page.
 
     Raises:
-        InvalidCursorError
+        InvalidCursorError: the cursor was not made by this API.
     """
     statement = select(WebhookDelivery).where(WebhookDelivery.owner_id == owner_id)
     if query.job_id is not None:
         statement = statement.where(WebhookDelivery.job_id == query.job_id)
     if query.state is not None:
         statement = statement.where(WebhookDelivery.state == query.state)
-    return paging.page(
+    return paging.fetch_page(
         session,
         statement,
         created_at=WebhookDelivery.created_at,
@@ -145,9 +153,10 @@ def page(session: Session, query: DeliveryQuery, *, owner_id: UUID) -> tuple[lis
 
 
 def get(session: Session, delivery_id: UUID, *, owner_id: UUID) -> WebhookDelivery:
-    """
+    """The delivery, if it belongs to `owner_id`.
+
     Raises:
-        ResourceNotFoundError: there is none, or it belongs to somebody else.
+        ResourceNotFoundError: the delivery does not exist, or belongs to another owner.
     """
     statement = select(WebhookDelivery).where(WebhookDelivery.id == delivery_id, WebhookDelivery.owner_id == owner_id)
     delivery = session.scalar(statement)
@@ -156,10 +165,10 @@ def get(session: Session, delivery_id: UUID, *, owner_id: UUID) -> WebhookDelive
     return delivery
 
 
-def types_of(session: Session, deliveries: Sequence[WebhookDelivery]) -> dict[UUID, str]:
-    """The `type` of each delivery's body."""
-    told = [(each.job_id, each.seq) for each in deliveries if each.job_id is not None]
-    events = select(JobEvent.job_id, JobEvent.seq, JobEvent.type).where(tuple_(JobEvent.job_id, JobEvent.seq).in_(told))
+def get_types(session: Session, deliveries: Sequence[WebhookDelivery]) -> dict[UUID, str]:
+    """The `type` in the body of each delivery, by delivery id."""
+    keys = [(each.job_id, each.seq) for each in deliveries if each.job_id is not None]
+    events = select(JobEvent.job_id, JobEvent.seq, JobEvent.type).where(tuple_(JobEvent.job_id, JobEvent.seq).in_(keys))
     types = {(row.job_id, row.seq): f"job.{row.type}" for row in session.execute(events)}
     return {
         each.id: types[each.job_id, each.seq] if each.body is None else str(each.body["type"]) for each in deliveries
@@ -167,10 +176,10 @@ def types_of(session: Session, deliveries: Sequence[WebhookDelivery]) -> dict[UU
 
 
 def redeliver(session: Session, delivery_id: UUID, *, owner_id: UUID) -> None:
-    """Make a delivery due again, with its whole schedule before it. It keeps its id: receivers know it by that.
+    """Make a delivery due again at once, with all of its attempts. It keeps its id, by which receivers recognise it.
 
     Raises:
-        ResourceNotFoundError
+        ResourceNotFoundError: the delivery does not exist, or belongs to another owner.
     """
     statement = (
         update(WebhookDelivery)
@@ -183,7 +192,7 @@ def redeliver(session: Session, delivery_id: UUID, *, owner_id: UUID) -> None:
 
 
 def signing_secrets(session: Session, owner_id: UUID) -> Sequence[str]:
-    """The owner's newest valid secrets, newest first, `SIGN_AT_ONCE` at most; one is made on first sight."""
+    """The owner's valid secrets, newest first, at most `MAX_SIGNATURES`. An owner without one gets one here."""
     valid = (
         select(WebhookSecret.secret)
         .where(
@@ -191,13 +200,13 @@ def signing_secrets(session: Session, owner_id: UUID) -> Sequence[str]:
             or_(WebhookSecret.expires_at.is_(None), WebhookSecret.expires_at > func.now()),
         )
         .order_by(WebhookSecret.created_at.desc())
-        .limit(SIGN_AT_ONCE)
+        .limit(MAX_SIGNATURES)
     )
     return session.scalars(valid).all() or [_add_secret(session, owner_id)]
 
 
 def rotate_secret(session: Session, owner_id: UUID, *, overlap_s: float) -> tuple[str, datetime]:
-    """A new secret for the owner, and until when the ones before it sign beside it."""
+    """Add a new secret; return it, and the time until which the older secrets still sign too."""
     until = session.scalars(select(func.now() + timedelta(seconds=overlap_s))).one()
     session.execute(
         update(WebhookSecret)

@@ -1,4 +1,4 @@
-"""Which workers live, and what the generators can do: how the torch-free API knows."""
+"""Heartbeats of workers and capabilities of models. The API learns both here, because it does not import torch."""
 
 from datetime import timedelta
 
@@ -10,10 +10,11 @@ from shared.contracts.service import Capabilities
 from shared.db.tables import ModelRecord, Worker
 
 LIVE_S = 30
-"""A worker that has not been heard of for this long is not counted."""
+"""A worker whose last heartbeat is older than this does not count as live."""
 
 
 def heartbeat(session: Session, worker_id: str, *, kind: str, model: str | None, state: str) -> None:
+    """Record that the worker is live, and delete workers without a heartbeat for a day."""
     values = {"id": worker_id, "kind": kind, "model": model, "state": state, "heartbeat_at": func.now()}
     statement = upsert(Worker).values(values)
     session.execute(
@@ -22,23 +23,26 @@ def heartbeat(session: Session, worker_id: str, *, kind: str, model: str | None,
     session.execute(delete(Worker).where(Worker.heartbeat_at < func.now() - timedelta(days=1)))
 
 
-def gone(session: Session, worker_id: str) -> None:
+def remove(session: Session, worker_id: str) -> None:
+    """Remove a worker that stops."""
     session.execute(delete(Worker).where(Worker.id == worker_id))
 
 
-def live(session: Session) -> list[Worker]:
+def list_live(session: Session) -> list[Worker]:
+    """Workers with a heartbeat in the last `LIVE_S` seconds."""
     statement = select(Worker).where(Worker.heartbeat_at > func.now() - timedelta(seconds=LIVE_S))
     return list(session.scalars(statement.order_by(Worker.kind, Worker.id)))
 
 
 def publish_capabilities(session: Session, model: str, capabilities: Capabilities) -> None:
+    """Store the capabilities of a model that a worker has loaded."""
     values = {"capabilities": capabilities.model_dump(mode="json"), "updated_at": func.now()}
     statement = upsert(ModelRecord).values(name=model, **values)
     session.execute(statement.on_conflict_do_update(index_elements=["name"], set_=values))
 
 
-def capabilities(session: Session) -> dict[str, tuple[Capabilities, ModelRecord]]:
-    """What each generator that was ever loaded can do."""
+def list_capabilities(session: Session) -> dict[str, tuple[Capabilities, ModelRecord]]:
+    """The capabilities of every generator that a worker has ever loaded, by model name."""
     return {
         record.name: (Capabilities.model_validate(record.capabilities), record)
         for record in session.scalars(select(ModelRecord))

@@ -1,7 +1,7 @@
-"""Asking the embed workers for the vector of a query, and answering: both sides of one small protocol on Redis.
+"""Requests the vector of a query from the embed workers: both sides of one small protocol on Redis.
 
-The question is a Celery message with a few texts or with the key of an image; the answer is pushed to a list that
-only the asker knows. Nothing of it lives longer than half a minute.
+A request is a Celery message with a few texts or with the key of an image. The worker pushes the reply to a Redis list
+that only the client knows. Both expire after half a minute at the latest.
 """
 
 import base64
@@ -15,17 +15,16 @@ import orjson
 import redis
 from numpy.typing import NDArray
 from PIL import Image
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from shared.errors import BaseAppException, BrokerUnavailableError, EmbeddingError, EmbeddingUnavailableError
 from shared.imaging import open_image
 from shared.messaging import queue
+from shared.messaging.redis import connect
 from shared.settings import get_settings
-from shared.singleton import once
+from shared.singleton import process_singleton
 
-LIFE_S = 30
-"""How long an image and an answer lie in Redis at most."""
+MESSAGE_TTL_S = 30
+"""How long a query image and a reply stay in Redis at most."""
 REPLY_PREFIX = "afterimage:reply:"
 IMAGE_PREFIX = "afterimage:query-image:"
 
@@ -34,40 +33,40 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Answer:
-    """`vectors`: shape (n, dim), float32, not normalised. `space`: digest of the embedding space they lie in."""
+    """vectors: shape (n, dim), float32, not normalised. space: digest of their embedding space."""
 
     space: str
     vectors: Vectors
 
 
-# --- asking -------------------------------------------------------------------------------------------------------
+# --- the client ---------------------------------------------------------------------------------------------------
 
 
 def embed_texts(texts: list[str]) -> Answer:
-    """The vectors of some texts, in order.
+    """The vectors of `texts`, in the same order.
 
     Raises:
         EmbeddingUnavailableError: no worker answered within `retrieval.text_timeout_s`, or the broker is away.
-        EmbeddingError: the worker could not.
+        EmbeddingError: the worker failed to embed them.
     """
-    return _ask({"texts": texts})
+    return _request({"texts": texts})
 
 
 def embed_image(png: bytes) -> Answer:
     """The vector of one image. png: an image file, longest side at most 512 pixels.
 
     Raises:
-        EmbeddingUnavailableError, EmbeddingError: as `embed_texts`.
+        EmbeddingUnavailableError, EmbeddingError: as in `embed_texts`.
     """
     key = f"{IMAGE_PREFIX}{uuid4()}"
     try:
-        _waiting_connection().set(key, png, ex=LIFE_S)
+        _waiting_connection().set(key, png, ex=MESSAGE_TTL_S)
     except redis.RedisError as error:
         raise EmbeddingUnavailableError from error
-    return _ask({"image_key": key})
+    return _request({"image_key": key})
 
 
-def _ask(payload: dict[str, Any]) -> Answer:
+def _request(payload: dict[str, Any]) -> Answer:
     reply_key = f"{REPLY_PREFIX}{uuid4()}"
     timeout_s = get_settings().retrieval.text_timeout_s
     try:
@@ -80,15 +79,14 @@ def _ask(payload: dict[str, Any]) -> Answer:
     return _decoded(orjson.loads(reply[1]))
 
 
-@once
+@process_singleton
 def _waiting_connection() -> redis.Redis:
-    """A connection that may be silent for as long as a worker may take."""
+    """A connection whose read timeout is longer than the time that a worker may take."""
     settings = get_settings()
-    return redis.Redis.from_url(
+    return connect(
         settings.queue.url.get_secret_value(),
-        socket_timeout=settings.retrieval.text_timeout_s + 1,
-        socket_connect_timeout=settings.queue.socket_timeout_s,
-        retry=Retry(NoBackoff(), 0),
+        timeout_s=settings.queue.socket_timeout_s,
+        reply_timeout_s=settings.retrieval.text_timeout_s + 1,
     )
 
 
@@ -99,7 +97,7 @@ def _decoded(reply: dict[str, Any]) -> Answer:
     return Answer(space=reply["space"], vectors=np.stack(vectors).astype(np.float32))
 
 
-# --- answering ----------------------------------------------------------------------------------------------------
+# --- the embed worker ---------------------------------------------------------------------------------------------
 
 
 def answer(
@@ -109,27 +107,30 @@ def answer(
     space_digest: str,
     embed: Callable[[Sequence[str] | Sequence[Image.Image]], Vectors],
 ) -> None:
-    """Embed what a question holds and push the answer, or the error, to whoever waits for it.
+    """Embed the texts or the image of a request, and push the vectors, or the error, to the list `reply_key`.
 
-    embed: gives vectors of shape (n, dim), float32, not normalised, for texts or for RGB images.
+    embed: returns vectors of shape (n, dim), float32, not normalised, for texts or for RGB images.
+
+    Raises:
+        BrokerUnavailableError: Redis did not take the reply.
     """
     try:
-        vectors = embed(_question(payload))
+        vectors = embed(_payload_items(payload))
         encoded = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
         body: dict[str, Any] = {"space": space_digest, "vectors": encoded}
     except BaseAppException as error:
-        # Told, so that the asker does not wait in vain.
+        # The client gets the error at once instead of waiting for its timeout.
         body = {"error": error.body()}
     try:
         with queue.broker().pipeline(transaction=True) as pipeline:
             pipeline.rpush(reply_key, orjson.dumps(body))
-            pipeline.expire(reply_key, LIFE_S)
+            pipeline.expire(reply_key, MESSAGE_TTL_S)
             pipeline.execute()
     except redis.RedisError as error:
         raise BrokerUnavailableError from error
 
 
-def _question(payload: dict[str, Any]) -> Sequence[str] | Sequence[Image.Image]:
+def _payload_items(payload: dict[str, Any]) -> Sequence[str] | Sequence[Image.Image]:
     if "texts" in payload:
         texts: list[str] = payload["texts"]
         return texts

@@ -1,7 +1,7 @@
-"""News of running jobs over Redis pub/sub: who waits for a job hears of it at once.
+"""Live updates of running jobs over Redis pub/sub, so that a client that waits for a job gets them at once.
 
-News may be lost, late or doubled. What is true stands in `job_events`; a message only says that it is worth a look.
-Previews are shown and forgotten.
+A message may be lost, late or repeated. The table `job_events` is the record; a message only says that it is time to
+read it. Previews are not stored.
 """
 
 import io
@@ -20,46 +20,46 @@ import numpy as np
 import orjson
 import redis
 from PIL import Image
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from shared.contracts.jobs import Preview, Progress
+from shared.messaging.redis import connect
 from shared.settings import QueueSettings, get_settings
-from shared.singleton import once
+from shared.singleton import process_singleton
 
 logger = logging.getLogger(__name__)
 
 CHANNEL_PREFIX = "afterimage:job:"
 PREVIEW_PREFIX = "afterimage:preview:"
 PREVIEW_INTERVAL_S = 0.4
-"""Between two previews of the same image, at least."""
+"""The shortest time between two previews of the same image."""
 PREVIEW_QUALITY = 70
-PREVIEWS_WAITING = 64
-"""Of all jobs together, so that a broker that is away costs no memory."""
-PAUSE_S = 1.0
-"""Rest after a failure, so that a broker in trouble is not asked at every step."""
-REMEMBERED_JOBS = 4096
+MAX_QUEUED_PREVIEWS = 64
+"""Of all jobs together: the limit on the memory that previews use while the broker is away."""
+RETRY_PAUSE_S = 1.0
+"""Pause after a failure, so that a broker in trouble does not get a call for every step."""
+MAX_JOBS_WITH_PROGRESS = 4096
+"""Jobs whose latest progress a subscriber keeps; the one updated longest ago is dropped first."""
 
 
 def channel(job_id: UUID) -> str:
     return f"{CHANNEL_PREFIX}{job_id}"
 
 
-# --- telling ------------------------------------------------------------------------------------------------------
+# --- publishing ---------------------------------------------------------------------------------------------------
 
 
 def publish_progress(job_id: UUID, step: int, total: int) -> None:
-    """Say that `step` of `total` steps are done. Touches memory only: a thread of its own speaks to Redis."""
-    _publisher().tell(job_id, Progress(step=step, total_steps=total))
+    """Publish that `step` of `total` steps are done. Does not wait: the publisher's thread sends it to Redis."""
+    _publisher().add_update(job_id, Progress(step=step, total_steps=total))
 
 
-def publish_changed(job_id: UUID) -> None:
-    """Say that the job has a new event. Call it after the commit. Touches memory only."""
-    _publisher().tell(job_id, None)
+def publish_job_update(job_id: UUID) -> None:
+    """Publish that the job has a new event. Call it after the commit. Does not wait, as `publish_progress`."""
+    _publisher().add_update(job_id, None)
 
 
 class PreviewStream:
-    """Shows image `index` of a job while it is drawn, after every `every` steps and not too often."""
+    """Publishes previews of image `index` of a job, every `every` steps and at most one per `PREVIEW_INTERVAL_S`."""
 
     def __init__(self, job_id: UUID, index: int, *, every: int) -> None:
         self._job_id = job_id
@@ -68,24 +68,26 @@ class PreviewStream:
         self._not_before = 0.0
 
     def is_due(self, step: int, total_steps: int) -> bool:
-        """The last step is not: the image itself comes next."""
+        """Whether this step gets a preview. The last step does not: the image itself comes next."""
         return step % self._every == 0 and step < total_steps and time.monotonic() >= self._not_before
 
     def show(self, pixels: np.ndarray, step: int, total_steps: int) -> None:
-        """pixels: uint8, shape (height, width, 3), RGB, small. Touches memory only: the publisher's thread encodes.
+        """Publish one preview. Does not wait: the publisher's thread encodes and sends it.
+
+        pixels: uint8, shape (height, width, 3), RGB, small.
 
         Raises:
-            ValueError: `pixels` is something else.
+            ValueError: `pixels` has another dtype or shape.
         """
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(f"a preview is uint8 (height, width, 3), not {pixels.dtype} {pixels.shape}")
         self._not_before = time.monotonic() + PREVIEW_INTERVAL_S
-        _publisher().show(self._job_id, _Picture(self._index, step, total_steps, pixels))
+        _publisher().add_preview(self._job_id, _RawPreview(self._index, step, total_steps, pixels))
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A preview that is not encoded yet."""
+class _RawPreview:
+    """A preview that is not yet encoded as JPEG."""
 
     index: int
     step: int
@@ -100,48 +102,51 @@ class _Picture:
 
 
 class _Publisher:
-    """Sends the latest news of each job. What waits is bounded by the number of jobs in work; when Redis is away it
-    is dropped."""
+    """Sends the latest update of each job from a thread.
+
+    At most one update and one progress of each running job wait in memory. While Redis is away, they are dropped.
+    """
 
     def __init__(self, settings: QueueSettings) -> None:
-        self._redis = _connect(settings)
-        self._news: OrderedDict[tuple[UUID, bool], Progress | None] = OrderedDict()
-        self._pictures: OrderedDict[tuple[UUID, int], _Picture] = OrderedDict()
-        self._awake = threading.Condition()
+        self._redis = connect(settings.url.get_secret_value(), timeout_s=settings.socket_timeout_s)
+        self._updates: OrderedDict[tuple[UUID, bool], Progress | None] = OrderedDict()
+        self._previews: OrderedDict[tuple[UUID, int], _RawPreview] = OrderedDict()
+        self._added = threading.Condition()
         threading.Thread(target=self._run, name="progress-publisher", daemon=True).start()
 
-    def tell(self, job_id: UUID, progress: Progress | None) -> None:
-        with self._awake:
-            self._news[job_id, progress is None] = progress
-            self._awake.notify()
+    def add_update(self, job_id: UUID, progress: Progress | None) -> None:
+        """progress: None for a new event of the job."""
+        with self._added:
+            self._updates[job_id, progress is None] = progress
+            self._added.notify()
 
-    def show(self, job_id: UUID, picture: _Picture) -> None:
-        with self._awake:
-            self._pictures[job_id, picture.index] = picture
-            if len(self._pictures) > PREVIEWS_WAITING:
-                self._pictures.popitem(last=False)
-            self._awake.notify()
+    def add_preview(self, job_id: UUID, preview: _RawPreview) -> None:
+        with self._added:
+            self._previews[job_id, preview.index] = preview
+            if len(self._previews) > MAX_QUEUED_PREVIEWS:
+                self._previews.popitem(last=False)
+            self._added.notify()
 
     def _run(self) -> None:
         while True:
-            with self._awake:
-                self._awake.wait_for(lambda: self._news or self._pictures)
-                news, self._news = self._news, OrderedDict()
-                pictures, self._pictures = self._pictures, OrderedDict()
+            with self._added:
+                self._added.wait_for(lambda: self._updates or self._previews)
+                updates, self._updates = self._updates, OrderedDict()
+                previews, self._previews = self._previews, OrderedDict()
             try:
                 with self._redis.pipeline(transaction=False) as pipeline:
-                    # Before the news, which may be that the job has ended.
-                    for (job_id, _), picture in pictures.items():
-                        pipeline.publish(f"{PREVIEW_PREFIX}{job_id}", picture.encoded().model_dump_json())
-                    for (job_id, _), progress in news.items():
+                    # Previews go before updates, because an update may say that the job has ended.
+                    for (job_id, _), preview in previews.items():
+                        pipeline.publish(f"{PREVIEW_PREFIX}{job_id}", preview.encoded().model_dump_json())
+                    for (job_id, _), progress in updates.items():
                         pipeline.publish(channel(job_id), _message(progress))
                     pipeline.execute()
             except redis.RedisError as error:
                 logger.warning("progress_not_published", extra={"cause": str(error)})
-                time.sleep(PAUSE_S)
+                time.sleep(RETRY_PAUSE_S)
 
 
-@once
+@process_singleton
 def _publisher() -> _Publisher:
     return _Publisher(get_settings().queue)
 
@@ -150,78 +155,81 @@ def _message(progress: Progress | None) -> bytes:
     return orjson.dumps(None if progress is None else [progress.step, progress.total_steps])
 
 
-# --- listening ----------------------------------------------------------------------------------------------------
+# --- subscribing --------------------------------------------------------------------------------------------------
 
 
-class News(NamedTuple):
-    """What a watch has heard since it was last asked."""
+class JobUpdate(NamedTuple):
+    """The updates that a `JobWatch` received since the last `wait`."""
 
     changed: bool
-    """The job's events are worth a look."""
+    """The caller should read the job's events: there may be new ones."""
     progress: Progress | None
     previews: list[Preview]
-    """The newest of each image."""
+    """The newest preview of each image."""
 
 
-class Watch:
-    """One waiter's ear on one job."""
+class JobWatch:
+    """Collects the updates of one job for one thread that waits for them."""
 
     def __init__(self, subscriber: "Subscriber") -> None:
         self._subscriber = subscriber
-        self._news = threading.Condition()
+        self._received = threading.Condition()
         self._changed = False
         self._progress: Progress | None = None
         self._previews: dict[int, Preview] = {}
 
-    def wait(self, timeout_s: float) -> News:
-        """Wait for news, at most `timeout_s`.
+    def wait(self, timeout_s: float) -> JobUpdate:
+        """Wait up to `timeout_s` for an update.
 
-        Without a subscription it says after a second at the latest that a look is worth it; with one, after five,
-        because a message can be lost.
+        A message can be lost, so after 5 s without one the result has `changed` set. While the subscription is down,
+        it has that after 1 s.
         """
-        patience_s = 5.0 if self._subscriber.connected else 1.0
-        with self._news:
-            heard = self._news.wait_for(self._is_over, min(timeout_s, patience_s))
-            changed = self._changed or (not heard and patience_s <= timeout_s)
-            news = News(changed, self._progress, list(self._previews.values()))
+        poll_s = 5.0 if self._subscriber.connected else 1.0
+        with self._received:
+            received = self._received.wait_for(self._has_update, min(timeout_s, poll_s))
+            changed = self._changed or (not received and poll_s <= timeout_s)
+            update = JobUpdate(changed, self._progress, list(self._previews.values()))
             self._changed, self._progress, self._previews = False, None, {}
-            return news
+            return update
 
-    def _is_over(self) -> bool:
+    def _has_update(self) -> bool:
+        """Also true when the subscriber closes, so that `wait` returns."""
         return self._changed or self._progress is not None or bool(self._previews) or self._subscriber.closing
 
-    def hear(self, progress: Progress | None) -> None:
-        with self._news:
-            if progress is None:
-                self._changed = True
-            else:
-                self._progress = progress
-            self._news.notify_all()
+    def on_change(self) -> None:
+        with self._received:
+            self._changed = True
+            self._received.notify_all()
 
-    def see(self, preview: Preview) -> None:
-        with self._news:
+    def on_progress(self, progress: Progress) -> None:
+        with self._received:
+            self._progress = progress
+            self._received.notify_all()
+
+    def on_preview(self, preview: Preview) -> None:
+        with self._received:
             self._previews[preview.index] = preview
-            self._news.notify_all()
+            self._received.notify_all()
 
 
 class Subscriber:
-    """One pub/sub subscription for all the waiters of a process. Safe to share between threads."""
+    """One pub/sub subscription that serves every `JobWatch` of a process. Safe to share between threads."""
 
     def __init__(self, settings: QueueSettings) -> None:
-        self._redis = _connect(settings)
+        self._redis = connect(settings.url.get_secret_value(), timeout_s=settings.socket_timeout_s)
         self._lock = threading.Lock()
-        self._watches: dict[UUID, set[Watch]] = {}
+        self._watches: dict[UUID, set[JobWatch]] = {}
         self._latest: OrderedDict[UUID, Progress] = OrderedDict()
         self._closed = threading.Event()
         self.connected = False
-        """Messages arrive. While they do not, watches ask to look at the table once a second."""
+        """Whether messages arrive. While they do not, every watch reports a change once a second."""
         self._thread = threading.Thread(target=self._run, name="progress-subscriber", daemon=True)
         self._thread.start()
 
     @contextmanager
-    def watch(self, job_id: UUID) -> Iterator[Watch]:
-        """Hear of `job_id` from here on: start watching, then read the job, and nothing is missed in between."""
-        watch = Watch(self)
+    def watch(self, job_id: UUID) -> Iterator[JobWatch]:
+        """Collect the updates of `job_id` from here on. Read the job inside the block, so that no update is missed."""
+        watch = JobWatch(self)
         with self._lock:
             self._watches.setdefault(job_id, set()).add(watch)
         try:
@@ -233,19 +241,19 @@ class Subscriber:
                 if not remaining:
                     del self._watches[job_id]
 
-    def latest(self, job_id: UUID) -> Progress | None:
-        """The newest progress heard of a running job; none when nothing was heard."""
+    def latest_progress(self, job_id: UUID) -> Progress | None:
+        """The newest progress of a running job; None when no message has arrived."""
         with self._lock:
             return self._latest.get(job_id)
 
     @property
     def closing(self) -> bool:
-        """Whoever waits should come to an end: nothing will be heard any more."""
+        """Whether the subscription is closing: every waiting caller should stop, because no message will arrive."""
         return self._closed.is_set()
 
     def close(self) -> None:
         self._closed.set()
-        self._wake_all()
+        self._notify_watches()
         self._thread.join()
         self._redis.close()
 
@@ -256,8 +264,8 @@ class Subscriber:
             except (redis.RedisError, OSError) as error:
                 logger.warning("progress_subscription_lost", extra={"cause": str(error)})
                 self.connected = False
-                self._wake_all()
-                self._closed.wait(PAUSE_S)
+                self._notify_watches()
+                self._closed.wait(RETRY_PAUSE_S)
         self.connected = False
 
     def _listen(self) -> None:
@@ -265,12 +273,12 @@ class Subscriber:
             subscription.psubscribe(f"{CHANNEL_PREFIX}*", f"{PREVIEW_PREFIX}*")
             silent_since = time.monotonic()
             while not self._closed.is_set():
-                # Also how long close() waits.
+                # The timeout also bounds how long close() waits.
                 message = subscription.get_message(timeout=0.2)
                 now = time.monotonic()
                 if message is None:
-                    # A frozen server keeps the connection open and says nothing, so it has to be asked.
-                    if now - silent_since > 2 * PAUSE_S:
+                    # A frozen server keeps the connection open and sends nothing, so the client must ping it.
+                    if now - silent_since > 2 * RETRY_PAUSE_S:
                         self.connected = False
                         raise redis.TimeoutError("the subscription does not answer")
                     subscription.ping()
@@ -278,15 +286,15 @@ class Subscriber:
                 silent_since = now
                 if message["type"] == "psubscribe":
                     self.connected = True
-                    self._wake_all()
+                    self._notify_watches()
                 elif message["type"] == "pmessage" and message["channel"].startswith(PREVIEW_PREFIX.encode()):
-                    self._see(message["channel"], message["data"])
+                    self._on_preview(message["channel"], message["data"])
                 elif message["type"] == "pmessage":
-                    self._hear(message["channel"], message["data"])
+                    self._on_update(message["channel"], message["data"])
 
-    def _see(self, where: bytes, data: bytes) -> None:
+    def _on_preview(self, channel_name: bytes, data: bytes) -> None:
         try:
-            job_id = UUID(where.decode().removeprefix(PREVIEW_PREFIX))
+            job_id = UUID(channel_name.decode().removeprefix(PREVIEW_PREFIX))
             with self._lock:
                 watches = list(self._watches.get(job_id, ()))
             if not watches:
@@ -296,13 +304,13 @@ class Subscriber:
             logger.warning("preview_not_understood")
             return
         for watch in watches:
-            watch.see(preview)
+            watch.on_preview(preview)
 
-    def _hear(self, where: bytes, data: bytes) -> None:
+    def _on_update(self, channel_name: bytes, data: bytes) -> None:
         try:
-            job_id = UUID(where.decode().removeprefix(CHANNEL_PREFIX))
-            news = orjson.loads(data)
-            progress = None if news is None else Progress(step=news[0], total_steps=news[1])
+            job_id = UUID(channel_name.decode().removeprefix(CHANNEL_PREFIX))
+            message = orjson.loads(data)
+            progress = None if message is None else Progress(step=message[0], total_steps=message[1])
         except (ValueError, TypeError, LookupError):
             logger.warning("progress_message_not_understood")
             return
@@ -312,46 +320,40 @@ class Subscriber:
             else:
                 self._latest[job_id] = progress
                 self._latest.move_to_end(job_id)
-                if len(self._latest) > REMEMBERED_JOBS:
+                if len(self._latest) > MAX_JOBS_WITH_PROGRESS:
                     self._latest.popitem(last=False)
             watches = list(self._watches.get(job_id, ()))
         for watch in watches:
-            watch.hear(progress)
+            if progress is None:
+                watch.on_change()
+            else:
+                watch.on_progress(progress)
 
-    def _wake_all(self) -> None:
+    def _notify_watches(self) -> None:
+        """Make every watch report a change: messages may have been lost."""
         with self._lock:
             watches = [watch for watches in self._watches.values() for watch in watches]
         for watch in watches:
-            watch.hear(None)
+            watch.on_change()
 
 
 def subscriber() -> Subscriber:
-    """The subscription of this process, started at first use."""
-    with _building:
+    """The subscriber of this process, started at first use."""
+    with _subscriber_lock:
         return _subscriber()
 
 
-_building = threading.Lock()
-"""One that is closed must not be started at the same time."""
+_subscriber_lock = threading.Lock()
+"""Keeps `subscriber` from starting one while `close_subscriber` closes it."""
 
 
-@once
+@process_singleton
 def _subscriber() -> Subscriber:
     return Subscriber(get_settings().queue)
 
 
 def close_subscriber() -> None:
-    """End the subscription of this process, if there is one."""
-    with _building:
+    """Close the subscriber of this process, if it has one."""
+    with _subscriber_lock:
         if _subscriber.cache_info().currsize:
             _subscriber().close()
-
-
-def _connect(settings: QueueSettings) -> redis.Redis:
-    return redis.Redis.from_url(
-        settings.url.get_secret_value(),
-        socket_timeout=settings.socket_timeout_s,
-        socket_connect_timeout=settings.socket_timeout_s,
-        # The default retries three times with pauses: a frozen server would then cost seconds.
-        retry=Retry(NoBackoff(), 0),
-    )

@@ -1,6 +1,7 @@
-"""How the services speak through Celery: configuration, task names, queues, publishing.
+"""How the services use Celery: configuration, task names, queues, publishing.
 
-Messages carry ids only. The broker is a doorbell: what is true stands in Postgres, and the reconciler rings again.
+A message carries ids only, and Postgres is the record. When the broker loses a message, the reconciler publishes it
+again.
 """
 
 import logging
@@ -10,15 +11,14 @@ from typing import Any
 import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from shared.contracts.jobs import Lane
 from shared.db.dispatch import Published, next_jobs
 from shared.db.session import session_scope
 from shared.errors import BrokerUnavailableError, DatabaseError
+from shared.messaging.redis import connect
 from shared.settings import QueueSettings, get_settings
-from shared.singleton import once
+from shared.singleton import process_singleton
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def generate_queue(model: str) -> str:
 
 
 def configure(app: Celery, settings: QueueSettings) -> Celery:
-    """The same configuration for publishers, workers and Flower: of several timeouts the shortest would win."""
+    """Give publishers, workers and Flower the same configuration: with different timeouts, the shortest would win."""
     url = settings.url.get_secret_value()
     app.conf.update(
         broker_url=url,
@@ -54,7 +54,7 @@ def configure(app: Celery, settings: QueueSettings) -> Celery:
         broker_connection_max_retries=None,
         broker_transport_options={
             "visibility_timeout": settings.visibility_timeout_s,
-            # The sweep that delivers unacknowledged messages again, at its own pace instead of every 100 s.
+            # Look for unacknowledged messages every 5 s instead of every 100 s, and deliver those that timed out again.
             "unacked_restore_interval": 5,
             "unacked_restore_throttle": 1,
             "socket_timeout": settings.socket_timeout_s,
@@ -62,7 +62,7 @@ def configure(app: Celery, settings: QueueSettings) -> Celery:
             "socket_keepalive": True,
             "health_check_interval": 10,
             "queue_order_strategy": "priority",
-            # One list per lane, the best one read first.
+            # One Redis list per lane; workers read the best lane first.
             "priority_steps": list(LANES),
             "sep": LANE_SEPARATOR,
         },
@@ -85,34 +85,27 @@ def configure(app: Celery, settings: QueueSettings) -> Celery:
     return app
 
 
-@once
+@process_singleton
 def celery_app() -> Celery:
-    """The Celery application of this process, without tasks: publishers send by name."""
+    """The Celery application of this process. It has no tasks: publishers send them by name."""
     app = configure(Celery("afterimage"), get_settings().queue)
-    # Kombu would try again after 2 s for as long as 4 s: a submit that meets a frozen broker took 7.5 s.
+    # Kombu would retry after 2 s, for up to 4 s: while the broker was frozen, a submit took 7.5 s.
     app.conf.broker_transport_options["max_retries"] = 0
     return app
 
 
-@once
+@process_singleton
 def broker() -> redis.Redis:
-    """A plain connection to the broker's Redis, for query replies and for looking into the queues."""
+    """A plain connection to the broker's Redis, for query replies and for reading the queues."""
     settings = get_settings().queue
-    return redis.Redis.from_url(
-        settings.url.get_secret_value(),
-        socket_timeout=settings.socket_timeout_s,
-        socket_connect_timeout=settings.socket_timeout_s,
-        health_check_interval=10,
-        # The default retries three times with pauses: a frozen server would then cost seconds.
-        retry=Retry(NoBackoff(), 0),
-    )
+    return connect(settings.url.get_secret_value(), timeout_s=settings.socket_timeout_s, health_check_interval=10)
 
 
 def publish_jobs(model: str, published: Sequence[Published]) -> None:
-    """Ring for each job. The task's id is the job's, so Flower shows it under the id that its user knows.
+    """Send one message per job. The task's id is the job's id, so Flower shows the id that the user knows.
 
     Raises:
-        BrokerUnavailableError: some were not sent; the reconciler will.
+        BrokerUnavailableError: some messages were not sent; the reconciler sends them later.
     """
     for each in published:
         job_id = str(each.job_id)
@@ -120,57 +113,65 @@ def publish_jobs(model: str, published: Sequence[Published]) -> None:
 
 
 def publish_embed_pending() -> None:
-    """Tell the embed workers that images wait.
+    """Send the message that makes an embed worker embed all waiting images.
 
     Raises:
-        BrokerUnavailableError
+        BrokerUnavailableError: the broker did not take the message.
     """
     _send(EMBED_PENDING, EMBED_IMAGES_QUEUE, args=[])
 
 
 def publish_deliver_webhooks() -> None:
-    """Tell the io workers that something is due.
+    """Send the message that makes an io worker deliver all due webhooks.
 
     Raises:
-        BrokerUnavailableError
+        BrokerUnavailableError: the broker did not take the message.
     """
     _send(DELIVER_WEBHOOKS, IO_QUEUE, args=[])
 
 
 def publish_embed_query(reply_key: str, payload: dict[str, Any], *, expires_s: float) -> None:
-    """Ask for the vector of a query; the answer is pushed to the list `reply_key`.
+    """Request the vector of a query; the worker pushes the answer to the Redis list `reply_key`.
 
     Raises:
-        BrokerUnavailableError
+        BrokerUnavailableError: the broker did not take the message.
     """
     _send(EMBED_QUERY, EMBED_QUERIES_QUEUE, args=[reply_key, payload], expires=max(1, int(expires_s)))
 
 
-def feed(model: str) -> None:
-    """Publish what the model's window has room for. A fault here fails no caller: the reconciler feeds again."""
+def dispatch_jobs(model: str) -> None:
+    """Publish the next waiting jobs of `model`, as many as may be in the broker at a time.
+
+    Errors are logged, not raised: the reconciler dispatches again.
+    """
     settings = get_settings().queue
     try:
         with session_scope() as session:
-            published = next_jobs(session, model, window=settings.window, starving_s=settings.starving_s)
+            published = next_jobs(
+                session,
+                model,
+                window=settings.published_jobs_per_lane,
+                starvation_timeout_s=settings.starvation_timeout_s,
+            )
         publish_jobs(model, published)
     except (BrokerUnavailableError, DatabaseError) as error:
-        logger.warning("feed_failed", extra={"model": model, "cause": error.code})
+        logger.warning("dispatch_failed", extra={"model": model, "cause": error.code})
 
 
-def ring_for_images() -> None:
-    """Tell the embed workers that images wait. A fault here fails no caller: the reconciler rings again."""
+def notify_embed_workers() -> None:
+    """Notify the embed workers. Errors are logged, not raised: the reconciler notifies again."""
     try:
         publish_embed_pending()
     except BrokerUnavailableError as error:
-        logger.warning("embed_not_announced", extra={"cause": error.code})
+        logger.warning("notification_failed", extra={"cause": error.code})
 
 
-def ring_for_webhooks() -> None:
-    """Tell the io workers that something may be due. A fault here fails no caller: the reconciler rings again."""
+def notify_webhook_workers() -> None:
+    """Notify the io workers. Errors are logged, not raised: the reconciler notifies again."""
     try:
         publish_deliver_webhooks()
     except BrokerUnavailableError as error:
-        logger.warning("ring_failed", extra={"cause": error.code})
+        logger.warning("notification_failed", extra={"cause": error.code})
 
 
 def _send(task: str, queue: str, **options: Any) -> None:

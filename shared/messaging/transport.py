@@ -1,4 +1,4 @@
-"""Kombu's Redis transport, mended where the loss of a connection ended the whole worker."""
+"""Kombu's Redis transport with one fix: a lost connection does not end the whole worker."""
 
 from typing import Any
 
@@ -6,20 +6,20 @@ from kombu.transport import redis
 
 
 class Channel(redis.Channel):
-    """A channel that keeps still once its connection is gone.
+    """A channel that sends nothing after its connection is lost.
 
-    Kombu 5.7.0 closes a broken connection twice, and the second time, like every acknowledgement of a task that ends
-    later, it asks for the address of a connection that has none any more: an AttributeError, which Celery takes as
-    the worker's end. A broker that restarted so took the work of every busy process with it.
+    Kombu 5.7.0 closes a broken connection twice. The second close raises an AttributeError, because the transport has
+    no client any more. So does each acknowledgement of a task that ends later. Celery then ends the worker: a restart
+    of the broker lost the work of every busy process.
     """
 
     @property
     def do_restore(self) -> bool:  # type: ignore[override]  # only ever read
-        """Whether closing puts messages in hand back into their lists."""
+        """Whether closing the channel puts its unacknowledged messages back into their lists."""
         return self._is_connected
 
     def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
-        # Without a connection the message will be delivered again, and its claim finds the job owned or ended.
+        # Without a connection the broker delivers the message again, and `jobs.claim` then finds a job owned or ended.
         if self._is_connected:
             super().basic_ack(delivery_tag, multiple=multiple)
 

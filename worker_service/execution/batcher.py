@@ -1,8 +1,9 @@
-"""Many threads, one model: a batcher gathers compatible items from all of them and runs each batch on its own thread.
+"""One model for many threads: the batcher gathers their items into batches and runs these on the model's thread.
 
-It never waits for company. While the model is idle, an item starts at once; while it is busy, the next batch forms. A
-batch whose model tells of its steps lets better lanes pass between two of them: what they wait for is a step, not a
-batch.
+An item starts at once while the model is idle. While the model is busy, the next batch forms.
+
+Interruption: after every step that the model reports, waiting batches of higher-priority lanes run before the current
+batch goes on. A high-priority item therefore waits for one step, not for a whole batch.
 """
 
 import logging
@@ -16,8 +17,8 @@ from typing import Generic, TypeVar
 
 from shared.errors import ModelError, ModelOutOfMemoryError
 from shared.metrics import GENERATION_BATCH_SIZE, GENERATION_MEMORY_SAVED
-from worker_service.execution.watchdog import Stage, Watch, Watchdog
-from worker_service.models.interface import Interrupted, OnStep
+from worker_service.execution.steps import Interrupted, OnStep
+from worker_service.execution.watchdog import CallWatch, Stage, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -25,67 +26,85 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CheckIn = Callable[[int, int, int], bool]
-"""A job's word on a step of one of its items (index, steps done, steps in all): False when it is no longer wanted.
-Called on the model's thread, so it touches memory only."""
+"""Called with (index of the item, steps done, steps in all); False when the job no longer wants the item."""
+
+NO_LANE = float("-inf")
+"""Lane of a batch that no other batch may interrupt."""
 
 
 @dataclass(eq=False)
-class Asker:
-    """Who waits for the items of one `submit`."""
+class Submission:
+    """How a job's items are queued, and what the batcher reports to the job. One per call of `Batcher.submit`.
 
-    lane: int
-    owner: Hashable
-    check_in: CheckIn
-    begin: Callable[[], None]
-    held_up: Callable[[float], None]
-    alone: bool
-    job: str
-    begun: bool = False
+    All callbacks run on the model's thread.
+    """
+
+    lane: int = 0
+    """Lower lanes run first."""
+    owner: Hashable = None
+    """In one lane, the owner whose items ran least recently goes first."""
+    isolated: bool = False
+    """Each item runs in a batch of its own, which neither interrupts another batch nor is interrupted. For items that
+    may crash the process: see "Crash isolation" in `worker_service.jobs.attempt`."""
+    job: str = ""
+    """Id of the job, for the watchdog's log."""
+    check_in: CheckIn = lambda _index, _step, _total_steps: True
+    """Called after every step. It must touch memory only."""
+    on_start: Callable[[], None] = lambda: None
+    """Called once, right before the first item runs. An exception ends the submission."""
+    add_delay: Callable[[float], None] = lambda _seconds: None
+    """Called with the seconds that a higher-priority batch has just delayed a running item."""
+    started: bool = field(default=False, init=False)
 
 
 @dataclass(eq=False)
-class Ticket(Generic[Item, Result]):
-    """One item in line."""
+class QueuedItem(Generic[Item, Result]):
+    """One item, from its submission to its result."""
 
     item: Item
     index: int
+    """Position in its submission."""
     key: Hashable
-    asker: Asker
+    submission: Submission
     submitted_at: float = field(default_factory=time.monotonic)
     result: Future[Result] = field(default_factory=Future)
 
-    def wanted(self, step: int, total_steps: int) -> bool:
-        """Ask the job; the first no ends the wait for this item, while its batch goes on for the others."""
-        if not self.result.done() and not self.asker.check_in(self.index, step, total_steps):
+    def is_wanted(self, step: int, total_steps: int) -> bool:
+        """Report a step to the job; False when the job no longer wants this item, whose `submit` then raises."""
+        if not self.result.done() and not self.submission.check_in(self.index, step, total_steps):
             self.result.set_exception(Interrupted())
         return not self.result.done()
 
 
 @dataclass(eq=False)
 class Batch(Generic[Item, Result]):
-    """Items that share a call of the model."""
+    """Items that share one call of the model."""
 
-    tickets: Sequence[Ticket[Item, Result]]
+    items: Sequence[QueuedItem[Item, Result]]
     lane: float
-    """Better ones pass between its steps; -inf: none is better."""
-    held_up_s: float = 0.0
-    """How long it has been, or the one between whose steps it runs."""
+    """Batches of lower-numbered lanes may interrupt this one. With `NO_LANE`, no batch may."""
+    delayed_s: float = 0.0
+    """Seconds this batch, or the batch it interrupts, was delayed by higher-priority batches."""
 
 
 class Batcher(Generic[Item, Result]):
-    """Runs `run(items, on_step)` for batches of at most `max_batch_size` items with equal lanes and `key(item)`.
+    """Runs `run(items, on_step)` for batches of at most `max_batch_size` items with equal lane and equal `key(item)`.
 
-    Which items go next is decided by lane, then by how much their owner was served lately, then by age. Once in
-    `starving_s` what has been in line for that long goes first, so that no lane waits for ever under those above it.
-    A batch that fails is run again in halves, down to single items, so that one bad item harms only itself.
+    Order: by lane, then by how few items of the owner ran since the queue was last empty, then by age. At most once
+    per `starvation_timeout_s`, the oldest item runs next if it has waited that long: alone, and not interrupted. So
+    every lane makes progress.
 
-    Whenever `run` tells of a step, batches of better lanes run before that call returns: `run` is entered again inside
-    of itself, and must not mind. After it was held up for `starving_s` in all, a batch lets nothing more pass.
+    Failure: a batch that fails runs again in halves, down to single items, so that one bad item fails alone.
 
-    With `longest_s` a batch is as large as the latest pace lets it end in about that time, one item at least: nothing
-    interrupts it, so the next item of a better lane waits for its end.
+    Interruption: when `run` reports a step, waiting batches of higher-priority lanes run before `on_step` returns.
+    `run` is then called from within itself, and must allow that. A batch that was delayed by `starvation_timeout_s` in
+    all is not interrupted again.
 
-    With `at_once` above 1 that many batches run side by side, each on its own thread: `run` must not mind that either.
+    Batch time: with `max_batch_s`, a batch has as many items as the model runs in that time at its latest rate, but at
+    least one. This is for models that report no steps and therefore cannot be interrupted.
+
+    Concurrency: with `concurrency` above 1, that many batches run at once, each on its own thread. `run` must allow
+    that too.
     """
 
     def __init__(
@@ -97,220 +116,222 @@ class Batcher(Generic[Item, Result]):
         name: str,
         watchdog: Watchdog,
         stage: Stage = Stage.STEP,
-        starving_s: float = float("inf"),
-        longest_s: float = float("inf"),
-        at_once: int = 1,
+        starvation_timeout_s: float = float("inf"),
+        max_batch_s: float = float("inf"),
+        concurrency: int = 1,
     ) -> None:
-        """stage: what a call of `run` begins with; after the last step that `run` tells of comes the decoding."""
+        """Start the model threads.
+
+        run: returns one result per item, in order; it calls its `OnStep` after every step and stops if that is False.
+        name: of the model, for logs and metrics.
+        stage: the first stage of a call, for the watchdog. After the last reported step it is `Stage.DECODE`.
+        """
         self._run = run
         self._key = key
         self._max_batch_size = max_batch_size
         self._name = name
         self._watchdog = watchdog
         self._stage = stage
-        self._starving_s = starving_s
-        self._longest_s = longest_s
-        self._item_s: dict[Hashable, float] = {}
-        """Seconds per item of the latest batch, by key."""
-        self._starving_served_at = float("-inf")
-        self._line: list[Ticket[Item, Result]] = []
-        self._served: defaultdict[Hashable, int] = defaultdict(int)
+        self._starvation_timeout_s = starvation_timeout_s
+        self._max_batch_s = max_batch_s
+        self._seconds_per_item: dict[Hashable, float] = {}
+        """Measured in the latest batch, by key."""
+        self._last_starving_at = float("-inf")
+        self._queue: list[QueuedItem[Item, Result]] = []
+        self._items_run: defaultdict[Hashable, int] = defaultdict(int)
         self._changed = threading.Condition()
         self._closed = False
-        self._threads = [threading.Thread(target=self._work, name=f"model-{name}", daemon=True) for _ in range(at_once)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"model-{name}", daemon=True) for _ in range(concurrency)
+        ]
         for thread in self._threads:
             thread.start()
 
-    def submit(
-        self,
-        items: Sequence[Item],
-        *,
-        lane: int = 0,
-        owner: Hashable = None,
-        check_in: CheckIn = lambda _index, _step, _total: True,
-        begin: Callable[[], None] = lambda: None,
-        held_up: Callable[[float], None] = lambda _seconds: None,
-        alone: bool = False,
-        job: str = "",
-    ) -> list[Result]:
-        """Run these items, each in whatever batch it fits, and wait for all of them.
-
-        begin: called once, on the model's thread, right before the first of the items runs: waiting in line is not
-            running. What it raises ends the submit.
-        held_up: told on the model's thread for how many seconds better lanes have just passed one of the items.
-        alone: never share a batch, nor pass one or let one pass, for items that may bring their process down.
-        job: who this is, for the log of the watchdog.
+    def submit(self, items: Sequence[Item], submission: Submission | None = None) -> list[Result]:
+        """Queue these items and wait for their results, in order. They may run in different batches. Thread-safe.
 
         Raises:
-            Interrupted: `check_in` said no, or the batcher was closed.
-            Exception: whatever the model raised for the first item that failed.
+            Interrupted: `check_in` returned False, or the batcher was closed.
+            Exception: `on_start` raised it, or the model raised it for the first item that failed.
         """
-        asker = Asker(lane, owner, check_in, begin, held_up, alone, job)
-        tickets = [Ticket[Item, Result](item, index, self._key(item), asker) for index, item in enumerate(items)]
+        submission = submission or Submission()
+        queued = [
+            QueuedItem[Item, Result](item, index, self._key(item), submission) for index, item in enumerate(items)
+        ]
         with self._changed:
             if self._closed:
                 raise Interrupted
-            self._line.extend(tickets)
+            self._queue.extend(queued)
             self._changed.notify_all()
         try:
-            return [ticket.result.result() for ticket in tickets]
+            return [each.result.result() for each in queued]
         finally:
-            for ticket in tickets:
-                ticket.result.cancel()  # after a failure the rest of this job is not wanted any more
+            for each in queued:
+                each.result.cancel()  # after a failure the job does not want its other items
 
     def close(self, timeout_s: float) -> None:
-        """Refuse what is in line, wait up to `timeout_s` for the batches that run."""
+        """Interrupt the waiting items, then wait up to `timeout_s` for the running batches."""
         ends_at = time.monotonic() + timeout_s
         with self._changed:
             self._closed = True
-            for ticket in self._line:
-                if not ticket.result.done():
-                    ticket.result.set_exception(Interrupted())
-            self._line.clear()
+            for queued in self._queue:
+                if not queued.result.done():
+                    queued.result.set_exception(Interrupted())
+            self._queue.clear()
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(max(0, ends_at - time.monotonic()))
 
     def _work(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            self._serve(batch)
+        while (batch := self._wait_for_batch()) is not None:
+            self._start_and_run(batch)
 
-    def _serve(self, batch: Batch[Item, Result], within: Watch | None = None) -> None:
-        batch.tickets = self._begin(batch.tickets, within)
-        if batch.tickets:
-            GENERATION_BATCH_SIZE.labels(self._name).observe(len(batch.tickets))
-            self._run_batch(batch, batch.tickets, within)
+    def _start_and_run(self, batch: Batch[Item, Result], outer: CallWatch | None = None) -> None:
+        """Start the batch and run it. outer: watch of the model call that this batch interrupts, if any."""
+        batch.items = self._start_submissions(batch.items, outer)
+        if batch.items:
+            GENERATION_BATCH_SIZE.labels(self._name).observe(len(batch.items))
+            self._run_batch(batch, batch.items, outer)
 
-    def _let_one_pass(self, batch: Batch[Item, Result], watch: Watch) -> bool:
-        """Run a batch of a better lane than that of `batch`, whose call is between two steps; False: there is none."""
-        if batch.held_up_s >= self._starving_s or (better := self._choose(batch.lane)) is None:
+    def _run_higher_priority_batch(self, batch: Batch[Item, Result], watch: CallWatch) -> bool:
+        """Run one batch of a higher-priority lane while `batch` is between two steps; False when none waits."""
+        if batch.delayed_s >= self._starvation_timeout_s or (urgent := self._take_batch(batch.lane)) is None:
             return False
         started = time.monotonic()
-        better.held_up_s = batch.held_up_s  # whoever passes it holds up both
-        self._serve(better, within=watch)
-        held_up_s = time.monotonic() - started
-        batch.held_up_s += held_up_s
-        for asker in {ticket.asker for ticket in batch.tickets}:
-            asker.held_up(held_up_s)
+        urgent.delayed_s = batch.delayed_s  # a batch that interrupts `urgent` delays `batch` too
+        self._start_and_run(urgent, outer=watch)
+        delay_s = time.monotonic() - started
+        batch.delayed_s += delay_s
+        for submission in {queued.submission for queued in batch.items}:
+            submission.add_delay(delay_s)
         return True
 
-    def _begin(self, batch: Sequence[Ticket[Item, Result]], within: Watch | None) -> list[Ticket[Item, Result]]:
-        """Tell those whose first turn this is; the tickets of the others, and of those who still want theirs."""
-        refused: dict[Asker, Exception] = {}
-        for ticket in batch:
-            asker = ticket.asker
-            if not asker.begun and asker not in refused:
+    def _start_submissions(
+        self, items: Sequence[QueuedItem[Item, Result]], outer: CallWatch | None
+    ) -> list[QueuedItem[Item, Result]]:
+        """Call `on_start` of the submissions that have not started; the items that are still wanted afterwards."""
+        errors: dict[Submission, Exception] = {}
+        for queued in items:
+            submission = queued.submission
+            if not submission.started and submission not in errors:
                 try:
-                    asker.begin()
-                    asker.begun = True
+                    submission.on_start()
+                    submission.started = True
                 except Exception as error:
-                    refused[asker] = error
-                if within is not None:  # a database that keeps it waiting is no model that is stuck
-                    within.progress(self._stage)
-            if asker in refused:
-                ticket.result.set_exception(refused[asker])
-        return [ticket for ticket in batch if not ticket.result.done()]
+                    errors[submission] = error
+                if outer is not None:  # a slow database is not a stuck model
+                    outer.progress(self._stage)
+            if submission in errors:
+                queued.result.set_exception(errors[submission])
+        return [queued for queued in items if not queued.result.done()]
 
-    def _next_batch(self) -> Batch[Item, Result] | None:
-        """What goes next, waited for; None when the batcher is closed and nothing is left in line."""
+    def _wait_for_batch(self) -> Batch[Item, Result] | None:
+        """Wait for the next batch; None when the batcher is closed and the queue is empty."""
         with self._changed:
-            while (batch := self._choose()) is None:
-                self._served.clear()
+            while (batch := self._take_batch()) is None:
+                self._items_run.clear()
                 if self._closed:
                     return None
                 self._changed.wait()
             return batch
 
-    def _choose(self, passed: float = float("inf")) -> Batch[Item, Result] | None:
-        """Take out of line what goes next; None when nobody waits in a lane better than `passed`."""
+    def _take_batch(self, interrupted_lane: float = float("inf")) -> Batch[Item, Result] | None:
+        """Remove the next batch from the queue; None when no item may interrupt `interrupted_lane`."""
         with self._changed:
-            self._line = [ticket for ticket in self._line if not ticket.result.done()]
-            starving = self._starving() if passed == float("inf") else None
-            batch: list[Ticket[Item, Result]] = []
-            while fitting := [ticket for ticket in self._line if _fits(ticket, batch, passed)]:
-                best = min(fitting, key=lambda t: (t.asker.lane, self._served[t.asker.owner], t.submitted_at))
-                ticket = starving if starving in fitting else best
-                self._line.remove(ticket)
-                # From here on only the model's thread settles the ticket: its job can no longer withdraw it.
-                if not ticket.result.set_running_or_notify_cancel():
+            self._queue = [queued for queued in self._queue if not queued.result.done()]
+            starving = self._starving_item() if interrupted_lane == float("inf") else None
+            batch: list[QueuedItem[Item, Result]] = []
+            while candidates := [queued for queued in self._queue if _can_join(queued, batch, interrupted_lane)]:
+                best = min(
+                    candidates, key=lambda q: (q.submission.lane, self._items_run[q.submission.owner], q.submitted_at)
+                )
+                chosen = starving if starving in candidates else best
+                self._queue.remove(chosen)
+                # From here on only the model's thread sets the item's result: its job can no longer withdraw it.
+                if not chosen.result.set_running_or_notify_cancel():
                     continue
-                self._served[ticket.asker.owner] += 1
-                batch.append(ticket)
-                if ticket.asker.alone or ticket is starving:
-                    return Batch(batch, lane=float("-inf"))
-                if len(batch) == self._largest(ticket.key):
+                self._items_run[chosen.submission.owner] += 1
+                batch.append(chosen)
+                if chosen.submission.isolated or chosen is starving:
+                    return Batch(batch, lane=NO_LANE)
+                if len(batch) == self._batch_size(chosen.key):
                     break
-            return Batch(batch, batch[0].asker.lane) if batch else None
+            return Batch(batch, batch[0].submission.lane) if batch else None
 
-    def _largest(self, key: Hashable) -> int:
-        if self._longest_s == float("inf"):
+    def _batch_size(self, key: Hashable) -> int:
+        if self._max_batch_s == float("inf"):
             return self._max_batch_size
-        fitting = self._longest_s / self._item_s.get(key, self._longest_s)  # the first batch, of one item, sets a pace
-        return max(1, min(self._max_batch_size, round(fitting)))
+        # The first batch has one item, to measure the rate.
+        items = self._max_batch_s / self._seconds_per_item.get(key, self._max_batch_s)
+        return max(1, min(self._max_batch_size, round(items)))
 
-    def _starving(self) -> Ticket[Item, Result] | None:
-        """The oldest in line, if it has waited for too long and none like it was served lately."""
-        if not self._line:
+    def _starving_item(self) -> QueuedItem[Item, Result] | None:
+        """The oldest item if it has waited `starvation_timeout_s`, at most one in that time; otherwise None."""
+        if not self._queue:
             return None
-        oldest = min(self._line, key=lambda t: t.submitted_at)
+        oldest = min(self._queue, key=lambda queued: queued.submitted_at)
         now = time.monotonic()
-        if min(now - oldest.submitted_at, now - self._starving_served_at) < self._starving_s:
+        if min(now - oldest.submitted_at, now - self._last_starving_at) < self._starvation_timeout_s:
             return None
-        self._starving_served_at = now
+        self._last_starving_at = now
         return oldest
 
     def _run_batch(
-        self, batch: Batch[Item, Result], tickets: Sequence[Ticket[Item, Result]], within: Watch | None
+        self, batch: Batch[Item, Result], items: Sequence[QueuedItem[Item, Result]], outer: CallWatch | None
     ) -> None:
-        """Run these tickets of `batch` in one call, and in halves if it fails. within: the call between whose steps."""
+        """Run these items of `batch` in one call, and in halves if the call fails."""
 
         def on_step(step: int, total_steps: int) -> bool:
             while True:
-                wanted = [ticket.wanted(step, total_steps) for ticket in tickets]  # every job hears of every step
-                if not any(wanted) or not self._let_one_pass(batch, watch):
+                # A list, not a generator: every job gets a report of every step.
+                wanted = [queued.is_wanted(step, total_steps) for queued in items]
+                if not any(wanted) or not self._run_higher_priority_batch(batch, watch):
                     break
             watch.progress(Stage.STEP if step < total_steps else Stage.DECODE)
             return any(wanted)
 
-        tickets = [ticket for ticket in tickets if not ticket.result.done()]
-        if not tickets:
+        items = [queued for queued in items if not queued.result.done()]
+        if not items:
             return
         failure: BaseException | None = None
         try:
-            jobs = sorted({ticket.asker.job for ticket in tickets if ticket.asker.job})
+            jobs = sorted({queued.submission.job for queued in items if queued.submission.job})
             started = time.monotonic()
-            with self._watchdog.watch(self._stage, model=self._name, jobs=jobs, within=within) as watch:
-                results = self._run([ticket.item for ticket in tickets], on_step)
-            if self._longest_s < float("inf"):  # nobody else asks, and of some models there are very many keys
-                self._item_s[tickets[0].key] = (time.monotonic() - started) / len(tickets)
-            if len(results) != len(tickets):
-                raise ModelError(f"The model returned {len(results)} results for {len(tickets)} items.")
+            with self._watchdog.watch(self._stage, model=self._name, jobs=jobs, outer=outer) as watch:
+                results = self._run([queued.item for queued in items], on_step)
+            if self._max_batch_s < float("inf"):  # otherwise unused, and a model can have very many keys
+                self._seconds_per_item[items[0].key] = (time.monotonic() - started) / len(items)
+            if len(results) != len(items):
+                raise ModelError(f"The model returned {len(results)} results for {len(items)} items.")
         except Exception as error:
             failure = error
-        # Outside of the handler: its traceback would keep the failed batch's tensors alive through the retry.
+        # Outside of the handler, whose traceback would keep the failed batch's tensors alive through the retry.
         if failure is None:
-            for ticket, result in zip(tickets, results, strict=True):
-                if not ticket.result.done():
-                    ticket.result.set_result(result)
-        elif isinstance(failure, Interrupted) or len(tickets) == 1:
-            for ticket in tickets:
-                if not ticket.result.done():
-                    ticket.result.set_exception(failure)
-            failure = None  # it knows this frame, and those below it what they hold
+            for queued, result in zip(items, results, strict=True):
+                if not queued.result.done():
+                    queued.result.set_result(result)
+        elif isinstance(failure, Interrupted) or len(items) == 1:
+            for queued in items:
+                if not queued.result.done():
+                    queued.result.set_exception(failure)
+            failure = None  # its traceback refers to this frame, and so to the tensors of the frames below
         else:
             cause = "out_of_memory" if isinstance(failure, ModelOutOfMemoryError) else type(failure).__name__
             if cause == "out_of_memory":
                 GENERATION_MEMORY_SAVED.labels(self._name, "smaller_batch").inc()
-            logger.warning("batch_split", extra={"model": self._name, "size": len(tickets), "cause": cause})
+            logger.warning("batch_split", extra={"model": self._name, "size": len(items), "cause": cause})
             failure = None
-            middle = len(tickets) // 2
-            self._run_batch(batch, tickets[:middle], within)
-            self._run_batch(batch, tickets[middle:], within)
+            middle = len(items) // 2
+            self._run_batch(batch, items[:middle], outer)
+            self._run_batch(batch, items[middle:], outer)
 
 
-def _fits(ticket: Ticket[Item, Result], batch: Sequence[Ticket[Item, Result]], passed: float) -> bool:
-    """May it be the first of a batch that passes the lane `passed`, or share the batch that others have begun?"""
-    asker = ticket.asker
+def _can_join(
+    queued: QueuedItem[Item, Result], batch: Sequence[QueuedItem[Item, Result]], interrupted_lane: float
+) -> bool:
+    """Whether the item can join `batch`, or, when `batch` is empty, start one that interrupts `interrupted_lane`."""
+    submission = queued.submission
     if batch:
-        return (ticket.key, asker.lane) == (batch[0].key, batch[0].asker.lane) and not asker.alone
-    return asker.lane < passed and not (asker.alone and passed < float("inf"))
+        first = batch[0]
+        return (queued.key, submission.lane) == (first.key, first.submission.lane) and not submission.isolated
+    return submission.lane < interrupted_lane and not (submission.isolated and interrupted_lane < float("inf"))

@@ -1,8 +1,8 @@
-"""A processor's cores, shared by the model calls that run at once.
+"""Divides the CPU cores of a process among the model calls that run at the same time.
 
-Two calls of one core each finish more than one call of two: torch joins its threads after every operation, and while
-another process has one of the cores, the threads on all others wait for it there. With a ViT-B/32 on two cores and an
-API at work beside it that took a fifth of the time.
+Two calls with one core each finish more work than one call with two cores. torch joins its threads after every
+operation, so one thread whose core another process uses makes all threads of the call wait. With a ViT-B/32 on two
+cores beside a busy API, that wait took a fifth of the time.
 """
 
 import threading
@@ -12,38 +12,38 @@ from contextlib import contextmanager
 import torch
 
 
-class Cores:
-    """Divides `count` cores. A call that is alone gets all of them, as a search in a quiet service needs it.
+class CpuThreads:
+    """Divides `count` cores among the calls inside `share`. A call that runs alone gets all of them.
 
-    Only for a process whose every call of a model is made inside of `share`: how many threads torch takes is one number
-    of the whole process, so that a call beside them would find that of the latest.
+    Every model call of the process must be made inside `share`. torch has one number of threads per process, so a call
+    outside of `share` would use the number of the latest call.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._calls = 0
-        self._errands = 0
+        self._running_calls = 0
+        self._reserved = 0
         self._lock = threading.Lock()
 
     @contextmanager
     def share(self) -> Iterator[None]:
-        """Around a call of the model, on its thread."""
+        """Give the model call in this block its share of the cores. Call it on the thread that makes the call."""
         with self._lock:
-            self._calls += 1
-            torch.set_num_threads(max(1, (self.count - self._errands) // self._calls))
+            self._running_calls += 1
+            torch.set_num_threads(max(1, (self.count - self._reserved) // self._running_calls))
         try:
             yield
         finally:
             with self._lock:
-                self._calls -= 1
+                self._running_calls -= 1
 
     @contextmanager
-    def leave_one(self) -> Iterator[None]:
-        """Around work beside the model that takes one core from the calls which begin meanwhile."""
+    def reserve_one(self) -> Iterator[None]:
+        """Reserve one core for other work in this block: model calls that start during it get one core less."""
         with self._lock:
-            self._errands += 1
+            self._reserved += 1
         try:
             yield
         finally:
             with self._lock:
-                self._errands -= 1
+                self._reserved -= 1

@@ -1,7 +1,7 @@
-"""The watchdog: a model call without progress ends its process, so that leases bring the process's jobs back.
+"""The watchdog ends the process when a model call makes no progress. The leases then return its jobs to the queue.
 
-A thread that hangs inside a library cannot be stopped, only left behind with its whole process. The watchdog touches
-memory only: it fires also while the database, the broker or the log hang.
+Python cannot stop a thread that hangs inside a library, so the whole process has to end. The watchdog touches memory
+only: it also works while the database, the broker or the log hang.
 """
 
 import faulthandler
@@ -22,15 +22,17 @@ from shared.settings import WatchdogSettings
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 70
-"""What a process ends with that was given up: EX_SOFTWARE of sysexits.h."""
-LOOK_S = 0.5
-BLOCKED_S = 30.0
-"""How much later a call is ended that holds the interpreter, so that not even the watchdog's thread can run."""
-LOG_S = 2.0
+"""Exit status of a process that the watchdog ended: EX_SOFTWARE of sysexits.h."""
+POLL_S = 0.5
+"""How often the time limits are checked."""
+HELD_GIL_GRACE_S = 30.0
+"""Extra time for a call that holds the interpreter lock (GIL), so that the watchdog's thread cannot run."""
+LOG_TIMEOUT_S = 2.0
+"""How long `end_process` waits for its line of log."""
 
 
 class Stage(StrEnum):
-    """What a model is doing; each has a limit of its own in the settings."""
+    """Stage of a model call. Each has its own time limit in the settings, in seconds."""
 
     LOAD = "load"
     WARM_UP = "warm_up"
@@ -40,30 +42,30 @@ class Stage(StrEnum):
 
 
 class AcceleratorLostError(Exception):
-    """The accelerator answers this process no more; only a new process can use it again."""
+    """The accelerator no longer responds to this process; only a new process can use it again."""
 
 
-class Watch:
-    """One model at work. Its own thread says how far it is."""
+class CallWatch:
+    """One model call that is watched. The thread that makes the call reports its progress."""
 
-    def __init__(self, stage: Stage, model: str, jobs: Sequence[str], within: Self | None) -> None:
+    def __init__(self, stage: Stage, model: str, jobs: Sequence[str], outer: Self | None) -> None:
         self.model = model
         self.jobs = jobs
-        self.within = within
+        self.outer = outer
         self.thread_id = threading.get_ident()
         self.progress(stage)
 
     def progress(self, stage: Stage) -> None:
-        """Something was done, also for the call that this one is within; from now on the limit of `stage` counts."""
-        self.at = (stage, time.monotonic())  # one assignment: the watchdog sees both or neither
-        if self.within is not None:
-            self.within.progress(stage)
+        """Restart the time limit, now that of `stage`, for this call and for the calls that it interrupts."""
+        self.stage_started = (stage, time.monotonic())  # one assignment: the watchdog reads both or neither
+        if self.outer is not None:
+            self.outer.progress(stage)
 
 
 class Watchdog:
-    """Ends the process when what it watches stands still; a context manager around the life of the process.
+    """Ends the process when a watched model call makes no progress; a context manager around the life of the process.
 
-    Outside of that block it only listens, which is what tests and tools want.
+    Outside of its block no time limit applies: tests and tools use it that way.
     """
 
     def __init__(self, settings: WatchdogSettings) -> None:
@@ -74,10 +76,10 @@ class Watchdog:
             Stage.STEP: settings.step_s,
             Stage.DECODE: settings.decode_s,
         }
-        self._watches: set[Watch] = set()
+        self._watches: set[CallWatch] = set()
         self._lock = threading.Lock()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="watchdog", daemon=True)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -86,63 +88,64 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
     @contextmanager
     def watch(
-        self, stage: Stage, *, model: str, jobs: Sequence[str] = (), within: Watch | None = None
-    ) -> Iterator[Watch]:
-        """Around one model call of this thread. jobs: whom the call works for, for the log. within: the call that
-        waits meanwhile.
+        self, stage: Stage, *, model: str, jobs: Sequence[str] = (), outer: CallWatch | None = None
+    ) -> Iterator[CallWatch]:
+        """Watch one model call of this thread. An `AcceleratorLostError` inside the block ends the process too.
 
-        An AcceleratorLostError inside ends the process too.
+        jobs: ids of the jobs in the call, for the log. outer: watch of the model call that this one interrupts.
         """
-        watch = Watch(stage, model, jobs, within)
+        watch = CallWatch(stage, model, jobs, outer)
         with self._lock:
             self._watches.add(watch)
             if self._thread.is_alive():
-                self._arm()  # at once: from here on the call may hold the interpreter
+                self._schedule_hard_exit()  # at once: from here on the call may hold the interpreter lock
         try:
             yield watch
         except AcceleratorLostError as error:
-            end_process("accelerator_lost", {**_described(watch), "cause": str(error)}, status=EXIT_CODE)
+            end_process("accelerator_lost", {**_log_fields(watch), "cause": str(error)}, status=EXIT_CODE)
         finally:
             with self._lock:
                 self._watches.discard(watch)
 
-    def _work(self) -> None:
-        while not self._over.wait(LOOK_S):
-            self._look()
+    def _run(self) -> None:
+        while not self._stopped.wait(POLL_S):
+            self._check()
         faulthandler.cancel_dump_traceback_later()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         with self._lock:
             watches = list(self._watches)
-            self._arm()
-        waiting = {watch.within for watch in watches}
-        for watch in set(watches) - waiting:
-            if self._left_s(watch) < 0:
-                end_process("model_stuck", {**_described(watch), "stack": _stack(watch.thread_id)}, status=EXIT_CODE)
+            self._schedule_hard_exit()
+        interrupted = {watch.outer for watch in watches}
+        for watch in set(watches) - interrupted:
+            if self._remaining_s(watch) < 0:
+                end_process(
+                    "model_stuck", {**_log_fields(watch), "stack": _stack_of_thread(watch.thread_id)}, status=EXIT_CODE
+                )
 
-    def _arm(self) -> None:
-        """Have a call ended that never lets go of the interpreter, so that this module's thread cannot run.
+    def _schedule_hard_exit(self) -> None:
+        """Schedule the end of the process for a call that never releases the interpreter lock.
 
-        By a thread of C code: exit status 1, and every thread's stack on stderr.
+        `faulthandler` does it in a thread of C code, with exit status 1 and every thread's stack on stderr.
         """
         if self._watches and sys.__stderr__ is not None:
-            left_s = max(0.0, min(map(self._left_s, self._watches)))
-            faulthandler.dump_traceback_later(left_s + BLOCKED_S, exit=True, file=sys.__stderr__)
+            remaining_s = max(0.0, min(map(self._remaining_s, self._watches)))
+            faulthandler.dump_traceback_later(remaining_s + HELD_GIL_GRACE_S, exit=True, file=sys.__stderr__)
         else:
             faulthandler.cancel_dump_traceback_later()
 
-    def _left_s(self, watch: Watch) -> float:
-        stage, since = watch.at
+    def _remaining_s(self, watch: CallWatch) -> float:
+        stage, since = watch.stage_started
         return since + self._limits_s[stage] - time.monotonic()
 
 
-def _described(watch: Watch) -> dict[str, Any]:
-    stage, since = watch.at
+def _log_fields(watch: CallWatch) -> dict[str, Any]:
+    stage, since = watch.stage_started
     return {
         "model": watch.model,
         "stage": stage.value,
@@ -151,16 +154,19 @@ def _described(watch: Watch) -> dict[str, Any]:
     }
 
 
-def _stack(thread_id: int) -> str:
+def _stack_of_thread(thread_id: int) -> str:
     return "".join(traceback.format_stack(sys._current_frames().get(thread_id)))
 
 
 def end_process(event: str, fields: dict[str, Any], *, status: int) -> NoReturn:
-    """End this process now, whatever its threads do, after one line of log."""
-    # In a thread, because what hangs may hold the lock of the log.
+    """Log one line, then end this process at once, whatever its threads do.
+
+    event, fields: the log event and its fields. status: the exit status.
+    """
+    # In a thread, because a hanging thread may hold the lock of the log.
     line = threading.Thread(
         target=logger.critical, args=(event,), kwargs={"extra": {**fields, "exit_status": status}}, daemon=True
     )
     line.start()
-    line.join(LOG_S)
+    line.join(LOG_TIMEOUT_S)
     os._exit(status)

@@ -1,4 +1,8 @@
-"""What an embed worker does: vectors for waiting images, and for queries whose asker waits."""
+"""Embeds the corpus images that wait for their vectors: claim a chunk, read the files, decode, embed, store.
+
+Crash isolation: when a worker process crashes, each image that it was decoding or embedding can be the cause. From then
+on such an image is claimed alone, and its process decodes and embeds no other corpus image at the same time.
+"""
 
 import logging
 import threading
@@ -22,131 +26,152 @@ from shared.errors import (
 from shared.imaging import open_image
 from shared.storage import get_blobs
 from worker_service.indexing.image_leases import ImageLeases
-from worker_service.models.clip import Picture
-from worker_service.models.embedder import IMAGE_LANE, Embedder
+from worker_service.models.clip import ImageInput
+from worker_service.models.embedder import Embedder
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 32
+CHUNK_IMAGES = 32
+"""Images that one thread claims and embeds at a time."""
 
 
 class ImageEmbedding:
-    """Embeds the images that wait in their table. One per process, for any number of threads."""
+    """Embeds the images that wait in their table. One per process, for any number of threads.
+
+    At most `embedder.chunks_at_once` threads work at a time, each on one chunk of images.
+    """
 
     def __init__(self, embedder: Embedder, leases: ImageLeases) -> None:
         self._embedder = embedder
         self._leases = leases
-        self._rung = threading.Event()
-        self._at_once = embedder.chunks_at_once
-        self._hands = threading.BoundedSemaphore(self._at_once)
-        self._entry = threading.Lock()
-        self._places = threading.BoundedSemaphore(self._at_once)
+        self._requested = threading.Event()
+        self._slots = embedder.chunks_at_once
+        self._free_threads = threading.BoundedSemaphore(self._slots)
+        self._slot_lock = threading.Lock()
+        self._free_slots = threading.BoundedSemaphore(self._slots)
 
-    def ring(self, *, stopping: Callable[[], bool]) -> int:
-        """Embed what waits; how many became searchable. Rings that come while all hands are full are one."""
+    def embed_pending(self, *, stopping: Callable[[], bool]) -> int:
+        """Embed all waiting images; how many became searchable. Thread-safe.
+
+        When enough threads work already, the call returns at once, and one of those threads looks for images again.
+
+        Raises:
+            DatabaseError: see `embed_until_empty`.
+        """
         done = 0
-        self._rung.set()
-        # Asked again after each release: a ring that found no free hand just before it is not lost.
-        while self._rung.is_set() and self._hands.acquire(blocking=False):
-            self._rung.clear()
+        self._requested.set()
+        # Checked again after each release: a request that came just before it found no free thread and has returned.
+        while self._requested.is_set() and self._free_threads.acquire(blocking=False):
+            self._requested.clear()
             try:
-                done += self.drain(stopping=stopping)
+                done += self.embed_until_empty(stopping=stopping)
             finally:
-                self._hands.release()
+                self._free_threads.release()
         return done
 
-    def drain(self, *, stopping: Callable[[], bool]) -> int:
-        """Embed what waits, unless the process stops; how many became searchable.
+    def embed_until_empty(self, *, stopping: Callable[[], bool]) -> int:
+        """Embed chunk after chunk until no image waits or the process stops; how many images became searchable.
 
-        What comes while the last chunk is in work is rung for: taken at once, it would come one by one and share no
-        batch.
+        stopping: whether the process stops. It is called before each chunk.
 
-        When the blob store fails it ends early: the image that could not be read waits for its lease, so that it holds
-        up nobody for ever, and the others wait for the next ring.
+        An image that is uploaded during the last chunk waits for its own notification. Claimed at once, it would be
+        embedded alone instead of in a batch.
+
+        When the blob store fails, the call ends early, and the unread images are handed back. Only the image whose read
+        failed keeps its lease until that expires, so that it does not block the others.
+
+        Raises:
+            DatabaseError: the database failed. See `ImageLeases.holding` for the claimed images.
         """
         done = 0
         while not stopping():
             with session_scope() as session:
-                claimed = images.claim_pending(session, limit=CHUNK, lease_s=self._leases.lease_s)
-            if not claimed:
+                rows = images.claim_pending(session, limit=CHUNK_IMAGES, lease_s=self._leases.lease_s)
+            if not rows:
                 break
-            with self._leases.holding([ImageClaim.of(row) for row in claimed]):
-                files, unread = _read(claimed)
+            with self._leases.holding([ImageClaim.of(row) for row in rows]):
+                files, unread = _read(rows)
                 if files:
-                    done += self._embed_files(files, alone=claimed[0].crashes > 0)
+                    done += self._embed_files(files, isolated=rows[0].crashes > 0)
                 if unread is not None:
                     with session_scope() as session:
                         images.hand_back(session, unread)
                     break
-            if len(claimed) < CHUNK and not claimed[0].crashes:
+            if len(rows) < CHUNK_IMAGES and not rows[0].crashes:
                 break
         return done
 
-    def _embed_files(self, files: Mapping[ImageClaim, bytes], *, alone: bool) -> int:
-        with self._place(alone=alone):
-            # Decoding is part of it: damaged bytes can end a process as well as a model can.
+    def _embed_files(self, files: Mapping[ImageClaim, bytes], *, isolated: bool) -> int:
+        with self._take_slots(isolated=isolated):
+            # Marked before decoding: damaged bytes can crash the process as well as a model can.
             with session_scope() as session:
-                owned = images.model_started(session, files)
-            pictures = self._decode({claim: data for claim, data in files.items() if claim.image_id in owned})
-            return self._embed(pictures) if pictures else 0
+                owned = images.mark_model_started(session, files)
+            inputs = self._decode({claim: data for claim, data in files.items() if claim.image_id in owned})
+            return self._embed(inputs) if inputs else 0
 
     @contextmanager
-    def _place(self, *, alone: bool) -> Iterator[None]:
-        """Work beside another chunk; `alone`, for an image that may bring the process down, beside none.
+    def _take_slots(self, *, isolated: bool) -> Iterator[None]:
+        """Take one slot, or all of them for an image that may crash the process.
 
-        So whoever is lost with an image that kills its process three times was beside it only once.
+        So other images share at most one crash with an image that always crashes its process.
         """
-        places = self._at_once if alone else 1
-        with self._entry:  # two that each held one place and wanted all would wait for ever
-            for _ in range(places):
-                self._places.acquire()
+        slots = self._slots if isolated else 1
+        with self._slot_lock:  # without it, two threads that each had one slot and needed all would deadlock
+            for _ in range(slots):
+                self._free_slots.acquire()
         try:
             yield
         finally:
-            self._places.release(places)
+            self._free_slots.release(slots)
 
-    def _decode(self, files: Mapping[ImageClaim, bytes]) -> dict[ImageClaim, Picture]:
-        """One after the other: of an image with many pixels only what the model needs is kept."""
-        pictures = {}
+    def _decode(self, files: Mapping[ImageClaim, bytes]) -> dict[ImageClaim, ImageInput]:
+        """Decode one file after the other, and keep only the pixels that the model needs.
+
+        An image that cannot be decoded is marked `failed`.
+        """
+        inputs = {}
         for claim, data in files.items():
             try:
-                pictures[claim] = self._embedder.prepare(open_image(data))
+                inputs[claim] = self._embedder.prepare(open_image(data))
             except (InvalidImageError, EmbeddingError) as error:
-                _failed(claim, error)
-        return pictures
+                _mark_failed(claim, error)
+        return inputs
 
-    def _embed(self, pictures: Mapping[ImageClaim, Picture]) -> int:
-        claims = list(pictures)
+    def _embed(self, inputs: Mapping[ImageClaim, ImageInput]) -> int:
+        claims = list(inputs)
         try:
-            vectors = self._embedder.embed(list(pictures.values()), lane=IMAGE_LANE)
+            vectors = self._embedder.embed_corpus_images(list(inputs.values()))
         except (EmbeddingError, ModelError) as error:
             if len(claims) == 1:
-                _failed(claims[0], error)
+                _mark_failed(claims[0], error)
                 return 0
-            # One of them is at fault: alone, each can only fail itself.
-            return sum(self._embed({claim: pictures[claim]}) for claim in claims)
+            # One image caused the error: embedded one by one, only that image fails.
+            return sum(self._embed({claim: inputs[claim]}) for claim in claims)
         norms = np.linalg.norm(vectors, axis=1)
         with session_scope() as session:
-            stored = images.embedded(session, self._embedder.space, claims, vectors / norms[:, None], norms)
+            stored = images.store_embeddings(session, self._embedder.space, claims, vectors / norms[:, None], norms)
         logger.info("images_embedded", extra={"images": len(stored)})
         return len(stored)
 
 
 def _read(rows: Sequence[ImageRow]) -> tuple[dict[ImageClaim, bytes], Sequence[ImageClaim] | None]:
-    """The files by claim; and, when the store failed, the claims behind the one it failed at, else None."""
+    """Read the files from the blob store, by claim.
+
+    When the store fails, the second value holds the claims after the one whose read failed. Otherwise it is `None`.
+    """
     files = {}
     for position, row in enumerate(rows):
         try:
             files[ImageClaim.of(row)] = get_blobs().get(row.blob_key)
         except ResourceNotFoundError as error:
-            _failed(ImageClaim.of(row), error)
+            _mark_failed(ImageClaim.of(row), error)
         except StorageError as error:
             logger.warning("image_unreadable", extra={"image_id": str(row.id), "cause": error.code}, exc_info=True)
             return files, [ImageClaim.of(later) for later in rows[position + 1 :]]
     return files, None
 
 
-def _failed(claim: ImageClaim, error: BaseAppException) -> None:
+def _mark_failed(claim: ImageClaim, error: BaseAppException) -> None:
     logger.warning("image_failed", extra={"image_id": str(claim.image_id), "cause": error.code})
     with session_scope() as session:
-        images.embedding_failed(session, claim, code=error.code)
+        images.mark_embedding_failed(session, claim, code=error.code)

@@ -1,85 +1,62 @@
-"""The images that this process embeds: a side thread renews their leases, so that no model call starves them."""
+"""Leases of the corpus images that this process embeds.
 
-import logging
-import threading
+An embed worker claims images for `lease_s` seconds, and a thread renews the leases while it works. When the process
+dies, the leases expire and the reconciler makes the images available to other workers. If their model work had
+started, that counts as a crash of each image; after `jobs.max_crashes` crashes an image is `failed`.
+"""
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self
 
 from shared.db import images
 from shared.db.images import ImageClaim
 from shared.db.session import session_scope
-from shared.errors import DatabaseConnectionError, DatabaseError
+from shared.errors import DatabaseConnectionError
 from shared.settings import JobSettings
+from worker_service.execution.lease_keeper import LeaseKeeper
 
-logger = logging.getLogger(__name__)
 
-
-class ImageLeases:
-    """Renews what is held; a context manager around the life of the process."""
+class ImageLeases(LeaseKeeper[ImageClaim]):
+    """Renews the leases of an embed worker's images, each for the length of a `holding` block."""
 
     def __init__(self, settings: JobSettings) -> None:
+        super().__init__(poll_s=settings.heartbeat_s)
         self.lease_s = settings.lease_s
-        self._heartbeat_s = settings.heartbeat_s
-        self._held: set[ImageClaim] = set()
         self._to_return: set[ImageClaim] = set()
-        self._released = threading.Condition()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="image-leases", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
     @contextmanager
     def holding(self, claims: Sequence[ImageClaim]) -> Iterator[None]:
-        """Keep these images ours for the length of the block.
+        """Renew the leases of these images for the length of the block.
 
-        When the database ends the block by being away, they are handed back as soon as it answers: that is no crash.
-        After any other failure their leases run out.
+        When a lost database connection ends the block, the images are handed back as soon as the database responds.
+        Without that, their expired leases would count as crashes. After any other error, the leases expire.
         """
-        with self._released:
-            self._held.update(claims)
+        self._add(claims)
         try:
             yield
         except DatabaseConnectionError:
-            with self._released:
+            with self._changed:
                 self._to_return.update(claims)
             raise
         finally:
-            with self._released:
-                self._held.difference_update(claims)
-                self._released.notify_all()
-
-    def wait_until_empty(self, timeout_s: float) -> bool:
-        """Wait until no image is held; False when some still are after `timeout_s`."""
-        with self._released:
-            return self._released.wait_for(lambda: not self._held, timeout_s)
+            self._remove(claims)
 
     def hand_back(self) -> int:
-        """Let others claim every held image at once; how many were still ours."""
-        with self._released:
-            held = list(self._held)
-        with session_scope() as session:
-            return images.hand_back(session, held)
+        """Make every held image available to other workers at once; how many images were still owned.
 
-    def _work(self) -> None:
-        while not self._stop.wait(self._heartbeat_s):
-            with self._released:
-                held, returned = list(self._held), list(self._to_return)
-            if not held and not returned:
-                continue
-            try:
-                with session_scope() as session:
-                    images.renew(session, held, lease_s=self.lease_s)
-                    images.hand_back(session, returned)
-            except DatabaseError as error:
-                # The work goes on: when the database is back, the fence tells whether it still counts.
-                logger.warning("lease_renewal_failed", extra={"cause": error.code, "images": len(held)})
-            else:
-                with self._released:
-                    self._to_return.difference_update(returned)
+        Raises:
+            DatabaseError: the database failed, and the leases expire instead.
+        """
+        with session_scope() as session:
+            return images.hand_back(session, self._snapshot())
+
+    def _renew_due(self, held: Sequence[ImageClaim]) -> None:
+        with self._changed:
+            returned = list(self._to_return)
+        if not held and not returned:
+            return
+        with session_scope() as session:
+            images.renew(session, held, lease_s=self.lease_s)
+            images.hand_back(session, returned)
+        with self._changed:
+            self._to_return.difference_update(returned)

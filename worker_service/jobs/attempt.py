@@ -1,11 +1,17 @@
-"""One try at one job: the claim, what is written while it holds, and how it ends."""
+"""One attempt at a job: the claim, the records that the attempt writes while it owns the job, and the end.
+
+Crash isolation: any job whose model work had started can be the cause when its worker process crashes. The reconciler
+therefore counts a crash for each of them, and from then on they are isolated. Each image of an isolated job runs in a
+batch of its own, and a process runs one isolated job at a time (`Models.crash_isolation_lock`). So another job shares
+at most one crash with a job that always crashes its worker. Only the latter reaches `jobs.max_crashes` and ends `dead`.
+"""
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -17,17 +23,20 @@ from shared.contracts.generation import GenerationParameters
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import SafetyDecision, SafetyRecord
 from shared.db import jobs
-from shared.db.jobs import Output
+from shared.db.jobs import StoredOutput
 from shared.db.session import session_scope
 from shared.db.tables import Job
-from shared.errors import TRANSIENT, BaseAppException, ImageGenerationError, JobTimeoutError, JobUnreadableError
+from shared.errors import BaseAppException, ImageGenerationError, JobTimeoutError, JobUnreadableError
 from shared.messaging import queue
-from shared.messaging.coalesce import feed_bell
-from shared.messaging.job_updates import PreviewStream, publish_changed
-from shared.metrics import observe_duration, time_operation
+from shared.messaging.coalesce import dispatch_soon
+from shared.messaging.job_updates import PreviewStream, publish_job_update
+from shared.metrics import JOB_DURATION, JOB_STAGE, JOB_WAIT, observe_duration, time_operation
 from shared.settings import JobSettings
-from worker_service.jobs.leases import Held, Leases
-from worker_service.models.interface import Interrupted, Onlooker
+from worker_service.execution.batcher import Submission
+from worker_service.execution.steps import Interrupted
+from worker_service.jobs.leases import JobLease, JobLeases
+from worker_service.jobs.retry_policy import TEMPORARY_ERRORS, retry_delay_s
+from worker_service.models.interface import PreviewListener
 
 Owned = TypeVar("Owned")
 
@@ -35,48 +44,52 @@ logger = logging.getLogger(__name__)
 
 
 class Outcome(StrEnum):
+    """How an attempt ended."""
+
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    REQUEUED = "requeued"  # after a passing fault
-    NOT_OURS = "not_ours"  # finished, owned by another worker, not due, or gone
-    EXPIRED = "expired"  # its model work did not begin within `expires_in_s`
-    LOST = "lost"  # canceled or taken over while it ran; what it made was discarded
+    REQUEUED = "requeued"  # after a temporary error
+    SKIPPED = "skipped"  # finished, owned by another worker, not due, or deleted
+    EXPIRED = "expired"  # its model work did not start within `expires_in_s`
+    LOST = "lost"  # canceled or taken over while it ran; its images were discarded
 
 
-class LostError(Exception):
+class LeaseLostError(Exception):
     """The attempt no longer owns its job."""
 
 
 class Attempt:
-    """What the story may read of its job and write to it."""
+    """One attempt at a job, for the story (`run_job`): it reads the job here, and writes to the job through it.
 
-    def __init__(self, job: Job, held: Held, settings: JobSettings) -> None:
-        self.id = job.id
+    Every method that writes raises `LeaseLostError` when the attempt no longer owns the job.
+    """
+
+    def __init__(self, job: Job, lease: JobLease, settings: JobSettings) -> None:
+        self.job_id = job.id
         self.owner_id = job.owner_id
         self.lane = job.lane if job.published_lane is None else job.published_lane
-        self.crashes = job.crashes
+        self.isolated = job.crashes > 0
+        """A worker crashed during this job's model work: see "Crash isolation" in the module's docstring."""
         self.replay_of = job.replay_of
-        self.number = held.claim.attempt
-        self.check_in = held.check_in
-        self.held_up = held.held_up
+        self.number = lease.claim.attempt
         self.outcome = Outcome.LOST
         self.safety: SafetyRecord | None = None
-        """What a content policy has decided so far; none: there is none."""
+        """Decisions of the content policy so far; None without a policy."""
         self._job = job
-        self._held = held
+        self._lease = lease
         self._settings = settings
         self._timings: dict[str, float] = {}
         self._timeout_s = job.timeout_s
-        held.images = job.images
+        lease.images = job.images
         self.waited_s = (job.started_at - job.created_at).total_seconds() if job.started_at else 0.0
         self._timings["wait"] = self.waited_s
 
     @cached_property
     def parameters(self) -> GenerationParameters:
-        """Read on first use, inside the story, where every failure becomes the attempt's end.
+        """The job's parameters. Parsed on first use, inside the story, so that an error ends the attempt.
 
         Raises:
-            JobUnreadableError: another release wrote them, with what this one does not know.
+            JobUnreadableError: another release wrote parameters that this release does not know.
         """
         try:
             return GenerationParameters.model_validate(self._job.parameters)
@@ -85,90 +98,114 @@ class Attempt:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time one stage of the story and log it."""
+        """Measure and log the duration of the block, as stage `name` of the story."""
         started = time.monotonic()
-        with time_operation("job_stage", stage=name):
+        with time_operation(JOB_STAGE, stage=name):
             yield
         self._timings[name] = time.monotonic() - started
         logger.info("job_stage", extra={"stage": name, "seconds": round(self._timings[name], 4)})
 
-    def moderated(self, policy: str, found: Sequence[SafetyDecision]) -> None:
-        """Note that a content policy has judged, and tell what it has found, if anything."""
-        known = [] if self.safety is None else self.safety.decisions
-        self.safety = SafetyRecord(policy=policy, decisions=[*known, *found])
-        if found:
+    def record_moderation(self, policy_digest: str, decisions: Sequence[SafetyDecision]) -> None:
+        """Record decisions of the content policy, and append an event if there are any."""
+        earlier = [] if self.safety is None else self.safety.decisions
+        self.safety = SafetyRecord(policy=policy_digest, decisions=[*earlier, *decisions])
+        if decisions:
             record = self.safety.model_dump(mode="json")
-            news = SafetyRecord(policy=policy, decisions=list(found)).model_dump(mode="json")
-            self._write(lambda session: jobs.moderated(session, self._held.claim, news, safety=record))
-            publish_changed(self.id)
+            event = SafetyRecord(policy=policy_digest, decisions=list(decisions)).model_dump(mode="json")
+            self._write(lambda session: jobs.record_moderation(session, self._lease.claim, event, safety=record))
+            publish_job_update(self.job_id)
 
-    def resolved(self, resolution: dict[str, Any]) -> None:
-        """Tell what will be drawn from, and why."""
+    def record_resolution(self, resolution: dict[str, Any]) -> None:
+        """Append the event `resolved`: which references are used, in which mode, and why."""
         safety = None if self.safety is None else self.safety.model_dump(mode="json")
-        self._write(lambda session: jobs.resolved(session, self._held.claim, resolution, safety=safety))
-        publish_changed(self.id)
+        self._write(lambda session: jobs.record_resolution(session, self._lease.claim, resolution, safety=safety))
+        publish_job_update(self.job_id)
 
-    def model_starts(self) -> None:
-        """The wait is over, the clock of `timeout_s` runs, and from here on a lost lease counts as a crash.
+    def mark_model_started(self) -> None:
+        """Start the time limit `timeout_s`. From here on, a lease that expires counts as a crash of this job.
 
-        Called by the model's thread when the first image's turn has come, and not earlier: a job that only waits in
-        line has no part in what the jobs ahead of it do to the process.
+        The model's thread calls it right before the first image runs, not earlier. A job that only waits must not be
+        blamed when another job crashes the process.
+
+        Raises:
+            LeaseLostError: the job expired while it waited, or the attempt no longer owns it.
         """
         with session_scope() as session:
-            in_time = jobs.model_started(session, self._held.claim)
-            if not in_time and jobs.expire(session, self._held.claim):
+            in_time = jobs.mark_model_started(session, self._lease.claim)
+            if not in_time and jobs.expire(session, self._lease.claim):
                 self.outcome = Outcome.EXPIRED
         if not in_time:
-            raise LostError
-        self._held.deadline = time.monotonic() + self._timeout_s
+            raise LeaseLostError
+        self._lease.deadline = time.monotonic() + self._timeout_s
 
-    def degraded(self, memory_savers: Sequence[Sequence[str]]) -> None:
-        """Tell of images that fitted in memory only by ways that change pixels. memory_savers: of each image."""
+    def record_degradation(self, memory_savers: Sequence[Sequence[str]]) -> None:
+        """Append the event `degraded` if an image used memory savers, which change pixels. memory_savers: by image."""
         by_image = {str(index): list(savers) for index, savers in enumerate(memory_savers) if savers}
         if by_image:
-            self._write(lambda session: jobs.degraded(session, self._held.claim, {"memory_savers": by_image}))
-            publish_changed(self.id)
+            data = {"memory_savers": by_image}
+            self._write(lambda session: jobs.record_degradation(session, self._lease.claim, data))
+            publish_job_update(self.job_id)
 
-    def onlooker(self, index: int) -> Onlooker | None:
-        """Who is shown image `index` while it is drawn; nobody when the job did not ask for previews."""
+    def submission(self) -> Submission:
+        """How this attempt's images queue for the model."""
+        return Submission(
+            lane=self.lane,
+            owner=self.owner_id,
+            isolated=self.isolated,
+            job=str(self.job_id),
+            check_in=self._lease.check_in,
+            on_start=self.mark_model_started,
+            add_delay=self._lease.add_delay,
+        )
+
+    def preview_listener(self, index: int) -> PreviewListener | None:
+        """Receiver of the previews of image `index`; None when the request asked for none."""
         every = self.parameters.preview_every
-        return None if every is None else PreviewStream(self.id, index, every=every)
+        return None if every is None else PreviewStream(self.job_id, index, every=every)
 
-    def finish(self, outputs: Sequence[Output]) -> None:
-        """Publish the outputs with the end of the job, if the attempt still owns it."""
-        self._write(lambda session: jobs.finish(session, self._held.claim, outputs, timings=self._timings))
+    def finish(self, outputs: Sequence[StoredOutput]) -> None:
+        """Publish the outputs and end the job `succeeded`, in one transaction."""
+        self._write(lambda session: jobs.finish(session, self._lease.claim, outputs, timings=self._timings))
         self.outcome = Outcome.SUCCEEDED
 
     def fail(self, error: BaseAppException) -> None:
-        self._write(lambda session: jobs.fail(session, self._held.claim, error))
+        """End the job `failed`."""
+        self._write(lambda session: jobs.fail(session, self._lease.claim, error))
         self.outcome = Outcome.FAILED
 
     def retry_later(self, error: BaseAppException) -> None:
-        delay_s, most = self._settings.transient_retry_delay_s, self._settings.max_transient_retries
-        state = self._write(
-            lambda session: jobs.retry_later(session, self._held.claim, error, delay_s=delay_s, most=most)
-        )
+        """Return the job to the queue after a temporary error; end it `failed` after `max_transient_retries`."""
+        delay_s = partial(retry_delay_s, settings=self._settings)
+        state = self._write(lambda session: jobs.retry_later(session, self._lease.claim, error, delay_s=delay_s))
         self.outcome = Outcome.FAILED if state is JobState.FAILED else Outcome.REQUEUED
 
     def _write(self, change: Callable[[Session], Owned]) -> Owned:
-        """What `change` returns, which is false when the attempt has lost its job."""
+        """Run `change` in a transaction and return its result.
+
+        Raises:
+            LeaseLostError: the result is falsy, which means that the attempt no longer owns its job.
+        """
         with session_scope() as session:
             owned = change(session)
         if not owned:
-            raise LostError
+            raise LeaseLostError
         return owned
 
     @property
     def timed_out(self) -> bool:
-        return self._held.timed_out and not self._held.lost
+        """Whether the attempt ran longer than the job's `timeout_s` and still owns the job."""
+        return self._lease.timed_out and not self._lease.lost
 
 
 @contextmanager
-def claimed(job_id: UUID, *, leases: Leases, settings: JobSettings, worker: str) -> Iterator[Attempt | None]:
-    """Own a job for the length of the block; None when there is nothing to do.
+def claimed(job_id: UUID, *, leases: JobLeases, settings: JobSettings, worker: str) -> Iterator[Attempt | None]:
+    """Claim a job and own it for the length of the block; None when the job cannot be claimed.
 
-    Every end of the block is an end of the attempt: a failure is recorded on the job, a passing fault sends it back
-    to the queue, and an attempt that lost its job leaves no trace.
+    The end of the block ends the attempt. A temporary error returns the job to the queue, and any other error fails
+    the job. An attempt that lost its job changes nothing.
+
+    Raises:
+        DatabaseError: the claim failed, or the end of the attempt could not be recorded.
     """
     with session_scope() as session:
         taken = jobs.claim(session, job_id, worker=worker, lease_s=settings.lease_s)
@@ -176,45 +213,45 @@ def claimed(job_id: UUID, *, leases: Leases, settings: JobSettings, worker: str)
         yield None
         return
     claim, job = taken
-    attempt = Attempt(job, held := leases.hold(claim), settings)
+    attempt = Attempt(job, lease := leases.hold(claim), settings)
     if attempt.number == 1:
-        observe_duration("job_wait", attempt.waited_s, {"model": job.model})
+        observe_duration(JOB_WAIT, attempt.waited_s, {"model": job.model})
     started = time.monotonic()
-    publish_changed(job_id)
+    publish_job_update(job_id)
     with bound_contextvars(job_id=str(job_id), attempt=claim.attempt):
         try:
-            with _recorded(attempt):
+            with _recording_errors(attempt):
                 yield attempt
-        except LostError:
+        except LeaseLostError:
             logger.info("job_lost")
         finally:
-            leases.release(held)
-            observe_duration("job", time.monotonic() - started, {"model": job.model})
+            leases.release(lease)
+            observe_duration(JOB_DURATION, time.monotonic() - started, {"model": job.model})
             logger.info("job_ended", extra={"outcome": attempt.outcome.value})
-            publish_changed(job_id)
-            feed_bell(job.model).pull()
+            publish_job_update(job_id)
+            dispatch_soon(job.model)
             if job.webhook is not None:
-                queue.ring_for_webhooks()
+                queue.notify_webhook_workers()
 
 
 @contextmanager
-def _recorded(attempt: Attempt) -> Iterator[None]:
-    """Turn whatever ends the story early into the job's recorded end."""
+def _recording_errors(attempt: Attempt) -> Iterator[None]:
+    """Record on the job the exception that ends the block early."""
     try:
         yield
-    except LostError:
+    except LeaseLostError:
         raise
     except Interrupted:
-        # Otherwise the job was canceled or taken over, and its row already says so.
+        # Without a timeout, the job was canceled or taken over, and its row already says so.
         if attempt.timed_out:
             attempt.fail(JobTimeoutError())
-    except TRANSIENT as error:
+    except TEMPORARY_ERRORS as error:
         logger.warning("job_fault", extra={"cause": error.code}, exc_info=True)
         attempt.retry_later(error)
     except BaseAppException as error:
         logger.warning("job_failed", extra={"cause": error.code, "detail": error.message})
         attempt.fail(error)
     except Exception:
-        # The cause is for operators: it may hold paths and memory addresses.
+        # Only the log has the cause: it may contain paths and memory addresses.
         logger.exception("job_failed")
         attempt.fail(ImageGenerationError("The model failed unexpectedly; the operator's log has the cause."))

@@ -1,43 +1,39 @@
-"""The jobs that this process holds: their leases are renewed, and each is told when it must stop.
+"""Leases of the jobs that this process runs. The same thread that renews them finds out which jobs were canceled."""
 
-One side thread does it for all of them, with its own connection, so that nothing a model does can starve it.
-"""
-
-import logging
-import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
-from uuid import UUID
 
 from shared.db import jobs
 from shared.db.jobs import Claim
 from shared.db.session import session_scope
-from shared.errors import DatabaseError
 from shared.messaging.job_updates import publish_progress
 from shared.settings import JobSettings
+from worker_service.execution.lease_keeper import LeaseKeeper
 
-logger = logging.getLogger(__name__)
-
-LOOK_S = 0.1
-"""How often the held jobs are looked up: a cancel is noticed within this time plus one step."""
+OWNERSHIP_POLL_S = 0.1
+"""How often the held jobs are looked up in the database: a cancel takes effect within this time plus one step."""
 
 
 @dataclass(eq=False)
-class Held:
-    """One job in the hands of this process. `check_in` is what the model's thread may call: memory only."""
+class JobLease:
+    """One job that this process runs. Any thread may call its methods: they touch memory only.
+
+    The thread of `JobLeases` sets `lost`; the model's thread calls `check_in` and so stops a job that should not go on.
+    """
 
     claim: Claim
     deadline: float | None = None
-    """`time.monotonic()` at which the attempt has run too long; set when its model work starts."""
+    """`time.monotonic()` at which the attempt times out; set when its model work starts, None before."""
     lost: bool = False
-    """Canceled, finished elsewhere or taken over: nothing more can be written."""
+    """The job was canceled, finished elsewhere or taken over: the attempt can write nothing more."""
     images: int = 1
+    """Number of images of the job."""
     steps: dict[int, int] = field(default_factory=dict)
-    """Steps done of each image, by its index: a job's images may run in different batches."""
+    """Steps done by image index: the images of a job may run in different batches."""
 
-    def held_up(self, seconds: float) -> None:
-        """Better lanes have passed: that is no work on this job, and does not count as its run."""
+    def add_delay(self, seconds: float) -> None:
+        """Extend the deadline by the time that higher-priority batches delayed the job."""
         if self.deadline is not None:
             self.deadline += seconds
 
@@ -46,80 +42,57 @@ class Held:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def check_in(self, index: int, step: int, total_steps: int) -> bool:
-        """Note a step of one image; False when the job should stop."""
+        """Record a step of one image and publish the progress; False when the job should stop.
+
+        index: of the image in the job. step, total_steps: steps done, and steps in all, of this image.
+        """
         self.steps[index] = step
         publish_progress(self.claim.job_id, sum(self.steps.values()), total_steps * self.images)
         return not self.lost and not self.timed_out
 
 
-class Leases:
-    """Renews what `hold` registers until `release`; a context manager around the life of the process."""
+class JobLeases(LeaseKeeper[JobLease]):
+    """The leases of a generate worker's jobs, from `hold` to `release`."""
 
     def __init__(self, settings: JobSettings) -> None:
+        super().__init__(poll_s=OWNERSHIP_POLL_S)
         self._settings = settings
-        self._held: dict[UUID, Held] = {}
-        self._released = threading.Condition()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="leases", daemon=True)
+        self._renew_at = 0.0
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
+    def hold(self, claim: Claim) -> JobLease:
+        """Start to renew the lease of a claim. An older lease of the same job is lost from now on."""
+        lease = JobLease(claim)
+        for other in self._snapshot():
+            if other.claim.job_id == claim.job_id:
+                other.lost = True
+        self._add([lease])
+        return lease
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def hold(self, claim: Claim) -> Held:
-        held = Held(claim)
-        with self._released:
-            self._held[claim.job_id] = held
-        return held
-
-    def release(self, held: Held) -> None:
-        with self._released:
-            if self._held.get(held.claim.job_id) is held:
-                del self._held[held.claim.job_id]
-                self._released.notify_all()
-
-    def wait_until_empty(self, timeout_s: float) -> bool:
-        """Wait until no job is held; False when some still are after `timeout_s`."""
-        with self._released:
-            return self._released.wait_for(lambda: not self._held, timeout_s)
+    def release(self, lease: JobLease) -> None:
+        """Stop renewing a lease."""
+        self._remove([lease])
 
     def hand_back(self) -> int:
-        """Return every held job to the queue and stop its work; how many were returned."""
+        """Return every held job to the queue and stop its work; how many jobs were returned."""
         held = self._snapshot()
         with session_scope() as session:
-            returned = jobs.hand_back(session, [each.claim for each in held])
-        for each in held:
-            each.lost = True
+            returned = jobs.hand_back(session, [lease.claim for lease in held])
+        for lease in held:
+            lease.lost = True
         return returned
 
-    def _snapshot(self) -> list[Held]:
-        with self._released:
-            return list(self._held.values())
-
-    def _work(self) -> None:
-        renew_at = 0.0
-        while not self._stop.wait(LOOK_S):
-            held = [each for each in self._snapshot() if not each.lost]
-            if not held:
-                continue
-            try:
-                renew_at = self._look(held, renew_at)
-            except DatabaseError as error:
-                # The work goes on: when the database is back, the fence tells whether it still counts.
-                logger.warning("lease_renewal_failed", extra={"cause": error.code, "jobs": len(held)})
-
-    def _look(self, held: list[Held], renew_at: float) -> float:
-        claims = [each.claim for each in held]
-        due = time.monotonic() >= renew_at
+    def _renew_due(self, held: Sequence[JobLease]) -> None:
+        active = [lease for lease in held if not lease.lost]
+        if not active:
+            return
+        claims = [lease.claim for lease in active]
+        due = time.monotonic() >= self._renew_at
         with session_scope() as session:
             if due:
                 owned = jobs.renew(session, claims, lease_s=self._settings.lease_s)
             else:
                 owned = jobs.still_owned(session, claims)
-        for each in held:
-            each.lost = each.claim.job_id not in owned
-        return time.monotonic() + self._settings.heartbeat_s if due else renew_at
+        for lease in active:
+            lease.lost = lease.claim.job_id not in owned
+        if due:
+            self._renew_at = time.monotonic() + self._settings.heartbeat_s

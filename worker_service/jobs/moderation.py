@@ -1,4 +1,4 @@
-"""A job under the content policy: may its prompt be drawn, and which of its images may be seen, and how?"""
+"""Applies the content policy to a job: blocks prompts, and blocks or blurs generated images."""
 
 import logging
 from collections.abc import Sequence
@@ -9,59 +9,61 @@ from PIL import Image
 
 from shared.contracts.safety import SafetyAction, SafetyDecision
 from shared.errors import OutputBlockedError, PromptBlockedError
-from shared.metrics import increment_counter
+from shared.metrics import SAFETY_DECISIONS, increment_counter
 from worker_service.jobs.attempt import Attempt
 from worker_service.models.content_policy import Policy
-from worker_service.models.generate_batch import Drawn
+from worker_service.models.generate_batch import GeneratedImage
 
 logger = logging.getLogger(__name__)
 
-BLOTS = 8
-"""A blurred image keeps the mean colours of at most so many parts along its longer side, each at least as many pixels
-wide: nothing computes the rest from them."""
+BLUR_GRID = 8
+"""Most cells of colour along the longer side of a blurred image. A cell is also at least this many pixels wide, so that
+the original cannot be computed from the mean colours."""
 
 
-def admit(job: Attempt, policy: Policy) -> None:
-    """Judge the prompt before anything is drawn from it.
+def check_prompt(attempt: Attempt, policy: Policy) -> None:
+    """Check the prompt before it is used, and record the decisions.
 
     Raises:
-        PromptBlockedError
+        PromptBlockedError: the policy blocks the prompt.
     """
     if not policy.is_on:
         return
-    decisions = policy.of_prompt(job.parameters.prompt)
-    _tell(job, policy, decisions)
+    decisions = policy.decide_on_prompt(attempt.parameters.prompt)
+    _record(attempt, policy, decisions)
     if any(decision.action is SafetyAction.BLOCK for decision in decisions):
         raise PromptBlockedError(concepts=_concepts(decisions))
 
 
-def fit_to_show(job: Attempt, drawn: Sequence[Drawn], policy: Policy) -> list[Drawn | None]:
-    """The images as they may be seen, with the decisions on each; None in the place of a blocked one.
+def apply_policy(attempt: Attempt, images: Sequence[GeneratedImage], policy: Policy) -> list[GeneratedImage | None]:
+    """Check the images, record the decisions, and return the images blurred where the policy says so.
+
+    The result has None in the place of a blocked image. Every other image carries the decisions about it.
 
     Raises:
-        OutputBlockedError: none of them may be seen.
+        OutputBlockedError: the policy blocks all images.
     """
     if not policy.is_on:
-        return list(drawn)
-    with job.stage("moderate"):
-        found = policy.of_images(drawn)
-    decisions = [decision for of_image in found for decision in of_image]
-    _tell(job, policy, decisions)
-    shown = [_as_shown(image, of_image) for image, of_image in zip(drawn, found, strict=True)]
-    if all(image is None for image in shown):
+        return list(images)
+    with attempt.stage("moderate"):
+        by_image = policy.decide_on_images(images)
+    decisions = [decision for of_image in by_image for decision in of_image]
+    _record(attempt, policy, decisions)
+    allowed = [_apply_actions(image, of_image) for image, of_image in zip(images, by_image, strict=True)]
+    if all(image is None for image in allowed):
         raise OutputBlockedError(concepts=_concepts(decisions))
-    return shown
+    return allowed
 
 
-def _tell(job: Attempt, policy: Policy, decisions: Sequence[SafetyDecision]) -> None:
+def _record(attempt: Attempt, policy: Policy, decisions: Sequence[SafetyDecision]) -> None:
     for decision in decisions:
-        told = decision.model_dump(mode="json", include={"concept", "stage", "action"})
-        increment_counter("safety_decisions_total", labels=told)
-        logger.warning("safety_decision", extra={**told, "index": decision.index, "similarity": decision.similarity})
-    job.moderated(policy.digest, decisions)
+        labels = decision.model_dump(mode="json", include={"concept", "stage", "action"})
+        increment_counter(SAFETY_DECISIONS, labels=labels)
+        logger.warning("safety_decision", extra={**labels, "index": decision.index, "similarity": decision.similarity})
+    attempt.record_moderation(policy.digest, decisions)
 
 
-def _as_shown(image: Drawn, decisions: Sequence[SafetyDecision]) -> Drawn | None:
+def _apply_actions(image: GeneratedImage, decisions: Sequence[SafetyDecision]) -> GeneratedImage | None:
     actions = {decision.action for decision in decisions}
     if SafetyAction.BLOCK in actions:
         return None
@@ -70,12 +72,12 @@ def _as_shown(image: Drawn, decisions: Sequence[SafetyDecision]) -> Drawn | None
 
 
 def blurred(pixels: np.ndarray) -> np.ndarray:
-    """The image as a few blots of colour. pixels: uint8, shape (height, width, 3), RGB."""
+    """The image, reduced to a few mean colours: see `BLUR_GRID`. uint8, shape (height, width, 3), RGB."""
     image = Image.fromarray(pixels)
     longest = max(image.size)
-    blots = min(BLOTS, max(1, longest // BLOTS))
+    cells = min(BLUR_GRID, max(1, longest // BLUR_GRID))
     small = image.resize(
-        (max(1, image.width * blots // longest), max(1, image.height * blots // longest)), Image.Resampling.BOX
+        (max(1, image.width * cells // longest), max(1, image.height * cells // longest)), Image.Resampling.BOX
     )
     return np.asarray(small.resize(image.size, Image.Resampling.BICUBIC))
 

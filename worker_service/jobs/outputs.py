@@ -1,4 +1,4 @@
-"""Around the model: references from the store to memory, pixels from memory to the store, and the record of it all."""
+"""The inputs and outputs of a job: loads references from the blob store, stores images and records their provenance."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,113 +14,116 @@ from shared import retrieval
 from shared.contracts.generation import GenerationParameters, Mode
 from shared.contracts.jobs import UsedReference
 from shared.contracts.safety import SafetyRecord, SafetyStage
-from shared.db.jobs import Output
+from shared.db.jobs import StoredOutput
 from shared.db.spaces import Space
-from shared.db.tables import Generation, GenerationReference
+from shared.db.tables import Output, OutputReference
 from shared.errors import InvalidImageError, ReferenceDeletedError, ResourceNotFoundError
 from shared.imaging import encode_image, open_image, pixels_sha256, thumbnail
 from shared.storage import get_blobs, output_key, output_thumbnail_key
 from worker_service.jobs.attempt import Attempt
-from worker_service.models.generate_batch import Drawn
+from worker_service.models.generate_batch import GeneratedImage
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.loaded import Models
 
 LIBRARIES = ("afterimage", "torch", "diffusers", "transformers", "open_clip_torch")
 
 
-def resolution(mode: Mode, reason: str, references: Sequence[retrieval.Reference], *, space: Space) -> dict[str, Any]:
-    """What will be drawn from and why, refused candidates included: shown with the job while it runs."""
+def resolved_event(
+    mode: Mode, reason: str, references: Sequence[retrieval.Candidate], *, space: Space
+) -> dict[str, Any]:
+    """Data of the event `resolved`: the mode, and all candidate references with the reason to use or refuse each."""
     return {
         "mode": mode.value,
         "reason": reason,
         "embedding_space": space.digest,
         "references": [
-            {**_used(reference).model_dump(mode="json"), "used": reference.used, "reason": reference.reason}
+            {**_used_reference(reference).model_dump(mode="json"), "used": reference.used, "reason": reference.reason}
             for reference in references
         ],
     }
 
 
-def load_references(references: Sequence[retrieval.Reference], *, with_pixels: bool) -> list[Reference]:
-    """References as the model takes them, their images read from the store only where the mode needs pixels.
+def load_references(references: Sequence[retrieval.Candidate], *, with_pixels: bool) -> list[Reference]:
+    """Convert references for the model. with_pixels: also read their images from the blob store.
 
     Raises:
-        ReferenceDeletedError: an image went away between retrieval and here.
-        InvalidImageError: its stored bytes are damaged.
-        StorageError
+        ReferenceDeletedError: an image was deleted since it was retrieved.
+        InvalidImageError: the stored file of an image is damaged.
+        StorageError: the blob store failed.
     """
     return [
         Reference(
-            # The adapter was trained on projections as CLIP gives them: the unit vector times its norm.
-            vector=reference.found.vector * reference.found.norm,
+            # The adapter was trained on CLIP's projections, which are not normalised: the unit vector times its norm.
+            vector=reference.scored.vector * reference.scored.norm,
             image=_pixels(reference) if with_pixels else None,
             weight=reference.weight,
-            caption=reference.found.image.caption,
+            caption=reference.scored.image.caption,
         )
         for reference in references
     ]
 
 
-def _pixels(reference: retrieval.Reference) -> Image.Image:
+def _pixels(reference: retrieval.Candidate) -> Image.Image:
     try:
-        return open_image(get_blobs().get(reference.found.image.blob_key))
+        return open_image(get_blobs().get(reference.scored.image.blob_key))
     except ResourceNotFoundError as error:
-        raise ReferenceDeletedError(image_ids=[str(reference.found.image.id)]) from error
+        raise ReferenceDeletedError(image_ids=[str(reference.scored.image.id)]) from error
     except InvalidImageError as error:
         message = "The stored image of a reference is damaged."
-        raise InvalidImageError(message, image_ids=[str(reference.found.image.id)]) from error
+        raise InvalidImageError(message, image_ids=[str(reference.scored.image.id)]) from error
 
 
 def store(
-    job: Attempt,
+    attempt: Attempt,
     mode: Mode,
     reason: str,
-    references: Sequence[retrieval.Reference],
+    references: Sequence[retrieval.Candidate],
     requests: Sequence[ImageRequest],
-    drawn: Sequence[Drawn | None],
+    images: Sequence[GeneratedImage | None],
     *,
     models: Models,
-) -> list[Output]:
-    """Scale, encode and store the images of a job; rows for them and their references, not yet written.
+) -> list[StoredOutput]:
+    """Scale, encode and store the images of a job. Returns their rows, which the caller has to write.
 
-    drawn: one per request; None for one that is not to be stored.
+    images: one per request; None for an image that the content policy blocked.
 
     Raises:
-        StorageError, InvalidOutputError
+        StorageError: the blob store failed.
+        InvalidOutputError: an image cannot be encoded.
     """
-    drawn_from = references if mode is not Mode.NONE else []
+    used = references if mode is not Mode.NONE else []
     return [
-        _store_one(
-            job,
+        _store_image(
+            attempt,
             index,
             image.pixels,
-            record(job, index, mode, reason, drawn_from, request, image, models=models),
-            drawn_from,
+            provenance_record(attempt, index, mode, reason, used, request, image, models=models),
+            used,
         )
-        for index, (request, image) in enumerate(zip(requests, drawn, strict=True))
+        for index, (request, image) in enumerate(zip(requests, images, strict=True))
         if image is not None
     ]
 
 
-def _store_one(
-    job: Attempt,
+def _store_image(
+    attempt: Attempt,
     index: int,
-    drawn: np.ndarray,
+    pixels: np.ndarray,
     provenance: dict[str, Any],
-    references: Sequence[retrieval.Reference],
-) -> Output:
-    parameters = job.parameters
-    image = _scaled(drawn, parameters)
+    references: Sequence[retrieval.Candidate],
+) -> StoredOutput:
+    parameters = attempt.parameters
+    image = _scaled(pixels, parameters)
     data = encode_image(image, image_format=parameters.format, quality=parameters.quality, record=provenance)
-    key = output_key(job.id, attempt=job.number, index=index, image_format=parameters.format)
-    thumbnail_key = output_thumbnail_key(job.id, attempt=job.number, index=index)
+    key = output_key(attempt.job_id, attempt=attempt.number, index=index, image_format=parameters.format)
+    thumbnail_key = output_thumbnail_key(attempt.job_id, attempt=attempt.number, index=index)
     blobs = get_blobs()
     blobs.put(key, data, media_type=parameters.format.media_type)
     blobs.put(thumbnail_key, thumbnail(image), media_type="image/webp")
-    generation = Generation(
+    output = Output(
         id=uuid4(),
-        job_id=job.id,
-        owner_id=job.owner_id,
+        job_id=attempt.job_id,
+        owner_id=attempt.owner_id,
         index=index,
         seed=parameters.seeds[index],
         format=parameters.format,
@@ -134,45 +137,45 @@ def _store_one(
         provenance=provenance,
     )
     rows = [
-        GenerationReference(generation_id=generation.id, position=position, **_used(reference).model_dump())
+        OutputReference(generation_id=output.id, position=position, **_used_reference(reference).model_dump())
         for position, reference in enumerate(references)
     ]
-    return Output(generation=generation, references=rows)
+    return StoredOutput(generation=output, references=rows)
 
 
-def _scaled(drawn: np.ndarray, parameters: GenerationParameters) -> np.ndarray:
-    if drawn.shape[:2] == (parameters.height, parameters.width):
-        return drawn
+def _scaled(pixels: np.ndarray, parameters: GenerationParameters) -> np.ndarray:
+    if pixels.shape[:2] == (parameters.height, parameters.width):
+        return pixels
     size = (parameters.width, parameters.height)
-    return np.asarray(Image.fromarray(drawn).resize(size, Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
 
 
-def record(
-    job: Attempt,
+def provenance_record(
+    attempt: Attempt,
     index: int,
     mode: Mode,
     reason: str,
-    references: Sequence[retrieval.Reference],
+    references: Sequence[retrieval.Candidate],
     request: ImageRequest,
-    image: Drawn,
+    image: GeneratedImage,
     *,
     models: Models,
 ) -> dict[str, Any]:
-    """Everything that decided the pixels of one image, as JSON: enough to explain it, to audit it, to draw it again."""
+    """Provenance of one image, as JSON: everything that decided its pixels, so that a replay can generate it again."""
     capabilities = models.capabilities
-    scaled = (request.width, request.height) != (job.parameters.width, job.parameters.height)
+    scaled = (request.width, request.height) != (attempt.parameters.width, attempt.parameters.height)
     return {
-        "job_id": str(job.id),
+        "job_id": str(attempt.job_id),
         "index": index,
         "seed": request.seed,
-        "parameters": job.parameters.model_dump(mode="json", exclude={"seeds", "preview_every"}),
+        "parameters": attempt.parameters.model_dump(mode="json", exclude={"seeds", "preview_every"}),
         "mode": mode.value,
         "mode_reason": reason,
         "drawn_width": request.width,
         "drawn_height": request.height,
         "scaled": scaled,
         "memory_savers": list(image.memory_savers),
-        "references": [_used(reference).model_dump(mode="json") for reference in references],
+        "references": [_used_reference(reference).model_dump(mode="json") for reference in references],
         "embedding_space": models.space.digest,
         "model": {
             "name": models.name,
@@ -183,31 +186,31 @@ def record(
             "dtype": capabilities.dtype,
         },
         "versions": _versions(),
-        **_safety(job, image),
+        **_safety(attempt, image),
     }
 
 
 @cache
 def _versions() -> dict[str, str]:
-    # Kept: reading them from the disk took 7 % of what a job costs a worker beside the model.
+    # Cached: reading the versions from disk took 7 % of a worker's time per job outside of the model.
     return {library: version(library) for library in LIBRARIES}
 
 
-def _safety(job: Attempt, image: Drawn) -> dict[str, Any]:
-    """What a content policy decided about the prompt and about this image; nothing where there is none."""
-    if job.safety is None:
+def _safety(attempt: Attempt, image: GeneratedImage) -> dict[str, Any]:
+    """Decisions of the content policy about the prompt and this image; an empty mapping without a policy."""
+    if attempt.safety is None:
         return {}
-    of_prompt = [decision for decision in job.safety.decisions if decision.stage is SafetyStage.PROMPT]
-    record = SafetyRecord(policy=job.safety.policy, decisions=[*of_prompt, *image.decisions])
+    of_prompt = [decision for decision in attempt.safety.decisions if decision.stage is SafetyStage.PROMPT]
+    record = SafetyRecord(policy=attempt.safety.policy, decisions=[*of_prompt, *image.decisions])
     return {"safety": record.model_dump(mode="json")}
 
 
-def _used(reference: retrieval.Reference) -> UsedReference:
-    image = reference.found.image
+def _used_reference(reference: retrieval.Candidate) -> UsedReference:
+    image = reference.scored.image
     return UsedReference(
         image_id=image.id,
         sha256=image.sha256,
-        similarity=reference.found.similarity,
+        similarity=reference.scored.similarity,
         weight=reference.weight,
         pinned=reference.pinned,
         caption=image.caption,

@@ -1,4 +1,4 @@
-"""An output that was drawn again: is it the picture of then, and what has changed since?"""
+"""Compares the outputs of a replay with the original: how much the pixels differ, and which inputs changed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,73 +6,83 @@ from typing import Any
 import numpy as np
 
 from shared.contracts.jobs import Change, Replay, ReplayVerdict
-from shared.db.jobs import Output
+from shared.db.jobs import StoredOutput
 from shared.db.session import session_scope
-from shared.db.tables import Generation
+from shared.db.tables import Output
 from shared.errors import InvalidImageError, OriginalDeletedError, ResourceNotFoundError
 from shared.imaging import open_image
 from shared.storage import get_blobs
 from worker_service.jobs.attempt import Attempt
 
 TOLERANCE_DB = 40.0
-"""From here on a difference counts as noise of the arithmetic; it is a root-mean-square error of 1 % of the range."""
-DECIDES = ("seed", "drawn_width", "drawn_height", "memory_savers", "embedding_space", "model", "versions")
-"""What of a record decides pixels, beside parameters, which are those of then, and references."""
-OF_A_REFERENCE = ("sha256", "weight", "caption")
+"""At this peak signal-to-noise ratio and above, a difference counts as rounding noise. 40 dB is a root-mean-square
+error of 1 % of the range."""
+DECISIVE_FIELDS = ("seed", "drawn_width", "drawn_height", "memory_savers", "embedding_space", "model", "versions")
+"""Keys of a provenance record that decide pixels, without references and parameters: a replay uses the original's
+parameters."""
+DECISIVE_REFERENCE_FIELDS = ("sha256", "weight", "caption")
 WEIGHT_DIGITS = 9
-"""Weights are shares of their sum: dividing them by it once more moves their last bit."""
+"""Decimal places to which weights are compared. Weights are divided by their sum, and a replay does it once more, which
+changes the last bit."""
 
 
-def compare(job: Attempt, stored: Sequence[Output]) -> None:
-    """Note on the outputs of a replay how they compare with the original; nothing for any other job.
+def compare(attempt: Attempt, stored: Sequence[StoredOutput]) -> None:
+    """Compare the outputs of a replay with its original, and store the result in their rows. Other jobs: do nothing.
 
     Raises:
-        OriginalDeletedError: there is nothing to compare with any more.
+        OriginalDeletedError: the original or its file was deleted.
         InvalidImageError: the original's file is damaged.
-        StorageError
+        StorageError: the blob store failed.
     """
-    if job.replay_of is None:
+    if attempt.replay_of is None:
         return
     with session_scope() as session:
-        original = session.get(Generation, job.replay_of)
+        original = session.get(Output, attempt.replay_of)
     if original is None:
-        raise OriginalDeletedError(generation_id=str(job.replay_of))
+        raise OriginalDeletedError(generation_id=str(attempt.replay_of))
     for output in stored:
-        output.generation.replay = report(original, output.generation).model_dump(mode="json")
+        output.generation.replay = compare_outputs(original, output.generation).model_dump(mode="json")
 
 
-def report(original: Generation, again: Generation) -> Replay:
-    """Raises as `compare`."""
-    changed = list(changes(original.provenance, again.provenance))
-    if again.pixels_sha256 == original.pixels_sha256:
-        verdict, largest, ratio = ReplayVerdict.IDENTICAL, 0, None
-    else:
-        largest, ratio = difference(_pixels(original), _pixels(again))
-        near = ratio is None or ratio >= TOLERANCE_DB
-        verdict = ReplayVerdict.WITHIN_TOLERANCE if near else ReplayVerdict.DIFFERENT
-    return Replay(of=original.id, verdict=verdict, max_difference=largest, psnr_db=ratio, changed=changed)
+def compare_outputs(original: Output, replayed: Output) -> Replay:
+    """How the pixels of a replayed output compare with the original's, and which inputs changed.
 
-
-def difference(then: np.ndarray, now: np.ndarray) -> tuple[int, float | None]:
-    """The largest difference in levels, and 10 log10(255^2 / MSE), the peak signal-to-noise ratio in dB; None: equal.
-
-    then, now: uint8, shape (height, width, 3), the same for both.
+    Raises:
+        OriginalDeletedError: the original's file was deleted.
+        InvalidImageError: the original's file is damaged.
+        StorageError: the blob store failed.
     """
-    apart = np.abs(then.astype(np.int16) - now.astype(np.int16))
-    mean_square = float(np.mean(np.square(apart, dtype=np.float64)))
-    return int(apart.max()), None if mean_square == 0 else round(float(10 * np.log10(255**2 / mean_square)), 2)
+    changed = list(changes(original.provenance, replayed.provenance))
+    if replayed.pixels_sha256 == original.pixels_sha256:
+        verdict, largest, psnr_db = ReplayVerdict.IDENTICAL, 0, None
+    else:
+        largest, psnr_db = difference(_pixels(original), _pixels(replayed))
+        near = psnr_db is None or psnr_db >= TOLERANCE_DB
+        verdict = ReplayVerdict.WITHIN_TOLERANCE if near else ReplayVerdict.DIFFERENT
+    return Replay(of=original.id, verdict=verdict, max_difference=largest, psnr_db=psnr_db, changed=changed)
 
 
-def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
-    """What of two records decides pixels and is not the same in both."""
-    was, is_now = dict(_deciding(then)), dict(_deciding(now))
-    for what in sorted(was.keys() | is_now.keys()):
-        if was.get(what) != is_now.get(what):
-            yield Change(what=what, was=was.get(what), now=is_now.get(what))
+def difference(original: np.ndarray, replayed: np.ndarray) -> tuple[int, float | None]:
+    """Largest difference of two images in levels (0 to 255), and their peak signal-to-noise ratio in dB.
+
+    The ratio is 10 log10(255^2 / MSE), rounded to 2 decimals; None for equal images.
+    original, replayed: uint8, both of the same shape (height, width, 3).
+    """
+    differences = np.abs(original.astype(np.int16) - replayed.astype(np.int16))
+    mse = float(np.mean(np.square(differences, dtype=np.float64)))
+    return int(differences.max()), None if mse == 0 else round(float(10 * np.log10(255**2 / mse)), 2)
 
 
-def _deciding(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name in DECIDES:
+def changes(original: Mapping[str, Any], replayed: Mapping[str, Any]) -> Iterator[Change]:
+    """Values that decide pixels and differ between two provenance records, sorted by name."""
+    was, now = dict(_decisive_values(original)), dict(_decisive_values(replayed))
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            yield Change(what=name, was=was.get(name), now=now.get(name))
+
+
+def _decisive_values(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in DECISIVE_FIELDS:
         value = record.get(name)
         if isinstance(value, dict):
             yield from ((f"{name}.{key}", part) for key, part in value.items())
@@ -80,13 +90,13 @@ def _deciding(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
     yield "safety.policy", (record.get("safety") or {}).get("policy")
     for position, reference in enumerate(record.get("references", [])):
-        for name in OF_A_REFERENCE:
+        for name in DECISIVE_REFERENCE_FIELDS:
             value = reference.get(name)
             yield f"references.{position}.{name}", round(value, WEIGHT_DIGITS) if isinstance(value, float) else value
 
 
-def _pixels(generation: Generation) -> np.ndarray:
-    """Of the file as it is stored: the pixels before a lossy encoding are not kept."""
+def _pixels(generation: Output) -> np.ndarray:
+    """Pixels of the stored file: the pixels from before a lossy encoding are not kept."""
     try:
         return np.asarray(open_image(get_blobs().get(generation.blob_key)))
     except ResourceNotFoundError as error:

@@ -1,4 +1,7 @@
-"""The story of a job: embed the prompt, retrieve references, generate images conditioned on them, store, finish."""
+"""The story of a job: embed the prompt, retrieve references, generate images conditioned on them, store, finish.
+
+`run_job` is the whole story; the other modules of this folder are its parts.
+"""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,72 +21,74 @@ from shared.errors import (
     UnsupportedSizeError,
 )
 from shared.settings import Settings
+from shared.vectors import l2_normalised
 from worker_service.jobs import moderation, outputs, replay
 from worker_service.jobs.attempt import Attempt, Outcome, claimed
-from worker_service.jobs.leases import Leases
+from worker_service.jobs.leases import JobLeases
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.loaded import Models
 
 
-def run(job_id: UUID, *, models: Models, leases: Leases, settings: Settings, worker: str) -> Outcome:
-    """Run one job. Safe to call twice: only one attempt can own the job, and only its owner can publish."""
-    with claimed(job_id, leases=leases, settings=settings.jobs, worker=worker) as job:
-        if job is None:
-            return Outcome.NOT_OURS
+def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settings, worker: str) -> Outcome:
+    """Run one job and return how this attempt ended. worker: id of this process.
 
-        # 1. Embed the prompt, ask the content policy about it, and find what the corpus remembers of it.
-        check(job.parameters, models=models)
-        with job.stage("embed"):
-            moderation.admit(job, models.policy)
-            vector = models.embed_text(job.parameters.prompt) if looks_for_references(job.parameters) else None
-        with job.stage("retrieve"):
-            references = retrieve(job, vector, models=models, settings=settings)
-
-        # 2. Decide how they condition the image, and say so before the long part begins.
-        used = [reference for reference in references if reference.used]
-        mode, reason = resolve_mode(
-            models.capabilities,
-            job.parameters.mode,
-            references=len(used),
-            captions=sum(reference.found.image.caption is not None for reference in used),
-            pinned=bool(job.parameters.references),
-        )
-        job.resolved(outputs.resolution(mode, reason, references, space=models.space))
-
-        # 3. Generate: one request per image, in whatever batches they fit.
-        with job.stage("load_references"):
-            conditions = outputs.load_references(used, with_pixels=models.needs_pixels(mode))
-        requests = image_requests(job, mode, conditions, models=models)
-        # Of those that were there when a process died, one at a time, to its end: which of them killed it must not be
-        # counted against the others again, while they store what they have drawn or wait for their next image.
-        with models.suspects if job.crashes > 0 else nullcontext():
-            with job.stage("generate"):
-                drawn = models.draw(
-                    requests,
-                    lane=job.lane,
-                    owner=job.owner_id,
-                    check_in=job.check_in,
-                    begin=job.model_starts,
-                    held_up=job.held_up,
-                    alone=job.crashes > 0,
-                    job=str(job.id),
-                )
-            job.degraded([image.memory_savers for image in drawn])
-
-            # 4. Store what the policy lets pass, then publish images and end of the job in one transaction.
-            shown = moderation.fit_to_show(job, drawn, models.policy)
-            with job.stage("store"):
-                stored = outputs.store(job, mode, reason, used, requests, shown, models=models)
-                replay.compare(job, stored)
-            job.finish(stored)
-    return job.outcome
-
-
-def check(parameters: GenerationParameters, *, models: Models) -> None:
-    """Refuse what the loaded model cannot do: the API could not know when no worker had told yet.
+    Safe to call twice: only one attempt can own the job, and only the owner can publish outputs.
 
     Raises:
-        UnsupportedModeError, UnsupportedParameterError, UnsupportedSizeError
+        DatabaseError: the database failed. The reconciler then returns the job to the queue.
+    """
+    with claimed(job_id, leases=leases, settings=settings.jobs, worker=worker) as attempt:
+        if attempt is None:
+            return Outcome.SKIPPED
+
+        # 1. Embed the prompt, check it against the content policy, and retrieve references from the corpus.
+        check_capabilities(attempt.parameters, models=models)
+        with attempt.stage("embed"):
+            moderation.check_prompt(attempt, models.policy)
+            vector = models.embed_text(attempt.parameters.prompt) if needs_references(attempt.parameters) else None
+        with attempt.stage("retrieve"):
+            candidates = retrieve(attempt, vector, models=models, settings=settings)
+
+        # 2. Decide how the references condition the image, and append that event before the long part begins.
+        used = [candidate for candidate in candidates if candidate.used]
+        mode, reason = resolve_mode(
+            models.capabilities,
+            attempt.parameters.mode,
+            references=len(used),
+            captions=sum(candidate.scored.image.caption is not None for candidate in used),
+            pinned=bool(attempt.parameters.references),
+        )
+        attempt.record_resolution(outputs.resolved_event(mode, reason, candidates, space=models.space))
+
+        # 3. Generate: one request per image, in whatever batches they fit.
+        with attempt.stage("load_references"):
+            references = outputs.load_references(used, with_pixels=models.needs_pixels(mode))
+        requests = image_requests(attempt, mode, references, models=models)
+        # Crash isolation (see `attempt`): of the jobs that were running when a worker crashed, one runs at a time.
+        with models.crash_isolation_lock if attempt.isolated else nullcontext():
+            with attempt.stage("generate"):
+                images = models.generate(requests, attempt.submission())
+            attempt.record_degradation([image.memory_savers for image in images])
+
+            # 4. Store the images that the policy allows, then publish them and end the job in one transaction.
+            allowed = moderation.apply_policy(attempt, images, models.policy)
+            with attempt.stage("store"):
+                stored = outputs.store(attempt, mode, reason, used, requests, allowed, models=models)
+                replay.compare(attempt, stored)
+            attempt.finish(stored)
+    return attempt.outcome
+
+
+def check_capabilities(parameters: GenerationParameters, *, models: Models) -> None:
+    """Reject parameters that the loaded model does not support.
+
+    The API makes the same check, but only once a worker has published the model's capabilities.
+
+    Raises:
+        UnsupportedModeError: the model does not have the mode.
+        UnsupportedParameterError: the model does not have the scheduler or a LoRA, takes fewer references, or takes no
+            negative prompt.
+        UnsupportedSizeError: `exact_size` is set, and the model cannot generate the size.
     """
     check_parameters(
         models.capabilities,
@@ -93,70 +98,69 @@ def check(parameters: GenerationParameters, *, models: Models) -> None:
         references=len(parameters.references),
         negative_prompt=parameters.negative_prompt,
     )
-    asked = (parameters.width, parameters.height)
-    if parameters.exact_size and drawable_size(models.capabilities, *asked) != asked:
+    size = (parameters.width, parameters.height)
+    if parameters.exact_size and drawable_size(models.capabilities, *size) != size:
         raise UnsupportedSizeError(width=parameters.width, height=parameters.height)
 
 
-def looks_for_references(parameters: GenerationParameters) -> bool:
+def needs_references(parameters: GenerationParameters) -> bool:
+    """Whether the job retrieves or pins references."""
     return parameters.mode is not Mode.NONE and (parameters.k > 0 or bool(parameters.references))
 
 
 def retrieve(
-    job: Attempt, vector: np.ndarray | None, *, models: Models, settings: Settings
-) -> Sequence[retrieval.Reference]:
-    """The references of a job with the decision on each; none when it asked for none.
+    attempt: Attempt, vector: np.ndarray | None, *, models: Models, settings: Settings
+) -> Sequence[retrieval.Candidate]:
+    """Candidate references for the prompt, with the decision on each; empty without a vector.
 
-    vector: shape (dim,), float32, the prompt's projection, not normalised.
+    vector: CLIP's projection of the prompt, shape (dim,), float32, not normalised. None: the job needs no references.
 
     Raises:
         ReferenceDeletedError: a pinned image was deleted since the submit.
-        EmbeddingUnavailableError: this worker's CLIP is not the one that the corpus is embedded with (any more).
+        EmbeddingUnavailableError: this worker's CLIP is not the one of the active embedding space.
     """
-    parameters = job.parameters
+    parameters = attempt.parameters
     if vector is None:
         return []
-    unit = vector / np.linalg.norm(vector)
+    unit_vector = l2_normalised(vector)
     with session_scope() as session:
         if spaces.find_active(session) != models.space:
             raise EmbeddingUnavailableError("This worker's CLIP is not that of the active embedding space.")
         if parameters.references:
             try:
-                return retrieval.plan_pinned(session, models.space, parameters.references, unit)
+                return retrieval.plan_pinned(session, models.space, parameters.references, unit_vector)
             except ReferenceUnavailableError as error:
                 raise ReferenceDeletedError(**error.context) from error
         return retrieval.plan(
             session,
             models.space,
-            unit,
+            unit_vector,
             k=min(parameters.k, models.capabilities.max_references),
             min_similarity=parameters.min_similarity,
-            collection_id=images.get_collection(session, parameters.filter.collection, owner_id=job.owner_id).id,
+            collection_id=images.get_collection(session, parameters.filter.collection, owner_id=attempt.owner_id).id,
             where=parameters.filter,
             settings=settings.retrieval,
         )
 
 
-def image_requests(job: Attempt, mode: Mode, references: Sequence[Reference], *, models: Models) -> list[ImageRequest]:
-    """One request per seed; alike but for the seed, so that a job's images can share a batch."""
-    parameters = job.parameters
+def image_requests(
+    attempt: Attempt, mode: Mode, references: Sequence[Reference], *, models: Models
+) -> list[ImageRequest]:
+    """One request per seed. They differ in the seed only, so that the images of a job can share a batch."""
+    parameters = attempt.parameters
     width, height = drawable_size(models.capabilities, parameters.width, parameters.height)
     return [
-        ImageRequest(
+        ImageRequest.of(
+            parameters,
             prompt=parameters.prompt,
             negative_prompt=parameters.negative_prompt,
             seed=seed,
             width=width,
             height=height,
-            num_inference_steps=parameters.num_inference_steps,
-            guidance_scale=parameters.guidance_scale,
-            scheduler=parameters.scheduler,
-            loras=tuple(sorted(parameters.loras.items())),
+            loras=parameters.loras,
             mode=mode,
-            ip_adapter_scale=parameters.ip_adapter_scale,
-            strength=parameters.strength,
-            references=tuple(references) if mode is not Mode.NONE else (),
-            onlooker=None if models.policy.withholds else job.onlooker(index),
+            references=references if mode is not Mode.NONE else (),
+            preview_listener=None if models.policy.can_change_images else attempt.preview_listener(index),
         )
         for index, seed in enumerate(parameters.seeds)
     ]

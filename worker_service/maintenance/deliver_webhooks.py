@@ -1,4 +1,4 @@
-"""Telling receivers of events, by Standard Webhooks: https://github.com/standard-webhooks/standard-webhooks."""
+"""Delivers webhooks as Standard Webhooks defines: https://github.com/standard-webhooks/standard-webhooks."""
 
 import logging
 from collections.abc import Callable
@@ -13,32 +13,42 @@ from shared.db import webhooks
 from shared.db.session import session_scope
 from shared.db.tables import WebhookDelivery
 from shared.errors import ForbiddenTargetError
-from shared.metrics import increment_counter
+from shared.metrics import WEBHOOK_DELIVERIES, increment_counter
 from shared.settings import WebhookSettings
 
 logger = logging.getLogger(__name__)
 
 GONE = 410
+"""HTTP status by which a receiver asks for no further attempts."""
 
 
 def deliver_due(settings: WebhookSettings, *, stopping: Callable[[], bool]) -> int:
-    """Try what is due, one delivery at a time, until nothing is; how many were tried."""
-    tried = 0
+    """Attempt all due deliveries, one after the other; how many were attempted. Thread-safe.
+
+    stopping: whether the process stops. It is called before each attempt.
+
+    Raises:
+        DatabaseError: the database failed. The lease of the current delivery then expires.
+    """
+    attempted = 0
     while not stopping():
         with session_scope() as session:
-            # The lease covers the longest try; a worker that dies in it leaves the delivery to the next.
+            # The lease outlasts the longest attempt. If this worker dies, another worker then claims the delivery.
             claimed = webhooks.claim_due(session, lease_s=settings.timeout_s * 2 + 5, per_host=settings.per_host)
             secrets = webhooks.signing_secrets(session, claimed[0].owner_id) if claimed else ()
         if claimed is None:
             break
         delivery, body = claimed
-        _try(delivery, orjson.dumps(body), list(secrets), settings)
-        tried += 1
-    return tried
+        _attempt_delivery(delivery, orjson.dumps(body), list(secrets), settings)
+        attempted += 1
+    return attempted
 
 
 def signed_headers(delivery_id: str, body: bytes, secrets: list[str], *, now: datetime) -> dict[str, str]:
-    """One signature per valid secret, so that receivers may change theirs at their own pace."""
+    """Headers of a delivery, with one signature per valid secret: after a rotation, the old secret still verifies.
+
+    now: time of the attempt, which is part of the signature.
+    """
     signatures = [Webhook(secret).sign(delivery_id, now, body.decode()) for secret in secrets]
     return {
         "webhook-id": delivery_id,
@@ -49,21 +59,21 @@ def signed_headers(delivery_id: str, body: bytes, secrets: list[str], *, now: da
     }
 
 
-def _try(delivery: WebhookDelivery, body: bytes, secrets: list[str], settings: WebhookSettings) -> None:
+def _attempt_delivery(delivery: WebhookDelivery, body: bytes, secrets: list[str], settings: WebhookSettings) -> None:
     try:
         status, retry_after_s = _post(delivery, body, secrets, settings)
     except ForbiddenTargetError as error:
-        _note(delivery, "forbidden", error=error.message)
+        _record_failure(delivery, "forbidden", error=error.message)
     except httpx.HTTPError as error:
-        _note(delivery, "unreachable", error=type(error).__name__)
+        _record_failure(delivery, "unreachable", error=type(error).__name__)
     else:
         if 200 <= status < 300:
             with session_scope() as session:
-                webhooks.delivered(session, delivery, status=status)
-            increment_counter("webhook_deliveries_total", labels={"outcome": "delivered"})
+                webhooks.record_success(session, delivery, status=status)
+            increment_counter(WEBHOOK_DELIVERIES, labels={"outcome": "delivered"})
         else:
             error_text = f"the receiver answered {status}"
-            _note(delivery, "refused", error=error_text, status=status, retry_after_s=retry_after_s)
+            _record_failure(delivery, "refused", error=error_text, status=status, retry_after_s=retry_after_s)
 
 
 def _post(delivery: WebhookDelivery, body: bytes, secrets: list[str], settings: WebhookSettings) -> tuple[int, float]:
@@ -72,23 +82,23 @@ def _post(delivery: WebhookDelivery, body: bytes, secrets: list[str], settings: 
     hostname = httpx.URL(delivery.url).host
     with (
         httpx.Client(timeout=settings.timeout_s, follow_redirects=False, trust_env=False) as client,
-        # Only the head is read: a receiver that streams for ever holds nobody.
+        # Only the response's head is read: a receiver that streams for ever does not block the worker.
         client.stream(
             "POST", target.url, content=body, headers=headers, extensions={"sni_hostname": hostname}
-        ) as answer,
+        ) as response,
     ):
-        return answer.status_code, _seconds(answer.headers.get("retry-after", ""))
+        return response.status_code, _retry_after_s(response.headers.get("retry-after", ""))
 
 
-def _seconds(retry_after: str) -> float:
-    return float(retry_after) if retry_after.isdecimal() else 0
+def _retry_after_s(header: str) -> float:
+    return float(header) if header.isdecimal() else 0
 
 
-def _note(
+def _record_failure(
     delivery: WebhookDelivery, outcome: str, *, error: str, status: int | None = None, retry_after_s: float = 0
 ) -> None:
     with session_scope() as session:
         final = status == GONE
-        webhooks.failed(session, delivery, error=error, status=status, retry_after_s=retry_after_s, final=final)
-    increment_counter("webhook_deliveries_total", labels={"outcome": outcome})
+        webhooks.record_failure(session, delivery, error=error, status=status, retry_after_s=retry_after_s, final=final)
+    increment_counter(WEBHOOK_DELIVERIES, labels={"outcome": outcome})
     logger.warning("webhook_failed", extra={"delivery_id": str(delivery.id), "outcome": outcome, "status": status})

@@ -1,7 +1,7 @@
-"""What has to be thrown away now and then: rows that are older than is kept, and blobs that nothing names.
+"""Periodic tasks that delete old data: rows past their retention time, and blobs that no row names.
 
-It runs beside the reconciler's ticks, in a thread of its own, because both may take long. Of several processes one
-takes each turn.
+They run in the reconciler's process, in their own thread, because they may take long. When several processes run, each
+turn of a task is taken by one process.
 """
 
 import logging
@@ -13,83 +13,91 @@ from shared import blob_sweeper
 from shared.db import blobs, retention
 from shared.db.session import session_scope
 from shared.errors import BaseAppException
-from shared.metrics import increment_counter
+from shared.metrics import ROWS_RETIRED, increment_counter
 from shared.settings import RetentionSettings, Settings
 from shared.storage import get_blobs
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 60.0
-BATCH = 500
-PAUSE_S = 0.1
-"""Between two batches, so that a large clean-up leaves the database to others."""
+POLL_S = 60.0
+"""Longest time between two looks for a task that is due."""
+ROWS_PER_DELETE = 500
+PAUSE_BETWEEN_DELETES_S = 0.1
+"""Pause between two batches, so that a large clean-up does not slow other users of the database."""
 
 
 class Housekeeping:
+    """The periodic tasks whose interval in the settings is above 0."""
+
     def __init__(self, settings: Settings, stopping: threading.Event) -> None:
         self._settings = settings
         self._stopping = stopping
-        kept = settings.retention
-        chores: dict[str, tuple[float, Callable[[], None]]] = {
-            "retention": (kept.every_s, self.retire),
-            "sweep": (kept.sweep_every_s, self.sweep),
+        retention_settings = settings.retention
+        tasks: dict[str, tuple[float, Callable[[], None]]] = {
+            "retention": (retention_settings.every_s, self.delete_old_rows),
+            "sweep": (retention_settings.sweep_every_s, self.sweep_blobs),
         }
-        self._chores = {name: chore for name, chore in chores.items() if chore[0] > 0}
+        self._tasks = {name: (every_s, task) for name, (every_s, task) in tasks.items() if every_s > 0}
 
     def run(self) -> None:
-        """Do what is due until the process stops."""
-        look_s = min(LOOK_S, *(every_s for every_s, _ in self._chores.values()))
-        while not self._stopping.wait(look_s):
-            for name, (every_s, work) in self._chores.items():
-                self._do(name, every_s, work)
+        """Run the due tasks until the process stops. Errors are logged, not raised."""
+        poll_s = min([POLL_S, *(every_s for every_s, _ in self._tasks.values())])
+        while not self._stopping.wait(poll_s):
+            for name, (every_s, task) in self._tasks.items():
+                self._run_if_due(name, every_s, task)
 
-    def retire(self) -> None:
-        """Remove rows that are older than the settings keep, and claims of uploads that will not come back."""
+    def delete_old_rows(self) -> None:
+        """Delete rows that are older than their retention time, and the blob claims of abandoned uploads.
+
+        Raises:
+            DatabaseError: the database failed. The batches deleted before stay deleted.
+        """
         with session_scope() as session:
-            blobs.forget_claims(session, older_than_s=blob_sweeper.grace_s(self._settings))
-        for table, retire, batch in _retirements(self._settings.retention):
-            removed = batch
-            while removed == batch and not self._stopping.wait(PAUSE_S):
+            blobs.delete_old_claims(session, older_than_s=blob_sweeper.grace_s(self._settings))
+        for table, delete, limit in _deletions(self._settings.retention):
+            deleted = limit
+            while deleted == limit and not self._stopping.wait(PAUSE_BETWEEN_DELETES_S):
                 with session_scope() as session:
-                    removed = retire(session, limit=batch)
-                if removed:
-                    increment_counter("rows_retired_total", removed, {"table": table})
-                    logger.info("rows_retired", extra={"table": table, "rows": removed})
+                    deleted = delete(session, limit=limit)
+                if deleted:
+                    increment_counter(ROWS_RETIRED, deleted, {"table": table})
+                    logger.info("rows_retired", extra={"table": table, "rows": deleted})
 
-    def sweep(self) -> None:
-        """Remove blobs that nothing names."""
+    def sweep_blobs(self) -> None:
+        """Delete blobs that no row names: see `blob_sweeper.sweep`, also for the errors."""
         older_than_s = blob_sweeper.grace_s(self._settings)
         blob_sweeper.sweep(get_blobs(), older_than_s=older_than_s, stopping=self._stopping.is_set)
 
-    def _do(self, name: str, every_s: float, work: Callable[[], None]) -> None:
+    def _run_if_due(self, name: str, every_s: float, task: Callable[[], None]) -> None:
         try:
             with session_scope() as session:
-                ours = retention.begin_chore(session, name, every_s=every_s)
-            if ours:
-                work()
+                begun = retention.begin_periodic_task(session, name, every_s=every_s)
+            if begun:
+                task()
         except BaseAppException as error:
             logger.warning("chore_failed", extra={"chore": name, "cause": error.code, "detail": error.message})
-            self._try_again_soon(name)
+            self._retry_soon(name)
         except Exception:
-            # A mistake in a chore must not end the process that repairs jobs, nor this thread.
+            # A bug in a task must not end this thread. The task runs again at its next turn.
             logger.exception("chore_failed", extra={"chore": name})
 
-    def _try_again_soon(self, name: str) -> None:
+    def _retry_soon(self, name: str) -> None:
         try:
             with session_scope() as session:
-                retention.give_up_chore(session, name)
+                retention.release_periodic_task(session, name)
         except BaseAppException as error:
             logger.warning("chore_waits", extra={"chore": name, "cause": error.code})
 
 
-def _retirements(kept: RetentionSettings) -> Iterator[tuple[str, Callable[..., int], int]]:
-    each: list[tuple[str, Callable[..., int], float, int]] = [
-        ("jobs", retention.retire_jobs, kept.jobs_days, BATCH),
-        ("bulks", retention.retire_bulks, kept.jobs_days, 1),  # with up to a hundred thousand items
-        ("generations", retention.retire_outputs, kept.outputs_days, BATCH),
-        ("job_events", retention.retire_events, kept.events_days, BATCH),
-        ("webhook_deliveries", retention.retire_deliveries, kept.deliveries_days, BATCH),
+def _deletions(settings: RetentionSettings) -> Iterator[tuple[str, Callable[..., int], int]]:
+    """Table, function that deletes a batch, and rows per batch, for each table with a retention time."""
+    deletions: list[tuple[str, Callable[..., int], float, int]] = [
+        ("jobs", retention.delete_old_jobs, settings.jobs_days, ROWS_PER_DELETE),
+        ("bulks", retention.delete_old_bulks, settings.jobs_days, 1),  # a bulk has up to 100,000 items
+        ("generations", retention.delete_old_outputs, settings.outputs_days, ROWS_PER_DELETE),
+        ("job_events", retention.delete_old_events, settings.events_days, ROWS_PER_DELETE),
+        ("webhook_deliveries", retention.delete_old_deliveries, settings.deliveries_days, ROWS_PER_DELETE),
     ]
-    for table, retire, days, batch in each:
+    for table, delete, days, limit in deletions:
         if days > 0:
-            yield table, partial(retire, days=days), batch
+            yield table, partial(delete, days=days), limit

@@ -1,7 +1,10 @@
-"""What should be running and is not: a plain loop that compares jobs with leases and broker, and sets them right.
+"""The reconciler: a loop that finds jobs and images which nothing works on although it should, and repairs them.
 
-It runs in a process of its own, without Celery, because it repairs Celery's broker. Any number may run; per tick one
-of them works, by a lock that ends with its transaction.
+It takes back jobs and images whose lease has expired, and publishes jobs again whose message the broker lost. It also
+dispatches waiting jobs and notifies workers, in case a notification was lost.
+
+It runs in its own process and without Celery, because it repairs Celery's broker. Any number of reconcilers may run: a
+lock that ends with its transaction lets one of them work at a time.
 """
 
 import logging
@@ -15,6 +18,7 @@ import orjson
 import redis
 from sqlalchemy import func, select
 
+from shared import metrics
 from shared.contracts.images import ImageState
 from shared.db import bulks, idempotency, images, jobs, webhooks
 from shared.db.session import session_scope
@@ -27,86 +31,91 @@ from worker_service.maintenance.housekeeping import Housekeeping
 logger = logging.getLogger(__name__)
 
 LOCK = "reconciler"
-COUNT_S = 15.0
-"""How often the waiting jobs are counted, which reads all of them: as often as Prometheus asks."""
-STOP_S = 5.0
-"""How long a chore may take to notice that the process ends; cut short, it is only less far."""
-UNCLAIMED_S = 5.0
-"""A published job that is in no list of the broker for this long is in no worker's hands either: workers claim what
-they receive within milliseconds."""
+QUEUE_DEPTH_INTERVAL_S = 15.0
+"""How often the waiting jobs are counted: as often as Prometheus scrapes, because a count reads all of them."""
+STOP_TIMEOUT_S = 5.0
+"""How long a periodic task may take to notice that the process ends. A task that is cut off continues next time."""
+CLAIM_GRACE_S = 5.0
+"""A job published longer ago than this should be claimed or in a list of the broker. Workers claim a job within
+milliseconds after they receive it."""
 
 
 class Reconciler:
+    """Compares jobs and images with their leases and with the broker, once per `tick`."""
+
     def __init__(self, settings: JobSettings) -> None:
         self._settings = settings
         self._last_tick: float | None = None
-        self._models_told: set[str] = set()
-        self._count_at = 0.0
-        self._leases_count_from = 0.0
+        self._models_with_depth: set[str] = set()
+        self._next_count_at = 0.0
+        self._take_back_from = 0.0
 
     def tick(self) -> None:
-        """Set right, once, whatever is wrong now.
+        """Find and repair everything once, unless another reconciler does.
 
         Raises:
-            DatabaseError: nothing could be compared.
+            DatabaseError: the database failed; the next tick tries again.
         """
-        self._forgive_after_a_gap()
+        self._grace_after_gap()
         with session_scope() as session:
             if not session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended(LOCK, 0)))):
                 return
-            if time.monotonic() >= self._leases_count_from:
+            if time.monotonic() >= self._take_back_from:
                 lost = jobs.take_back_expired(session, max_crashes=self._settings.max_crashes)
                 if lost:
-                    increment_counter("leases_expired_total", len(lost))
+                    increment_counter(metrics.LEASES_EXPIRED, len(lost))
                     logger.warning("leases_expired", extra={"jobs": [str(job_id) for job_id in lost]})
-                silent = images.take_back_expired(session, max_crashes=self._settings.max_crashes)
-                if silent:
-                    increment_counter("image_leases_expired_total", len(silent))
-                    failed = [str(image_id) for image_id, state in silent if state is ImageState.FAILED]
-                    logger.warning("image_leases_expired", extra={"images": len(silent), "failed": failed})
+                lost_images = images.take_back_expired(session, max_crashes=self._settings.max_crashes)
+                if lost_images:
+                    increment_counter(metrics.IMAGE_LEASES_EXPIRED, len(lost_images))
+                    failed = [str(image_id) for image_id, state in lost_images if state is ImageState.FAILED]
+                    logger.warning("image_leases_expired", extra={"images": len(lost_images), "failed": failed})
             jobs.end_expired(session)
-            bulks.sweep(session, abandoned_after_s=get_settings().bulks.abandoned_after_s)
-            idempotency.forget_old(session)
-            published = jobs.published(session, older_than_s=UNCLAIMED_S)
+            bulks.delete_abandoned(session, abandoned_after_s=get_settings().bulks.abandoned_after_s)
+            idempotency.delete_old(session)
+            published = jobs.list_published(session, older_than_s=CLAIM_GRACE_S)
             missing = self._missing_from_broker(published)
-            # A worker that took one while the broker was asked has it: that is no loss.
-            if missing and (again := jobs.unpublish(session, missing)):
-                increment_counter("jobs_republished_total", again)
-                logger.warning("jobs_missing_from_broker", extra={"jobs": again})
+            # `unpublish` skips jobs that a worker has claimed since `list_published`.
+            if missing and (unpublished := jobs.unpublish(session, missing)):
+                increment_counter(metrics.JOBS_REPUBLISHED, unpublished)
+                logger.warning("jobs_missing_from_broker", extra={"jobs": unpublished})
         with session_scope() as session:
-            waiting = {*jobs.waiting_models(session), *bulks.running_models(session)}
+            models = {*jobs.list_waiting_models(session), *bulks.list_running_models(session)}
             images_wait = images.any_pending(session)
             webhooks_wait = webhooks.any_due(session)
-            if time.monotonic() >= self._count_at:
-                self._tell_depths(jobs.queued_by_model(session), held=bulks.held_by_model(session))
-                set_gauge("bulk_items_waiting", bulks.waiting_items(session))
-        for model in waiting:
-            queue.feed(model)
+            if time.monotonic() >= self._next_count_at:
+                self._set_queue_depths(jobs.count_queued_by_model(session), paused=bulks.count_paused_by_model(session))
+                set_gauge(metrics.BULK_ITEMS_WAITING, bulks.count_waiting_items(session))
+        for model in models:
+            queue.dispatch_jobs(model)
         if images_wait:
-            _ring(queue.EMBED_IMAGES_QUEUE, queue.publish_embed_pending)
+            _publish_if_empty(queue.EMBED_IMAGES_QUEUE, queue.publish_embed_pending)
         if webhooks_wait:
-            _ring(queue.IO_QUEUE, queue.publish_deliver_webhooks)
+            _publish_if_empty(queue.IO_QUEUE, queue.publish_deliver_webhooks)
         self._last_tick = time.monotonic()
 
-    def _tell_depths(self, queued: dict[str, int], *, held: dict[str, int]) -> None:
-        self._count_at = time.monotonic() + COUNT_S
-        for model in {*queued, *self._models_told}:
-            depth = queued.get(model, 0) - held.get(model, 0)
-            set_gauge("queue_depth", max(depth, 0), labels={"queue": model})
-        self._models_told = set(queued)
+    def _set_queue_depths(self, queued: dict[str, int], *, paused: dict[str, int]) -> None:
+        """Set the metric of each model: its queued jobs, without those of paused bulks."""
+        self._next_count_at = time.monotonic() + QUEUE_DEPTH_INTERVAL_S
+        for model in {*queued, *self._models_with_depth}:
+            depth = queued.get(model, 0) - paused.get(model, 0)
+            set_gauge(metrics.QUEUE_DEPTH, max(depth, 0), labels={"queue": model})
+        self._models_with_depth = set(queued)
 
-    def _forgive_after_a_gap(self) -> None:
-        """Who did not look for a while, or could not, gives every worker one full lease to renew before judging it:
-        the same fault may have kept them from renewing."""
+    def _grace_after_gap(self) -> None:
+        """After a gap between ticks, give every worker one full lease to renew before its jobs are taken back.
+
+        The fault that stopped the ticks may also have stopped the renewals.
+        """
         now = time.monotonic()
         if self._last_tick is None or now - self._last_tick > 3 * self._settings.reconcile_s:
-            self._leases_count_from = now + self._settings.lease_s
+            self._take_back_from = now + self._settings.lease_s
 
     def _missing_from_broker(self, published: Iterable[tuple[UUID, str]]) -> list[UUID]:
-        """Published jobs whose message is in none of the broker's lists.
+        """Published jobs whose message is in none of the broker's lists. published: (job id, model).
 
-        Messages that Celery holds as unacknowledged do not count: the job of a worker that lives is not `queued` any
-        more, and that of a killed one waits for nobody.
+        A message that a worker received and did not acknowledge is in no list. A live worker claims its job at once, so
+        that the job is no longer `queued`. A job that is still `queued` therefore belonged to a dead worker.
         """
         by_model: dict[str, list[UUID]] = {}
         for job_id, model in published:
@@ -119,8 +128,8 @@ class Reconciler:
         return [job_id for model, ids in by_model.items() for job_id in ids if str(job_id) not in listed[model]]
 
 
-def _ring(name: str, publish: Callable[[], None]) -> None:
-    """Ring a doorbell that nobody has rung already."""
+def _publish_if_empty(name: str, publish: Callable[[], None]) -> None:
+    """Publish a notification, unless the broker's list `name` already holds one."""
     try:
         if queue.broker().llen(name) == 0:
             publish()
@@ -129,7 +138,7 @@ def _ring(name: str, publish: Callable[[], None]) -> None:
 
 
 def _listed_jobs(model: str) -> set[str]:
-    """Ids of the jobs whose messages wait in the broker."""
+    """Ids of the model's jobs whose messages wait in the broker."""
     with queue.broker().pipeline(transaction=False) as pipeline:
         for name in queue.broker_lists(queue.generate_queue(model)):
             pipeline.lrange(name, 0, -1)
@@ -138,7 +147,7 @@ def _listed_jobs(model: str) -> set[str]:
 
 
 def serve(settings: Settings) -> None:
-    """Repair until told to stop."""
+    """Run the reconciler and housekeeping until SIGTERM or SIGINT."""
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
@@ -152,4 +161,4 @@ def serve(settings: Settings) -> None:
         except DatabaseError as error:
             logger.warning("tick_failed", extra={"cause": error.code})
         stopping.wait(settings.jobs.reconcile_s)
-    housekeeping.join(STOP_S)
+    housekeeping.join(STOP_TIMEOUT_S)

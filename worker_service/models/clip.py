@@ -1,4 +1,4 @@
-"""The retrieval model: open_clip."""
+"""The retrieval model: CLIP, loaded with open_clip, embeds texts and images in one space."""
 
 import hashlib
 import json
@@ -18,28 +18,28 @@ from shared.settings import ClipSettings, ModelSettings
 from worker_service.execution import accelerator
 from worker_service.models import loading
 
-Picture: TypeAlias = Image.Image | torch.Tensor
-"""An image, or what `Clip.prepare` makes of it."""
-Item = TypeVar("Item", str, Picture)
+ImageInput: TypeAlias = Image.Image | torch.Tensor
+"""An image, or the tensor that `Clip.prepare` returns for it."""
+Item = TypeVar("Item", str, ImageInput)
 
 MAX_ASPECT = 32
-"""Of an image as a model sees it; beyond, its middle stands for it."""
-TOKENIZER_PROBE = "A photo of 2 red apples; naïve café, Tokyo's 東京!"
+"""Largest ratio of an image's sides. Of a longer image, only the middle is embedded."""
+TOKENIZER_PROBE_TEXT = "A photo of 2 red apples; naïve café, Tokyo's 東京!"
 
 
 @dataclass
 class Clip:
-    """A loaded model that puts texts and images in one space.
+    """A loaded CLIP model.
 
-    Any number of threads may encode images on a CPU at once. Texts are encoded by one at a time: a tokenizer is not
-    thread-safe.
+    On a CPU, any number of threads may encode images at once. Only one thread at a time may encode texts, because the
+    tokenizer is not thread-safe.
     """
 
     name: str
     weights_digest: str
-    """sha256 of the weights in float32, whatever `dtype` they run in."""
+    """sha256 of the weights in float32. It does not depend on `dtype`."""
     preprocess_digest: str
-    """sha256 of how images are resized and normalised, and texts tokenized."""
+    """sha256 of the settings that resize and normalise images, and of the tokens of a probe text."""
     dim: int
     device: torch.device
     dtype: torch.dtype
@@ -50,17 +50,17 @@ class Clip:
 
     @classmethod
     def load(cls, settings: ModelSettings) -> Self:
-        """Load what `settings.clip` names, with open_clip's own code.
+        """Load the model of `settings.clip` with open_clip.
 
         Raises:
-            ModelLoadError: it cannot be loaded; the message says what and why.
+            ModelLoadError: the model cannot be loaded; the message gives the cause.
         """
         clip = settings.clip
         loading.prepare_process(settings)
         device = loading.resolve_device(clip.device)
         dtype = loading.resolve_dtype(clip.dtype, device)
         with loading.readable_load_errors("CLIP", clip.model.removeprefix("local-dir:"), offline=settings.offline):
-            # Unlike create_model_and_transforms, this refuses to go on with random weights where it finds none.
+            # Without weights, create_model_and_transforms would continue with random ones; this raises an error.
             model, preprocess = open_clip.create_model_from_pretrained(
                 clip.model, pretrained=clip.pretrained, precision="fp32", device="cpu"
             )
@@ -72,7 +72,7 @@ class Clip:
             with torch.no_grad():
                 dim = model.encode_text(tokenizer(["dimension"]).to(device)).shape[1]
         return cls(
-            name=_name(clip),
+            name=_space_name(clip),
             weights_digest=digest,
             preprocess_digest=preprocess_digest,
             dim=dim,
@@ -86,43 +86,43 @@ class Clip:
 
     @property
     def space_digest(self) -> str:
-        """Identity of the embedding space: vectors are comparable when, and only when, this is equal."""
+        """Identity of the embedding space: vectors are comparable if, and only if, their digests are equal."""
         return hashlib.sha256(f"{self.weights_digest} {self.preprocess_digest}".encode()).hexdigest()
 
     def warm_up(self) -> None:
-        """Pay the first call's costs before a job does."""
+        """Make the slow first calls, so that no job has to."""
         self.encode_text(["warm up"])
         self.encode_image([Image.new("RGB", (64, 64))])
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Projections of the texts, not normalised: shape (n, dim), float32. What exceeds the context is cut.
+        """Projections of the texts, not normalised: shape (n, dim), float32. The end of a long text is cut off.
 
         Raises:
-            EmbeddingError: the model returned something that is no vector.
-            ModelOutOfMemoryError: a batch of that size does not fit.
+            EmbeddingError: the model returned a vector that is zero or not finite.
+            ModelOutOfMemoryError: a batch does not fit in memory.
         """
         return self._in_batches(texts, lambda batch: self.model.encode_text(self.tokenizer(batch).to(self.device)))
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
-        """What the model sees of an image: shape (3, height, width), float32. Any thread may call it.
+        """Pixels of an image as the model takes them: shape (3, height, width), float32. Thread-safe.
 
         Raises:
-            EmbeddingError: the preprocessing of this model cannot take it.
+            EmbeddingError: the model's preprocessing cannot take the image.
         """
         try:
-            return cast(torch.Tensor, self.preprocess(_without_far_ends(image).convert("RGB")))
-        except (ValueError, ArithmeticError) as error:  # not a lack of memory, which may pass
-            raise EmbeddingError("The embedding model cannot be shown this image.") from error
+            return cast(torch.Tensor, self.preprocess(_crop_to_max_aspect(image).convert("RGB")))
+        except (ValueError, ArithmeticError) as error:  # but not MemoryError, which may be temporary
+            raise EmbeddingError("The embedding model cannot take this image.") from error
 
-    def encode_image(self, images: Sequence[Picture]) -> np.ndarray:
+    def encode_image(self, images: Sequence[ImageInput]) -> np.ndarray:
         """Projections of the images, not normalised: shape (n, dim), float32.
 
         Raises:
-            EmbeddingError: the model returned something that is no vector.
-            ModelOutOfMemoryError: a batch of that size does not fit.
+            EmbeddingError: the model returned a vector that is zero or not finite, or cannot take an image.
+            ModelOutOfMemoryError: a batch does not fit in memory.
         """
 
-        def encode(batch: list[Picture]) -> torch.Tensor:
+        def encode(batch: list[ImageInput]) -> torch.Tensor:
             pixels = torch.stack([each if isinstance(each, torch.Tensor) else self.prepare(each) for each in batch])
             return cast(torch.Tensor, self.model.encode_image(pixels.to(self.device, self.dtype)))
 
@@ -137,9 +137,9 @@ class Clip:
                 self.device, partial(self._on_cpu, encode, batch), items=len(batch)
             )
         if not np.isfinite(vectors).all():
-            raise EmbeddingError("The embedding model returned values that are not numbers.")
+            raise EmbeddingError("The embedding model returned values that are not finite numbers.")
         if not vectors.any(axis=1).all():
-            raise EmbeddingError("The embedding model returned a vector without a direction.")
+            raise EmbeddingError("The embedding model returned a vector of length 0.")
         return vectors
 
     @staticmethod
@@ -148,8 +148,8 @@ class Clip:
         return vectors
 
 
-def _without_far_ends(image: Image.Image) -> Image.Image:
-    """The middle of a strip: scaled to what a model sees, its short side would be less than a pixel."""
+def _crop_to_max_aspect(image: Image.Image) -> Image.Image:
+    """The middle of a very long image: scaled down for the model, its short side would be less than one pixel."""
     width, height = image.size
     longest = min(width, height) * MAX_ASPECT
     if max(width, height) <= longest:
@@ -158,8 +158,8 @@ def _without_far_ends(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
-def _name(settings: ClipSettings) -> str:
-    """How the space is called; not where a folder lies."""
+def _space_name(settings: ClipSettings) -> str:
+    """Name of the embedding space, without the path of a local folder."""
     schema, identifier = open_clip.factory.parse_model_name(settings.model)
     if schema == "local-dir":
         return Path(identifier).name
@@ -167,7 +167,7 @@ def _name(settings: ClipSettings) -> str:
 
 
 def _preprocess_digest(model: Any, tokenizer: Any) -> str:
-    """The tokenizer counts by what it makes of a probe: its files are written differently by every library version."""
+    """sha256 of the image settings and of tokens of a probe text. Tokenizer files differ between library versions."""
     digest = hashlib.sha256(json.dumps(model.visual.preprocess_cfg, sort_keys=True).encode())
-    digest.update(tokenizer([TOKENIZER_PROBE]).numpy().tobytes())
+    digest.update(tokenizer([TOKENIZER_PROBE_TEXT]).numpy().tobytes())
     return digest.hexdigest()

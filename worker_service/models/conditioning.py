@@ -1,4 +1,4 @@
-"""How references reach a diffusion pipeline: as an image prompt, as the initial image, or as words."""
+"""Converts references for a diffusion pipeline: to an image prompt, an initial image, or words in the prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +9,17 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
-from shared.contracts.generation import Mode
 from shared.errors import ImageGenerationError, ReferenceUnavailableError
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.load_pipeline import reference_dim
 
 MAX_CAPTIONS = 2
-"""More captions than this pull the picture away from the prompt (ImageRAG, arXiv 2502.09411, gains nothing by them)."""
+"""More captions move the image away from the prompt. ImageRAG (arXiv 2502.09411) found no gain from more."""
 
 
-def shares(request: ImageRequest) -> list[tuple[Reference, float]]:
-    """The references that form the request's image prompt, with weights that sum to 1; empty in the other modes."""
-    if not request.mode.uses_image_prompt:
+def normalised_weights(request: ImageRequest) -> list[tuple[Reference, float]]:
+    """The references of the request's image prompt, with weights that sum to 1; empty in modes without image prompt."""
+    if not request.mode.traits.uses_image_prompt:
         return []
     used = [reference for reference in request.references if reference.weight > 0]
     total = sum(reference.weight for reference in used)
@@ -31,18 +30,22 @@ def shares(request: ImageRequest) -> list[tuple[Reference, float]]:
 class ImagePrompt:
     """The references of a whole batch, as the attention layers of an IP-Adapter take them.
 
-    Without masks, the tokens of all references of a row share one softmax, and no reference has a weight of its own.
-    With masks, the attention processor attends to each reference apart and adds the results, multiplied by the mask's
-    values: so the weights go there, the same on the whole canvas, and a row with fewer references than the others is
-    padded with zero vectors of weight 0, which add exactly nothing. A row without references is drawn as if there
-    were no adapter. (`IPAdapterAttnProcessor2_0` of diffusers 0.42.1.)
+    The attention masks carry the weights of the references (`IPAdapterAttnProcessor2_0` of diffusers 0.42.1). Without
+    masks, the tokens of all references of a row share one softmax, and a reference has no weight. With masks, the
+    processor attends to each reference separately, multiplies each result by the values of its mask, and adds them. So
+    every value of a mask is the weight of its reference.
+
+    A row with fewer references than the others is padded with zero vectors of weight 0, which add exactly 0. A row
+    without references gives the same image as a pipeline without adapter.
     """
 
     embeds: torch.Tensor
-    """Shape (rows, references, ...); under guidance the rows twice: first as no image, then as they are."""
+    """Shape (rows, references, ...). Under guidance twice the rows: first all without images, then all with theirs."""
     masks: torch.Tensor
-    """Shape (rows, references, height, width), float32; the height and width are only an aspect ratio."""
+    """Shape (rows, references, height, width), float32; under guidance twice the rows. Of height and width, only the
+    ratio counts."""
     guided: bool
+    """Whether the pipeline runs each row twice, for classifier-free guidance."""
 
     @classmethod
     @torch.no_grad()
@@ -55,13 +58,16 @@ class ImagePrompt:
         guided: bool,
         aspect: tuple[int, int],
     ) -> Self:
-        """The image prompt of a batch that runs under classifier-free guidance or not. aspect: (height, width).
+        """The image prompt of a batch.
+
+        conditions_on: input of the adapter, vectors of the embedding space or images. aspect: (height, width) with the
+        aspect ratio of the generated images.
 
         Raises:
-            ReferenceUnavailableError: a reference has no vector, or no image, where the adapter conditions on that.
-            ImageGenerationError: a vector is not of the length that the adapter takes.
+            ReferenceUnavailableError: a reference lacks the vector or the image on which the adapter conditions.
+            ImageGenerationError: a vector does not have the length that the adapter takes.
         """
-        rows = [shares(request) for request in requests]
+        rows = [normalised_weights(request) for request in requests]
         encoded, blank = _encode(pipeline, [reference for row in rows for reference, _ in row], conditions_on)
         slots = max(1, *map(len, rows))
         conditional = torch.zeros(len(rows), slots, *blank.shape, device=blank.device, dtype=blank.dtype)
@@ -77,18 +83,18 @@ class ImagePrompt:
         return cls(conditional, weights[:, :, None, None].repeat(1, 1, *aspect), guided)
 
     def arguments(self) -> dict[str, Any]:
-        """What the pipeline's call is given: the first row alone, because it repeats what it gets for every row."""
+        """Arguments of the pipeline's call. They hold only the first row, which the pipeline repeats for all rows."""
         first = self.embeds[:: len(self.embeds) // 2] if self.guided else self.embeds[:1]
         return {
             "ip_adapter_image_embeds": [first],
             "cross_attention_kwargs": {"ip_adapter_masks": [self.masks]},
         }
 
-    def instead_of(self, repeated: torch.Tensor) -> torch.Tensor:
-        """The embeddings of every row, in place of those of the first row that the pipeline has repeated.
+    def replace_repeated(self, repeated: torch.Tensor) -> torch.Tensor:
+        """Each row's own embeddings, in place of the first row's embeddings that the pipeline has repeated.
 
-        `prepare_ip_adapter_image_embeds` repeats the embeddings as often as there are rows, so embeddings for several
-        rows come out as their square, and the attention layers deal the tokens out to the wrong rows without a word.
+        `prepare_ip_adapter_image_embeds` repeats its embeddings once per row. Given the embeddings of n rows, it would
+        return n * n, and the attention layers would assign them to the wrong rows without an error.
 
         Raises:
             ImageGenerationError: the pipeline runs another number of rows.
@@ -103,7 +109,7 @@ class ImagePrompt:
 def _encode(
     pipeline: DiffusionPipeline, references: Sequence[Reference], conditions_on: Literal["embedding_space", "image"]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The references as the adapter wants them, shape (n, ...), and what stands for no image, shape (...)."""
+    """Embeddings of the references for the adapter, shape (n, ...), and the one that means no image, shape (...)."""
     options = {"device": pipeline.device, "dtype": pipeline.unet.dtype}
     dim = reference_dim(pipeline)
     if dim is not None and (conditions_on == "embedding_space" or not references):
@@ -132,19 +138,24 @@ def _image(reference: Reference) -> Image.Image:
 
 
 def initial_image(request: ImageRequest) -> Image.Image:
-    """The image of the request's heaviest reference, cut and scaled to the request's size."""
+    """The image of the reference with the highest weight, cropped and scaled to the request's size.
+
+    Raises:
+        ReferenceUnavailableError: the request has no reference, or this reference has no image.
+    """
     if not request.references:
         raise ReferenceUnavailableError(f"Mode {request.mode.value!r} needs a reference to start from.")
     top = max(request.references, key=lambda reference: reference.weight)
     return ImageOps.fit(_image(top), (request.width, request.height), Image.Resampling.LANCZOS)
 
 
-def worded_prompt(request: ImageRequest, tokenizer: Any) -> str:
-    """The prompt, followed in caption mode by the captions of the heaviest references, while the tokenizer has room.
+def prompt_with_captions(request: ImageRequest, tokenizer: Any) -> str:
+    """The prompt; in a mode that needs captions, followed by the captions of the references with the highest weights.
 
-    The prompt comes first, because what does not fit is cut from the end. tokenizer: of transformers; none: no limit.
+    A caption is left out if the text already contains it, or would be longer than the tokenizer's limit.
+    tokenizer: of transformers, or None for no limit.
     """
-    if request.mode is not Mode.CAPTION:
+    if not request.mode.traits.needs_captions:
         return request.prompt
     parts = [request.prompt]
     for reference in sorted(request.references, key=lambda reference: -reference.weight):

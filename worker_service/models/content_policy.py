@@ -1,4 +1,4 @@
-"""The operator's content policy: which concepts a prompt or an image shows, as this worker's CLIP sees it."""
+"""The operator's content policy: uses CLIP to find the concepts of the settings in prompts and images."""
 
 import hashlib
 import json
@@ -14,41 +14,51 @@ from PIL import Image
 
 from shared.contracts.safety import SafetyAction, SafetyDecision, SafetyStage
 from shared.settings import SAFETY_CHECKER, ConceptSettings, GeneratorSettings, OutputRule, PromptRule, SafetySettings
-from worker_service.models.generate_batch import Drawn
+from shared.vectors import l2_normalised
+from worker_service.models.generate_batch import GeneratedImage
 
 WINDOW_WORDS, WINDOW_STRIDE = 4, 2
+"""Words of a part of a prompt, and words between the starts of two parts."""
 
 Embed = Callable[[Sequence[str] | Sequence[Image.Image]], np.ndarray]
-"""Texts or images -> float32, shape (n, dim), not normalised; at least one of them."""
+"""Embeds one or more texts or images: float32, shape (n, dim), not normalised."""
 
 
 @dataclass(frozen=True)
 class Concept:
+    """A concept of the policy, with the vectors of its texts."""
+
     settings: ConceptSettings
-    texts: np.ndarray
-    """Shape (n, dim), float32, L2-normalised."""
-    unless: np.ndarray
-    """Shape (m, dim), float32, L2-normalised; m may be 0."""
+    text_vectors: np.ndarray
+    """Of `settings.texts`: shape (n, dim), float32, L2-normalised."""
+    exception_vectors: np.ndarray
+    """Of `settings.unless`: shape (m, dim), float32, L2-normalised; m may be 0."""
 
     @classmethod
     def of(cls, settings: ConceptSettings, embed: Embed) -> Self:
-        texts = unit(embed(settings.texts))
-        unless = unit(embed(settings.unless)) if settings.unless else np.empty((0, texts.shape[1]), np.float32)
-        return cls(settings, texts, unless)
+        """Embed the texts of a concept."""
+        text_vectors = l2_normalised(embed(settings.texts))
+        if settings.unless:
+            return cls(settings, text_vectors, l2_normalised(embed(settings.unless)))
+        return cls(settings, text_vectors, np.empty((0, text_vectors.shape[1]), np.float32))
 
     def similarity(self, vectors: np.ndarray) -> float:
-        """The highest cosine of any of `vectors` to any text; -1 when each of them is nearer to an `unless`.
+        """Highest cosine of one of `vectors` to one of the texts, in [-1, 1].
 
+        A vector that is nearer to an exception than to every text counts as -1.
         vectors: shape (n, dim), float32, L2-normalised.
         """
-        nearest = (vectors @ self.texts.T).max(axis=1)
-        excused = (vectors @ self.unless.T).max(axis=1, initial=-1) > nearest
-        return float(np.where(excused, -1, nearest).max())
+        nearest_text = (vectors @ self.text_vectors.T).max(axis=1)
+        nearest_exception = (vectors @ self.exception_vectors.T).max(axis=1, initial=-1)
+        return float(np.where(nearest_exception > nearest_text, -1, nearest_text).max())
 
     def decisions(
         self, rule: PromptRule | OutputRule, vectors: np.ndarray, stage: SafetyStage, index: int | None = None
     ) -> list[SafetyDecision]:
-        """What follows from these vectors of one prompt or one image: one decision or none."""
+        """The decision about one prompt or one image, in a list; an empty list below the rule's threshold.
+
+        vectors: of the parts of the prompt or image, shape (n, dim), float32, L2-normalised. index: of the image.
+        """
         similarity = self.similarity(vectors)
         if similarity < rule.threshold:
             return []
@@ -66,45 +76,47 @@ class Concept:
 
 @dataclass(frozen=True)
 class Policy:
-    """What to look for and what to do about it. With nothing to look for it embeds nothing."""
+    """The concepts of the settings and their actions. Without concepts it embeds nothing."""
 
     concepts: Sequence[Concept]
     checker: SafetyAction | None
-    """What follows when the checker that the model brought objects; none: it brought none, or it is off."""
+    """Action on an image that the model's safety checker finds unsafe; None without a checker that is switched on."""
     embed: Embed
 
     @classmethod
     def of(cls, settings: SafetySettings, generator: GeneratorSettings, embed: Embed, *, has_checker: bool) -> Self:
+        """Build the policy of the settings. has_checker: the model includes a safety checker."""
         checker = SafetyAction(generator.safety_checker) if has_checker and generator.safety_checker != "off" else None
         return cls([Concept.of(each, embed) for each in settings.concepts], checker, embed)
 
     @property
     def is_on(self) -> bool:
+        """Whether the policy has a concept or a checker."""
         return bool(self.concepts) or self.checker is not None
 
     @property
-    def withholds(self) -> bool:
-        """Can it keep an image from being shown as it was drawn? Then nobody may see it being drawn either."""
+    def can_change_images(self) -> bool:
+        """Whether the policy can blur or block an image. Then the job must not show previews either."""
         actions = [self.checker, *(each.settings.output.action for each in self.concepts if each.settings.output)]
         return any(action in (SafetyAction.BLUR, SafetyAction.BLOCK) for action in actions)
 
     @property
     def digest(self) -> str:
-        """Equal where the rules are."""
+        """sha256 of the rules: equal for equal rules."""
         rules = [[each.settings.model_dump(mode="json") for each in self.concepts], self.checker]
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
-    def of_prompt(self, prompt: str) -> list[SafetyDecision]:
-        """What is recognised in a prompt, or in any few words of it."""
+    def decide_on_prompt(self, prompt: str) -> list[SafetyDecision]:
+        """Decisions about a prompt: one per concept that is found in it or in a few words of it."""
         rules = [(each, each.settings.prompt) for each in self.concepts if each.settings.prompt]
         if not rules:
             return []
-        vectors = unit(self.embed(parts_of_prompt(prompt)))
-        return [found for concept, rule in rules for found in concept.decisions(rule, vectors, SafetyStage.PROMPT)]
+        vectors = l2_normalised(self.embed(parts_of_prompt(prompt)))
+        return [each for concept, rule in rules for each in concept.decisions(rule, vectors, SafetyStage.PROMPT)]
 
-    def of_images(self, images: Sequence[Drawn]) -> list[list[SafetyDecision]]:
-        """What is recognised in each of the images of a job, and what its checker says of it."""
-        found: list[list[SafetyDecision]] = [
+    def decide_on_images(self, images: Sequence[GeneratedImage]) -> list[list[SafetyDecision]]:
+        """Decisions about each image of a job, by its concepts and by the model's safety checker."""
+        decisions: list[list[SafetyDecision]] = [
             [SafetyDecision(concept=SAFETY_CHECKER, stage=SafetyStage.OUTPUT, action=self.checker, index=index)]
             if image.unsafe and self.checker is not None
             else []
@@ -113,17 +125,19 @@ class Policy:
         rules = [(each, each.settings.output) for each in self.concepts if each.settings.output]
         if rules:
             parts = [parts_of_image(image.pixels) for image in images]
-            vectors = unit(self.embed([part for of_image in parts for part in of_image]))
+            vectors = l2_normalised(self.embed([part for of_image in parts for part in of_image]))
             ends = list(accumulate(map(len, parts)))
-            for index, seen in enumerate(np.split(vectors, ends[:-1])):
+            for index, vectors_of_image in enumerate(np.split(vectors, ends[:-1])):
                 for concept, rule in rules:
-                    found[index] += concept.decisions(rule, seen, SafetyStage.OUTPUT, index)
-        return found
+                    decisions[index] += concept.decisions(rule, vectors_of_image, SafetyStage.OUTPUT, index)
+        return decisions
 
 
 def parts_of_prompt(prompt: str) -> list[str]:
-    """The prompt, and every few words of it: one word among many hardly moves the vector of the whole, and CLIP reads
-    no further than its context."""
+    """The prompt, then overlapping windows of `WINDOW_WORDS` of its words, without duplicates.
+
+    One word among many hardly changes the vector of a whole prompt, and CLIP ignores text beyond its context length.
+    """
     words = re.findall(r"\w+", prompt)
     starts = range(0, max(1, len(words) - WINDOW_STRIDE), WINDOW_STRIDE)
     windows = (" ".join(words[start : start + WINDOW_WORDS]) for start in starts)
@@ -131,7 +145,7 @@ def parts_of_prompt(prompt: str) -> list[str]:
 
 
 def parts_of_image(pixels: np.ndarray) -> list[Image.Image]:
-    """Squares that overlap and cover the image, which is one itself or not: CLIP looks at the middle square alone.
+    """Overlapping squares that cover the image, because CLIP looks only at the middle square of an image.
 
     pixels: uint8, shape (height, width, 3), RGB.
     """
@@ -145,9 +159,3 @@ def parts_of_image(pixels: np.ndarray) -> list[Image.Image]:
         (0, start, side, start + side) if image.width == side else (start, 0, start + side, side) for start in starts
     ]
     return [image.crop(box) for box in boxes]
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """L2-normalised. vectors: shape (n, dim), none of them 0."""
-    normalised: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return normalised

@@ -1,11 +1,11 @@
-"""Text-to-image pipelines of diffusers: one loaded pipeline that draws batches of unrelated images."""
+"""Image models from diffusers: one loaded text-to-image pipeline that generates batches of unrelated images."""
 
 import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -16,22 +16,25 @@ from PIL import Image
 from shared.capabilities import check_parameters
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
-from shared.errors import InvalidOutputError, ModelLoadError, ModelNotFoundError
+from shared.errors import InvalidOutputError, ModelLoadError
 from shared.settings import GeneratorDefaults, GeneratorSettings, ModelSettings
 from worker_service.execution import accelerator
+from worker_service.execution.steps import Interrupted, OnStep
 from worker_service.models import conditioning, load_pipeline, loading, previews, schedulers
-from worker_service.models.interface import ImageRequest, Interrupted, OnStep, Reference, to_show
+from worker_service.models.interface import ImageRequest, Reference, previews_due
 from worker_service.models.safety_checker import SafetyChecker
 
 VAE_SLICING, VAE_TILING = "vae_slicing", "vae_tiling"
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What a call sets in the modules themselves, which all calls share."""
+class PipelineState:
+    """State that a call sets in the modules that all calls share. An inner call sets its own, then restores this."""
 
     loras: tuple[tuple[str, float], ...] = ()
+    """Names and scales."""
     adapter_scale: float = 0.0
+    """Scale of the IP-Adapter."""
     image_prompt: conditioning.ImagePrompt | None = None
 
 
@@ -39,9 +42,11 @@ class Conditions:
 class Diffusion:
     """A loaded pipeline, with its adapter and LoRAs: an `ImageModel`.
 
-    Batching changes no image: prompts, seeds, initial images and references belong to their row, and everything that
-    diffusers has only once per call is in `ImageRequest.batch_key`. Nor does a call inside of another one, between two
-    of its steps: each runs on a copy of the pipeline, and leaves the modules under the conditions it found.
+    Batching changes no image. Prompts, seeds, initial images and references belong to one row of the batch, and
+    everything that diffusers has only once per call is in `ImageRequest.batch_key`.
+
+    A call inside of another call, between two of its steps, changes no image either. Each call runs on a copy of the
+    pipeline and restores the state of the shared modules.
     """
 
     name: str
@@ -49,18 +54,19 @@ class Diffusion:
     defaults: GeneratorDefaults
     text_to_image: DiffusionPipeline
     image_to_image: DiffusionPipeline | None
-    """Shares all weights with `text_to_image`; none where diffusers has no such pipeline."""
+    """Shares all weights with `text_to_image`; None where diffusers has no such pipeline."""
     own_scheduler: SchedulerMixin
-    """Only a pattern: no call runs it, because a run changes it."""
+    """Template of the schedulers of the calls. No call uses it itself, because a scheduler keeps state."""
     settings: GeneratorSettings
     safety_checker: SafetyChecker | None = None
     savers: Sequence[str] = ()
-    conditions: Conditions = Conditions()
-    """Both: of the running call."""
+    """Memory savers in use."""
+    state: PipelineState = PipelineState()
+    """State of the running call."""
 
     def __post_init__(self) -> None:
         if self.settings.ip_adapter is not None:
-            self.text_to_image.unet.encoder_hid_proj.register_forward_pre_hook(self._rows_of_their_own)
+            self.text_to_image.unet.encoder_hid_proj.register_forward_pre_hook(self._per_row_embeds)
 
     @classmethod
     def load(cls, name: str, settings: ModelSettings) -> Self:
@@ -68,19 +74,17 @@ class Diffusion:
 
         Raises:
             ModelNotFoundError: the settings have no such generator.
-            ModelLoadError: it cannot be loaded; the message says what and why.
+            ModelLoadError: the generator cannot be loaded; the message gives the cause.
         """
-        generator = settings.generators.get(name)
-        if generator is None:
-            raise ModelNotFoundError(model=name)
+        generator = settings.generator(name)
         loading.prepare_process(settings)
         pipeline = load_pipeline.load_pipeline(generator, offline=settings.offline)
-        schedulers.refuse_noise_of_its_own(pipeline.scheduler)
+        schedulers.require_seeded_noise(pipeline.scheduler)
         image_to_image = _image_to_image(pipeline)
         with loading.readable_load_errors(type(pipeline).__name__, generator.source):
             capabilities = _capabilities(pipeline, image_to_image, generator)
             check_parameters(capabilities, scheduler=generator.defaults.scheduler)
-        checker = SafetyChecker.taken_from(pipeline, image_to_image)
+        checker = SafetyChecker.detach_from(pipeline, image_to_image)
         return cls(
             name=name,
             capabilities=capabilities,
@@ -94,14 +98,14 @@ class Diffusion:
 
     @property
     def reference_dim(self) -> int | None:
-        """Length that the references' vectors must have; none when the pipeline conditions on no vectors."""
+        """See `ImageModel.reference_dim`."""
         adapter = self.settings.ip_adapter
         if adapter is None or adapter.conditions_on != "embedding_space":
             return None
         return load_pipeline.reference_dim(self.text_to_image)
 
     def warm_up(self) -> None:
-        """Draw one image in two steps, through the adapter where there is one."""
+        """Generate one image in two steps, with the adapter if the pipeline has one."""
         blank = Reference(
             vector=None if self.reference_dim is None else np.zeros(self.reference_dim, np.float32),
             image=Image.new("RGB", (64, 64)),
@@ -109,30 +113,27 @@ class Diffusion:
             caption=None,
         )
         adapted = self.settings.ip_adapter is not None
-        request = ImageRequest(
+        request = ImageRequest.of(
+            self.defaults,
             prompt="warm up",
-            negative_prompt=None,
             seed=0,
             width=self.capabilities.native_width,
             height=self.capabilities.native_height,
-            num_inference_steps=2,
-            guidance_scale=self.defaults.guidance_scale,
-            scheduler=self.defaults.scheduler,
-            loras=(),
             mode=Mode.IMAGE_PROMPT if adapted else Mode.NONE,
-            ip_adapter_scale=self.defaults.ip_adapter_scale,
-            strength=self.defaults.strength,
-            references=(blank,) if adapted else (),
+            references=[blank] if adapted else (),
         )
-        self.generate([request], lambda step, steps: True)
+        self.generate([replace(request, num_inference_steps=2)], lambda step, steps: True)
 
     @property
     def has_safety_checker(self) -> bool:
         return self.safety_checker is not None
 
     def memory_savers(self, images: int) -> Sequence[str]:
-        """Asked of the VAE, whose decoding is the peak: slices take the images of a batch one by one, tiles take an
-        image in parts. Slices change nothing for one image, and where there are several, halves come before tiles."""
+        """See `ImageModel.memory_savers`. They concern the VAE, because decoding needs the most memory.
+
+        For several images: slices, which decode them one by one. For one image: tiles, which decode it in parts. A
+        batch that does not fit with slices is halved before tiles are used.
+        """
         vae = getattr(self.text_to_image, "vae", None)
         if images > 1:
             return [VAE_SLICING] if hasattr(vae, "use_slicing") else []
@@ -140,14 +141,15 @@ class Diffusion:
 
     @contextmanager
     def saving_memory(self, savers: Sequence[str]) -> Iterator[None]:
+        """See `ImageModel.saving_memory`."""
         before = self.savers
         try:
-            self._save_memory_by(savers)
+            self._use_memory_savers(savers)
             yield
         finally:
-            self._save_memory_by(before)
+            self._use_memory_savers(before)
 
-    def _save_memory_by(self, savers: Sequence[str]) -> None:
+    def _use_memory_savers(self, savers: Sequence[str]) -> None:
         self.savers = savers
         vae: Any = getattr(self.text_to_image, "vae", None)
         if hasattr(vae, "use_slicing"):
@@ -156,14 +158,16 @@ class Diffusion:
             (vae.enable_tiling if VAE_TILING in savers else vae.disable_tiling)()
 
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
-        """Draw one image per request: see `ImageModel.generate`.
+        """Generate one image per request: see `ImageModel.generate`.
 
         Raises:
-            UnsupportedModeError, UnsupportedParameterError: accepted before the model's capabilities were known.
+            ValueError: the requests have different batch keys.
+            UnsupportedModeError: the model does not have the mode.
+            UnsupportedParameterError: the model does not have the scheduler or a LoRA, or takes no negative prompt.
             ReferenceUnavailableError: a reference lacks the vector or the image that its mode needs.
         """
         if len({request.batch_key() for request in requests}) != 1:
-            raise ValueError("the images of one call must have one batch key")
+            raise ValueError("the requests of one call must have equal batch keys")
         for request in requests:
             check_parameters(
                 self.capabilities,
@@ -174,50 +178,51 @@ class Diffusion:
             )
         return accelerator.run_on(self.text_to_image.device, lambda: self._call(requests, on_step), items=len(requests))
 
-    def unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:
+    def detect_unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:
+        """See `ImageModel.detect_unsafe`."""
         checker = self.safety_checker
         if checker is None:
             return [False for _ in images]
-        return accelerator.run_on(self.text_to_image.device, lambda: checker.objects_to(images), items=len(images))
+        return accelerator.run_on(self.text_to_image.device, lambda: checker.detect_unsafe(images), items=len(images))
 
     def _call(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
         first = requests[0]
         pipeline = self.text_to_image
         arguments: dict[str, Any] = {
-            "prompt": [conditioning.worded_prompt(r, getattr(pipeline, "tokenizer", None)) for r in requests],
+            "prompt": [conditioning.prompt_with_captions(r, getattr(pipeline, "tokenizer", None)) for r in requests],
             "num_inference_steps": first.num_inference_steps,
-            # On the CPU whatever the device is, so that a seed means the same noise everywhere.
+            # On the CPU for every device, so that a seed means the same noise everywhere.
             "generator": [torch.Generator("cpu").manual_seed(request.seed) for request in requests],
             "output_type": "np",
         }
-        if first.mode.uses_initial_image:
-            assert self.image_to_image is not None, "the capabilities say so"
+        if first.mode.traits.uses_initial_image:
+            assert self.image_to_image is not None, "checked by check_parameters"
             pipeline = self.image_to_image
             arguments["image"] = [conditioning.initial_image(request) for request in requests]
             arguments["strength"] = first.strength
-            # Of `num_inference_steps` only the share `strength` is run, rounded down, and at least one is needed.
+            # diffusers runs `num_inference_steps * strength` steps, rounded down, and needs at least one.
             arguments["num_inference_steps"] = max(first.num_inference_steps, math.ceil(1 / first.strength))
         if first.negative_prompt:
             arguments["negative_prompt"] = [request.negative_prompt for request in requests]
-        accepted = inspect.signature(type(pipeline).__call__).parameters
+        parameters = inspect.signature(type(pipeline).__call__).parameters
         optional = {"guidance_scale": first.guidance_scale, "width": first.width, "height": first.height}
-        arguments |= {name: value for name, value in optional.items() if name in accepted}
+        arguments |= {name: value for name, value in optional.items() if name in parameters}
 
         pipeline = copy.copy(pipeline)
-        pipeline.scheduler = schedulers.fresh(self.own_scheduler, first.scheduler)
-        arguments["callback_on_step_end"] = _between_steps(requests, on_step, previews.Sight.of(pipeline, requests))
+        pipeline.scheduler = schedulers.new_scheduler(self.own_scheduler, first.scheduler)
+        arguments["callback_on_step_end"] = _step_callback(requests, on_step, previews.Previewer.of(pipeline, requests))
         image_prompt = self._image_prompt(pipeline, requests)
         if image_prompt is not None:
             arguments |= image_prompt.arguments()
-        # A scale of 0 spares the whole branch.
-        conditioned = any(conditioning.shares(request) for request in requests)
-        with self._under(Conditions(first.loras, first.ip_adapter_scale if conditioned else 0.0, image_prompt)):
-            return _checked(pipeline(**arguments).images, requests)
+        # With a scale of 0, diffusers skips the adapter.
+        conditioned = any(conditioning.normalised_weights(request) for request in requests)
+        with self._with_state(PipelineState(first.loras, first.ip_adapter_scale if conditioned else 0.0, image_prompt)):
+            return _to_uint8(pipeline(**arguments).images, requests)
 
     def _image_prompt(
         self, pipeline: DiffusionPipeline, requests: Sequence[ImageRequest]
     ) -> conditioning.ImagePrompt | None:
-        """What conditions the call on the rows' references; None without an adapter."""
+        """The references of all rows, as the adapter takes them; None without an adapter."""
         adapter = self.settings.ip_adapter
         if adapter is None:
             return None
@@ -227,62 +232,60 @@ class Diffusion:
             pipeline,
             requests,
             conditions_on=adapter.conditions_on,
-            guided=_is_guided(pipeline, first.guidance_scale),
+            guided=_uses_guidance(pipeline, first.guidance_scale),
             aspect=(max(1, first.height // multiple), max(1, first.width // multiple)),
         )
 
     @contextmanager
-    def _under(self, conditions: Conditions) -> Iterator[None]:
-        before = self.conditions
+    def _with_state(self, state: PipelineState) -> Iterator[None]:
+        before = self.state
         vae = getattr(self.text_to_image, "vae", None)
         dtype = getattr(vae, "dtype", None)
         try:
-            self._set(conditions)
+            self._apply_state(state)
             yield
         finally:
-            self._set(before)
-            # SDXL decodes in float32, and one that ran out of memory meanwhile does not take it back.
+            self._apply_state(before)
+            # SDXL casts its VAE to float32 to decode, and does not cast it back when it runs out of memory.
             if vae is not None and vae.dtype != dtype:
                 vae.to(dtype)
 
-    def _set(self, conditions: Conditions) -> None:
-        self.conditions = conditions
+    def _apply_state(self, state: PipelineState) -> None:
+        self.state = state
         if self.settings.ip_adapter is not None:
-            self.text_to_image.set_ip_adapter_scale(conditions.adapter_scale)
+            self.text_to_image.set_ip_adapter_scale(state.adapter_scale)
         if not self.settings.loras:
             return
-        if not conditions.loras:
+        if not state.loras:
             self.text_to_image.disable_lora()
             return
         self.text_to_image.enable_lora()
-        self.text_to_image.set_adapters(
-            [name for name, _ in conditions.loras], [scale for _, scale in conditions.loras]
-        )
+        self.text_to_image.set_adapters([name for name, _ in state.loras], [scale for _, scale in state.loras])
 
-    def _rows_of_their_own(
+    def _per_row_embeds(
         self, _projection: torch.nn.Module, arguments: tuple[list[torch.Tensor]]
     ) -> tuple[list[torch.Tensor]]:
-        """A forward pre-hook of the adapter's projection."""
+        """Forward pre-hook of the adapter's projection: give each row its own embeddings."""
         ((repeated,),) = arguments
-        image_prompt = self.conditions.image_prompt
-        return ([repeated if image_prompt is None else image_prompt.instead_of(repeated)],)
+        image_prompt = self.state.image_prompt
+        return ([repeated if image_prompt is None else image_prompt.replace_repeated(repeated)],)
 
 
-def _between_steps(
-    requests: Sequence[ImageRequest], on_step: OnStep, sight: previews.Sight | None
+def _step_callback(
+    requests: Sequence[ImageRequest], on_step: OnStep, previewer: previews.Previewer | None
 ) -> Callable[..., dict[str, Any]]:
     def callback(pipeline: DiffusionPipeline, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         step, steps = index + 1, pipeline.num_timesteps
         if step == steps and not torch.isfinite(tensors["latents"]).all():
-            # Decoders turn infinities into white and black, which would look like a picture.
-            raise InvalidOutputError("The model's latents are not numbers.")
-        shown = to_show(requests, step, steps) if sight is not None else []
-        if sight is not None and shown:
-            for (_, onlooker), picture in zip(
-                shown, sight.pictures(tensors["latents"], [row for row, _ in shown]), strict=False
+            # A decoder turns infinities into white and black, which would look like a valid image.
+            raise InvalidOutputError("The model's latents are not finite numbers.")
+        due = previews_due(requests, step, steps) if previewer is not None else []
+        if previewer is not None and due:
+            for (_, listener), preview in zip(
+                due, previewer.images(tensors["latents"], [row for row, _ in due]), strict=False
             ):
-                onlooker.show(picture, step, steps)
-        # Setting pipeline._interrupt instead would still decode the picture.
+                listener.show(preview, step, steps)
+        # `pipeline._interrupt` would stop the steps, too, but then decode the image.
         if not on_step(step, steps):
             raise Interrupted
         return tensors
@@ -290,62 +293,60 @@ def _between_steps(
     return callback
 
 
-def _is_guided(pipeline: DiffusionPipeline, guidance_scale: float) -> bool:
-    """Will the pipeline run every row twice? It knows once its call has set this attribute."""
+def _uses_guidance(pipeline: DiffusionPipeline, guidance_scale: float) -> bool:
+    """Whether the pipeline runs every row twice, for classifier-free guidance."""
+    # The property reads the scale that the pipeline's call would set.
     pipeline._guidance_scale = guidance_scale
     return bool(pipeline.do_classifier_free_guidance)
 
 
-def _checked(images: Any, requests: Sequence[ImageRequest]) -> list[np.ndarray]:
-    """float32 in [0, 1] -> uint8, after a look at whether these are pictures at all."""
+def _to_uint8(images: Any, requests: Sequence[ImageRequest]) -> list[np.ndarray]:
+    """Check the pipeline's images, float32 in [0, 1], and convert each to uint8, shape (height, width, 3)."""
     expected = (len(requests), requests[0].height, requests[0].width, 3)
     if not isinstance(images, np.ndarray) or images.shape != expected:
         raise InvalidOutputError(f"The model returned {getattr(images, 'shape', type(images))}, not {expected}.")
     if not np.isfinite(images).all():
-        raise InvalidOutputError("The model returned pixels that are not numbers.")
+        raise InvalidOutputError("The model returned pixels that are not finite numbers.")
     return list((images * 255).round().astype(np.uint8))
 
 
 def _image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline | None:
     try:
-        sibling = AutoPipelineForImage2Image.from_pipe(pipeline)
-    except ValueError:  # diffusers has none for this class
+        image_to_image = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError:  # diffusers has no such pipeline for this class
         return None
-    sibling.set_progress_bar_config(disable=True)
-    accepted = inspect.signature(type(sibling).__call__).parameters
-    return sibling if {"image", "strength"} <= accepted.keys() else None
+    image_to_image.set_progress_bar_config(disable=True)
+    parameters = inspect.signature(type(image_to_image).__call__).parameters
+    return image_to_image if {"image", "strength"} <= parameters.keys() else None
 
 
 def _capabilities(
     pipeline: DiffusionPipeline, image_to_image: DiffusionPipeline | None, settings: GeneratorSettings
 ) -> Capabilities:
-    """What the loaded pipeline can do, asked of its parts and of its call's signature."""
-    accepted = inspect.signature(type(pipeline).__call__).parameters
-    missing = {"prompt", "num_inference_steps", "generator", "callback_on_step_end"} - accepted.keys()
+    """Capabilities of the loaded pipeline, from its parts and from the signature of its call.
+
+    Raises:
+        ModelLoadError: the call lacks a parameter that this service needs.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    missing = {"prompt", "num_inference_steps", "generator", "callback_on_step_end"} - parameters.keys()
     if missing:
-        raise ModelLoadError(f"{type(pipeline).__name__} takes no {', '.join(sorted(missing))}.")
-    modes = [Mode.NONE, Mode.CAPTION]
-    if image_to_image is not None:
-        modes.append(Mode.IMG2IMG)
-    if settings.ip_adapter is not None:
-        modes.append(Mode.IMAGE_PROMPT)
-        if image_to_image is not None:
-            modes.append(Mode.IMAGE_PROMPT_IMG2IMG)
+        raise ModelLoadError(f"{type(pipeline).__name__} does not accept {', '.join(sorted(missing))}.")
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     native_width, native_height = _native_size(pipeline, denoiser, settings.defaults)
     return Capabilities(
-        modes=[mode.value for mode in modes],
+        modes=[mode.value for mode in _modes(image_to_image, settings)],
         native_width=native_width,
         native_height=native_height,
         size_multiple=pipeline.image_processor.config.vae_scale_factor * 2 ** getattr(denoiser, "num_upsamplers", 0),
         any_size=settings.any_size,
         max_batch_size=settings.max_batch_size,
         max_references=settings.max_references,
-        schedulers=schedulers.choices(pipeline.scheduler),
+        schedulers=schedulers.compatible_names(pipeline.scheduler),
         loras=sorted(settings.loras),
-        # Where a negative prompt works only with `true_cfg_scale`, plain guidance ignores it.
-        supports_negative_prompt="negative_prompt" in accepted and "true_cfg_scale" not in accepted,
-        supports_guidance="guidance_scale" in accepted and denoiser.config.get("guidance_embeds", True),
+        # In a pipeline with `true_cfg_scale`, a negative prompt has no effect with `guidance_scale` alone.
+        supports_negative_prompt="negative_prompt" in parameters and "true_cfg_scale" not in parameters,
+        supports_guidance="guidance_scale" in parameters and denoiser.config.get("guidance_embeds", True),
         pipeline=type(pipeline).__name__,
         weights_digest=loading.weights_digest(
             (name, part) for name, part in sorted(pipeline.components.items()) if isinstance(part, torch.nn.Module)
@@ -355,8 +356,20 @@ def _capabilities(
     )
 
 
+def _modes(image_to_image: DiffusionPipeline | None, settings: GeneratorSettings) -> list[Mode]:
+    """The modes that the loaded parts support. Native references are not supported yet."""
+    return [
+        mode
+        for mode in Mode
+        if mode is not Mode.AUTO
+        and (settings.ip_adapter is not None or not mode.traits.uses_image_prompt)
+        and (image_to_image is not None or not mode.traits.uses_initial_image)
+        and not mode.traits.uses_native_references
+    ]
+
+
 def _native_size(pipeline: DiffusionPipeline, denoiser: Any, defaults: GeneratorDefaults) -> tuple[int, int]:
-    """(width, height) in pixels of what the pipeline draws when nothing is asked for."""
+    """Default (width, height) of the pipeline, in pixels."""
     sample_size = getattr(pipeline, "default_sample_size", None) or denoiser.config.get("sample_size")
     if sample_size is None:
         return defaults.width, defaults.height

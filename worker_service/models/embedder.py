@@ -1,4 +1,4 @@
-"""CLIP as the threads of a worker share it."""
+"""Embedding for all threads of a worker: CLIP behind a batcher, queries before corpus images."""
 
 import logging
 import time
@@ -12,89 +12,126 @@ from PIL import Image
 from shared.db import spaces
 from shared.db.session import session_scope
 from shared.db.spaces import Space
-from shared.metrics import increment_counter, time_operation
+from shared.metrics import (
+    EMBEDDING_DURATION,
+    EMBEDDING_GENERATION,
+    MODEL_LOAD_DURATION,
+    increment_counter,
+    time_operation,
+)
 from shared.settings import Settings
-from worker_service.execution.batcher import Batcher
-from worker_service.execution.cpu_threads import Cores
+from worker_service.execution.batcher import Batcher, Submission
+from worker_service.execution.cpu_threads import CpuThreads
 from worker_service.execution.watchdog import Stage, Watchdog
-from worker_service.models.clip import Clip, Picture
+from worker_service.models.clip import Clip, ImageInput
 
 logger = logging.getLogger(__name__)
 
-QUERY_LANE, IMAGE_LANE = 0, 1
-LONGEST_S = 0.5
-"""A search waits for the batch of images that is in the model when it comes."""
-LONGEST_BESIDE_S = 1.5
-"""Where a search does not wait for it. Longer gains nothing, and of two chunks in work neither is decoded meanwhile."""
+QUERY_LANE, CORPUS_LANE = 0, 1
+"""Lanes of the batcher: queries run before corpus images, because a caller waits for them."""
+MAX_BATCH_S = 0.5
+"""Longest batch of images, in seconds, where a query has to wait for the running batch."""
+MAX_BACKGROUND_BATCH_S = 1.5
+"""Longest batch of images, in seconds, where queries run at the same time. A longer batch is not more efficient, and
+it delays the decoding of the next chunk."""
 
 
 class Embedder:
-    """CLIP behind a batcher. Vectors are projections, float32, not normalised."""
+    """CLIP behind a batcher. Any thread may call it. Vectors are projections, float32, not normalised."""
 
     def __init__(self, clip: Clip, space: Space, watchdog: Watchdog, *, cores: int = 0) -> None:
-        """cores: on which images run side by side, and queries beside them; 0: one call at a time, queries first."""
+        """Start the batchers.
+
+        cores: CPU cores for the model. With n > 0, up to n batches of images and one batch of queries run at the same
+        time and share these cores. With 0, one batch runs at a time, queries first.
+        """
         self.space = space
         self.name = clip.name
         self._clip = clip
-        self._cores = Cores(cores) if cores else None
+        self._cpu_threads = CpuThreads(cores) if cores else None
         self.chunks_at_once = max(2, cores)
-        """Chunks of images worth having in work: one for each call, and at least one that is decoded meanwhile."""
+        """Chunks of images to work on at once: one per running batch. At least two, so that one is decoded while the
+        other is embedded."""
 
-        def batcher(longest_s: float = LONGEST_S, at_once: int = 1) -> Batcher[str | Picture, np.ndarray]:
+        def batcher(max_batch_s: float = MAX_BATCH_S, concurrency: int = 1) -> Batcher[str | ImageInput, np.ndarray]:
             return Batcher(
-                time_operation("embedding", model=clip.name)(lambda items, _on_step: self._encode(items)),
+                time_operation(EMBEDDING_DURATION, model=clip.name)(lambda items, _on_step: self._encode(items)),
                 key=type,  # keeps texts and images apart
                 max_batch_size=clip.max_batch_size,
                 name=clip.name,
                 watchdog=watchdog,
                 stage=Stage.EMBED,
-                longest_s=longest_s,
-                at_once=at_once,
+                max_batch_s=max_batch_s,
+                concurrency=concurrency,
             )
 
         self._queries = batcher()
-        self._images = batcher(LONGEST_BESIDE_S, cores) if cores else self._queries
+        self._images = batcher(MAX_BACKGROUND_BATCH_S, cores) if cores else self._queries
 
     @classmethod
-    def load(cls, settings: Settings, watchdog: Watchdog, *, alone: bool = False) -> "Embedder":
-        """Load and warm CLIP, and register its embedding space. alone: it is the only model of this process.
+    def load(cls, settings: Settings, watchdog: Watchdog, *, only_model: bool = False) -> "Embedder":
+        """Load and warm up CLIP, and register its embedding space.
+
+        only_model: CLIP is the only model of this process, so its batches may use all CPU cores.
 
         Raises:
-            ModelLoadError
+            ModelLoadError: CLIP cannot be loaded; the message gives the cause.
+            DatabaseError: the embedding space cannot be registered.
         """
-        with time_operation("model_load", model="clip"), watchdog.watch(Stage.LOAD, model="clip") as watch:
+        with time_operation(MODEL_LOAD_DURATION, model="clip"), watchdog.watch(Stage.LOAD, model="clip") as watch:
             clip = Clip.load(settings.model)
             watch.progress(Stage.WARM_UP)
             clip.warm_up()
         with session_scope() as session:
             space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
         logger.info("clip_loaded", extra={"model": clip.name, "space": space.digest[:12], "device": str(clip.device)})
-        return cls(clip, space, watchdog, cores=torch.get_num_threads() if alone and clip.device.type == "cpu" else 0)
+        parallel = only_model and clip.device.type == "cpu"
+        return cls(clip, space, watchdog, cores=torch.get_num_threads() if parallel else 0)
 
-    def prepare(self, image: Image.Image) -> Picture:
-        """What the model needs of an image: less than the image, and made while the model works on others."""
-        with self._cores.leave_one() if self._cores else nullcontext():
+    def prepare(self, image: Image.Image) -> ImageInput:
+        """Reduce an image to the pixels that the model needs, in this thread, while the model runs: see `Clip.prepare`.
+
+        Raises:
+            EmbeddingError: the model's preprocessing cannot take the image.
+        """
+        with self._cpu_threads.reserve_one() if self._cpu_threads else nullcontext():
             return self._clip.prepare(image)
 
-    def embed(self, items: Sequence[str] | Sequence[Picture], *, lane: int = QUERY_LANE) -> np.ndarray:
-        """Shape (n, space.dim). Texts and images may come from any number of threads."""
-        batcher = self._queries if lane == QUERY_LANE else self._images
-        vectors = np.stack(batcher.submit(items, lane=lane))
-        increment_counter("embedding_generation_total", len(items), labels={"model": self.name})
+    def embed(self, items: Sequence[str] | Sequence[ImageInput]) -> np.ndarray:
+        """Vectors of the texts or images of a query, before all corpus images; shape (n, space.dim).
+
+        Raises:
+            Interrupted: the embedder was closed.
+            EmbeddingError: the model returned an invalid vector.
+            ModelOutOfMemoryError: a single item does not fit in memory.
+        """
+        return self._stack_and_count(self._queries.submit(items, Submission(lane=QUERY_LANE)))
+
+    def embed_corpus_images(self, images: Sequence[ImageInput]) -> np.ndarray:
+        """Vectors of images, after all waiting queries; shape (n, space.dim).
+
+        Raises: as `embed`.
+        """
+        return self._stack_and_count(self._images.submit(images, Submission(lane=CORPUS_LANE)))
+
+    def _stack_and_count(self, results: Sequence[np.ndarray]) -> np.ndarray:
+        vectors = np.stack(results)
+        increment_counter(EMBEDDING_GENERATION, len(vectors), labels={"model": self.name})
         return vectors
 
     def close(self, timeout_s: float) -> None:
+        """Interrupt the waiting items, then wait up to `timeout_s` for the running batches."""
         ends_at = time.monotonic() + timeout_s
         for batcher in dict.fromkeys((self._images, self._queries)):
             batcher.close(max(0, ends_at - time.monotonic()))
 
-    def _encode(self, items: Sequence[str | Picture]) -> Sequence[np.ndarray]:
-        with self._cores.share() if self._cores else nullcontext():
+    def _encode(self, items: Sequence[str | ImageInput]) -> Sequence[np.ndarray]:
+        with self._cpu_threads.share() if self._cpu_threads else nullcontext():
             return encode(self._clip, items)
 
 
-def encode(clip: Clip, items: Sequence[str | Picture]) -> Sequence[np.ndarray]:
-    """Projections of texts or of images, never of both at once: float32, not normalised."""
+def encode(clip: Clip, items: Sequence[str | ImageInput]) -> Sequence[np.ndarray]:
+    """Projections of the items, all texts or all images: each of shape (dim,), float32, not normalised."""
     texts = [item for item in items if isinstance(item, str)]
-    pictures = [item for item in items if not isinstance(item, str)]
-    return list(clip.encode_text(texts) if texts else clip.encode_image(pictures))
+    images = [item for item in items if not isinstance(item, str)]
+    return list(clip.encode_text(texts) if texts else clip.encode_image(images))

@@ -1,4 +1,4 @@
-"""A generator of stated cost for load, chaos and bulk tests: everything but diffusers is real around it."""
+"""A fake generator that takes a configured time per batch, for tests of everything except diffusers."""
 
 import hashlib
 import time
@@ -10,19 +10,20 @@ import numpy as np
 
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
-from shared.errors import ModelNotFoundError
 from shared.settings import GeneratorDefaults, ModelSettings
-from worker_service.models.interface import PREVIEW_SIDE, ImageRequest, Interrupted, OnStep, to_show
+from worker_service.execution.steps import Interrupted, OnStep
+from worker_service.models.interface import PREVIEW_SIDE, ImageRequest, previews_due
 
 
 @dataclass
-class CheapGenerator:
-    """Draws coloured blocks that depend on seed, prompt and references; one batch costs `cost_s`, whatever its size."""
+class FakeGenerator:
+    """Generates coloured blocks that depend on seed, prompt and references. A batch of any size takes `cost_s`."""
 
     name: str
     capabilities: Capabilities
     defaults: GeneratorDefaults
     cost_s: float
+    """Seconds per batch."""
     reference_dim: int | None = None
 
     @property
@@ -30,10 +31,13 @@ class CheapGenerator:
         return False
 
     @classmethod
-    def load(cls, name: str, settings: ModelSettings) -> "CheapGenerator":
-        generator = settings.generators.get(name)
-        if generator is None:
-            raise ModelNotFoundError(model=name)
+    def load(cls, name: str, settings: ModelSettings) -> "FakeGenerator":
+        """Build the generator `name` of the settings.
+
+        Raises:
+            ModelNotFoundError: the settings have no such generator.
+        """
+        generator = settings.generator(name)
         capabilities = Capabilities(
             modes=[mode.value for mode in Mode if mode is not Mode.AUTO],
             native_width=generator.defaults.width,
@@ -54,27 +58,27 @@ class CheapGenerator:
         return cls(name, capabilities, generator.defaults, generator.cost_ms / 1000)
 
     def warm_up(self) -> None:
-        """Nothing to pay in advance."""
+        """Do nothing: the first call is not slower than others."""
 
     def memory_savers(self, images: int) -> Sequence[str]:
-        """None: it needs no memory."""
+        """An empty list, because the generator needs no accelerator memory."""
         return ()
 
     def saving_memory(self, savers: Sequence[str]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
-        """Spend the batch's cost over its pretended steps, then draw: see `ImageModel.generate`."""
+        """Sleep for `cost_s`, divided among the steps, then generate: see `ImageModel.generate`."""
         steps = requests[0].num_inference_steps
         for step in range(1, steps + 1):
             time.sleep(self.cost_s / steps)
-            for row, onlooker in to_show(requests, step, steps):
-                onlooker.show(_preview(requests[row]), step, steps)
+            for row, listener in previews_due(requests, step, steps):
+                listener.show(_preview(requests[row]), step, steps)
             if not on_step(step, steps):
                 raise Interrupted
         return [_blocks(request) for request in requests]
 
-    def unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:
+    def detect_unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:
         return [False for _ in images]
 
 
@@ -85,13 +89,13 @@ def _preview(request: ImageRequest) -> np.ndarray:
 
 
 def _blocks(request: ImageRequest) -> np.ndarray:
-    """4x4 blocks of colour, a function of all that should decide the image; uint8, (height, width, 3)."""
-    decides = hashlib.sha256(repr((request.prompt, request.negative_prompt, request.seed, request.mode)).encode())
+    """4 x 4 blocks of colour that depend on every input that should change the image: uint8, (height, width, 3)."""
+    digest = hashlib.sha256(repr((request.prompt, request.negative_prompt, request.seed, request.mode)).encode())
     for reference in request.references:
-        decides.update(repr((reference.weight, reference.caption)).encode())
+        digest.update(repr((reference.weight, reference.caption)).encode())
         if reference.vector is not None:
-            decides.update(reference.vector.tobytes())
-    colours = np.random.default_rng(list(decides.digest())).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            digest.update(reference.vector.tobytes())
+    colours = np.random.default_rng(list(digest.digest())).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     rows = np.arange(request.height) * 4 // request.height
     columns = np.arange(request.width) * 4 // request.width
     return colours[rows[:, None], columns[None, :]]

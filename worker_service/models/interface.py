@@ -1,33 +1,28 @@
-"""What an image model is asked for: the words between the jobs and the models, free of torch."""
+"""The interface between jobs and image models: requests, references, and the protocol of a model. Without torch."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from types import MappingProxyType
+from typing import Protocol, Self
 
 import numpy as np
 from PIL import Image
 
-from shared.contracts.generation import Mode
+from shared.contracts.generation import GenerationParameters, Mode
 from shared.contracts.service import Capabilities
 from shared.settings import GeneratorDefaults
-
-OnStep = Callable[[int, int], bool]
-"""Called after every denoising step with (steps done, steps in all); returning False stops the whole call."""
+from worker_service.execution.steps import OnStep
 
 
-class Interrupted(Exception):  # noqa: N818 - not a failure: the caller asked for it
-    """The call was stopped by its `on_step`; nothing was decoded."""
-
-
-class Onlooker(Protocol):
-    """Somebody who wants to see an image while it is drawn. Called on the model's thread: memory only."""
+class PreviewListener(Protocol):
+    """Receives previews of one image. The model's thread calls it, so it touches memory only."""
 
     def is_due(self, step: int, total_steps: int) -> bool:
-        """Is this step to be shown? A model that cannot show it cheaply just does not."""
+        """Whether a preview is wanted after this step. A model without cheap previews makes none."""
 
     def show(self, pixels: np.ndarray, step: int, total_steps: int) -> None:
-        """The image as it is after `step`: uint8, shape (height, width, 3), RGB, no side over `PREVIEW_SIDE`."""
+        """Receive the image after `step`: uint8, shape (height, width, 3), RGB, no side over `PREVIEW_SIDE`."""
 
 
 PREVIEW_SIDE = 256
@@ -36,46 +31,84 @@ PREVIEW_SIDE = 256
 
 @dataclass(frozen=True)
 class Reference:
-    """One memory that conditions an image."""
+    """One corpus image that conditions a generated image."""
 
     vector: np.ndarray | None
-    """Shape (dim,), float32: projection of the retrieval CLIP, not normalised."""
+    """Projection by the retrieval CLIP: shape (dim,), float32, not normalised. None: no vector is stored."""
     image: Image.Image | None
+    """None: the mode does not need the pixels."""
     weight: float
-    """Relative to the image's other references; 0 or less leaves the reference out."""
+    """Relative to the other references of the image. A reference of weight 0 or less is not used."""
     caption: str | None
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image: the unit of batching."""
+    """Request for one image. The batcher puts requests with equal `batch_key` into one call."""
 
     prompt: str
     negative_prompt: str | None
     seed: int
     width: int
-    """Pixels; with `height`, a size that the model can draw: see `shared.capabilities.drawable_size`."""
+    """Pixels; with `height`, a size that the model can generate: see `shared.capabilities.drawable_size`."""
     height: int
     num_inference_steps: int
     guidance_scale: float
     scheduler: str | None
-    """A name from the capabilities' `schedulers`; none: the model's own."""
+    """A name from the capabilities' `schedulers`; None: the model's own scheduler."""
     loras: tuple[tuple[str, float], ...]
     """Configured names and their scales."""
     mode: Mode
     """Resolved, never `auto`."""
     ip_adapter_scale: float
+    """Scale of the image prompt; 0 has no effect on the image."""
     strength: float
+    """Share of the noise schedule that runs on an initial image, in (0, 1]."""
     references: tuple[Reference, ...]
-    onlooker: Onlooker | None = field(default=None, compare=False, repr=False)
+    preview_listener: PreviewListener | None = field(default=None, compare=False, repr=False)
     """Has no effect on the image."""
 
-    def batch_key(self) -> Hashable:
-        """Images whose keys are equal can share one call: the key holds all that is one value per call in diffusers.
+    @classmethod
+    def of(
+        cls,
+        sampling: GenerationParameters | GeneratorDefaults,
+        *,
+        prompt: str,
+        seed: int,
+        width: int,
+        height: int,
+        mode: Mode,
+        references: Sequence[Reference] = (),
+        negative_prompt: str | None = None,
+        loras: Mapping[str, float] = MappingProxyType({}),
+        preview_listener: PreviewListener | None = None,
+    ) -> Self:
+        """A request that takes its steps, guidance, scheduler and scales from `sampling`."""
+        return cls(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            width=width,
+            height=height,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            scheduler=sampling.scheduler,
+            loras=tuple(sorted(loras.items())),
+            mode=mode,
+            ip_adapter_scale=sampling.ip_adapter_scale,
+            strength=sampling.strength,
+            references=tuple(references),
+            preview_listener=preview_listener,
+        )
 
-        A negative prompt counts as present or absent, because SDXL encodes an absent one as zeros and a present one,
-        even an empty one, with its text encoders. `ip_adapter_scale` counts even where no image prompt is used, so
-        that the images which the relevance gate left without references still share a batch with the others.
+    def batch_key(self) -> Hashable:
+        """Images with equal keys can share one call: the key contains everything that diffusers takes once per call.
+
+        A negative prompt counts only as present or absent. SDXL encodes an absent one as zeros, and any other with its
+        text encoders.
+
+        `ip_adapter_scale` counts in every mode. A request whose references were all irrelevant can so share a batch
+        with requests that have references.
         """
         return (
             self.width,
@@ -85,63 +118,67 @@ class ImageRequest:
             self.scheduler,
             tuple(sorted(self.loras)),
             self.ip_adapter_scale,
-            self.strength if self.mode.uses_initial_image else None,
+            self.strength if self.mode.traits.uses_initial_image else None,
             bool(self.negative_prompt),
         )
 
 
-def to_show(requests: Sequence[ImageRequest], step: int, total_steps: int) -> list[tuple[int, Onlooker]]:
-    """Which rows of a batch have somebody to show them to after this step."""
+def previews_due(requests: Sequence[ImageRequest], step: int, total_steps: int) -> list[tuple[int, PreviewListener]]:
+    """Row and listener of each request of a batch that wants a preview after this step."""
     return [
-        (row, request.onlooker)
+        (row, request.preview_listener)
         for row, request in enumerate(requests)
-        if request.onlooker is not None and request.onlooker.is_due(step, total_steps)
+        if request.preview_listener is not None and request.preview_listener.is_due(step, total_steps)
     ]
 
 
 class ImageModel(Protocol):
     """A loaded generator. It is not thread-safe: one thread owns it.
 
-    That thread may enter it again from within `on_step`, for images of a better lane: neither call changes a bit of the
-    other's images, and what a call has set, also by `saving_memory`, holds again when the one inside of it has ended.
+    That thread may call `generate` again from within `on_step`, for images of a higher-priority lane. The inner call
+    must not change a bit of the outer call's images. It must restore the outer call's state, including the memory
+    savers that `saving_memory` set.
     """
 
     name: str
     capabilities: Capabilities
     defaults: GeneratorDefaults
+    """Parameters for requests that do not set them."""
 
     @property
     def has_safety_checker(self) -> bool:
-        """Did it bring a safety checker, and is it to be asked?"""
+        """Whether the model includes a safety checker that is switched on."""
 
     @property
     def reference_dim(self) -> int | None:
-        """Length that the references' vectors must have; none when the model conditions on no vectors."""
+        """Length of the references' vectors; None when the model does not condition on vectors."""
 
     def warm_up(self) -> None:
-        """Pay the first call's costs before a job does."""
+        """Run one small call, because the first call of a process is slow."""
 
     def memory_savers(self, images: int) -> Sequence[str]:
-        """Names of what it can do to need less memory in a call of `images` images, the least harmful first."""
+        """Names of ways to need less memory in a call of `images` images, the one that changes least first."""
 
     def saving_memory(self, savers: Sequence[str]) -> AbstractContextManager[None]:
-        """While this is open, calls do all of these; they may change pixels."""
+        """Use all of these memory savers in calls inside the block; they may change pixels."""
 
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
-        """Draw one image per request, in order: uint8, shape (height, width, 3), RGB.
+        """Generate one image per request, in order: uint8, shape (height, width, 3), RGB.
 
-        All requests have equal batch keys. Each image equals, within rounding, the one its request gives alone.
-        Onlookers are shown what they are due, after a step and before `on_step` hears of it.
+        All requests have equal batch keys. Each image equals, within rounding, the image of its request alone. After a
+        step, preview listeners are called before `on_step`.
 
         Raises:
             Interrupted: `on_step` returned False.
-            ModelOutOfMemoryError: the batch does not fit; a smaller one may.
+            ModelOutOfMemoryError: the batch does not fit in memory; a smaller one may fit.
             InvalidOutputError: the model returned something that is not an image.
         """
 
-    def unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:
-        """Which of the images that it drew its safety checker objects to; none where it has none.
+    def detect_unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:
+        """Whether the safety checker finds each image unsafe; all False without a checker.
+
+        images: uint8, shape (height, width, 3), RGB.
 
         Raises:
-            ModelOutOfMemoryError
+            ModelOutOfMemoryError: the images do not fit in memory.
         """

@@ -1,4 +1,4 @@
-"""A diffusers pipeline from settings: with its adapter and LoRAs, on its device, ready to be called."""
+"""Loads the diffusers pipeline of a generator, with its adapter and LoRAs, as the settings describe it."""
 
 import diffusers
 import torch
@@ -14,12 +14,12 @@ from worker_service.models import loading
 
 
 def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPipeline:
-    """The text-to-image pipeline of the settings, with its adapter and LoRAs, on its device, ready to be called.
+    """Load the text-to-image pipeline of the settings, with its adapter and LoRAs, onto its device.
 
-    Only safetensors files are read, and no code that comes with a model is run.
+    It reads only safetensors files, and runs no code from the model's repository. offline: use only local files.
 
     Raises:
-        ModelLoadError: anything is missing, does not fit, or is not a text-to-image pipeline.
+        ModelLoadError: a part is missing or does not fit, or the source is not a text-to-image pipeline.
     """
     diffusers.utils.logging.set_verbosity_error()  # SDXL logs a cast of its VAE in every call
     diffusers.utils.logging.disable_progress_bar()
@@ -59,12 +59,12 @@ def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPip
 
 def _load_ip_adapter(pipeline: DiffusionPipeline, adapter: IPAdapterSettings, *, offline: bool) -> None:
     if not isinstance(pipeline, IPAdapterMixin):
-        # The adapters of FLUX and SD3 take no attention masks, which is where the weights of the references go.
-        raise ModelLoadError(f"{type(pipeline).__name__} takes no IP-Adapter with weighted references.")
+        # The adapters of FLUX and SD3 take no attention masks, and the weights of the references need these masks.
+        raise ModelLoadError(f"{type(pipeline).__name__} supports no IP-Adapter with weighted references.")
     if not adapter.weight_name.endswith(".safetensors"):
         raise ModelLoadError(f"{adapter.weight_name!r} is not a safetensors file.")
     if adapter.image_encoder_folder is not None:
-        # load_ip_adapter would load it too, but of any revision and from a pickle where there is one.
+        # load_ip_adapter would load it too, but from any revision, and from a pickle file if there is one.
         nested = "/" not in adapter.image_encoder_folder
         encoder = CLIPVisionModelWithProjection.from_pretrained(
             adapter.source,
@@ -84,12 +84,12 @@ def _load_ip_adapter(pipeline: DiffusionPipeline, adapter: IPAdapterSettings, *,
         local_files_only=offline,
     )
     if adapter.conditions_on == "image" and pipeline.image_encoder is None:
-        raise ModelLoadError("conditions_on is `image`, but neither adapter nor pipeline brings an image encoder.")
+        raise ModelLoadError("conditions_on is `image`, but neither adapter nor pipeline has an image encoder.")
     if adapter.conditions_on == "embedding_space" and reference_dim(pipeline) is None:
         raise ModelLoadError("This IP-Adapter takes hidden states, not vectors: `conditions_on` must be `image`.")
 
 
 def reference_dim(pipeline: DiffusionPipeline) -> int | None:
-    """Length of the vector that the pipeline's IP-Adapter takes for an image; none when it takes hidden states."""
+    """Length of the vector that the pipeline's IP-Adapter takes for an image; None when it takes hidden states."""
     projection = pipeline.unet.encoder_hid_proj.image_projection_layers[0]
     return projection.image_embeds.in_features if isinstance(projection, ImageProjection) else None

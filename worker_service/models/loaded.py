@@ -1,8 +1,8 @@
-"""What a worker process loads once and its threads share: CLIP, and in a generate worker one image model."""
+"""The models of a generate worker: CLIP and one image model, loaded once and shared by all threads."""
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,21 +13,29 @@ from shared.contracts.service import Capabilities
 from shared.db import workers
 from shared.db.session import session_scope
 from shared.db.spaces import Space
-from shared.errors import ModelLoadError, ModelNotFoundError
-from shared.metrics import increment_counter, time_operation
+from shared.errors import ModelLoadError
+from shared.metrics import (
+    IMAGE_GENERATION,
+    IMAGE_GENERATION_DURATION,
+    MODEL_LOAD_DURATION,
+    increment_counter,
+    time_operation,
+)
 from shared.settings import GeneratorSettings, SafetySettings, Settings
-from worker_service.execution.batcher import Batcher, CheckIn
+from worker_service.execution.batcher import Batcher, Submission
 from worker_service.execution.watchdog import Stage, Watchdog
 from worker_service.models.content_policy import Policy
 from worker_service.models.diffusion import Diffusion
 from worker_service.models.embedder import Embedder
-from worker_service.models.fake import CheapGenerator
-from worker_service.models.generate_batch import Drawn, draw
+from worker_service.models.fake import FakeGenerator
+from worker_service.models.generate_batch import GeneratedImage, generate_batch
 from worker_service.models.interface import ImageModel, ImageRequest
 
 logger = logging.getLogger(__name__)
 
 NO_POLICY = SafetySettings()
+GENERATORS: dict[str, type[Diffusion] | type[FakeGenerator]] = {"diffusers": Diffusion, "fake": FakeGenerator}
+"""Generator classes by `kind` in the settings."""
 
 
 @dataclass
@@ -37,26 +45,24 @@ class Models:
     embedder: Embedder
     image_model: ImageModel
     settings: GeneratorSettings
-    batcher: Batcher[ImageRequest, Drawn]
+    batcher: Batcher[ImageRequest, GeneratedImage]
     policy: Policy
-    suspects: threading.Lock = field(default_factory=threading.Lock)
-    """Held by the one job of this process that may be what killed another process."""
+    crash_isolation_lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while an isolated job runs. See "Crash isolation" in `worker_service.jobs.attempt`."""
 
     @classmethod
     def load(cls, name: str, settings: Settings, watchdog: Watchdog) -> "Models":
-        """Load and warm what serves the generator `name`, and publish what it can do.
+        """Load and warm up the models of the generator `name`, and publish its capabilities.
 
         Raises:
-            ModelNotFoundError, ModelLoadError
+            ModelNotFoundError: the settings have no such generator.
+            ModelLoadError: a model cannot be loaded, or the IP-Adapter does not fit CLIP; the message gives the cause.
+            DatabaseError: the embedding space or the capabilities cannot be written.
         """
-        generator = settings.model.generators.get(name)
-        if generator is None:
-            raise ModelNotFoundError(model=name)
+        generator = settings.model.generator(name)
         embedder = Embedder.load(settings, watchdog)
-        with time_operation("model_load", model=name), watchdog.watch(Stage.LOAD, model=name) as watch:
-            image_model: ImageModel = (CheapGenerator if generator.kind == "cheap" else Diffusion).load(
-                name, settings.model
-            )
+        with time_operation(MODEL_LOAD_DURATION, model=name), watchdog.watch(Stage.LOAD, model=name) as watch:
+            image_model: ImageModel = GENERATORS[generator.kind].load(name, settings.model)
             watch.progress(Stage.WARM_UP)
             image_model.warm_up()
         if image_model.reference_dim not in (None, embedder.space.dim):
@@ -69,7 +75,12 @@ class Models:
             workers.publish_capabilities(session, name, image_model.capabilities)
         logger.info("generator_loaded", extra={"model": name, "modes": image_model.capabilities.modes})
         return cls.of(
-            embedder, image_model, generator, watchdog, safety=settings.safety, starving_s=settings.queue.starving_s
+            embedder,
+            image_model,
+            generator,
+            watchdog,
+            safety=settings.safety,
+            starvation_timeout_s=settings.queue.starvation_timeout_s,
         )
 
     @classmethod
@@ -81,24 +92,26 @@ class Models:
         watchdog: Watchdog,
         *,
         safety: SafetySettings = NO_POLICY,
-        starving_s: float = float("inf"),
+        starvation_timeout_s: float = float("inf"),
     ) -> "Models":
-        """Loaded models, the image model behind a batcher, in whose line nothing waits longer than `starving_s`
-        while others of better lanes keep coming."""
-        timed = time_operation("image_generation", model=image_model.name)(partial(draw, image_model))
-        batcher: Batcher[ImageRequest, Drawn] = Batcher(
-            timed,
+        """Put a loaded image model behind a batcher. starvation_timeout_s: see `Batcher`."""
+        timed_generate = time_operation(IMAGE_GENERATION_DURATION, model=image_model.name)(
+            partial(generate_batch, image_model)
+        )
+        batcher: Batcher[ImageRequest, GeneratedImage] = Batcher(
+            timed_generate,
             key=ImageRequest.batch_key,
             max_batch_size=image_model.capabilities.max_batch_size,
             name=image_model.name,
             watchdog=watchdog,
-            starving_s=starving_s,
+            starvation_timeout_s=starvation_timeout_s,
         )
         policy = Policy.of(safety, settings, embedder.embed, has_checker=image_model.has_safety_checker)
         return cls(embedder, image_model, settings, batcher, policy)
 
     @property
     def name(self) -> str:
+        """Name of the generator in the settings."""
         return self.image_model.name
 
     @property
@@ -107,38 +120,36 @@ class Models:
 
     @property
     def space(self) -> Space:
+        """Embedding space of the CLIP model."""
         return self.embedder.space
 
     def embed_text(self, text: str) -> np.ndarray:
-        """Shape (space.dim,), float32, not normalised."""
+        """CLIP's projection of a text: shape (space.dim,), float32, not normalised.
+
+        Raises: as `Embedder.embed`.
+        """
         vector: np.ndarray = self.embedder.embed([text])[0]
         return vector
 
     def needs_pixels(self, mode: Mode) -> bool:
-        """Must references come as images, or are their vectors enough?"""
+        """Whether the mode needs the pixels of the references, and not only their vectors."""
         adapter = self.settings.ip_adapter
-        by_vector = adapter is not None and adapter.conditions_on == "embedding_space"
-        return mode.uses_initial_image or mode is Mode.REFERENCE or (mode.uses_image_prompt and not by_vector)
+        takes_vectors = adapter is not None and adapter.conditions_on == "embedding_space"
+        traits = mode.traits
+        return traits.needs_pixels or (traits.uses_image_prompt and not takes_vectors)
 
-    def draw(
-        self,
-        requests: Sequence[ImageRequest],
-        *,
-        lane: int,
-        owner: Hashable,
-        check_in: CheckIn,
-        begin: Callable[[], None],
-        held_up: Callable[[float], None],
-        alone: bool,
-        job: str,
-    ) -> list[Drawn]:
-        """One image per request; see `Batcher.submit` for what it takes and raises."""
-        images = self.batcher.submit(
-            requests, lane=lane, owner=owner, check_in=check_in, begin=begin, held_up=held_up, alone=alone, job=job
-        )
-        increment_counter("image_generation_total", len(images), labels={"model": self.name})
+    def generate(self, requests: Sequence[ImageRequest], submission: Submission) -> list[GeneratedImage]:
+        """Generate one image per request, in order. Any thread may call it.
+
+        Raises:
+            Interrupted: the submission's `check_in` returned False, or the worker closed the models.
+            Exception: an error of the submission's `on_start` or of `generate_batch`.
+        """
+        images = self.batcher.submit(requests, submission)
+        increment_counter(IMAGE_GENERATION, len(images), labels={"model": self.name})
         return images
 
     def close(self, timeout_s: float) -> None:
+        """Interrupt the waiting images, then wait up to `timeout_s` for the running batches of each model."""
         self.batcher.close(timeout_s)
         self.embedder.close(timeout_s)

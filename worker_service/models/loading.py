@@ -1,4 +1,4 @@
-"""What loading a model of any kind needs: devices, dtypes, digests, readable errors."""
+"""Helpers for loading models of all kinds: devices, dtypes, digests of weights, and readable errors."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def prepare_process(settings: ModelSettings) -> None:
-    """Apply the settings that belong to a whole model process: CPU threads, and no word to any hub when offline."""
+    """Apply the settings that count for the whole process: CPU threads, and no requests to any hub when offline."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if settings.offline:
@@ -25,19 +25,19 @@ def prepare_process(settings: ModelSettings) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU where there is none."""
+    """The torch device of a setting. `auto` is the first GPU, or the CPU on a machine without a GPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    """The torch dtype of a setting. `auto` is bfloat16 on CUDA and float32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]
 
 
 def weights_digest(modules: Iterable[tuple[str, nn.Module]]) -> str:
-    """sha256 over every named tensor of the modules, as loaded: the same in every process, other in another dtype."""
+    """sha256 over every named tensor of the modules: the same in every process, and different for another dtype."""
     digest = hashlib.sha256()
     for module_name, module in modules:
         for name, tensor in sorted(module.state_dict().items()):
@@ -48,9 +48,13 @@ def weights_digest(modules: Iterable[tuple[str, nn.Module]]) -> str:
 
 @contextmanager
 def readable_load_errors(kind: str, source: str, *, offline: bool = False) -> Iterator[None]:
-    """Turn whatever the libraries raise while they load `source` into a ModelLoadError that says what and why.
+    """Turn every exception inside the block into a `ModelLoadError` that names the `source` and the cause.
 
-    Wrong folders, missing files, mismatched shapes and refused downloads come as a dozen exception types.
+    The libraries raise a dozen exception types for wrong folders, missing files, wrong shapes and refused downloads.
+    kind: kind of model, for the message. offline: the message explains that only local files were searched.
+
+    Raises:
+        ModelLoadError: the block raised any exception.
     """
     try:
         yield
@@ -60,5 +64,5 @@ def readable_load_errors(kind: str, source: str, *, offline: bool = False) -> It
         cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
         message = f"{kind} {source!r} could not be loaded: {type(error).__name__}: {cause}"
         if offline and not Path(source).is_dir():
-            message += " (It is no folder, and model.offline is on, so only the local cache was searched.)"
+            message += " (It is not a folder, and model.offline is on, so only the local cache was searched.)"
         raise ModelLoadError(message, model=source) from error

@@ -1,4 +1,4 @@
-"""Small pictures of unfinished images: what the scheduler expects the end to be, decoded at a fraction of the cost."""
+"""Previews of unfinished images: the clean latents that the scheduler predicts, made small and then decoded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,50 +16,58 @@ from worker_service.models.interface import PREVIEW_SIDE, ImageRequest
 
 
 @dataclass
-class Sight:
-    """Looks into one call of a pipeline. It reads only: the images are those of a call that nobody looks into."""
+class Previewer:
+    """Makes previews of one call of a pipeline. It changes nothing, so the images are the same as without previews."""
 
     pipeline: DiffusionPipeline
     width: int
+    """Pixels of the images, with `height`."""
     height: int
     predicted: torch.Tensor | None = None
-    """The clean latents that the last step headed for, where the scheduler tells."""
-    blind: bool = False
-    """There is no memory to spare for looking."""
+    """Clean latents that the last step predicted; None where the scheduler gives no prediction."""
+    disabled: bool = False
+    """Set when a preview did not fit in memory."""
 
     @classmethod
     def of(cls, pipeline: DiffusionPipeline, requests: Sequence[ImageRequest]) -> Self | None:
-        """For a pipeline with its scheduler in place; None when nobody looks, or nothing could be shown."""
-        if all(request.onlooker is None for request in requests):
+        """Make a previewer for one call of this pipeline, whose scheduler is already set.
+
+        None when no request has a listener, or when the pipeline's latents cannot be decoded cheaply.
+        """
+        if all(request.preview_listener is None for request in requests):
             return None
         config = getattr(getattr(pipeline, "vae", None), "config", {})
         if config.get("scaling_factor") is None:
             return None
-        sight = cls(pipeline, requests[0].width, requests[0].height)
-        sight.follow(pipeline.scheduler)
-        return sight
+        previewer = cls(pipeline, requests[0].width, requests[0].height)
+        previewer.record_predictions(pipeline.scheduler)
+        return previewer
 
-    def pictures(self, latents: torch.Tensor, rows: Sequence[int]) -> list[np.ndarray]:
-        """One picture per row, uint8 (height, width, 3), no side over PREVIEW_SIDE; none where it cannot be had."""
-        if self.blind:
+    def images(self, latents: torch.Tensor, rows: Sequence[int]) -> list[np.ndarray]:
+        """One preview per row: uint8, shape (height, width, 3), RGB, no side longer than `PREVIEW_SIDE`.
+
+        The list is empty when a preview is not possible. latents: of the whole batch, after a step.
+        """
+        if self.disabled:
             return []
-        seen = self.predicted if self.predicted is not None and self.predicted.shape == latents.shape else latents
-        seen = seen[list(rows)]
-        if seen.ndim == 3 and hasattr(self.pipeline, "_unpack_latents"):
-            seen = self.pipeline._unpack_latents(seen, self.height, self.width, self.pipeline.vae_scale_factor)
-        if seen.ndim != 4:
+        if self.predicted is not None and self.predicted.shape == latents.shape:
+            latents = self.predicted
+        latents = latents[list(rows)]
+        if latents.ndim == 3 and hasattr(self.pipeline, "_unpack_latents"):
+            latents = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
+        if latents.ndim != 4:
             return []
         try:
-            pixels = accelerator.run_on(seen.device, lambda: self._decoded(seen), items=len(rows))
+            pixels = accelerator.run_on(latents.device, lambda: self._decode(latents), items=len(rows))
         except ModelOutOfMemoryError:
-            self.blind = True
+            self.disabled = True
             return []
         if not np.isfinite(pixels).all():
             return []
         return list((pixels * 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
 
-    def _decoded(self, latents: torch.Tensor) -> np.ndarray:
-        """Float32 in [0, 1], shape (n, 3, height, width): of latents made small first, so it costs little."""
+    def _decode(self, latents: torch.Tensor) -> np.ndarray:
+        """Make the latents small, so that decoding is cheap, then decode: float32 in [0, 1], (n, 3, height, width)."""
         vae = self.pipeline.vae
         largest = max(1, PREVIEW_SIDE // self.pipeline.vae_scale_factor)
         height, width = latents.shape[-2:]
@@ -78,28 +86,31 @@ class Sight:
         pixels: np.ndarray = (decoded.float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
         return pixels
 
-    def follow(self, scheduler: SchedulerMixin) -> None:
-        """Note what each step predicts. The scheduler serves this one call only, so nothing has to be undone."""
+    def record_predictions(self, scheduler: SchedulerMixin) -> None:
+        """Replace the scheduler's `step` by one that also records the predicted latents in `predicted`.
+
+        The original is not restored, because each call has its own scheduler.
+        """
         step: Callable[..., Any] = scheduler.step
 
-        @wraps(step)  # pipelines ask the signature whether a step takes a generator
-        def followed(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        @wraps(step)  # pipelines read the signature to see whether a step takes a generator
+        def recorded_step(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             result = step(model_output, *args, **kwargs)
-            self.predicted = _predicted(scheduler, model_output, result)
+            self.predicted = _predicted_latents(scheduler, model_output, result)
             return result
 
-        scheduler.step = followed
+        scheduler.step = recorded_step
 
 
-def _predicted(scheduler: SchedulerMixin, model_output: torch.Tensor, result: Any) -> torch.Tensor | None:
-    """The clean latents behind a step: given back by it, kept by it, or the end of its straight line."""
+def _predicted_latents(scheduler: SchedulerMixin, model_output: torch.Tensor, result: Any) -> torch.Tensor | None:
+    """Clean latents that a step predicted: returned by it, stored by the scheduler, or computed from its velocity."""
     if isinstance(result, tuple) and len(result) > 1 and isinstance(result[1], torch.Tensor):
         return result[1]
-    keeps = scheduler.config.get("predict_x0") or str(scheduler.config.get("algorithm_type")).endswith("++")
-    if keeps and getattr(scheduler, "model_outputs", None):
-        kept: torch.Tensor | None = scheduler.model_outputs[-1]
-        return kept
-    if hasattr(scheduler, "scale_noise") and isinstance(result, tuple):  # flow matching
-        end: torch.Tensor = result[0] - scheduler.sigmas[scheduler.step_index] * model_output
-        return end
+    stores_them = scheduler.config.get("predict_x0") or str(scheduler.config.get("algorithm_type")).endswith("++")
+    if stores_them and getattr(scheduler, "model_outputs", None):
+        stored: torch.Tensor | None = scheduler.model_outputs[-1]
+        return stored
+    if hasattr(scheduler, "scale_noise") and isinstance(result, tuple):  # flow matching: a straight line to the end
+        clean: torch.Tensor = result[0] - scheduler.sigmas[scheduler.step_index] * model_output
+        return clean
     return None

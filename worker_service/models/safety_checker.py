@@ -1,5 +1,7 @@
-"""The safety checker that a pipeline may bring, taken out of its calls: there it would paint over what it objects to,
-and what is to follow is the operator's choice."""
+"""The safety checker that some pipelines include.
+
+Inside of the pipeline it would paint unsafe images black. It is detached, so that the operator chooses the action.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +15,14 @@ from PIL import Image
 
 @dataclass
 class SafetyChecker:
-    """Stable Diffusion's, of diffusers, with the preprocessing that the model brings for it."""
+    """Stable Diffusion's safety checker (`StableDiffusionSafetyChecker` of diffusers), with its preprocessing."""
 
     model: torch.nn.Module
     preprocess: Any
 
     @classmethod
-    def taken_from(cls, *pipelines: DiffusionPipeline | None) -> Self | None:
-        """The checker of pipelines that share their parts, which have it no more; None if they have none."""
+    def detach_from(cls, *pipelines: DiffusionPipeline | None) -> Self | None:
+        """Remove the checker from pipelines that share their parts, and return it; None if they include no checker."""
         checker = None
         for pipeline in pipelines:
             if pipeline is not None and getattr(pipeline, "safety_checker", None) is not None:
@@ -29,11 +31,11 @@ class SafetyChecker:
         return checker
 
     @torch.no_grad()
-    def objects_to(self, images: Sequence[np.ndarray]) -> list[bool]:
-        """Its word on each image. images: uint8, shape (height, width, 3), RGB."""
+    def detect_unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:
+        """Whether each image is unsafe. images: uint8, shape (height, width, 3), RGB."""
         pixels = self.preprocess([Image.fromarray(image) for image in images], return_tensors="pt").pixel_values
         parameter = next(self.model.parameters())
-        # It wants the images too, to paint them black.
-        sacrificed = np.zeros((len(images), 1, 1, 3))
-        _, objections = self.model(clip_input=pixels.to(parameter.device, parameter.dtype), images=sacrificed)
-        return [bool(objection) for objection in objections]
+        # The model paints unsafe images black in place, so it gets placeholders.
+        placeholders = np.zeros((len(images), 1, 1, 3))
+        _, unsafe = self.model(clip_input=pixels.to(parameter.device, parameter.dtype), images=placeholders)
+        return [bool(each) for each in unsafe]

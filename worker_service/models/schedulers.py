@@ -1,4 +1,4 @@
-"""The schedulers a request may choose from: those whose every random number comes from the image's own generator."""
+"""The schedulers that a request may choose: all of their random numbers come from the image's own generator."""
 
 import inspect
 from typing import Any
@@ -20,27 +20,28 @@ ALLOWED: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-"""Name -> class and what it sets on top of the model's own configuration. Not here: DPMSolverSDEScheduler, which draws
-its noise from a sampler of its own, one for the whole batch."""
+"""By name: the class of diffusers, and its changes to the model's own scheduler configuration. DPMSolverSDEScheduler is
+left out, because it takes its noise from one sampler for the whole batch."""
 
 
-def choices(own: SchedulerMixin) -> list[str]:
-    """The names that can stand in for a pipeline's own scheduler: diffusers itself says which are compatible."""
+def compatible_names(own: SchedulerMixin) -> list[str]:
+    """Names of the schedulers that can replace a pipeline's own scheduler, as diffusers says by `compatibles`."""
     if not own.has_compatibles:
         return []
     compatible = {scheduler.__name__ for scheduler in own.compatibles}
     return [
         name
         for name, (class_name, changes) in ALLOWED.items()
-        if class_name in compatible and _keeps_the_noise(own, class_name, changes)
+        if class_name in compatible and _starts_from_right_noise(own, class_name, changes)
     ]
 
 
-def _keeps_the_noise(own: SchedulerMixin, class_name: str, changes: dict[str, Any]) -> bool:
-    """Does it start from the noise that the model was trained to start from?
+def _starts_from_right_noise(own: SchedulerMixin, class_name: str, changes: dict[str, Any]) -> bool:
+    """Whether the scheduler starts from the noise with which the model was trained.
 
-    A model with zero terminal signal-to-noise ratio starts from pure noise. Schedulers that do not know that setting
-    drop it and start from a picture's ghost; Karras sigmas stretch to its infinite first sigma and never come back.
+    A model with zero terminal signal-to-noise ratio (`rescale_betas_zero_snr`, arXiv 2305.08891) starts from pure
+    noise. Schedulers without that setting ignore it and start from noise that contains a trace of an image. Karras
+    sigmas do not work either, because they would stretch to a nearly infinite first sigma.
     """
     if not own.config.get("rescale_betas_zero_snr"):
         return True
@@ -48,10 +49,10 @@ def _keeps_the_noise(own: SchedulerMixin, class_name: str, changes: dict[str, An
     return "rescale_betas_zero_snr" in known and not changes.get("use_karras_sigmas")
 
 
-def fresh(own: SchedulerMixin, name: str | None) -> SchedulerMixin:
-    """A new scheduler on the model's noise schedule, of the class `name` stands for, or of its own class.
+def new_scheduler(own: SchedulerMixin, name: str | None) -> SchedulerMixin:
+    """A new scheduler with the model's noise schedule. name: a key of `ALLOWED`; None: the model's own class.
 
-    Schedulers keep state from step to step and from call to call, so every call gets its own.
+    Schedulers keep state between steps and between calls, so every call gets its own.
     """
     if name is None:
         return type(own).from_config(own.config)
@@ -59,13 +60,13 @@ def fresh(own: SchedulerMixin, name: str | None) -> SchedulerMixin:
     return getattr(diffusers, class_name).from_config(own.config, **changes)
 
 
-def refuse_noise_of_its_own(own: SchedulerMixin) -> None:
-    """Refuse a scheduler whose noise ignores the images' generators: no image of it could be repeated.
+def require_seeded_noise(own: SchedulerMixin) -> None:
+    """Reject a scheduler whose noise does not come from the images' generators: its images could not be replayed.
 
     Raises:
-        ModelLoadError: it has its own noise sampler, or is a stochastic flow-matching one.
+        ModelLoadError: the scheduler has its own noise sampler, or is a stochastic flow-matching scheduler.
     """
     if hasattr(own, "noise_sampler") or own.config.get("stochastic_sampling"):
         raise ModelLoadError(
-            f"{type(own).__name__} draws noise that the images' seeds do not decide; give the pipeline another one."
+            f"The noise of {type(own).__name__} does not depend on the images' seeds; give the pipeline another one."
         )

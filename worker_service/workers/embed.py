@@ -1,4 +1,4 @@
-"""The embed worker: CLIP for queries whose asker waits, then for images that wait for their vectors."""
+"""The embed worker: its tasks make the vectors of queries and of corpus images. Queries run first."""
 
 import logging
 from typing import Any
@@ -9,20 +9,21 @@ from shared.settings import Settings
 from worker_service.execution.watchdog import Watchdog
 from worker_service.indexing import embed_images
 from worker_service.indexing.image_leases import ImageLeases
-from worker_service.models.embedder import QUERY_LANE, Embedder
+from worker_service.models.embedder import Embedder
 from worker_service.workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
 
 def serve(settings: Settings) -> None:
-    """Serve until told to stop.
+    """Load CLIP, then serve until SIGTERM or SIGINT.
 
     Raises:
-        ModelLoadError
+        ModelLoadError: CLIP cannot be loaded; the message gives the cause.
+        DatabaseError: the database failed at the start.
     """
     with WorkerProcess("embed", None, settings) as process, Watchdog(settings.watchdog) as watchdog:
-        embedder = Embedder.load(settings, watchdog, alone=True)
+        embedder = Embedder.load(settings, watchdog, only_model=True)
         try:
             with ImageLeases(settings.jobs) as leases:
                 _consume(process, embedder, leases)
@@ -36,18 +37,18 @@ def _consume(process: WorkerProcess, embedder: Embedder, leases: ImageLeases) ->
 
     @app.task(name=queue.EMBED_QUERY)
     def embed_query(reply_key: str, payload: dict[str, Any]) -> None:
-        """Answer a query whose asker waits."""
+        """Embed a query and send the vector to the caller that waits for it."""
         answer(
             reply_key,
             payload,
             space_digest=embedder.space.digest,
-            embed=lambda items: embedder.embed(items, lane=QUERY_LANE),
+            embed=embedder.embed,
         )
 
     @app.task(name=queue.EMBED_PENDING)
     def embed_pending() -> None:
-        """Embed whatever waits."""
-        images.ring(stopping=process.stopping.is_set)
+        """Embed all waiting images."""
+        images.embed_pending(stopping=process.stopping.is_set)
 
     def finish_or_hand_back() -> None:
         if not leases.wait_until_empty(process.settings.jobs.shutdown_grace_s):

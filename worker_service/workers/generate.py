@@ -1,4 +1,4 @@
-"""The generate worker: one image model per process, and its tasks."""
+"""The generate worker: it loads one image model and runs the jobs of this model."""
 
 import logging
 from uuid import UUID
@@ -9,9 +9,9 @@ from celery.exceptions import Ignore, Reject
 from shared.messaging import queue
 from shared.settings import Settings
 from worker_service.execution.watchdog import Watchdog
-from worker_service.jobs import run as generation
 from worker_service.jobs.attempt import Outcome
-from worker_service.jobs.leases import Leases
+from worker_service.jobs.leases import JobLeases
+from worker_service.jobs.run import run_job
 from worker_service.models.loaded import Models
 from worker_service.workers.process import WorkerProcess
 
@@ -19,30 +19,34 @@ logger = logging.getLogger(__name__)
 
 
 class JobFailedError(Exception):
-    """The job ended `failed`, so its task does too, and Flower tells the truth."""
+    """The job ended `failed`. Raised so that Flower shows the task as failed too."""
 
 
 def serve(settings: Settings, model: str | None) -> None:
-    """Serve the jobs of one generator until told to stop.
+    """Load one generator and serve its jobs until SIGTERM or SIGINT.
+
+    model: name of the generator; None: `worker.generator`, or the default generator of the settings.
 
     Raises:
-        ModelNotFoundError, ModelLoadError
+        ModelNotFoundError: the settings have no generator of that name.
+        ModelLoadError: a model cannot be loaded; the message gives the cause.
+        DatabaseError: the database failed at the start.
     """
     name = model or settings.worker.generator or settings.model.default_generator
-    spare_seats, bulk_pause_s = settings.worker.spare_seats, settings.worker.bulk_pause_s
+    lane_headroom, bulk_pause_s = settings.worker.lane_headroom, settings.worker.bulk_pause_s
     with (
-        WorkerProcess("generate", name, settings, spare_seats, bulk_pause_s) as process,
+        WorkerProcess("generate", name, settings, lane_headroom, bulk_pause_s) as process,
         Watchdog(settings.watchdog) as watchdog,
     ):
         models = Models.load(name, settings, watchdog)
         try:
-            with Leases(settings.jobs) as leases:
+            with JobLeases(settings.jobs) as leases:
                 _consume(process, models, leases)
         finally:
             models.close(settings.jobs.shutdown_grace_s)
 
 
-def _consume(process: WorkerProcess, models: Models, leases: Leases) -> None:
+def _consume(process: WorkerProcess, models: Models, leases: JobLeases) -> None:
     app = process.app()
 
     @app.task(name=queue.GENERATE, bind=True, throws=(JobFailedError,))
@@ -50,9 +54,7 @@ def _consume(process: WorkerProcess, models: Models, leases: Leases) -> None:
         """Run one job; safe to deliver twice."""
         if process.stopping.is_set():
             raise Reject("shutting down", requeue=True)
-        outcome = generation.run(
-            UUID(job_id), models=models, leases=leases, settings=process.settings, worker=process.id
-        )
+        outcome = run_job(UUID(job_id), models=models, leases=leases, settings=process.settings, worker=process.id)
         if outcome is Outcome.FAILED:
             raise JobFailedError(job_id)
         if outcome is not Outcome.SUCCEEDED:

@@ -1,4 +1,4 @@
-"""The io worker: what waits for others instead of computing. It never loads torch."""
+"""The io worker: tasks that wait for other servers instead of computing, such as webhooks. It never loads torch."""
 
 import threading
 
@@ -11,7 +11,11 @@ from worker_service.workers.process import WorkerProcess
 
 
 def serve(settings: Settings) -> None:
-    """Serve until told to stop."""
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        DatabaseError: the database failed at the start.
+    """
     with WorkerProcess("io", None, settings) as process:
         _consume(process)
 
@@ -19,12 +23,12 @@ def serve(settings: Settings) -> None:
 def _consume(process: WorkerProcess) -> None:
     settings = process.settings
     app = process.app()
-    # One thread stays free to hear of other work while receivers keep the others waiting.
+    # One thread stays free for other messages while slow receivers occupy the others.
     delivering = threading.Semaphore(max(1, settings.worker.concurrency - 1))
 
     @app.task(name=queue.DELIVER_WEBHOOKS)
     def deliver_webhooks() -> None:
-        """Deliver whatever is due; many rings are one."""
+        """Deliver all due webhooks; do nothing when enough threads deliver already."""
         if not delivering.acquire(blocking=False):
             raise Ignore
         try:

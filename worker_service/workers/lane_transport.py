@@ -1,4 +1,11 @@
-"""Which lanes a generate worker reads: how it keeps room for better lanes while the worst could fill it."""
+"""A Celery transport that limits how many jobs of each lane a generate worker takes.
+
+Without it, jobs of low priority could fill a worker, and a job of high priority would wait for one of them to end. A
+worker therefore stops reading a lane at that lane's limit, and limits are higher for higher-priority lanes.
+
+It also pauses between two jobs of lane `bulk` while higher-priority lanes are in use. All jobs share the processors and
+the database, which know no lanes: see docs/decisions/0020-how-is-a-bulk-slowed-for-interactive-jobs.md.
+"""
 
 import time
 from collections.abc import Sequence
@@ -8,62 +15,67 @@ from celery.worker import state
 from shared.contracts.jobs import Lane
 from shared.messaging import queue, transport
 
-LOOK_S = 0.1
-"""How soon after a job has ended a full worker looks again into the lanes that had no seat left."""
-IN_USE_S = 10.0
-"""For how long after their last job the better lanes count as in use: who has waited for one will want another."""
-SHORTEST_S = 0.001
-"""Of a BRPOP: some servers cut what is shorter to 0, which is for ever."""
+FULL_POLL_S = 0.1
+"""How soon after the end of a job a worker reads the lanes again whose limit it had reached."""
+LANE_IN_USE_S = 10.0
+"""How long after their last job the lanes above `bulk` still count as in use: one job is often followed by another."""
+SHORTEST_BRPOP_S = 0.001
+"""Shortest timeout of a BRPOP: some servers round a shorter one to 0, which means no timeout."""
 BULK = Lane.BULK.rank
 
 
 class Channel(transport.Channel):
-    """Leaves those lanes out of its BRPOP that have no seat left, and a bulk's while it has to pause.
+    """Leaves the lanes at their limit out of its BRPOP, and lane `bulk` while it has to pause.
 
-    Celery has one prefetch count for all lanes, and counts messages: when one is delivered again, because its job runs
-    for longer than the broker is patient, it is acknowledged at once and its seat counted as free. So what is in hand
-    is what Celery has taken and not ended; that is known also after the connection was lost.
+    Celery's own limit, the prefetch count, does not suffice. It is one number for all lanes, and it counts messages.
+    When a job outlasts the visibility timeout, its message is delivered again and acknowledged at once, so it no longer
+    counts. This class counts the tasks that Celery has received and not finished. It also works after a lost
+    connection.
     """
 
-    lane_seats: Sequence[int] = ()
-    """A transport option, best lane first: with so many jobs in hand no more are taken of that lane."""
+    lane_limits: Sequence[int] = ()
+    """Transport option. For each lane, highest priority first: the number of unfinished jobs at which no more are taken
+    from it."""
     bulk_pause_s: float = 0.0
-    """A transport option: how far apart a bulk's jobs are taken at least while better lanes are in use."""
-    from_transport_options = (*transport.Channel.from_transport_options, "lane_seats", "bulk_pause_s")
+    """Transport option: seconds between two jobs of lane `bulk` while higher-priority lanes are in use, at least."""
+    from_transport_options = (*transport.Channel.from_transport_options, "lane_limits", "bulk_pause_s")
 
-    _better_at = float("-inf")
-    """When something of a better lane than a bulk's was last seen in hand."""
-    _bulk_read_at = float("-inf")
-    """When the last BRPOP began that a bulk's job could answer: each takes one message at most."""
+    _last_high_priority_at = float("-inf")
+    """When an unfinished job of a lane above `bulk` was last seen."""
+    _last_bulk_read_at = float("-inf")
+    """When the last BRPOP began that read lane `bulk`. Each BRPOP takes at most one message."""
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         now = time.monotonic()
-        in_hand = len(state.reserved_requests)
-        lanes = [lane for lane, seats in zip(queue.LANES, self.lane_seats, strict=True) if in_hand < seats]
+        unfinished = len(state.reserved_requests)
+        lanes = [lane for lane, limit in zip(queue.LANES, self.lane_limits, strict=True) if unfinished < limit]
         if len(lanes) < len(queue.LANES):
-            timeout = LOOK_S
-        elif (pause_s := self._bulk_read_at + self._pause_s(now) - now) > 0:
+            timeout = FULL_POLL_S
+        elif (pause_s := self._last_bulk_read_at + self._bulk_pause_now_s(now) - now) > 0:
             lanes.remove(BULK)
-            timeout = max(pause_s, SHORTEST_S)
+            timeout = max(pause_s, SHORTEST_BRPOP_S)
         if not lanes:
             return
         if BULK in lanes:
-            self._bulk_read_at = now
+            self._last_bulk_read_at = now
         self.priority_steps = lanes
         try:
-            super()._brpop_start(timeout)  # type: ignore[misc]  # the stubs know what is public
+            super()._brpop_start(timeout)  # type: ignore[misc]  # the stubs lack this private method
         finally:
             self.priority_steps = list(queue.LANES)
 
-    def _pause_s(self, now: float) -> float:
-        """How far apart a bulk's jobs are taken now."""
-        in_hand = list(state.requests.values())  # the pool's threads take out what they have ended
-        if any((request.delivery_info["priority"] or 0) < BULK for request in in_hand):
-            self._better_at = now
-        return self.bulk_pause_s if now - self._better_at < IN_USE_S else 0.0
+    def _bulk_pause_now_s(self, now: float) -> float:
+        """Seconds between two jobs of lane `bulk` at present."""
+        unfinished = list(state.requests.values())  # a copy: other threads remove finished requests
+        if any((request.delivery_info["priority"] or 0) < BULK for request in unfinished):
+            self._last_high_priority_at = now
+        return self.bulk_pause_s if now - self._last_high_priority_at < LANE_IN_USE_S else 0.0
 
     def priority(self, n: int) -> int:
-        """Of a message. Threads that give one back ask for it at any time, also while fewer lanes are read."""
+        """Lane of a message with priority `n`. Other threads call this at any time, to return a message to its list.
+
+        kombu's own method knows only the lanes that are read at present.
+        """
         return min(max(n, 0), BULK)
 
 

@@ -1,4 +1,4 @@
-"""A worker process as Celery and the other processes see it, from start to a clean end."""
+"""The life of a worker process: its row in the database, its heartbeat, Celery's main loop, and the shutdown."""
 
 import logging
 import os
@@ -24,29 +24,32 @@ from worker_service.workers import revoke
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
+EXTRA_SHUTDOWN_S = 15
+"""Seconds after the shutdown grace time at which a process that still runs is ended hard."""
 
 
 @dataclass
 class WorkerProcess:
-    """This process as others see it: announced while it loads, ready when it serves, gone when it ends.
+    """A worker process and its row in the database: `loading`, then `ready`, and deleted when the process ends.
 
-    A context manager around the life of the process. SIGTERM or SIGINT while it loads end it in order; Celery's own
-    handlers take their place when it serves.
+    A context manager around the life of the process. While it loads, SIGTERM or SIGINT end it with exit status 0.
+    When it serves, Celery's signal handlers take over.
     """
 
     kind: str
     model: str | None
     settings: Settings
-    spare_seats: int = 0
-    """How many more jobs it takes of each lane than of the next worse one."""
+    lane_headroom: int = 0
+    """How many more jobs it takes from each lane than from the next lower-priority lane."""
     bulk_pause_s: float = 0.0
-    """How far apart it takes a bulk's jobs while better lanes are in use."""
+    """Seconds between two jobs of lane `bulk` while higher-priority lanes are in use, at least."""
     stopping: threading.Event = field(default_factory=threading.Event)
+    """Set when the process should stop."""
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _leave)
-        self.announce("loading")
+            signal.signal(number, _exit_on_signal)
+        self.write_heartbeat("loading")
         return self
 
     def __exit__(
@@ -55,72 +58,82 @@ class WorkerProcess:
         self.stopping.set()
         try:
             with session_scope() as session:
-                workers.gone(session, self.id)
-        except DatabaseError as missed:
-            logger.warning("worker_not_withdrawn", extra={"cause": missed.code})  # silent, it is soon not counted
+                workers.remove(session, self.id)
+        except DatabaseError as failure:
+            # The row stays, but without heartbeats the worker soon does not count as live.
+            logger.warning("worker_not_withdrawn", extra={"cause": failure.code})
 
     @property
     def id(self) -> str:
+        """Unique name of the process, such as `generate.sdxl-4711@host`."""
         return f"{self.kind}{f'.{self.model}' if self.model else ''}-{os.getpid()}@{socket.gethostname()}"
 
     @property
-    def lane_seats(self) -> list[int]:
-        """With how many jobs in hand it takes no more of a lane, best lane first."""
-        return [self.settings.worker.concurrency + self.spare_seats * worse for worse in reversed(queue.LANES)]
+    def lane_limits(self) -> list[int]:
+        """For each lane, highest priority first: the number of unfinished jobs at which no more are taken from it."""
+        return [
+            self.settings.worker.concurrency + self.lane_headroom * lower_lanes for lower_lanes in reversed(queue.LANES)
+        ]
 
     def app(self) -> Celery:
         """A Celery application for this process's tasks."""
         app = queue.configure(Celery("afterimage"), self.settings.queue)
         app.conf.worker_consumer = "worker_service.workers.consumer:Consumer"
         app.conf.broker_transport = "worker_service.workers.lane_transport:Transport"
-        app.conf.broker_transport_options["lane_seats"] = self.lane_seats
+        app.conf.broker_transport_options["lane_limits"] = self.lane_limits
         app.conf.broker_transport_options["bulk_pause_s"] = self.bulk_pause_s
         app.conf.worker_disable_prefetch = True
         return app
 
-    def announce(self, state: str) -> None:
+    def write_heartbeat(self, state: str) -> None:
+        """Write the process's state, `loading` or `ready`, and the time of this heartbeat.
+
+        Raises:
+            DatabaseError: the database failed.
+        """
         with session_scope() as session:
             workers.heartbeat(session, self.id, kind=self.kind, model=self.model, state=state)
 
-    def keep_announcing(self) -> None:
-        """Say `ready` from a side thread until the process stops."""
+    def start_heartbeat(self) -> None:
+        """Write `ready` every `HEARTBEAT_S` seconds, in a thread, until the process stops."""
 
-        def beat() -> None:
+        def write_until_stopped() -> None:
             while not self.stopping.wait(HEARTBEAT_S):
                 try:
-                    self.announce("ready")
+                    self.write_heartbeat("ready")
                 except DatabaseError as error:
                     logger.warning("heartbeat_failed", extra={"cause": error.code})
 
-        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+        threading.Thread(target=write_until_stopped, name="heartbeat", daemon=True).start()
 
     def serve(self, app: Celery, queues: list[str], *, on_stop: Callable[[], Any]) -> None:
-        """Consume until SIGTERM or SIGINT, then end within the grace time.
+        """Run the tasks of these queues until SIGTERM or SIGINT, then end within the grace time.
 
-        Celery's warm shutdown waits for running tasks without limit, so `on_stop` runs in a thread beside it and must
-        make them end; a process that still hangs afterwards is ended hard: leases bring its jobs back.
+        Celery's warm shutdown waits for running tasks without limit. `on_stop` therefore runs in another thread and
+        must make the tasks end. A process that still runs `EXTRA_SHUTDOWN_S` after the grace time is ended hard, and
+        its leases return its jobs to the queue.
         """
 
         def stop(**_: object) -> None:
             self.stopping.set()
             threading.Thread(target=on_stop, name="stop", daemon=True).start()
-            patience_s = self.settings.jobs.shutdown_grace_s + 15
-            hard_end = threading.Timer(
-                patience_s, end_process, args=("stop_took_too_long", {"seconds": patience_s}), kwargs={"status": 1}
+            limit_s = self.settings.jobs.shutdown_grace_s + EXTRA_SHUTDOWN_S
+            hard_exit = threading.Timer(
+                limit_s, end_process, args=("stop_took_too_long", {"seconds": limit_s}), kwargs={"status": 1}
             )
-            hard_end.daemon = True
-            hard_end.start()
+            hard_exit.daemon = True
+            hard_exit.start()
 
         worker_shutting_down.connect(stop, weak=False)
-        revoke.treat_as_cancel()
-        self.announce("ready")
-        self.keep_announcing()
+        revoke.cancel_revoked_jobs()
+        self.write_heartbeat("ready")
+        self.start_heartbeat()
         app.worker_main(
             [
                 "--quiet",  # no banner between the log's lines
                 "worker",
                 "--pool=threads",
-                f"--concurrency={max(self.lane_seats)}",
+                f"--concurrency={max(self.lane_limits)}",
                 f"--queues={','.join(queues)}",
                 f"--hostname={self.id}",
                 "--task-events",
@@ -131,6 +144,6 @@ class WorkerProcess:
         )
 
 
-def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
+def _exit_on_signal(number: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     raise SystemExit(0)

@@ -1,24 +1,24 @@
-// Spares leaving a page. Without this script every link and form still works, by whole pages.
+// Updates pages in place. Without this script every link and form still works, and loads whole pages.
 
-const NEWS = ["queued", "started", "resolved", "degraded", "moderated", "requeued", "succeeded", "failed", "canceled", "expired", "dead"];
-// A browser keeps six connections to a host, for all its pages together: one stream each must leave some.
-const MOST_STREAMS = 2;
-const TYPING_MS = 350;
-const AGAIN_MS = 2500;
-const DECIDES_THE_PLAN = ["prompt", "model", "collection", "min_similarity", "similar_examples_count"];
+const JOB_EVENTS = ["queued", "started", "resolved", "degraded", "moderated", "requeued", "succeeded", "failed", "canceled", "expired", "dead"];
+// A browser opens at most six connections to a host, for all its pages together. Streams must leave some free.
+const MAX_STREAMS = 2;
+const TYPING_PAUSE_MS = 350;
+const RETRY_MS = 2500;
+const PLAN_FIELDS = ["prompt", "model", "collection", "min_similarity", "similar_examples_count"];
 
-async function part(address, options = {}) {
+async function fetchPart(address, options = {}) {
   try {
-    const answer = await fetch(address, { ...options, headers: { "X-Fragment": "1" } });
-    if (answer.status === 401) location.assign("/sign-in");
-    const againMs = Math.max(AGAIN_MS, 1000 * Number(answer.headers.get("Retry-After") ?? 0));
-    return { ok: answer.ok, gone: [404, 410].includes(answer.status), html: await answer.text(), againMs };
+    const response = await fetch(address, { ...options, headers: { "X-Fragment": "1" } });
+    if (response.status === 401) location.assign("/sign-in");
+    const retryMs = Math.max(RETRY_MS, 1000 * Number(response.headers.get("Retry-After") ?? 0));
+    return { ok: response.ok, gone: [404, 410].includes(response.status), html: await response.text(), retryMs };
   } catch {
-    return { ok: false, html: '<p class="wrong" role="alert">The service does not answer.</p>', againMs: AGAIN_MS };
+    return { ok: false, html: '<p class="wrong" role="alert">The service does not answer.</p>', retryMs: RETRY_MS };
   }
 }
 
-function elements(html) {
+function parseHtml(html) {
   const template = document.createElement("template");
   template.innerHTML = html.trim();
   return template.content;
@@ -28,10 +28,10 @@ function elements(html) {
 
 let streams = 0;
 
-// Keeps a job's card up to date until the job has ended: by its events, or where others have the streams by asking.
-function follow(job) {
+// Keeps a job's card up to date until the job has ended: by its event stream, or by polling if all streams are in use.
+function followJob(job) {
   if (!job.dataset.events) return;
-  if (streams >= MOST_STREAMS) return setTimeout(renew, AGAIN_MS, job);
+  if (streams >= MAX_STREAMS) return setTimeout(refreshJob, RETRY_MS, job);
   const stream = new EventSource(job.dataset.events);
   streams += 1;
   let open = true;
@@ -52,76 +52,76 @@ function follow(job) {
     while (shown.children.length <= index) shown.append(Object.assign(new Image(), { alt: "a preview" }));
     shown.children[index].src = image;
   });
-  for (const name of NEWS) stream.addEventListener(name, () => { close(); renew(job); });
-  stream.onerror = () => { close(); setTimeout(renew, AGAIN_MS, job); };
+  for (const name of JOB_EVENTS) stream.addEventListener(name, () => { close(); refreshJob(job); });
+  stream.onerror = () => { close(); setTimeout(refreshJob, RETRY_MS, job); };
 }
 
-async function renew(job) {
-  const { ok, gone, html, againMs } = await part(job.dataset.part);
+async function refreshJob(job) {
+  const { ok, gone, html, retryMs } = await fetchPart(job.dataset.part);
   if (!job.isConnected) return;
   if (gone) return job.remove();
-  if (!ok) return setTimeout(renew, againMs, job);
-  const fresh = elements(html).firstElementChild;
+  if (!ok) return setTimeout(refreshJob, retryMs, job);
+  const fresh = parseHtml(html).firstElementChild;
   const kept = fresh.querySelector("[data-previews]");
   if (!kept && job.closest("[data-reload]")) return location.reload();
   kept?.replaceChildren(...job.querySelector("[data-previews]").children);
   job.replaceWith(fresh);
-  follow(fresh);
+  followJob(fresh);
 }
 
 // --- forms --------------------------------------------------------------------------------------------------------
 
-function sendInto(form, target) {
+function submitInto(form, target) {
   form.addEventListener("submit", async (event) => {
     if (event.submitter?.formMethod === "get") return;
     event.preventDefault();
     event.submitter.disabled = true;
-    const { ok, html } = await part(form.action, { method: "POST", body: new FormData(form) });
+    const { ok, html } = await fetchPart(form.action, { method: "POST", body: new FormData(form) });
     event.submitter.disabled = false;
     form.querySelector(":scope > .wrong")?.remove();
-    const made = elements(html);
-    if (!ok) return form.append(made); // with the same `once`, so that what was accepted unheard is not made twice
+    const fragment = parseHtml(html);
+    if (!ok) return form.append(fragment); // `once` stays, so a retry makes no second job if the service accepted this one
     form.elements.once.value = crypto.getRandomValues(new Uint32Array(4)).join("-");
     document.querySelector("[data-empty]")?.remove();
-    const job = made.firstElementChild;
-    target.prepend(made);
-    follow(job);
+    const job = fragment.firstElementChild;
+    target.prepend(fragment);
+    followJob(job);
   });
 }
 
-// One question at a time: one that waits for a worker that is away must not be joined by one for every letter typed.
-function askAsTyped(form, shown) {
-  let timer, asking = false, again = false;
-  const ask = async () => {
-    if (asking) return void (again = true);
-    asking = true;
-    const sent = [...new FormData(form)].filter(([name]) => name === "pin" || DECIDES_THE_PLAN.includes(name));
-    const { ok, html } = await part(`${form.dataset.asTyped}?${new URLSearchParams(sent)}`);
-    asking = false;
-    if (again) {
-      again = false;
-      return ask();
+// One request at a time: while a request waits for an embed worker, further letters do not send more requests.
+function updatePlanAsTyped(form, shown) {
+  let timer, isRequesting = false, hasChanged = false;
+  const update = async () => {
+    if (isRequesting) return void (hasChanged = true);
+    isRequesting = true;
+    const sent = [...new FormData(form)].filter(([name]) => name === "pin" || PLAN_FIELDS.includes(name));
+    const { ok, html } = await fetchPart(`${form.dataset.asTyped}?${new URLSearchParams(sent)}`);
+    isRequesting = false;
+    if (hasChanged) {
+      hasChanged = false;
+      return update();
     }
     shown.querySelector(":scope > .wrong")?.remove();
-    if (ok) shown.replaceChildren(elements(html));
-    else shown.prepend(elements(html)); // what was chosen stays
+    if (ok) shown.replaceChildren(parseHtml(html));
+    else shown.prepend(parseHtml(html)); // the choices stay
   };
   form.addEventListener("input", ({ target }) => {
-    if (!DECIDES_THE_PLAN.includes(target.name)) return;
+    if (!PLAN_FIELDS.includes(target.name)) return;
     clearTimeout(timer);
-    timer = setTimeout(ask, TYPING_MS);
+    timer = setTimeout(update, TYPING_PAUSE_MS);
   });
 }
 
 // --- everything on this page --------------------------------------------------------------------------------------
 
-for (const job of document.querySelectorAll("[data-events]")) follow(job);
+for (const job of document.querySelectorAll("[data-events]")) followJob(job);
 
 for (const button of document.querySelectorAll("[data-without-script]")) button.hidden = true;
 
 for (const form of document.querySelectorAll("form[data-into]")) {
-  sendInto(form, document.getElementById(form.dataset.into));
-  askAsTyped(form, document.getElementById("references"));
+  submitInto(form, document.getElementById(form.dataset.into));
+  updatePlanAsTyped(form, document.getElementById("references"));
 }
 
 for (const form of document.querySelectorAll("form[data-sure]")) {
@@ -129,12 +129,12 @@ for (const form of document.querySelectorAll("form[data-sure]")) {
 }
 
 for (const live of document.querySelectorAll("[data-every]")) {
-  const look = async () => {
+  const refresh = async () => {
     if (!document.hidden && !live.contains(document.activeElement)) {
-      const { ok, html } = await part(live.dataset.part);
-      if (ok && !live.contains(document.activeElement)) live.replaceChildren(elements(html));
+      const { ok, html } = await fetchPart(live.dataset.part);
+      if (ok && !live.contains(document.activeElement)) live.replaceChildren(parseHtml(html));
     }
-    setTimeout(look, Number(live.dataset.every));
+    setTimeout(refresh, Number(live.dataset.every));
   };
-  setTimeout(look, Number(live.dataset.every));
+  setTimeout(refresh, Number(live.dataset.every));
 }

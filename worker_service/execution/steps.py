@@ -1,0 +1,10 @@
+"""How a running model call reports its steps, and how it is stopped."""
+
+from collections.abc import Callable
+
+OnStep = Callable[[int, int], bool]
+"""Called after every denoising step with (steps done, steps in all); it returns False to stop the whole call."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not a failure: the caller asked for it
+    """The call was stopped by its `on_step`; nothing was decoded."""
