@@ -1,4 +1,4 @@
-"""A typed client of the service; needs neither torch nor the server.
+"""A typed client of the service. It needs neither torch nor the code of the server.
 
 from pathlib import Path
 from afterimage_client import Afterimage, RagGenerateRequest
@@ -6,6 +6,7 @@ from afterimage_client import Afterimage, RagGenerateRequest
 with Afterimage("http://127.0.0.1:8000") as service:
     job = service.jobs.submit(RagGenerateRequest(prompt="a red apple with a bite", seed=7))
     job = service.jobs.wait(job, on_update=print)
+
     for output in job.outputs:
         service.outputs.download(output, Path(f"out/{output.seed}.{output.format}"))
 """

@@ -1,4 +1,4 @@
-"""The way in: one object for one service."""
+"""The client object: one `Afterimage` for one service."""
 
 import os
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ import httpx
 import pydantic
 
 from afterimage_client.bulks import Bulks
-from afterimage_client.connection import Connection, parsed, transport_errors_named
-from afterimage_client.errors import error_of
+from afterimage_client.connection import Connection, parse_response, translate_transport_errors
+from afterimage_client.errors import error_from_response
 from afterimage_client.images import Images
 from afterimage_client.jobs import Jobs
 from afterimage_client.outputs import Outputs
@@ -21,24 +21,24 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class Afterimage:
-    """A service, by its address. Safe to use from several threads; close it, or use it in a `with`.
+    """A client of the service at one address. Several threads may share it. Close it, or use it in a `with`.
 
         with Afterimage() as service:
             job = service.jobs.wait(service.jobs.submit(RagGenerateRequest(prompt="a red apple")))
             service.outputs.download(job.outputs[0], Path("apple.png"))
 
-    Every call is tried again for `retry_for_s` seconds while the service is away, busy or too busy, as it advises by
-    `Retry-After`; none of them does anything twice by that.
+    Temporary errors (the service is unreachable, overloaded, or limits the rate) are retried for `retry_for_s` seconds,
+    not before its `Retry-After`. A retry never repeats a side effect.
 
     Args:
-        url: without `/api/v1`; none: the environment's AFTERIMAGE_URL, else `http://127.0.0.1:8000`.
-        api_key: none: the environment's AFTERIMAGE_API_KEY; it is shown nowhere.
-        timeout_s: longest silence of a connection.
-        retry_for_s: 0 for no second try.
-        transport: how to reach the service instead of by network, such as `httpx.WSGITransport`.
+        url: address without `/api/v1`; None: AFTERIMAGE_URL of the environment, else `http://127.0.0.1:8000`.
+        api_key: None: AFTERIMAGE_API_KEY of the environment. The key is never printed or logged.
+        timeout_s: longest time without data on a connection.
+        retry_for_s: 0: no retries.
+        transport: used instead of the network, for example `httpx.WSGITransport`.
 
     Raises:
-        ValueError: that is no http address, or no key.
+        ValueError: `url` is not an http address, or `api_key` is not one word of ASCII characters.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Afterimage:
     ) -> None:
         address = httpx.URL(url or os.environ.get("AFTERIMAGE_URL") or DEFAULT_URL)
         if address.scheme not in ("http", "https") or not address.host:
-            raise ValueError(f"{address} is no address such as {DEFAULT_URL}")
+            raise ValueError(f"{address} is not an address such as {DEFAULT_URL}")
         key = api_key or os.environ.get("AFTERIMAGE_API_KEY")
         self.url = str(address).rstrip("/")
         self._connection = Connection(
@@ -72,42 +72,45 @@ class Afterimage:
         self.bulks = Bulks(self._connection)
 
     def search(self, request: SearchRequest) -> SearchResponse:
-        """Find images of the corpus by words, by an image, or by both."""
+        """Search images of the corpus by text, by an image, or by both."""
         body = request.model_dump(mode="json", exclude_unset=True)
         return self._connection.post(SearchResponse, "/search", json=body)
 
     def references(self, query: RagSearchQuery) -> RagSearchResponse:
-        """What a generation would draw from for this prompt, and why; pin it by its ids as `reference_ids`."""
+        """Return the references that a generation would use for this prompt, and why.
+
+        To use the same ones later, send their ids as `reference_ids`.
+        """
         return self._connection.get(
             RagSearchResponse, "/rag/search", params=query.model_dump(mode="json", exclude_unset=True)
         )
 
     def models(self) -> ModelsResponse:
-        """The generators and what each can do."""
+        """Return the generators with their capabilities."""
         return self._connection.get(ModelsResponse, "/models")
 
     def stats(self) -> StatsView:
         return self._connection.get(StatsView, "/stats")
 
     def health(self) -> HealthView:
-        """How every part is doing; asked once, and 503 is an answer here."""
-        with transport_errors_named("GET", "/health"):
+        """Return the health of every part. The request is not retried, and a 503 is an answer, not an error."""
+        with translate_transport_errors("GET", "/health"):
             response = self._connection.http.get("/health")
         try:
-            return parsed(HealthView, response)
+            return parse_response(HealthView, response)
         except pydantic.ValidationError:
-            raise error_of(response) from None
+            raise error_from_response(response) from None
 
     def sleep(self, seconds: float) -> None:
-        """Wait between two calls; `close` ends it.
+        """Wait between two calls; `close` interrupts it.
 
         Raises:
-            AfterimageError: the client was closed meanwhile.
+            AfterimageError: the client was closed during the wait.
         """
         self._connection.pause(seconds)
 
     def close(self) -> None:
-        """Also ends pauses between tries in other threads, at once."""
+        """Close the connections, and interrupt pauses between tries in other threads at once."""
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -123,11 +126,11 @@ class Afterimage:
 
 
 class _Bearer(httpx.Auth):
-    """Sends the key; httpx leaves it out when it is led to another host. No `repr` shows it."""
+    """Sends the key, except on redirects to another host. No `repr` shows it."""
 
     def __init__(self, key: str) -> None:
         if not (key.isascii() and key.isprintable() and " " not in key):
-            raise ValueError("an API key is one word of ASCII characters")  # without repeating it
+            raise ValueError("an API key is one word of ASCII characters")  # without the key in the message
         self._header = f"Bearer {key}"
 
     def auth_flow(self, request: httpx.Request) -> Iterator[httpx.Request]:  # type: ignore[override]

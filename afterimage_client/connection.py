@@ -1,4 +1,4 @@
-"""HTTP to one service: errors become types, and what passes by itself is tried again."""
+"""HTTP requests to one service: errors become exception types, and temporary errors are retried."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,25 +24,25 @@ from afterimage_client.errors import (
     RateLimitedError,
     TooManyStreamsError,
     UnreachableError,
-    error_of,
+    error_from_response,
 )
 from shared.contracts.common import Page
 
-PASSING_STATUS = frozenset({408, 429, 502, 503, 504})
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
+TEMPORARY_STATUS = frozenset({408, 429, 502, 503, 504})
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 20.0
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 
 
 class NotSentError(UnreachableError):
-    """No connection could be made, so nothing has happened on the other side."""
+    """No connection was made, so the service has not received the request."""
 
 
 class Connection:
-    """Sends requests to one service; safe to use from several threads.
+    """Sends requests to one service. Several threads may share it.
 
-    retry_for_s: how long to go on trying after the first failure of a call, in seconds.
+    retry_for_s: how long a call is retried after its first failure, in seconds.
     """
 
     def __init__(self, http: httpx.Client, *, retry_for_s: float) -> None:
@@ -51,79 +51,80 @@ class Connection:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """End the pauses between tries at once, then the connections."""
+        """Interrupt the pauses between tries at once, then close the connections."""
         self._closed.set()
         self.http.close()
 
     def timeout(self, *, read_s: float) -> httpx.Timeout:
-        """The usual limits, but for the time until something can be read."""
+        """Return the usual limits with another read timeout."""
         usual = self.http.timeout
         return httpx.Timeout(connect=usual.connect, write=usual.write, pool=usual.pool, read=read_s)
 
     def pause(self, seconds: float) -> None:
-        """Wait, unless the connection is closed meanwhile.
+        """Wait; `close` interrupts it.
 
         Raises:
-            AfterimageError: it was.
+            AfterimageError: the connection was closed before or during the wait.
         """
         if self._closed.wait(seconds):
             raise AfterimageError("the client was closed")
 
-    def again_while_passing(self, attempt: Callable[[], Result], *, repeatable: bool = True) -> Result:
-        """Call until it succeeds, fails for good, or has failed for `retry_for_s`; then the last failure is raised.
+    def retry(self, attempt: Callable[[], Result], *, idempotent: bool = True) -> Result:
+        """Call `attempt` until it succeeds or fails permanently, for at most `retry_for_s`; then raise the last error.
 
-        The pauses grow and are random; a service that says `Retry-After` is not asked before.
+        Pauses are random and grow; no try comes earlier than a `Retry-After`.
 
-        repeatable: doing it twice is as good as once. If not, it is only tried again when nothing can have happened.
+        idempotent: a repeated call has no further effect. Otherwise only calls without any effect are retried.
         """
         return Retrying(
-            retry=retry_if_exception(_passes if repeatable else _passes_and_did_nothing),
+            retry=retry_if_exception(_is_temporary if idempotent else _is_temporary_and_not_sent),
             wait=_pause_s,
             stop=stop_when_event_set(self._closed) | stop_before_delay(self._retry_for_s),
             sleep=sleep_using_event(self._closed),
             reraise=True,
         )(attempt)
 
-    def send(self, method: str, path: str, *, repeatable: bool = True, **options: Any) -> httpx.Response:
-        """One request and its whole, successful answer. `options` are those of `httpx.Client.request`.
+    def send(self, method: str, path: str, *, idempotent: bool = True, **options: Any) -> httpx.Response:
+        """Send a request, with retries, and return the complete, successful response.
+
+        options: those of `httpx.Client.request`.
 
         Raises:
-            ProblemError: the service said no; and its kinds.
+            ProblemError: the service answered with an error; the subclass says which.
             UnreachableError: no answer came.
         """
-
-        return self.again_while_passing(lambda: self.send_once(method, path, **options), repeatable=repeatable)
+        return self.retry(lambda: self.send_once(method, path, **options), idempotent=idempotent)
 
     def send_once(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """As `send`, in one try."""
-        with transport_errors_named(method, path):
+        """Send a request without retries; raises as `send` does."""
+        with translate_transport_errors(method, path):
             response = self.http.request(method, path, **options)
         if not response.is_success:
-            raise error_of(response)
+            raise error_from_response(response)
         return response
 
     def get(self, answer: type[Model], path: str, **options: Any) -> Model:
-        return parsed(answer, self.send("GET", path, **options))
+        return parse_response(answer, self.send("GET", path, **options))
 
     def post(self, answer: type[Model], path: str, **options: Any) -> Model:
-        return parsed(answer, self.send("POST", path, **options))
+        return parse_response(answer, self.send("POST", path, **options))
 
     def delete(self, path: str) -> None:
-        """Delete; what is gone already is fine only when an earlier try of this very call may have done it."""
+        """Delete a resource. A 404 is an error only at the first try: an earlier try may have deleted it."""
         tries = 0
 
         def attempt() -> None:
             nonlocal tries
             tries += 1
-            with transport_errors_named("DELETE", path):
+            with translate_transport_errors("DELETE", path):
                 response = self.http.delete(path)
             if not response.is_success and not (response.status_code == 404 and tries > 1):
-                raise error_of(response)
+                raise error_from_response(response)
 
-        self.again_while_passing(attempt)
+        self.retry(attempt)
 
-    def pages(self, item: type[Model], path: str, query: Mapping[str, Any]) -> Iterator[Model]:
-        """Everything in a list, page by page, as it is asked for."""
+    def iterate_pages(self, item: type[Model], path: str, query: Mapping[str, Any]) -> Iterator[Model]:
+        """Yield all items of a list; each page is requested when it is needed."""
         given = {name: value for name, value in query.items() if value is not None}
         while True:
             page = self.get(Page[item], path, params=given)  # type: ignore[valid-type]
@@ -133,28 +134,29 @@ class Connection:
             given["cursor"] = page.next_cursor
 
     def open(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """One try of a request; the successful answer is still unread, and its reader closes it.
+        """Send a request without retries and return the successful response unread; the caller closes it.
 
         Raises:
-            ProblemError, UnreachableError
+            ProblemError: the service answered with an error.
+            UnreachableError: no answer came.
         """
-        with transport_errors_named(method, path):
+        with translate_transport_errors(method, path):
             response = self.http.send(self.http.build_request(method, path, **options), stream=True)
             if not response.is_success:
                 with closing(response):
                     response.read()
-                raise error_of(response)
+                raise error_from_response(response)
             return response
 
 
-def parsed(answer: type[Model], response: httpx.Response) -> Model:
-    """The body; fields that a newer service has added are passed over."""
+def parse_response(answer: type[Model], response: httpx.Response) -> Model:
+    """Parse the body; unknown fields, which a newer service may send, are ignored."""
     return answer.model_validate_json(response.content, extra="ignore")
 
 
 @contextmanager
-def transport_errors_named(method: str, path: str) -> Iterator[None]:
-    """What httpx raises without an answer, as the client's own errors."""
+def translate_transport_errors(method: str, path: str) -> Iterator[None]:
+    """Raise the transport errors of httpx as the client's own errors."""
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
@@ -163,20 +165,20 @@ def transport_errors_named(method: str, path: str) -> Iterator[None]:
         raise UnreachableError(f"{method} {path}: {type(error).__name__}: {error}") from error
 
 
-def _passes(error: BaseException) -> bool:
+def _is_temporary(error: BaseException) -> bool:
     if isinstance(error, ProblemError):
-        # Whoever gets no stream polls instead of waiting for one.
-        return error.status in PASSING_STATUS and not isinstance(error, TooManyStreamsError)
+        # Without a stream the client polls instead of waiting for one.
+        return error.status in TEMPORARY_STATUS and not isinstance(error, TooManyStreamsError)
     return isinstance(error, UnreachableError | CorruptDownloadError)
 
 
-def _passes_and_did_nothing(error: BaseException) -> bool:
+def _is_temporary_and_not_sent(error: BaseException) -> bool:
     return isinstance(error, NotSentError | RateLimitedError)
 
 
 def _pause_s(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     advised = error.retry_after_s if isinstance(error, ProblemError) else None
-    # Never before the time advised, and not everybody at the same moment after it.
-    pause = wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S)(state)
+    # Never before the advised time; then a random pause, so that not all clients return at the same moment.
+    pause = wait_random_exponential(multiplier=FIRST_PAUSE_S, max=MAX_PAUSE_S)(state)
     return pause if advised is None else advised + min(pause, 1.0)

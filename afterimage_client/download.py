@@ -1,4 +1,4 @@
-"""Bytes from the service into a file that is whole or not there."""
+"""Download bytes into a file that is complete or does not exist."""
 
 import hashlib
 import os
@@ -7,28 +7,29 @@ from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
 
-from afterimage_client.connection import Connection, transport_errors_named
+from afterimage_client.connection import Connection, translate_transport_errors
 from afterimage_client.errors import CorruptDownloadError
 
-PART = ".part"
-"""How the name of an unfinished file ends, which begins with a dot; one that is left was left by a killed process."""
+PARTIAL_SUFFIX = ".part"
+"""Suffix of an unfinished file, whose name starts with a dot. A killed process may leave such a file."""
 
 
-def save(
+def download_file(
     connection: Connection, path: str, target: Path, *, sha256: str | None = None, size_bytes: int | None = None
 ) -> None:
-    """Stream what lies under `path` into `target`, which appears only when every byte is there and right.
+    """Download `path` into `target`, which appears only when all bytes have arrived and are correct.
 
     Raises:
-        CorruptDownloadError: still, after all tries.
-        ProblemError, UnreachableError
+        CorruptDownloadError: size or digest were wrong in every try.
+        ProblemError: the service answered with an error.
+        UnreachableError: no answer came.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    connection.again_while_passing(lambda: _save_once(connection, path, target, sha256, size_bytes))
+    connection.retry(lambda: _download_once(connection, path, target, sha256, size_bytes))
 
 
-def is_whole(target: Path, *, sha256: str) -> bool:
-    """Whether the file is there with exactly these bytes."""
+def is_complete(target: Path, *, sha256: str) -> bool:
+    """Return whether the file exists with exactly these bytes."""
     try:
         with target.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == sha256
@@ -36,9 +37,9 @@ def is_whole(target: Path, *, sha256: str) -> bool:
         return False
 
 
-def _save_once(connection: Connection, path: str, target: Path, sha256: str | None, size_bytes: int | None) -> None:
-    # Beside the target, because a rename is atomic only within a file system.
-    part = target.with_name(f".{uuid4().hex}{PART}")
+def _download_once(connection: Connection, path: str, target: Path, sha256: str | None, size_bytes: int | None) -> None:
+    # In the folder of the target, because a rename is atomic only within one file system.
+    part = target.with_name(f".{uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         with part.open("xb") as file:
             digest = hashlib.sha256()
@@ -46,9 +47,9 @@ def _save_once(connection: Connection, path: str, target: Path, sha256: str | No
                 digest.update(chunk)
                 file.write(chunk)
             if size_bytes is not None and file.tell() != size_bytes:
-                raise CorruptDownloadError(f"{path}: {file.tell()} bytes came instead of {size_bytes}")
+                raise CorruptDownloadError(f"{path}: {file.tell()} bytes arrived instead of {size_bytes}")
             if sha256 is not None and digest.hexdigest() != sha256:
-                raise CorruptDownloadError(f"{path}: other bytes came than announced")
+                raise CorruptDownloadError(f"{path}: the sha256 of the bytes is not the announced one")
             file.flush()
             os.fsync(file.fileno())
         part.replace(target)
@@ -57,5 +58,5 @@ def _save_once(connection: Connection, path: str, target: Path, sha256: str | No
 
 
 def _chunks(connection: Connection, path: str) -> Iterator[bytes]:
-    with closing(connection.open("GET", path)) as response, transport_errors_named("GET", path):
+    with closing(connection.open("GET", path)) as response, translate_transport_errors("GET", path):
         yield from response.iter_bytes()

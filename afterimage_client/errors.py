@@ -1,18 +1,18 @@
-"""What can go wrong for a client: one tree, made from the service's problems by their stable `code`.
+"""The exceptions of the client, made from the service's problem documents by their stable `code`.
 
 AfterimageError
-  UnreachableError             no answer came
-  WaitTimeoutError             the job has not ended within the time asked for
-  CorruptDownloadError         the bytes are not the ones that were announced
-  ProblemError                 the service said no; `code` says why
-    InvalidRequestError        400, 413, 415, 422: sending it again changes nothing
+  UnreachableError             No answer came.
+  WaitTimeoutError             The job or bulk has not ended in time.
+  CorruptDownloadError         The bytes are not the announced ones.
+  ProblemError                 The service answered with an error: match on `code`.
+    InvalidRequestError        400, 413, 415, 422. A retry changes nothing.
       IdempotencyKeyReusedError
     AuthenticationError        401
     PermissionDeniedError      403
     NotFoundError              404
     ConflictError              409
     RateLimitedError           429
-    UnavailableError           503: later, perhaps
+    UnavailableError           503. A later retry may succeed.
       QueueFullError
       TooManyStreamsError
     ServerError                any other 5xx
@@ -31,7 +31,7 @@ from shared.contracts.common import FieldProblem, Problem
 
 
 class AfterimageError(Exception):
-    """Anything that this client raises on purpose."""
+    """Base class of the exceptions of this client."""
 
 
 class UnreachableError(AfterimageError):
@@ -39,11 +39,11 @@ class UnreachableError(AfterimageError):
 
 
 class WaitTimeoutError(AfterimageError, TimeoutError):
-    """The job has not ended in time; it goes on."""
+    """The job or bulk has not ended in time; it still runs."""
 
 
 class CorruptDownloadError(AfterimageError):
-    """The bytes that arrived are not the ones that were announced."""
+    """The received bytes are not the announced ones."""
 
 
 class ProblemError(AfterimageError):
@@ -51,8 +51,8 @@ class ProblemError(AfterimageError):
 
     Attributes:
         code: stable; match on this.
-        errors: the wrong fields of a `validation_failed`.
-        retry_after_s: when the service advises to ask again, in seconds from now.
+        errors: the invalid fields of a `validation_failed`.
+        retry_after_s: seconds from now after which the service advises to retry; None without advice.
     """
 
     def __init__(self, problem: Problem, *, retry_after_s: float | None = None) -> None:
@@ -68,35 +68,35 @@ class ProblemError(AfterimageError):
 
 
 class InvalidRequestError(ProblemError):
-    """The request is wrong; sending it again changes nothing."""
+    """The request is invalid; a retry changes nothing."""
 
 
 class IdempotencyKeyReusedError(InvalidRequestError):
-    """This key came with another request before."""
+    """The idempotency key was used with another request before."""
 
 
 class AuthenticationError(ProblemError):
-    """A valid API key is needed."""
+    """The request has no valid API key."""
 
 
 class PermissionDeniedError(ProblemError):
-    """The API key does not allow that."""
+    """The API key does not permit the request."""
 
 
 class NotFoundError(ProblemError):
-    """There is nothing under that id, or it belongs to someone else."""
+    """No resource has that id, or it belongs to another owner."""
 
 
 class ConflictError(ProblemError):
-    """The state of the thing does not allow that."""
+    """The state of the resource does not permit the request."""
 
 
 class RateLimitedError(ProblemError):
-    """Too many requests, or too much of something."""
+    """A rate limit or a quota is exceeded."""
 
 
 class UnavailableError(ProblemError):
-    """The service cannot do that now."""
+    """The service cannot serve the request now."""
 
 
 class QueueFullError(UnavailableError):
@@ -104,11 +104,11 @@ class QueueFullError(UnavailableError):
 
 
 class TooManyStreamsError(UnavailableError):
-    """The process asked holds as many streams as it may."""
+    """The API process has its maximum number of open streams."""
 
 
 class ServerError(ProblemError):
-    """Something went wrong inside the service."""
+    """The service failed to serve the request."""
 
 
 _BY_CODE: Mapping[str, type[ProblemError]] = {
@@ -126,10 +126,10 @@ _BY_STATUS: Mapping[int, type[ProblemError]] = {
 }
 
 
-def error_of(response: httpx.Response) -> ProblemError:
-    """The error that an unsuccessful answer tells of; its body must have been read.
+def error_from_response(response: httpx.Response) -> ProblemError:
+    """Return the error of an unsuccessful response, whose body must have been read.
 
-    A proxy's answer, which is no problem document, gets its status as its code: `http_502`.
+    The response of a proxy is not a problem document: its code is made from the status, as in `http_502`.
     """
     try:
         problem = Problem.model_validate_json(response.content, extra="ignore")
@@ -149,7 +149,7 @@ def error_of(response: httpx.Response) -> ProblemError:
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
-    """Seconds of `Retry-After`, which is a number or a date (RFC 9110, 10.2.3)."""
+    """Return the seconds of `Retry-After`, a number or a date (RFC 9110, 10.2.3)."""
     given = response.headers.get("Retry-After", "").strip()
     if given.isascii() and given.isdigit():
         return float(given)

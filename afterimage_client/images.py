@@ -1,4 +1,4 @@
-"""The corpus: upload, list, look, change, delete."""
+"""Images of the corpus: upload, list, read, change, delete."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,17 +8,17 @@ from typing import Any
 from uuid import UUID
 
 from afterimage_client import download
-from afterimage_client.connection import Connection, parsed
+from afterimage_client.connection import Connection, parse_response
 from shared.contracts.images import ImagePatch, ImageState, ImageView, UploadFields, UploadResponse
 from shared.contracts.jobs import OutputView
 
-SLOWEST_FILE_S = 20.0
-"""How long a service may take to decode one file, by default."""
+MAX_DECODE_S = 20.0
+"""Time in which a service decodes one file, by its default settings."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image to send, as it is; the service decodes it."""
+    """The bytes of an image to upload; the service decodes them."""
 
     name: str
     data: bytes
@@ -35,25 +35,28 @@ class Images:
         self._connection = connection
 
     def upload(self, files: Sequence[ImageFile], fields: UploadFields | None = None) -> UploadResponse:
-        """Add images to the corpus; `fields` are said of each, and `fields.each` of single ones.
+        """Add images to the corpus.
 
-        All are kept or none, or with `on_invalid="skip"` all that are images: `files` of the answer tells. A file that
-        the collection has already is answered with the image it has, so sending again is safe.
+        If one file is invalid, no image is stored. With `on_invalid="skip"` invalid files are skipped, and `files` of
+        the answer has the result of each. For a file that the collection already has, the answer names the existing
+        image, so an upload may be repeated.
+
+        fields: description of all images; `fields.each` describes single ones.
 
         Raises:
-            InvalidRequestError: a file is no image that the service takes, and is not to be skipped; `context["index"]`
-                says which.
+            InvalidRequestError: the service does not accept a file and must not skip it; `context["index"]` is its
+                index.
         """
         usual_s = self._connection.http.timeout.read
-        return parsed(
+        return parse_response(
             UploadResponse,
             self._connection.send(
                 "POST",
                 "/upload",
                 data=_form(fields or UploadFields()),
                 files=[("file", (file.name, file.data)) for file in files],
-                # They are decoded before the answer, one after the other, and behind those of others.
-                timeout=self._connection.timeout(read_s=(usual_s or 0) + SLOWEST_FILE_S * len(files)),
+                # The service decodes the files before it answers, one by one, after those of other clients.
+                timeout=self._connection.timeout(read_s=(usual_s or 0) + MAX_DECODE_S * len(files)),
             ),
         )
 
@@ -70,7 +73,7 @@ class Images:
         licence: str | None = None,
         page_size: int = 100,
     ) -> Iterator[ImageView]:
-        """The images of a collection, newest first."""
+        """Yield the images of a collection, newest first."""
         query = {
             "collection": collection,
             "state": state,
@@ -79,31 +82,31 @@ class Images:
             "licence": licence,
             "limit": page_size,
         }
-        return self._connection.pages(ImageView, "/images", query)
+        return self._connection.iterate_pages(ImageView, "/images", query)
 
     def change(self, image_id: UUID, patch: ImagePatch) -> ImageView:
-        """Give an image new values for the fields that `patch` names."""
+        """Change the fields of an image that `patch` sets."""
         body = patch.model_dump(mode="json", exclude_unset=True)
-        return parsed(ImageView, self._connection.send("PATCH", f"/images/{image_id}", json=body))
+        return parse_response(ImageView, self._connection.send("PATCH", f"/images/{image_id}", json=body))
 
     def delete(self, image_id: UUID) -> None:
-        """Forget an image: from the answer on no search and no generation meets it."""
+        """Delete an image. After the answer, no search finds it and no generation uses it."""
         self._connection.delete(f"/images/{image_id}")
 
     def generations(self, image_id: UUID, *, page_size: int = 100) -> Iterator[OutputView]:
-        """Every output of yours that used this image, also after it was deleted."""
-        return self._connection.pages(OutputView, f"/images/{image_id}/generations", {"limit": page_size})
+        """Yield your outputs that used this image, also after its deletion."""
+        return self._connection.iterate_pages(OutputView, f"/images/{image_id}/generations", {"limit": page_size})
 
     def content(self, image_id: UUID) -> bytes:
-        """The file as the service keeps it, in memory: upright, sRGB, without metadata."""
+        """Return the stored file as bytes: upright, sRGB, without metadata."""
         return self._connection.send("GET", f"/images/{image_id}/content").content
 
     def download(self, image: ImageView, target: Path) -> None:
-        """Write the file as the service keeps it to `target`, there as a whole or not at all.
+        """Download the stored file to `target`, which appears only when it is complete.
 
-        Its `sha256` is of what was uploaded, so here only the length can be checked.
+        The image's `sha256` is that of the uploaded file, so only the size is checked here.
         """
-        download.save(self._connection, f"/images/{image.id}/content", target, size_bytes=image.size_bytes)
+        download.download_file(self._connection, f"/images/{image.id}/content", target, size_bytes=image.size_bytes)
 
 
 def _form(fields: UploadFields) -> Mapping[str, Any]:

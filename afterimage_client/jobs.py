@@ -1,4 +1,4 @@
-"""Submit, follow, cancel, try again."""
+"""Jobs: submit, follow, cancel, retry."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,26 +10,28 @@ from uuid import UUID, uuid4
 import httpx
 from httpx_sse import EventSource
 
-from afterimage_client.connection import Connection, parsed
+from afterimage_client.connection import Connection, parse_response
 from afterimage_client.errors import TooManyStreamsError, WaitTimeoutError
 from shared.contracts.generation import DryRunView, GenerateRequest, RagGenerateRequest
 from shared.contracts.jobs import EventType, EventView, JobKind, JobState, JobView, Preview, Progress
 
 LONG_POLL_S = 10.0
-"""One wait, shorter than any that the service allows by default."""
-STREAM_SILENCE_S = 45.0
-"""A stream says something every 15 s; one that is silent for this long is dead."""
+"""Length of one long-poll; shorter than the default limit of the service."""
+STREAM_READ_TIMEOUT_S = 45.0
+"""A stream sends a heartbeat every 15 s, so a stream without data for this long is broken."""
 RECONNECT_S = 1.0
 EVENT_TYPES = frozenset(event.value for event in EventType)
-LIVE: Mapping[str, type[Progress] | type[Preview]] = {"progress": Progress, "preview": Preview}
+LIVE_MODELS: Mapping[str, type[Progress] | type[Preview]] = {"progress": Progress, "preview": Preview}
 
 
 @dataclass(frozen=True)
 class Update:
-    """News of a job.
+    """A change of a job.
 
-    progress: how far its present attempt is, when that is what is new.
-    preview: one of its images while it is drawn, if the request asked for `preview_every`.
+    Attributes:
+        seq: number of the job's last event.
+        progress: progress of the current attempt; None for other updates.
+        preview: one of its images during generation, if the request set `preview_every`; else None.
     """
 
     state: JobState
@@ -45,27 +47,29 @@ class Jobs:
         self._connection = connection
 
     def submit(self, request: GenerateRequest, *, idempotency_key: str | None = None) -> JobView:
-        """Queue images from a prompt alone, or with a `RagGenerateRequest` from what the corpus remembers of it.
+        """Queue a generation from a prompt alone, or with references from the corpus (`RagGenerateRequest`).
 
-        A submit that got no answer is sent again with the same key, so there is one job however often it was sent.
+        A request without an answer is sent again with the same idempotency key, so there is one job.
 
-        idempotency_key: your own, to be safe across restarts of your program too; it is remembered for 24 hours.
+        idempotency_key: your own, so that retries after a restart of your program return the same job. The service
+            keeps a key for 24 hours.
 
         Raises:
-            InvalidRequestError: the request makes no sense, or the model cannot do it.
-            IdempotencyKeyReusedError: the key came with another request.
-            QueueFullError: still, after all tries.
+            ValueError: `request.dry_run` is set.
+            InvalidRequestError: the request is invalid, or the model does not support it.
+            IdempotencyKeyReusedError: the key was used with another request.
+            QueueFullError: the queue was full in every try.
         """
         if request.dry_run:
-            raise ValueError("a dry run makes no job: see dry_run()")
-        return parsed(JobView, self._post(request, idempotency_key or uuid4().hex))
+            raise ValueError("a dry run creates no job: call dry_run()")
+        return parse_response(JobView, self._post(request, idempotency_key or uuid4().hex))
 
     def dry_run(self, request: GenerateRequest) -> DryRunView:
-        """What the request would run, with every default resolved; nothing is queued."""
-        return parsed(DryRunView, self._post(request.model_copy(update={"dry_run": True}), None))
+        """Return the parameters that the request would run with, every default resolved; nothing is queued."""
+        return parse_response(DryRunView, self._post(request.model_copy(update={"dry_run": True}), None))
 
     def get(self, job: UUID | JobView) -> JobView:
-        """The job as it is now."""
+        """Return the current state of a job."""
         return self._connection.get(JobView, f"/jobs/{_id(job)}")
 
     def list(
@@ -77,7 +81,7 @@ class Jobs:
         created_before: datetime | None = None,
         page_size: int = 100,
     ) -> Iterator[JobView]:
-        """Your jobs, newest first."""
+        """Yield your jobs, newest first."""
         query = {
             "state": state,
             "kind": kind,
@@ -85,7 +89,7 @@ class Jobs:
             "created_before": created_before and created_before.isoformat(),
             "limit": page_size,
         }
-        return self._connection.pages(JobView, "/jobs", query)
+        return self._connection.iterate_pages(JobView, "/jobs", query)
 
     def wait(
         self,
@@ -94,12 +98,12 @@ class Jobs:
         timeout_s: float | None = None,
         on_update: Callable[[Update], object] | None = None,
     ) -> JobView:
-        """The job once it has ended, however it ended: look at its `state`.
+        """Wait until the job has ended, and return it. It may have failed: check its `state`.
 
-        on_update: called with everything that is heard meanwhile.
+        on_update: called with every update.
 
         Raises:
-            WaitTimeoutError: it has not ended in time; it goes on.
+            WaitTimeoutError: the job has not ended within `timeout_s`; it still runs.
         """
         for update in self.follow(job, timeout_s=timeout_s):
             if on_update is not None:
@@ -107,52 +111,52 @@ class Jobs:
         return self.get(job)
 
     def follow(self, job: UUID | JobView, *, timeout_s: float | None = None) -> Iterator[Update]:
-        """Everything that happens to a job until it has ended.
+        """Yield the updates of a job until it has ended.
 
-        By the event stream, resumed after what was heard last when it breaks; by long-polls, which tell no steps, when
-        the service has no stream to give.
+        They come from the event stream, which is resumed after the last update when it breaks. If the service has no
+        free stream, they come from long-polls, without steps.
 
         Raises:
-            WaitTimeoutError: it has not ended in time; it goes on.
+            WaitTimeoutError: the job has not ended within `timeout_s`; it still runs.
         """
-        ends = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        heard = Update(JobState.QUEUED, seq=0)
+        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        last = Update(JobState.QUEUED, seq=0)
         try:
-            # A stream is left in time for polls to end the wait: they can be told how long to take.
-            for heard in self._updates_from_stream(_id(job), until=ends - STREAM_SILENCE_S):
-                yield heard
+            # Polls finish the wait, because a poll has a time limit and a stream has not.
+            for last in self._updates_from_stream(_id(job), until=deadline - STREAM_READ_TIMEOUT_S):
+                yield last
         except TooManyStreamsError:
             pass
-        if not heard.state.is_final:
-            yield from self._updates_from_polls(_id(job), after=heard.seq, until=ends)
+        if not last.state.is_final:
+            yield from self._updates_from_polls(_id(job), after=last.seq, until=deadline)
 
     def events(self, job: UUID | JobView, *, after: int = 0) -> Iterator[EventView | Progress | Preview]:
-        """The job's log of events later than number `after`, live until it has ended; in between steps and previews.
+        """Yield the job's events after number `after`, live until it has ended, and its steps and previews.
 
         Raises:
-            TooManyStreamsError: the process asked holds as many streams as it may.
+            TooManyStreamsError: the API process has its maximum number of open streams.
         """
         for event in self._stream(_id(job), after=after):
             if event is not None:
                 yield event
 
     def cancel(self, job: UUID | JobView) -> JobView:
-        """Cancel a job; one that is canceled already stays so.
+        """Cancel a job; for a canceled job this changes nothing.
 
         Raises:
-            ConflictError: it has ended otherwise.
+            ConflictError: the job has ended in another state.
         """
         return self._connection.post(JobView, f"/jobs/{_id(job)}/cancel")
 
     def retry(self, job: UUID | JobView) -> JobView:
-        """A new job that does the same as one that ended without success.
+        """Create a new job from one that ended without success.
 
-        Without an answer this is not sent again by itself: there might be two jobs then.
+        A request without an answer is not sent again, because that could create two jobs.
 
         Raises:
-            ConflictError: it has not ended, or has succeeded.
+            ConflictError: the job has not ended, or has succeeded.
         """
-        return self._connection.post(JobView, f"/jobs/{_id(job)}/retry", repeatable=False)
+        return self._connection.post(JobView, f"/jobs/{_id(job)}/retry", idempotent=False)
 
     def delete(self, job: UUID | JobView) -> None:
         """Delete an ended job with its outputs."""
@@ -165,27 +169,27 @@ class Jobs:
         return self._connection.send("POST", path, content=body, headers=headers)
 
     def _updates_from_stream(self, job_id: UUID, *, until: float) -> Iterator[Update]:
-        """Until the job has ended or the clock stands at `until`."""
-        heard = Update(JobState.QUEUED, seq=0)
+        """Yield updates until the job has ended or `time.monotonic()` reaches `until`."""
+        last = Update(JobState.QUEUED, seq=0)
         if time.monotonic() >= until:
             return
         for event in self._stream(job_id, after=0):
             if isinstance(event, EventView):
-                heard = Update(_state_after(event.type, heard.state), event.seq)
-                yield heard
+                last = Update(_state_after(event.type, last.state), event.seq)
+                yield last
             elif isinstance(event, Progress):
-                yield Update(heard.state, heard.seq, progress=event)
+                yield Update(last.state, last.seq, progress=event)
             elif isinstance(event, Preview):
-                yield Update(heard.state, heard.seq, preview=event)
+                yield Update(last.state, last.seq, preview=event)
             if time.monotonic() >= until:
                 return
 
     def _stream(self, job_id: UUID, *, after: int) -> Iterator[EventView | Progress | Preview | None]:
-        """Events, and None for a sign of life; a broken stream is resumed after the last event heard."""
+        """Yield events, and None for a heartbeat; resume a broken stream after the last event."""
         while True:
-            response = self._connection.again_while_passing(lambda: self._open_stream(job_id, after))  # noqa: B023
+            response = self._connection.retry(lambda: self._open_stream(job_id, after))  # noqa: B023
             if response.status_code == httpx.codes.NO_CONTENT:
-                return  # it had ended, and everything of it is known
+                return  # the job has ended, and all of its events were received
             with closing(response), suppress(httpx.TransportError):
                 for message in EventSource(response).iter_sse():
                     if message.event in EVENT_TYPES:
@@ -194,10 +198,10 @@ class Jobs:
                         yield event
                         if event.type.ends_job:
                             return
-                    elif message.event in LIVE:
-                        yield LIVE[message.event].model_validate_json(message.data, extra="ignore")
+                    elif message.event in LIVE_MODELS:
+                        yield LIVE_MODELS[message.event].model_validate_json(message.data, extra="ignore")
                     else:
-                        yield None  # a heartbeat, or what a newer service tells
+                        yield None  # a heartbeat, or an event type of a newer service
             self._connection.pause(RECONNECT_S)
             yield None
 
@@ -206,7 +210,7 @@ class Jobs:
             "GET",
             f"/jobs/{job_id}/events",
             headers={"Accept": "text/event-stream", "Last-Event-ID": str(after)},
-            timeout=self._connection.timeout(read_s=STREAM_SILENCE_S),
+            timeout=self._connection.timeout(read_s=STREAM_READ_TIMEOUT_S),
         )
 
     def _updates_from_polls(self, job_id: UUID, *, after: int, until: float) -> Iterator[Update]:
@@ -217,17 +221,19 @@ class Jobs:
                 f"/jobs/{job_id}",
                 params={"after": after},
                 headers={"Prefer": f"wait={round(wait_s)}"},
-                timeout=self._connection.timeout(read_s=wait_s + STREAM_SILENCE_S),
+                timeout=self._connection.timeout(read_s=wait_s + STREAM_READ_TIMEOUT_S),
             )
-            view = parsed(JobView, response)
+            view = parse_response(JobView, response)
             if view.seq > after or view.state.is_final:
                 after = view.seq
                 yield Update(view.state, view.seq, view.progress)
             if view.state.is_final:
                 return
             if time.monotonic() >= until:
-                raise WaitTimeoutError(f"job {job_id} is {view.state} still")
-            if "Preference-Applied" not in response.headers:  # answered at once: no place to wait was left
+                raise WaitTimeoutError(f"job {job_id} is still {view.state}")
+            if (
+                "Preference-Applied" not in response.headers
+            ):  # answered at once: the service has its maximum of waiting requests
                 self._connection.pause(min(1.0, max(0, until - time.monotonic())))
 
 

@@ -1,4 +1,4 @@
-"""What jobs generated."""
+"""Outputs: the images that jobs generated."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,36 +20,36 @@ class Outputs:
         return self._connection.get(OutputView, f"/generations/{output_id}")
 
     def list(self, *, reference_id: UUID | None = None, page_size: int = 100) -> Iterator[OutputView]:
-        """Your outputs, newest first; of one corpus image, those that used it."""
+        """Yield your outputs, newest first; with `reference_id` only those that used this corpus image."""
         query = {"reference_id": reference_id and str(reference_id), "limit": page_size}
-        return self._connection.pages(OutputView, "/generations", query)
+        return self._connection.iterate_pages(OutputView, "/generations", query)
 
     def content(self, output: OutputView | BulkOutput) -> bytes:
-        """The file, in memory."""
+        """Return the file as bytes."""
         return self._connection.send("GET", f"/generations/{output.id}/content").content
 
     def download(self, output: OutputView | BulkOutput, target: Path) -> None:
-        """Write the file to `target`: streamed, its digest checked, there as a whole or not at all.
+        """Download the file to `target`, which appears only when it is complete and its digest is correct.
 
         Raises:
             NotFoundError: the output was deleted.
-            CorruptDownloadError: other bytes came than announced, on every try.
+            CorruptDownloadError: the bytes were wrong in every try.
         """
         path = f"/generations/{output.id}/content"
-        download.save(self._connection, path, target, sha256=output.sha256, size_bytes=output.size_bytes)
+        download.download_file(self._connection, path, target, sha256=output.sha256, size_bytes=output.size_bytes)
 
     def replay(self, output_id: UUID, *, idempotency_key: str | None = None) -> JobView:
-        """Queue a job that draws the output again from its record; its own output tells how they compare.
+        """Queue a job that generates the output again from its record. The `replay` of its output is the comparison.
 
-        idempotency_key: as of `Jobs.submit`.
+        idempotency_key: as in `Jobs.submit`.
 
         Raises:
             NotFoundError: the output was deleted.
-            InvalidRequestError: an image that shaped it, or its model, is gone.
+            InvalidRequestError: an image that it used, or its model, does not exist any more.
         """
         headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
         return self._connection.post(JobView, f"/generations/{output_id}/replay", headers=headers)
 
     def delete(self, output_id: UUID) -> None:
-        """Delete one output; its job stays."""
+        """Delete one output, but not its job."""
         self._connection.delete(f"/generations/{output_id}")

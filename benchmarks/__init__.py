@@ -1,1 +1,1 @@
-"""The performance suite: each module is a command that measures one claim and prints its conditions."""
+"""The benchmarks: each command measures one claim and prints the conditions of the measurement."""

@@ -1,4 +1,4 @@
-"""What a figure was measured on: without it a figure means nothing."""
+"""The conditions of a measurement, and reports that contain them."""
 
 import json
 import os
@@ -7,11 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 PACKAGES = ("flask", "granian", "celery", "redis", "sqlalchemy", "psycopg2-binary", "torch")
-KEPT = Path("out/bench")
+RESULTS_FOLDER = Path("out/bench")
 
 
 def conditions() -> dict[str, str]:
-    """Processor, cores, load and versions, at the moment of the call."""
+    """Return processor, cores, load and versions at the time of the call."""
     return {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "load average": f"{os.getloadavg()[0]:.1f}",
@@ -21,7 +21,7 @@ def conditions() -> dict[str, str]:
 
 
 def report(title: str, figures: dict[str, object], **measured_with: object) -> None:
-    """Print a benchmark's figures under its conditions."""
+    """Print a benchmark's conditions and figures."""
     print(f"# {title}")
     for name, value in {**conditions(), **measured_with}.items():
         print(f"  {name}: {value}")
@@ -30,9 +30,9 @@ def report(title: str, figures: dict[str, object], **measured_with: object) -> N
         print(f"{name:<{width}}  {value}")
 
 
-def keep(name: str, figures: dict[str, object], **measured_with: object) -> Path:
+def save(name: str, figures: dict[str, object], **measured_with: object) -> Path:
     """Write figures with their conditions to `out/bench/NAME.json`."""
-    path = KEPT / f"{name}.json"
+    path = RESULTS_FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"conditions": {**conditions(), **measured_with}, "figures": figures}
     path.write_text(json.dumps(whole, indent=2, default=str) + "\n", encoding="utf-8")

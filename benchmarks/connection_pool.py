@@ -2,9 +2,9 @@
 
     make up && . var/stack.env && .venv/bin/python -m benchmarks.connection_pool
 
-64 threads, as many as two API processes have, each run short transactions through `session_scope`'s engine, once with
-its pool and once with a new connection for each. Counted: connections opened (by the driver), the most open at once
-(by the server), and the time of a transaction.
+64 threads, as many as two API processes have, run short transactions on the engine of `session_scope`. One run uses its
+pool, the other a new connection for each transaction. The benchmark counts opened connections and the most open at
+once, and times the transactions.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from shared.settings import get_settings
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=64, help="threads (default: %(default)s)")
-    parser.add_argument("--transactions", type=int, default=30, help="of each client (default: %(default)s)")
+    parser.add_argument("--transactions", type=int, default=30, help="per client (default: %(default)s)")
     arguments = parser.parse_args()
     settings = get_settings().database
     pooled = run(lambda: build_engine(settings), arguments.clients, arguments.transactions)
@@ -40,14 +40,14 @@ def main() -> None:
         "most at once, without": single.most,
         "transaction, with pool (p50)": f"{pooled.median_s * 1000:.2f} ms, waiting for a connection included",
         "transaction, without (p50)": f"{single.median_s * 1000:.2f} ms, opening it included",
-        "refused for want of a connection": f"{pooled.refused} with pool, {single.refused} without",
+        "refused without a free connection": f"{pooled.refused} with pool, {single.refused} without",
     }
     limits = f"{settings.pool_size} + {settings.max_overflow} at most"
     report("Connections with and without a pool", figures, clients=arguments.clients, pool=limits)
 
 
-class Measured:
-    """What one run showed."""
+class RunResult:
+    """The results of one run."""
 
     def __init__(self) -> None:
         self.opened = 0
@@ -56,8 +56,8 @@ class Measured:
         self.median_s = 0.0
 
 
-def run(build: Callable[[], Engine], clients: int, transactions: int) -> Measured:
-    engine, measured, times = build(), Measured(), []
+def run(build: Callable[[], Engine], clients: int, transactions: int) -> RunResult:
+    engine, measured, times = build(), RunResult(), []
     lock, together = threading.Lock(), threading.Barrier(clients)
     open_now = 0
 

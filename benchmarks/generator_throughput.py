@@ -1,9 +1,9 @@
-"""How long does one image take, and what does a batch save?
+"""How long does one image take, and how much faster is a batch?
 
     .venv/bin/python -m benchmarks.generator_throughput --threads 2
 
-Draws with the configured generator as a worker does, from its defaults and four references each, batch sizes in turn
-within every round, so that a busy machine slows all of them alike. Prints the curve and the peak memory of the process.
+Generates with the configured generator as a worker does, with its defaults and four references per image. Every round
+uses each batch size once, so that a busy machine slows all of them alike. Prints the times and the peak memory.
 """
 
 import argparse
@@ -29,11 +29,13 @@ BATCHES = (1, 2, 4, 8, 16)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="each batch size once per round (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of torch (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     settings = get_settings()
-    clip = Clip.load(settings.model)  # a worker holds one beside its generator
+    clip = Clip.load(settings.model)  # a worker also has one, beside its generator
     model = Diffusion.load(settings.model.default_generator, settings.model)
     model.warm_up()
     vectors = clip.encode_text([f"thing {number}" for number in range(model.capabilities.max_references)])
@@ -58,25 +60,17 @@ def main() -> None:
 
 
 def request(model: Diffusion, vectors: np.ndarray, seed: int) -> ImageRequest:
-    """An image with all defaults and as many references as the model takes. vectors: shape (n, dim), float32."""
+    """Return a request with all defaults and one reference per vector. vectors: shape (n, dim), float32."""
     defaults = model.defaults
     width, height = drawable_size(model.capabilities, defaults.width, defaults.height)
-    return ImageRequest(
+    return ImageRequest.of(
+        defaults,
         prompt="a thing to draw",
-        negative_prompt=None,
         seed=seed,
         width=width,
         height=height,
-        num_inference_steps=defaults.num_inference_steps,
-        guidance_scale=defaults.guidance_scale,
-        scheduler=defaults.scheduler,
-        loras=(),
         mode=Mode.IMAGE_PROMPT,
-        ip_adapter_scale=defaults.ip_adapter_scale,
-        strength=defaults.strength,
-        references=tuple(
-            Reference(vector=vector, image=None, weight=1 / len(vectors), caption=None) for vector in vectors
-        ),
+        references=[Reference(vector=vector, image=None, weight=1 / len(vectors), caption=None) for vector in vectors],
     )
 
 

@@ -1,14 +1,18 @@
-"""Twenty thousand files of mixed quality into a corpus: is each told right, how fast is it, who waits meanwhile?
+"""Index twenty thousand files of mixed quality: are the results correct, how fast is it, how long do searches take?
 
     .venv/bin/python -m benchmarks.indexing_throughput
     .venv/bin/python -m benchmarks.indexing_throughput --files 400 --timed 200 --vit 64
 
-Three parts, each on a whole stack of its own:
-  exact   the files indexed by `scripts.index_images`, which is killed in the middle together with the embed worker,
-          and started again; what it says of each, and what the corpus has, against what was generated
-  timed   some of these files from start to searchable, against `benchmarks.plain_loop` on the same Postgres and the
-          same kind of store; then other files, and how long a text search takes alone and beside
-  vit     the same with a ViT-B/32 of random weights, against the bare model
+Three parts, each on its own stack:
+
+exact: index the files with `scripts.index_images`; kill it and the embed worker in the middle, and start it again. Then
+compare its report and the corpus with the generated files.
+
+timed: index some of these files until they are searchable, and compare with `benchmarks.plain_loop` on the same kind of
+servers. Then time text searches alone, and while other files are indexed.
+
+vit: the same as timed with a ViT-B/32 of random weights, compared with the model alone.
+
 Figures and conditions are printed and written to `out/bench/indexing_throughput.json`.
 """
 
@@ -33,33 +37,38 @@ import torch
 from safetensors.torch import save_file
 
 from afterimage_client import Afterimage, ImageState, SearchRequest
-from benchmarks.conditions import keep, report
-from benchmarks.mixed_files import Made, good_files, mixed_files
-from benchmarks.watching import Watch, cpu_s, in_ms, load_average, seconds_of
+from benchmarks.conditions import report, save
+from benchmarks.mixed_files import GeneratedFile, good_files, mixed_files
+from benchmarks.sampling import Sampler, cpu_s, latency_summary, load_average, time_call_s
 from ops.local.stack import REPOSITORY, LocalStack
-from scripts.index_images.upload import BY_CIRCUMSTANCE, FILES_AT_ONCE, Report
+from scripts.index_images.report import RETRIED_CODES, Report
+from scripts.index_images.upload import FILES_PER_REQUEST
 from tests.stack import RunningStack, running_stack, wait_until
 
 ENVIRONMENT = {
     "AFTERIMAGE_ENVIRONMENT": "test",
-    "AFTERIMAGE_MODEL__GENERATORS": '{"cheap": {"kind": "cheap"}}',
-    "AFTERIMAGE_MODEL__DEFAULT_GENERATOR": "cheap",
+    "AFTERIMAGE_MODEL__GENERATORS": '{"fake": {"kind": "fake"}}',
+    "AFTERIMAGE_MODEL__DEFAULT_GENERATOR": "fake",
 }
-BAR = 0.9
+MIN_RATIO = 0.9
 VIT = "ViT-B-32"
 COLLECTION = "measured"
 SEARCHES_ALONE = 50
 PAUSE_S = 0.5
-"""Between two searches: a person's pace, so that they do not become the load."""
-PATIENCE_S = 24 * 3600
+"""Between two searches, so that the searches themselves are not a load."""
+TIMEOUT_S = 24 * 3600
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=20_000, help="of mixed quality; 0: none (default: %(default)s)")
-    parser.add_argument("--timed", type=int, default=4000, help="files for the ratio; 0: none (default: %(default)s)")
-    parser.add_argument("--vit", type=int, default=1000, help="images for the ViT; 0: none (default: %(default)s)")
-    parser.add_argument("--parallel", type=int, default=4, help="uploads at a time (default: %(default)s)")
+    parser.add_argument(
+        "--files", type=int, default=20_000, help="files of part exact; 0: skip it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--timed", type=int, default=4000, help="files of part timed; 0: skip it (default: %(default)s)"
+    )
+    parser.add_argument("--vit", type=int, default=1000, help="images of part vit; 0: skip it (default: %(default)s)")
+    parser.add_argument("--parallel", type=int, default=4, help="simultaneous uploads (default: %(default)s)")
     arguments = parser.parse_args()
     figures: dict[str, object] = {}
     parallel: int = arguments.parallel
@@ -82,18 +91,18 @@ def main() -> None:
     for title, part in figures.items():
         assert isinstance(part, dict)
         report(f"Indexing, {title}", part, **measured_with)
-    print(f"wrote {keep('indexing_throughput', figures, **measured_with)}")
+    print(f"wrote {save('indexing_throughput', figures, **measured_with)}")
     if isinstance(whole := figures.get("exact"), dict) and whole["wrong"]:
-        raise SystemExit(f"not as generated: {whole['wrong']}")
+        raise SystemExit(f"differs from the generated files: {whole['wrong']}")
 
 
-# --- is each told right? ------------------------------------------------------------------------------------------
+# --- exact --------------------------------------------------------------------------------------------------------
 
 
 def exact(folder: Path, count: int, parallel: int) -> dict[str, object]:
-    files, told = folder / "files", folder / "report.jsonl"
+    files, report_file = folder / "files", folder / "report.jsonl"
     made = list(mixed_files(files, count))
-    command = [str(files), "--report", str(told), "--collection", COLLECTION, "--parallel", str(parallel)]
+    command = [str(files), "--report", str(report_file), "--collection", COLLECTION, "--parallel", str(parallel)]
     with (
         running_stack(folder / "var", environment=ENVIRONMENT, durable=True) as stack,
         Afterimage(stack.url) as service,
@@ -101,24 +110,24 @@ def exact(folder: Path, count: int, parallel: int) -> dict[str, object]:
         load, started = load_average(), time.monotonic()
         with indexing(stack, *command) as script:
             third = len(made) // 3
-            wait_until(lambda: lines(told) >= third, timeout_s=PATIENCE_S, what="a third of the files")
+            wait_until(lambda: count_lines(report_file) >= third, timeout_s=TIMEOUT_S, what="a third of the files")
             stack.control.kill("embed")
             script.kill()
         sent_before = uploads(stack)
-        at_kill = lines(told)
-        # What a limit kept out is looked at again by every run: the limit may be another by then.
-        again = sum(each.code in BY_CIRCUMSTANCE for each in Report(told).entries)
-        with indexing(stack, *command, "--wait", str(PATIENCE_S)) as script:
+        at_kill = count_lines(report_file)
+        # Every run reads files again that a limit had excluded, because the limit may have changed.
+        retried = sum(entry.code in RETRIED_CODES for entry in Report(report_file).entries)
+        with indexing(stack, *command, "--wait", str(TIMEOUT_S)) as script:
             script.wait()
         seconds = time.monotonic() - started
-        entries = [json.loads(line) for line in told.read_text().splitlines()]
+        entries = [json.loads(line) for line in report_file.read_text().splitlines()]
         states = Counter(image.state for image in service.images.list(collection=COLLECTION))
         return {
             "files": len(made),
-            "told": dict(Counter(entry["code"] or entry["outcome"] for entry in entries)),
-            "wrong": wrong(made, entries, states, uploads(stack) - again, parallel),
+            "reported": dict(Counter(entry["code"] or entry["outcome"] for entry in entries)),
+            "wrong": find_mistakes(made, entries, states, uploads(stack) - retried, parallel),
             "searchable": states[ImageState.READY],
-            "killed after": f"{at_kill} files told, {sent_before:.0f} sent; {again} of them looked at again",
+            "killed after": f"{at_kill} files reported, {sent_before:.0f} sent; {retried} of them read again",
             "files sent in all": uploads(stack),
             "exit code": script.returncode,
             "seconds, killed and resumed": round(seconds, 1),
@@ -126,62 +135,62 @@ def exact(folder: Path, count: int, parallel: int) -> dict[str, object]:
         }
 
 
-def wrong(
-    made: list[Made], entries: list[dict[str, Any]], states: Counter[ImageState], sent: float, parallel: int
+def find_mistakes(
+    made: list[GeneratedFile], entries: list[dict[str, Any]], states: Counter[ImageState], sent: float, parallel: int
 ) -> list[str]:
-    """Everything that is not as it was generated."""
-    expected = {each.name: each.expected for each in made}
-    said = {entry["file"]: entry["code"] or entry["outcome"] for entry in entries}
+    """Return all differences between the report or the corpus and the generated files."""
+    expected = {file.name: file.expected for file in made}
+    reported = {entry["file"]: entry["code"] or entry["outcome"] for entry in entries}
     mistakes = []
     if Counter(entry["file"] for entry in entries) != Counter(expected.keys()):
-        mistakes.append("not every file is told once")
-    # Of files with the same bytes any may come first; and one whose report the kill cut off is `existing` after it.
-    alike = {"created", "duplicate", "existing"}
+        mistakes.append("not every file is reported once")
+    # Any of the files with the same bytes may come first. A file whose entry was lost at the kill is `existing` later.
+    equivalent = {"created", "duplicate", "existing"}
     for name, outcome in expected.items():
-        got = said.get(name)
-        if got != outcome and not {got, outcome} <= alike:
+        got = reported.get(name)
+        if got != outcome and not {got, outcome} <= equivalent:
             mistakes.append(f"{name}: {got}, not {outcome}")
     contents = sum(outcome == "created" for outcome in expected.values())
     if states != {ImageState.READY: contents}:
-        mistakes.append(f"{dict(states)} images, not {contents} that are searchable")
-    # What goes to the service once: good contents, and what only it can tell from images.
-    by_service = {"invalid_image", "unsupported_image_type", "image_too_large", "animated_image"}
-    once = contents + sum(outcome in by_service for outcome in expected.values())
-    if not once <= sent <= once + parallel * FILES_AT_ONCE:
-        mistakes.append(f"{sent:.0f} files sent, where {once} and what was on its way at the kill are needed")
+        mistakes.append(f"{dict(states)} images, not {contents} searchable ones")
+    # Sent to the service once: valid images, and files that only the service recognises as invalid.
+    checked_by_service = {"invalid_image", "unsupported_image_type", "image_too_large", "animated_image"}
+    once = contents + sum(outcome in checked_by_service for outcome in expected.values())
+    if not once <= sent <= once + parallel * FILES_PER_REQUEST:
+        mistakes.append(f"{sent:.0f} files sent instead of {once} and those in flight at the kill")
     return mistakes
 
 
-def lines(path: Path) -> int:
+def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def uploads(stack: RunningStack) -> float:
-    """Files that the service was sent so far."""
+    """Return the number of files sent to the service so far."""
     metrics = httpx.get(f"{stack.url}/metrics").raise_for_status().text.splitlines()
     return sum(float(line.split()[-1]) for line in metrics if line.startswith("uploads_total{"))
 
 
-# --- how fast, and who waits? -------------------------------------------------------------------------------------
+# --- timed and vit ------------------------------------------------------------------------------------------------
 
 
 def timed(
     folder: Path, files: Path, others: Path, environment: Mapping[str, str], parallel: int, *, bare: bool
 ) -> dict[str, object]:
-    """Images per second of the service and of a loop, which runs before it and after it: its better run counts.
+    """Measure images per second of the service and of the loop, and search times alone and while `others` are indexed.
 
-    And how long searches take, alone and beside `others`.
+    The loop runs before and after the service; its better run counts.
     """
-    before = looped(folder / "loop-before", files, environment, bare=bare)
-    options = ["--collection", COLLECTION, "--parallel", str(parallel), "--wait", str(PATIENCE_S)]
+    before = run_plain_loop(folder / "loop-before", files, environment, bare=bare)
+    options = ["--collection", COLLECTION, "--parallel", str(parallel), "--wait", str(TIMEOUT_S)]
     with (
         running_stack(folder / "var", environment=environment, durable=True) as stack,
         Afterimage(stack.url) as service,
     ):
 
         def search() -> float:
-            request = SearchRequest(query=f"a {secrets.token_hex(4)} thing")  # never asked before
-            return seconds_of(lambda: service.search(request))
+            request = SearchRequest(query=f"a {secrets.token_hex(4)} thing")  # never searched before
+            return time_call_s(lambda: service.search(request))
 
         load, spent, started = load_average(), spent_s(stack), time.monotonic()
         with indexing(stack, str(files), *options) as script:
@@ -191,9 +200,9 @@ def timed(
         states = Counter(image.state for image in service.images.list(collection=COLLECTION))
         search()
         alone = [search() for _ in range(SEARCHES_ALONE)]
-        with Watch(search, pause_s=PAUSE_S) as waits, indexing(stack, str(others), *options) as script:
+        with Sampler(search, pause_s=PAUSE_S) as waits, indexing(stack, str(others), *options) as script:
             script.wait()
-    loops = [before, looped(folder / "loop-after", files, environment, bare=bare)]
+    loops = [before, run_plain_loop(folder / "loop-after", files, environment, bare=bare)]
     loop_rates = [loop["images"] / loop["seconds"] for loop in loops]
     count = states[ImageState.READY]
     rate, loop_rate = count / seconds, max(loop_rates)
@@ -203,29 +212,29 @@ def timed(
         "images/s": round(rate, 1),
         "images/s of the bare model" if bare else "images/s of the plain loop": [round(each, 1) for each in loop_rates],
         "ratio": round(rate / loop_rate, 2),
-        f"bar of {BAR}": "held" if rate / loop_rate >= BAR else "missed",
+        f"minimum of {MIN_RATIO}": "reached" if rate / loop_rate >= MIN_RATIO else "missed",
         "processor ms an image": {
             **{name: round(each * 1000 / count, 1) for name, each in spent.items()},
             "in all": round(sum(spent.values()) * 1000 / count, 1),
             "loop": [round(loop["processor_seconds"] * 1000 / loop["images"], 1) for loop in loops],
         },
-        "text search alone": in_ms(alone),
-        "text search beside": in_ms(waits.values),
+        "text search alone": latency_summary(alone),
+        "text search during indexing": latency_summary(waits.values),
         "load average before, after": (load, load_average()),
     }
 
 
 def spent_s(stack: RunningStack) -> dict[str, float]:
-    """Processor time so far of what indexing needs, in seconds; of scripts, of those that have ended."""
+    """Return the processor time so far of the processes that index, in seconds; for scripts only of ended ones."""
     names = ("api", "embed", "postgres", "queue", "cache", "reconciler")
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {**cpu_s({name: stack.control.pid(name) for name in names}), "script": ended.ru_utime + ended.ru_stime}
 
 
-def looped(var: Path, files: Path, environment: Mapping[str, str], *, bare: bool) -> dict[str, Any]:
-    """What `benchmarks.plain_loop` says, on servers as the service had them and with nothing else running."""
+def run_plain_loop(var: Path, files: Path, environment: Mapping[str, str], *, bare: bool) -> dict[str, Any]:
+    """Run `benchmarks.plain_loop` on servers like those of the service, without other processes; return its figures."""
     servers = LocalStack(var)
-    servers.start(servers_only=True, attached=True, say=lambda _: None)
+    servers.start(servers_only=True, attached=True, on_message=lambda _: None)
     try:
         servers.migrate()
         done = subprocess.run(
@@ -243,7 +252,7 @@ def looped(var: Path, files: Path, environment: Mapping[str, str], *, bare: bool
 
 @contextmanager
 def indexing(stack: RunningStack, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """`scripts.index_images` with these arguments; killed where the block ends before it."""
+    """Run `scripts.index_images` with these arguments; kill it if it still runs at the end of the block."""
     command = [sys.executable, "-m", "scripts.index_images", *arguments, "--url", stack.url, "--quiet"]
     with subprocess.Popen(command, cwd=REPOSITORY) as process:
         try:
@@ -253,7 +262,7 @@ def indexing(stack: RunningStack, *arguments: str) -> Iterator["subprocess.Popen
 
 
 def save_random_vit(folder: Path) -> None:
-    """An open_clip folder with the architecture of a ViT-B/32 and weights that mean nothing."""
+    """Write an open_clip folder with the architecture of a ViT-B/32 and random weights."""
     folder.mkdir()
     torch.manual_seed(0)
     model = open_clip.create_model(VIT)

@@ -1,4 +1,4 @@
-"""A folder as people have them: most files good, some broken, double, huge, empty or not what their name says."""
+"""Test files of mixed quality: most are valid; others are broken, duplicate, too large, empty or misnamed."""
 
 import io
 import random
@@ -12,42 +12,42 @@ import numpy as np
 from PIL import Image
 
 NAMES = ("é", "with space", "100%", "a+b", "日本", "#1", "quo'te", "UPPER", "two.dots", "x" * 120)
-A_DIRECTORY = 500
+FILES_PER_FOLDER = 500
 
 
 @dataclass(frozen=True)
-class Made:
-    """A file and what must be said of it: an outcome, or the code of a skipped one.
+class GeneratedFile:
+    """A file and its expected result: an outcome, or the code of a skipped file.
 
-    `double`: its bytes are those of another file; of all with the same bytes one is `created`.
+    duplicate: another file has the same bytes; of all files with the same bytes one is `created`.
     """
 
     name: str
     expected: str
-    double: bool = False
+    duplicate: bool = False
 
 
 @dataclass(frozen=True)
-class Sort:
-    """A kind of file. share: of a hundred. make: its suffix and bytes."""
+class FileKind:
+    """A kind of file. share: files per hundred. make: returns suffix and bytes."""
 
     expected: str
     share: int
-    make: Callable[["Maker"], tuple[str, bytes]]
-    double: bool = False
+    make: Callable[["FileMaker"], tuple[str, bytes]]
+    duplicate: bool = False
 
 
-class Maker:
-    """Draws files that no other draw gives, all from one seed."""
+class FileMaker:
+    """Makes files with unique content from one seed."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self._pixels = np.random.default_rng(seed)
         self.latest: list[tuple[str, bytes, Image.Image]] = []
-        """Good files to make doubles of, as suffix, bytes, picture."""
+        """The last 20 valid files, to make duplicates of: suffix, bytes, image."""
 
-    def picture(self) -> Image.Image:
-        """Soft shapes under a little noise: compresses like a photo."""
+    def image(self) -> Image.Image:
+        """Return soft shapes with a little noise, which compress like a photo."""
         width, height = self.random.choice([(320, 240), (240, 320), (400, 400), (512, 384)])
         coarse = Image.fromarray(self._pixels.integers(0, 256, (6, 8, 3), dtype=np.uint8))
         soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
@@ -55,39 +55,39 @@ class Maker:
         return Image.fromarray(np.clip(soft + noise, 0, 255).astype(np.uint8))
 
     def good(self, kind: str) -> tuple[str, bytes]:
-        picture = self.picture()
-        made = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}[kind], encoded(picture, kind)
-        self.latest = [*self.latest[-19:], (*made, picture)]
+        image = self.image()
+        made = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}[kind], encoded(image, kind)
+        self.latest = [*self.latest[-19:], (*made, image)]
         return made
 
     def mislabelled(self) -> tuple[str, bytes]:
-        return self.random.choice([".png", ".webp"]), encoded(self.picture(), "JPEG")
+        return self.random.choice([".png", ".webp"]), encoded(self.image(), "JPEG")
 
     def same_bytes(self) -> tuple[str, bytes]:
         suffix, data, _ = self.random.choice(self.latest)
         return suffix, data
 
     def encoded_again(self) -> tuple[str, bytes]:
-        # A quality of its own, so that it is no file that was written before.
-        picture = self.random.choice(self.latest)[2]
+        # The random comment makes the bytes unique.
+        image = self.random.choice(self.latest)[2]
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=self.random.randint(40, 80), comment=self.random.randbytes(8).hex())
+        image.save(file, "JPEG", quality=self.random.randint(40, 80), comment=self.random.randbytes(8).hex())
         return ".jpeg", file.getvalue()
 
     def truncated(self) -> tuple[str, bytes]:
-        data = encoded(self.picture(), "PNG")
+        data = encoded(self.image(), "PNG")
         return ".png", data[: len(data) // 2]
 
     def damaged(self) -> tuple[str, bytes]:
-        data = bytearray(encoded(self.picture(), "PNG"))
-        data[len(data) // 2] ^= 0xFF  # its chunk's checksum is wrong from here on
+        data = bytearray(encoded(self.image(), "PNG"))
+        data[len(data) // 2] ^= 0xFF  # the checksum of this chunk does not match any more
         return ".png", bytes(data)
 
     def text(self) -> tuple[str, bytes]:
-        return self.random.choice([".jpg", ".png"]), f"no image at all, {self.random.random()}".encode()
+        return self.random.choice([".jpg", ".png"]), f"not an image, {self.random.random()}".encode()
 
     def many_pixels(self) -> tuple[str, bytes]:
-        """A small file that would be 100 megapixels."""
+        """Return a small file that decodes to 100 megapixels."""
         side, rows = 10_000, self.random.randbytes(16)
         header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
         chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -96,56 +96,56 @@ class Maker:
             for name, data in chunks
         )
 
-    def moving(self) -> tuple[str, bytes]:
+    def animated(self) -> tuple[str, bytes]:
         frames = [Image.new("RGB", (16, 16), (self.random.randrange(256), 0, shade)) for shade in (0, 255)]
         file = io.BytesIO()
         frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:])
         return ".webp", file.getvalue()
 
 
-def encoded(picture: Image.Image, kind: str) -> bytes:
+def encoded(image: Image.Image, kind: str) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind)
+    image.save(file, kind)
     return file.getvalue()
 
 
-SORTS = (
-    Sort("created", 38, lambda maker: maker.good("JPEG")),
-    Sort("created", 18, lambda maker: maker.good("PNG")),
-    Sort("created", 12, lambda maker: maker.good("WEBP")),
-    Sort("created", 6, Maker.mislabelled),
-    Sort("created", 4, Maker.encoded_again),
-    Sort("duplicate", 5, Maker.same_bytes, double=True),
-    Sort("invalid_image", 3, Maker.truncated),
-    Sort("invalid_image", 3, Maker.damaged),
-    Sort("unsupported_image_type", 3, Maker.text),
-    Sort("image_too_large", 3, Maker.many_pixels),
-    Sort("animated_image", 2, Maker.moving),
-    Sort("empty_file", 2, lambda _: (".jpg", b"")),
-    Sort("not_an_image", 1, lambda _: (".svg", b"<svg/>")),
+FILE_KINDS = (
+    FileKind("created", 38, lambda maker: maker.good("JPEG")),
+    FileKind("created", 18, lambda maker: maker.good("PNG")),
+    FileKind("created", 12, lambda maker: maker.good("WEBP")),
+    FileKind("created", 6, FileMaker.mislabelled),
+    FileKind("created", 4, FileMaker.encoded_again),
+    FileKind("duplicate", 5, FileMaker.same_bytes, duplicate=True),
+    FileKind("invalid_image", 3, FileMaker.truncated),
+    FileKind("invalid_image", 3, FileMaker.damaged),
+    FileKind("unsupported_image_type", 3, FileMaker.text),
+    FileKind("image_too_large", 3, FileMaker.many_pixels),
+    FileKind("animated_image", 2, FileMaker.animated),
+    FileKind("empty_file", 2, lambda _: (".jpg", b"")),
+    FileKind("not_an_image", 1, lambda _: (".svg", b"<svg/>")),
 )
 
 
-def mixed_files(folder: Path, count: int, *, seed: int = 1) -> Iterator[Made]:
-    """Write that many files, in folders, in shares that are the same every time."""
-    maker = Maker(seed)
-    sorts = [sort for sort in SORTS for _ in range(sort.share)]
-    maker.random.shuffle(sorts)
-    # A file before the first double.
-    sorts.sort(key=lambda sort: sort.double)
-    turns = [sorts[number % len(sorts)] for number in range(count)]
-    for number, sort in enumerate(turns):
-        suffix, data = sort.make(maker)
+def mixed_files(folder: Path, count: int, *, seed: int = 1) -> Iterator[GeneratedFile]:
+    """Write `count` files of all kinds into subfolders. The same seed gives the same kinds in the same order."""
+    maker = FileMaker(seed)
+    kinds = [kind for kind in FILE_KINDS for _ in range(kind.share)]
+    maker.random.shuffle(kinds)
+    # Duplicates last, so that a valid file comes before the first of them.
+    kinds.sort(key=lambda kind: kind.duplicate)
+    kinds_in_order = [kinds[number % len(kinds)] for number in range(count)]
+    for number, kind in enumerate(kinds_in_order):
+        suffix, data = kind.make(maker)
         stem = f"{number:06}" + (f" {maker.random.choice(NAMES)}" if number % 10 == 0 else "")
-        path = folder / f"{number // A_DIRECTORY:03}" / (stem + suffix)
+        path = folder / f"{number // FILES_PER_FOLDER:03}" / (stem + suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-        yield Made(path.relative_to(folder).as_posix(), sort.expected, sort.double)
+        yield GeneratedFile(path.relative_to(folder).as_posix(), kind.expected, kind.duplicate)
 
 
 def good_files(folder: Path, count: int, *, seed: int = 2) -> None:
-    """Only JPEGs, all different."""
-    maker = Maker(seed)
+    """Write `count` different JPEG files."""
+    maker = FileMaker(seed)
     folder.mkdir(parents=True)
     for number in range(count):
         (folder / f"{number:06}.jpg").write_bytes(maker.good("JPEG")[1])

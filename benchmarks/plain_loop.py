@@ -1,10 +1,10 @@
-"""What indexing is measured against: the same work on the same files, in one process and one thread of Python.
+"""The baseline for indexing: the same work on the same files, in one process and one Python thread.
 
-    .venv/bin/python -m benchmarks.plain_loop FOLDER           decode, embed, store and insert each file
-    .venv/bin/python -m benchmarks.plain_loop FOLDER --model   only the model: open, preprocess, embed
+    .venv/bin/python -m benchmarks.plain_loop FOLDER
+    .venv/bin/python -m benchmarks.plain_loop FOLDER --model
 
-On the database, blob store and CLIP that the settings name. Prints files, images, seconds and processor seconds, as
-JSON.
+It decodes, embeds, stores and inserts each file. With `--model` it only opens, preprocesses and embeds. It uses the
+database, blob store and CLIP that the settings name. Prints files, images, seconds and processor seconds as JSON.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from worker_service.models.clip import Clip
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", action="store_true", help="the bare model")
+    parser.add_argument("--model", action="store_true", help="run only the model")
     arguments = parser.parse_args()
     files = [path for path in sorted(arguments.folder.rglob("*")) if path.is_file()]
     settings = get_settings()
@@ -40,36 +40,36 @@ def main() -> None:
     clip.warm_up()
     if arguments.model:
         started, spent = time.perf_counter(), time.process_time()
-        count = bare_model(files, clip)
+        count = run_model(files, clip)
     else:
         with session_scope() as session:
             collection_id = owners.ensure_collection(session, "loop", owner_id=owners.ensure(session, "loop")).id
             space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
         started, spent = time.perf_counter(), time.process_time()
-        count = whole_work(files, clip, space, collection_id)
+        count = index_files(files, clip, space, collection_id)
     seconds = time.perf_counter() - started
     spent = time.process_time() - spent
     print(json.dumps({"files": len(files), "images": count, "seconds": seconds, "processor_seconds": spent}))
 
 
-def bare_model(files: list[Path], clip: Clip) -> int:
-    for batch in in_batches(files, clip.max_batch_size):
+def run_model(files: list[Path], clip: Clip) -> int:
+    for batch in batches(files, clip.max_batch_size):
         clip.encode_image([open_image(path.read_bytes()) for path in batch])
     return len(files)
 
 
-def whole_work(files: list[Path], clip: Clip, space: Space, collection_id: UUID) -> int:
-    """As a service must do it, without a service: one transaction a batch."""
+def index_files(files: list[Path], clip: Clip, space: Space, collection_id: UUID) -> int:
+    """Do the work of the service without a service, with one transaction per batch."""
     count = 0
-    for batch in in_batches(files, clip.max_batch_size):
-        decoded = [image for path in batch if (image := decoded_or_none(path)) is not None]
+    for batch in batches(files, clip.max_batch_size):
+        decoded = [image for path in batch if (image := decode_or_none(path)) is not None]
         if decoded:
             vectors = clip.encode_image([open_image(image.data) for image in decoded])
-            count += kept(decoded, vectors, space, collection_id)
+            count += store_batch(decoded, vectors, space, collection_id)
     return count
 
 
-def decoded_or_none(path: Path) -> DecodedImage | None:
+def decode_or_none(path: Path) -> DecodedImage | None:
     limits = get_settings().api
     try:
         return decode_upload(path.read_bytes(), max_bytes=limits.max_upload_bytes, max_pixels=limits.max_upload_pixels)
@@ -77,20 +77,20 @@ def decoded_or_none(path: Path) -> DecodedImage | None:
         return None
 
 
-def kept(decoded: list[DecodedImage], vectors: np.ndarray, space: Space, collection_id: UUID) -> int:
+def store_batch(decoded: list[DecodedImage], vectors: np.ndarray, space: Space, collection_id: UUID) -> int:
     blobs = get_blobs()
     for image in decoded:
         blobs.put(image_key(image.sha256, image.format), image.data, media_type=image.format.media_type)
         blobs.put(thumbnail_key(image.sha256), image.thumbnail, media_type=ImageFormat.WEBP.media_type)
     norms = np.linalg.norm(vectors, axis=1)
     with session_scope() as session:
-        added = [images.add(session, collection_id, **columns(image)) for image in decoded]
+        added = [images.add(session, collection_id, **image_columns(image)) for image in decoded]
         new = [index for index, (_, is_new) in enumerate(added) if is_new]
         claims = [ImageClaim.of(added[index][0]) for index in new]
-        return len(images.embedded(session, space, claims, (vectors / norms[:, None])[new], norms[new]))
+        return len(images.store_embeddings(session, space, claims, (vectors / norms[:, None])[new], norms[new]))
 
 
-def columns(image: DecodedImage) -> dict[str, Any]:
+def image_columns(image: DecodedImage) -> dict[str, Any]:
     return {
         "sha256": image.sha256,
         "blob_key": image_key(image.sha256, image.format),
@@ -103,7 +103,7 @@ def columns(image: DecodedImage) -> dict[str, Any]:
     }
 
 
-def in_batches(files: list[Path], size: int) -> Iterator[list[Path]]:
+def batches(files: list[Path], size: int) -> Iterator[list[Path]]:
     for start in range(0, len(files), size):
         yield files[start : start + size]
 

@@ -1,13 +1,13 @@
-"""How much faster is a search that was asked before?
+"""How much faster is a cached search?
 
     make up && . var/stack.env && .venv/bin/python -m benchmarks.search_cache
 
-Times `POST /search` by text over one kept-alive connection to a running stack, each text three ways in turn: never
-asked before (CLIP must embed it), asked before but of a corpus that has changed since (the vector is remembered, the
-answer is not), and asked before (the answer is remembered). The corpus is touched by a caption written back as it was.
+Times `POST /search` by text over one kept-alive connection to a running stack. Each text is searched three times. The
+first time CLIP must embed it. The second time the corpus has changed, so only the vector is cached. The third time the
+answer is cached. The corpus is changed by writing a caption back as it was.
 
-The gain on hits is not the gain of a service: with hit rate h the mean request is 1 / ((1 - h) + h * hit / miss) times
-faster. That is printed for several h, and the h at which the mean reaches 15.
+The gain on hits is not the gain of a service. With hit rate h the mean request is 1 / ((1 - h) + h * hit / miss) times
+faster. The benchmark prints this for several h, and the h at which the mean reaches 15.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
             raise SystemExit("the corpus is empty: index some images first (make demo)")
         corpus = api.get("/stats").raise_for_status().json()["images"]
         cold, warm, hit, floor = [], [], [], []
-        search(api, secrets.token_hex(8))  # connections and code paths, not the texts below
+        search(api, secrets.token_hex(8))  # warms up connections and code, with another text than those below
         for _ in range(arguments.texts):
             text = f"a {secrets.token_hex(4)} thing"
             cold.append(search(api, text))
@@ -46,11 +46,11 @@ def main() -> None:
     miss_s, known_s, hit_s = (statistics.median(times) for times in (cold, warm, hit))
     needed = (1 - 1 / CLAIM) / (1 - hit_s / miss_s)
     figures: dict[str, object] = {
-        "never asked (p50, p95)": milliseconds(cold),
-        "text known, corpus changed": milliseconds(warm),
-        "answer remembered": milliseconds(hit),
+        "not cached (p50, p95)": milliseconds(cold),
+        "vector cached, corpus changed": milliseconds(warm),
+        "answer cached": milliseconds(hit),
         "a request that does nothing": milliseconds(floor),
-        "gain on hits": f"{miss_s / hit_s:.1f}x (text known: {known_s / hit_s:.1f}x)",
+        "gain on hits": f"{miss_s / hit_s:.1f}x (vector cached: {known_s / hit_s:.1f}x)",
     }
     for rate in HIT_RATES:
         figures[f"mean gain at {rate:.0%} hits"] = f"{1 / ((1 - rate) + rate * hit_s / miss_s):.1f}x"
@@ -64,7 +64,7 @@ def search(api: httpx.Client, text: str) -> float:
 
 
 def timed(call: object) -> float:
-    """Seconds of one request, which must succeed."""
+    """Return the seconds of one request, which must succeed."""
     assert callable(call)
     started = time.perf_counter()
     call().raise_for_status()
@@ -72,7 +72,7 @@ def timed(call: object) -> float:
 
 
 def touch(api: httpx.Client, image: dict[str, object]) -> None:
-    """Give the collection a new version, so that no remembered answer fits it any more."""
+    """Give the collection a new version, so that cached answers are not used any more."""
     api.patch(f"/images/{image['id']}", json={"caption": image["caption"]}).raise_for_status()
 
 

@@ -2,8 +2,8 @@
 
     .venv/bin/python -m benchmarks.typing_coverage
 
-Runs mypy as `make lint` does (strict, over everything) and counts from its own report: functions with complete
-annotations, and the lines on which an error is allowed (`type: ignore`), nearly all of them where a library is untyped.
+Runs mypy as `make lint` does (strict, on all code). Counts functions with complete annotations from mypy's report, and
+lines with an ignored error (`type: ignore`). Nearly all of these are calls of untyped libraries.
 """
 
 import subprocess
@@ -21,7 +21,7 @@ def main() -> None:
             capture_output=True,
             text=True,
         )
-        # One line a module, the first of them the sum: lines, annotated lines, functions, annotated functions, name.
+        # The first line is the sum, the others one module each: lines, annotated lines, functions, annotated functions.
         total, *modules = (Path(folder) / "linecount.txt").read_text().splitlines()
     functions, annotated = (int(number) for number in total.split()[2:4])
     ignored = sum(

@@ -1,18 +1,21 @@
-"""Operator commands: owners, API keys, webhook secrets, dead jobs, blobs that nothing needs.
+"""Operator commands for owners, API keys, webhook secrets, dead jobs and unused blobs.
 
     python -m scripts.admin create-owner team-a
     python -m scripts.admin create-key team-a --name laptop --scopes generate,search
     python -m scripts.admin list-keys
+
     python -m scripts.admin rotate-key KEY_ID --overlap-s 86400
     python -m scripts.admin revoke-key KEY_ID
     python -m scripts.admin rotate-webhook-secret team-a
+
     python -m scripts.admin dead-jobs
     python -m scripts.admin requeue JOB_ID [JOB_ID ...]
     python -m scripts.admin requeue --all
+
     python -m scripts.admin sweep --dry-run
 
-It speaks to the database and the blob store that the settings name. A secret is printed once, at creation, and kept
-nowhere.
+The commands use the database and the blob store that the settings name. A secret is printed once, at its creation.
+The service cannot show it again.
 """
 
 import argparse
@@ -37,39 +40,46 @@ from shared.messaging import queue
 from shared.settings import get_settings
 from shared.storage import get_blobs
 
-REQUEUED_AT_MOST = 10_000
+MAX_REQUEUED_JOBS = 10_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("create-owner", help="make an owner; one that exists stays as it is")
+    command = commands.add_parser("create-owner", help="create an owner; an existing owner is not changed")
     command.add_argument("name", type=_owner_name, help="lower-case letters, digits, - and _")
-    command = commands.add_parser("create-key", help="make an API key and print its secret")
+    command = commands.add_parser("create-key", help="create an API key and print its secret")
     command.add_argument("owner")
-    command.add_argument("--name", required=True, help="what the key is for")
+    command.add_argument("--name", required=True, help="purpose of the key")
     command.add_argument("--scopes", default="generate,search", help=f"comma-separated, of {', '.join(keys.SCOPES)}")
     command.add_argument("--expires-in-days", type=float)
-    commands.add_parser("list-keys", help="show keys without their secrets")
-    command = commands.add_parser("rotate-key", help="replace a key; the old one stays valid for a while")
+    commands.add_parser("list-keys", help="list keys without their secrets")
+    command = commands.add_parser("rotate-key", help="replace a key; the old key stays valid for --overlap-s seconds")
     command.add_argument("key_id", type=UUID)
     command.add_argument("--overlap-s", type=float, default=86_400)
-    command = commands.add_parser("revoke-key", help="end a key at once")
+    command = commands.add_parser("revoke-key", help="make a key invalid at once")
     command.add_argument("key_id", type=UUID)
-    command = commands.add_parser("rotate-webhook-secret", help="print a new secret; the old one signs for a while too")
+    command = commands.add_parser(
+        "rotate-webhook-secret", help="print a new secret; for a while deliveries are signed with both"
+    )
     command.add_argument("owner")
-    command = commands.add_parser("dead-jobs", help="show jobs that killed their process too often, the latest first")
+    command = commands.add_parser("dead-jobs", help="list jobs that crashed their worker too often, latest first")
     command.add_argument("--limit", type=int, default=50)
-    command = commands.add_parser("requeue", help="try dead jobs again, each as a new job; prints their ids")
+    command = commands.add_parser("requeue", help="retry dead jobs, each as a new job; prints the new ids")
     command.add_argument("job_ids", type=UUID, nargs="*", metavar="JOB_ID")
-    command.add_argument("--all", action="store_true", help="every dead job that was not tried again yet")
-    command = commands.add_parser("sweep", help="remove blobs that nothing names, as the reconciler does now and then")
-    command.add_argument("--dry-run", action="store_true", help="only print what would go")
+    command.add_argument("--all", action="store_true", help="every dead job that was not retried yet")
+    command = commands.add_parser("sweep", help="delete unused blobs, as the reconciler does periodically")
+    command.add_argument("--dry-run", action="store_true", help="only print the blobs that would be deleted")
     command.add_argument(
-        "--older-than-s", type=float, metavar="S", help="instead of the settings' grace; uploads that take longer fail"
+        "--older-than-s",
+        type=float,
+        metavar="S",
+        help="minimum age of a blob; uploads that take longer fail",
     )
     command.add_argument(
-        "--adopt", action="store_true", help="the store was swept for another database, and is this one's from now on"
+        "--adopt",
+        action="store_true",
+        help="take over a store that another database used; its blobs are swept for this one",
     )
     arguments = parser.parse_args()
     try:
@@ -82,7 +92,7 @@ def main() -> None:
 def _run(arguments: argparse.Namespace) -> None:
     match arguments.command:
         case "requeue":
-            _requeue(arguments.job_ids, every=arguments.all)
+            _requeue(arguments.job_ids, all_jobs=arguments.all)
         case "sweep":
             _sweep(arguments)
         case _:
@@ -105,7 +115,7 @@ def _in_one_transaction(session: Session, arguments: argparse.Namespace) -> None
             )
             print(f"{key.id}\n{secret}")
         case "list-keys":
-            _show(keys.listed(session))
+            _print_keys(keys.list_all(session))
         case "rotate-key":
             key, secret = keys.rotate(session, arguments.key_id, overlap_s=arguments.overlap_s)
             print(f"{key.id}\n{secret}")
@@ -116,25 +126,25 @@ def _in_one_transaction(session: Session, arguments: argparse.Namespace) -> None
             secret, _ = webhooks.rotate_secret(session, _owner_id(session, arguments.owner), overlap_s=overlap_s)
             print(secret)
         case "dead-jobs":
-            _show_dead(jobs.dead(session, limit=arguments.limit))
+            _print_dead_jobs(jobs.list_dead(session, limit=arguments.limit))
 
 
-def _requeue(job_ids: list[UUID], *, every: bool) -> None:
-    if every == bool(job_ids):
-        raise ValueError("name some jobs, or say --all")
+def _requeue(job_ids: list[UUID], *, all_jobs: bool) -> None:
+    if all_jobs == bool(job_ids):
+        raise ValueError("give job ids or --all, not both")
     with session_scope() as session:
-        old = [_dead(session, job_id) for job_id in job_ids]
-        if every:
-            old = [each.job for each in jobs.dead(session, limit=REQUEUED_AT_MOST) if not each.tried_again]
+        old = [_get_dead_job(session, job_id) for job_id in job_ids]
+        if all_jobs:
+            old = [each.job for each in jobs.list_dead(session, limit=MAX_REQUEUED_JOBS) if not each.tried_again]
         new = [jobs.insert_retry(session, job) for job in old]
-    # After the commit, as always; what the broker does not hear of now, the reconciler tells it.
+    # After the commit. The reconciler dispatches jobs that the broker does not accept now.
     for model in {job.model for job in new}:
-        queue.feed(model)
+        queue.dispatch_jobs(model)
     for job in new:
         print(job.id)
 
 
-def _dead(session: Session, job_id: UUID) -> Job:
+def _get_dead_job(session: Session, job_id: UUID) -> Job:
     job = session.get(Job, job_id)
     if job is None or job.state != JobState.DEAD:
         raise ResourceNotFoundError(f"There is no dead job {job_id}.")
@@ -146,7 +156,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     if older_than_s is None:
         older_than_s = blob_sweeper.grace_s(get_settings())
     if arguments.dry_run:
-        for info in blob_sweeper.unneeded(blobs, older_than_s=older_than_s):
+        for info in blob_sweeper.list_unneeded(blobs, older_than_s=older_than_s):
             print(f"{info.key}\t{info.size_bytes}")
         return
     if arguments.adopt:
@@ -158,12 +168,12 @@ def _sweep(arguments: argparse.Namespace) -> None:
 def _owner_id(session: Session, name: str) -> UUID:
     owner_id = session.scalar(select(Owner.id).where(Owner.name == name))
     if owner_id is None:
-        raise ResourceNotFoundError(f"There is no owner {name!r}: make it with create-owner.")
+        raise ResourceNotFoundError(f"There is no owner {name!r}: create it with create-owner.")
     return owner_id
 
 
-def _show_dead(dead: list[DeadJob]) -> None:
-    table = Table("id", "owner", "model", "ended", "crashes", "tried again", "prompt")
+def _print_dead_jobs(dead: list[DeadJob]) -> None:
+    table = Table("id", "owner", "model", "ended", "crashes", "retried", "prompt")
     for each in dead:
         job, ended = each.job, each.job.finished_at
         moment = f"{ended:%Y-%m-%d %H:%M}" if ended else ""
@@ -175,15 +185,15 @@ def _show_dead(dead: list[DeadJob]) -> None:
 
 
 def _owner_name(text: str) -> str:
-    """The rule of the API: what it could not name it could not change."""
+    """Apply the API's rule for names: the API cannot address an owner with another name."""
     try:
         return TypeAdapter(Name).validate_python(text)
     except ValidationError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of an owner") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid owner name") from None
 
 
-def _show(listed: list[tuple[ApiKey, Owner]]) -> None:
-    # The id is what other commands want, so a narrow terminal takes its room from the rest.
+def _print_keys(listed: list[tuple[ApiKey, Owner]]) -> None:
+    # Other commands take the id, so a narrow terminal shortens the other columns.
     table = Table(Column("id", no_wrap=True), "owner", "name", "begins with", "scopes", "expires", "revoked")
     for key, owner in listed:
         moments = [f"{moment:%Y-%m-%d %H:%M}" if moment else "" for moment in (key.expires_at, key.revoked_at)]

@@ -1,4 +1,4 @@
-"""What the scripts share towards whoever runs them: a person, or a program."""
+"""Console output, exit codes, and the options that several scripts share."""
 
 import argparse
 import json
@@ -18,25 +18,25 @@ from afterimage_client import Afterimage
 from shared.contracts.common import Name
 
 
-class Exit(IntEnum):
+class ExitCode(IntEnum):
     DONE = 0
-    INCOMPLETE = 1  # it ran to its end, and something in it failed
-    WRONG = 2  # nothing was done: the options or the input make no sense
-    STOPPED = 3  # the service refused or stayed away; the same command goes on from here
-    INTERRUPTED = 130  # Ctrl-C or SIGTERM; the same command goes on from here
+    INCOMPLETE = 1  # the script ran to its end, but something failed
+    INVALID_INPUT = 2  # nothing was done: the options or the input are invalid
+    SERVICE_ERROR = 3  # the service refused a request or did not answer; the same command continues from here
+    INTERRUPTED = 130  # Ctrl-C or SIGTERM; the same command continues from here
 
 
-EXIT_CODES = """exit codes:
+EXIT_CODES_HELP = """exit codes:
   0    everything is done
-  1    it ran to its end, but something failed; the report says what and why
-  2    nothing was done: the options or the input make no sense
-  3    the service refused or stayed away; the same command goes on from here
-  130  interrupted; the same command goes on from here"""
+  1    the script ran to its end, but something failed; the report says what and why
+  2    nothing was done: the options or the input are invalid
+  3    the service refused a request or did not answer; the same command continues from here
+  130  interrupted; the same command continues from here"""
 
 
 @dataclass(frozen=True)
-class Output:
-    """Words on the standard error for a person, or JSON Lines on the standard output for a program."""
+class ConsoleOutput:
+    """Writes messages for people to standard error, or JSON Lines for programs to standard output."""
 
     quiet: bool = False
     as_json: bool = False
@@ -46,18 +46,18 @@ class Output:
     def shows_progress(self) -> bool:
         return self.console.is_terminal and not self.quiet and not self.as_json
 
-    def say(self, text: str) -> None:
-        """For people; markup is not read."""
+    def info(self, text: str) -> None:
+        """Print a message for people; rich markup in it is printed as it is."""
         if not self.quiet and not self.as_json:
             self.console.print(text, markup=False)
 
     def event(self, name: str, **fields: Any) -> None:
-        """For programs: one object per line."""
+        """Print an event for programs: one JSON object per line."""
         if self.as_json:
             print(json.dumps({"event": name, **fields}, default=str), flush=True)
 
     def error(self, text: str) -> None:
-        """For both, also when quiet."""
+        """Print an error for people or as an event, also with `--quiet`."""
         if self.as_json:
             self.event("error", message=text)
         else:
@@ -66,21 +66,25 @@ class Output:
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--quiet", action="store_true", help="say nothing but errors")
-    group.add_argument("--json", action="store_true", dest="as_json", help="JSON Lines on the standard output")
+    group.add_argument("--quiet", action="store_true", help="print only errors")
+    group.add_argument("--json", action="store_true", dest="as_json", help="print JSON Lines to standard output")
 
 
 def collection_name(text: str) -> str:
-    """An option's value, if it can be the name of a collection."""
+    """Check that an option's value can be the name of a collection, for `argparse`.
+
+    Raises:
+        argparse.ArgumentTypeError: the name has other characters, or is too long.
+    """
     try:
         return TypeAdapter(Name).validate_python(text)
     except ValidationError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name: lower-case letters, digits, - and _") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name: use lower-case letters, digits, - and _") from None
 
 
 def add_service_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("service")
-    group.add_argument("--url", help="where the API listens (default: $AFTERIMAGE_URL, else http://127.0.0.1:8000)")
+    group.add_argument("--url", help="address of the API (default: $AFTERIMAGE_URL, else http://127.0.0.1:8000)")
     group.add_argument(
         "--api-key-file", type=Path, help="file that holds the API key (default: the key in $AFTERIMAGE_API_KEY)"
     )
@@ -89,57 +93,59 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=600,
         metavar="SECONDS",
-        help="how long to go on while the service is away or busy (default: %(default)g)",
+        help="how long to retry while the service is unreachable or busy (default: %(default)g)",
     )
 
 
-def service_of(arguments: argparse.Namespace) -> Afterimage:
-    """
+def client_from_options(arguments: argparse.Namespace) -> Afterimage:
+    """Return a client with the address and the key that the options name.
+
     Raises:
-        ValueError: the address or the key cannot be right.
+        ValueError: the address or the key is not valid.
         OSError: the key's file cannot be read.
     """
     key = arguments.api_key_file.read_text().strip() if arguments.api_key_file else None
     return Afterimage(arguments.url, api_key=key, retry_for_s=arguments.retry_for)
 
 
-def finish(
-    work: Callable[[], Exit],
-    output: Output,
+def run_and_exit(
+    work: Callable[[], ExitCode],
+    output: ConsoleOutput,
     *,
-    wrong: tuple[type[Exception], ...],
-    stopped: type[Exception],
-    interrupted: str = "Interrupted. The same command goes on from here.",
+    input_errors: tuple[type[Exception], ...],
+    service_error: type[Exception],
+    interrupt_message: str = "Interrupted. The same command continues from here.",
 ) -> NoReturn:
-    """Do a script's work and end the process with what came of it.
+    """Run a script's work, print its errors, and end the process with its exit code.
 
-    wrong: what is raised when options or input make no sense. stopped: what is raised when the service, or what it
-    stands on, refused or stayed away.
+    Args:
+        input_errors: exceptions that mean invalid options or input; exit code 2.
+        service_error: exception of the service, the database or the blob store; exit code 3.
     """
     try:
-        with _stoppable():
+        with _interrupt_on_signals():
             code = work()
-    except wrong as error:
+    except input_errors as error:
         output.error(str(error))
-        code = Exit.WRONG
-    except stopped as error:
-        output.error(f"{error}\nThe same command goes on from here.")
-        code = Exit.STOPPED
+        code = ExitCode.INVALID_INPUT
+    except service_error as error:
+        output.error(f"{error}\nThe same command continues from here.")
+        code = ExitCode.SERVICE_ERROR
     except KeyboardInterrupt:
-        output.say(interrupted)
+        output.info(interrupt_message)
         output.event("interrupted")
-        code = Exit.INTERRUPTED
+        code = ExitCode.INTERRUPTED
     raise SystemExit(int(code))
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the script as Ctrl-C does, also where a shell started it with SIGINT ignored."""
+def _interrupt_on_signals() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` on SIGTERM and SIGINT, also where a shell started the script with SIGINT ignored."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""One retrieval-augmented generation from start to end, with everything it drew from, written to `out/`.
+"""Run one retrieval-augmented generation and write its images, references and provenance to `out/`.
 
     python -m scripts.demo "a red apple with a bite" --url http://127.0.0.1:8000
 
-Writes image.png, references.png (the memories that shaped it, with similarity and weight) and provenance.json.
+Writes image.png, references.png (the reference images with similarity and weight) and provenance.json.
 """
 
 import argparse
@@ -18,21 +18,23 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from afterimage_client import Afterimage, AfterimageError, JobState, JobView, RagGenerateRequest, Update
-from scripts.console import Output
-from scripts.index_images.__main__ import index, wait_until_searchable
-from scripts.index_images.sources import found_in
-from scripts.index_images.upload import Report, Uploader
+from scripts.console import ConsoleOutput
+from scripts.index_images.index import index_files, wait_until_searchable
+from scripts.index_images.report import Report
+from scripts.index_images.sources import read_source
+from scripts.index_images.upload import Uploader
 
 STARTER_CORPUS = Path(__file__).resolve().parent.parent / "starter" / "corpus.tar"
 EMBEDDING_WAIT_S = 300
-ENLARGE = 4
-CELL, CAPTION_HEIGHT = 160, 44
+ENLARGED_PX = 256
+"""Smaller images are enlarged by a whole factor to at most this side."""
+CELL_PX, CAPTION_HEIGHT_PX = 160, 44
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="a red apple with a bite")
-    parser.add_argument("--url", help="where the API listens (default: $AFTERIMAGE_URL, else http://127.0.0.1:8000)")
+    parser.add_argument("--url", help="address of the API (default: $AFTERIMAGE_URL, else http://127.0.0.1:8000)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
     parser.add_argument("--num-images", type=int, default=4)
     parser.add_argument("--seed", type=int, default=7)
@@ -41,28 +43,28 @@ def main() -> None:
     console = Console()
     with Afterimage(arguments.url) as service:
         try:
-            remember(service, arguments.corpus, console)
+            index_corpus(service, arguments.corpus, console)
             request = RagGenerateRequest(prompt=arguments.prompt, num_images=arguments.num_images, seed=arguments.seed)
             job = generate(service, request, console)
             if job.state is not JobState.SUCCEEDED:
                 raise SystemExit(f"the job ended {job.state}: {job.error}")
-            tell(job, console)
-            for path in write(service, job, arguments.out):
+            print_references(job, console)
+            for path in write_files(service, job, arguments.out):
                 console.print(f"wrote [bold]{path}")
         except AfterimageError as error:
             raise SystemExit(f"error: {error}") from error
 
 
-def remember(service: Afterimage, corpus: Path, console: Console) -> None:
-    """Index what the shared collection lacks, and wait until all of it is searchable."""
-    console.print(f"indexing what is new of {corpus.name} ...")
-    index(Uploader(service, "shared", Report(None)), found_in(corpus), Output(console=console))
+def index_corpus(service: Afterimage, corpus: Path, console: Console) -> None:
+    """Index the images that the shared collection lacks, and wait until all of it is searchable."""
+    console.print(f"indexing new images of {corpus.name} ...")
+    index_files(Uploader(service, "shared", Report(None)), read_source(corpus), ConsoleOutput(console=console))
     if not wait_until_searchable(service, "shared", timeout_s=EMBEDDING_WAIT_S):
-        raise SystemExit(f"the corpus is not searchable after {EMBEDDING_WAIT_S} s: is an embed worker up?")
+        raise SystemExit(f"the corpus is not searchable after {EMBEDDING_WAIT_S} s: does an embed worker run?")
 
 
 def generate(service: Afterimage, request: RagGenerateRequest, console: Console) -> JobView:
-    """Submit and follow the job to its end."""
+    """Submit a job, show its progress, and return it when it has ended."""
     with Progress(TextColumn("[bold]{task.description}"), BarColumn(), console=console) as progress:
         task = progress.add_task("queued", total=None)
 
@@ -78,11 +80,11 @@ def generate(service: Afterimage, request: RagGenerateRequest, console: Console)
         return service.jobs.wait(service.jobs.submit(request), on_update=show)
 
 
-def tell(job: JobView, console: Console) -> None:
-    """Which memories were looked at, which were used, and why."""
+def print_references(job: JobView, console: Console) -> None:
+    """Print the candidate references, whether each was used, and why."""
     resolution = job.resolution or {}
     table = Table(title=f"“{job.prompt}” · {resolution['mode']}: {resolution['reason']}")
-    for column in ("memory", "similarity", "weight", "decision"):
+    for column in ("reference", "similarity", "weight", "decision"):
         table.add_column(column)
     for reference in resolution["references"]:
         table.add_row(
@@ -95,10 +97,10 @@ def tell(job: JobView, console: Console) -> None:
     console.print("seconds per stage:", {stage: round(seconds, 2) for stage, seconds in job.timings.items()})
 
 
-def write(service: Afterimage, job: JobView, out: Path) -> list[Path]:
+def write_files(service: Afterimage, job: JobView, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / "image.png", out / "references.png", out / "provenance.json"]
-    side_by_side([opened(service.outputs.content(output)) for output in job.outputs]).save(paths[0])
+    side_by_side([decode_image(service.outputs.content(output)) for output in job.outputs]).save(paths[0])
     references_sheet(service, (job.resolution or {}).get("references", [])).save(paths[1])
     record = {
         "job": job.model_dump(mode="json", exclude={"outputs"}),
@@ -108,14 +110,14 @@ def write(service: Afterimage, job: JobView, out: Path) -> list[Path]:
     return paths
 
 
-def opened(data: bytes) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:
-    """The outputs in a row, enlarged so that a person sees them."""
+    """Place the outputs in a row; small ones are enlarged."""
     width, height = images[0].size
-    scale = max(1, ENLARGE * 64 // max(width, height))
+    scale = max(1, ENLARGED_PX // max(width, height))
     sheet = Image.new("RGB", (len(images) * width * scale, height * scale), "white")
     for column, image in enumerate(images):
         sheet.paste(
@@ -125,16 +127,16 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
 
 
 def references_sheet(service: Afterimage, references: list[dict[str, Any]]) -> Image.Image:
-    """The references of the job with caption, similarity and weight."""
-    sheet = Image.new("RGB", (CELL * max(1, len(references)), CELL + CAPTION_HEIGHT), "white")
+    """Draw the references of the job with caption, similarity and weight."""
+    sheet = Image.new("RGB", (CELL_PX * max(1, len(references)), CELL_PX + CAPTION_HEIGHT_PX), "white")
     draw = ImageDraw.Draw(sheet)
     for column, reference in enumerate(references):
-        image = opened(service.images.content(UUID(reference["image_id"])))
-        image.thumbnail((CELL - 16, CELL - 16))
-        sheet.paste(image, (column * CELL + 8, 8))
+        image = decode_image(service.images.content(UUID(reference["image_id"])))
+        image.thumbnail((CELL_PX - 16, CELL_PX - 16))
+        sheet.paste(image, (column * CELL_PX + 8, 8))
         used = f"weight {reference['weight']:.2f}" if reference["used"] else "not used"
         caption = (reference["caption"] or "")[:24]
-        draw.text((column * CELL + 8, CELL), f"{caption}\n{reference['similarity']:.3f}  {used}", fill="black")
+        draw.text((column * CELL_PX + 8, CELL_PX), f"{caption}\n{reference['similarity']:.3f}  {used}", fill="black")
     if not references:
         draw.text((8, 8), "no references", fill="black")
     return sheet

@@ -14,7 +14,9 @@ from pydantic_core import PydanticUndefined
 
 from shared.settings import (
     STARTER,
+    AdvancedMarker,
     ConceptSettings,
+    FormerName,
     GeneratorSettings,
     IPAdapterSettings,
     LoraSettings,
@@ -27,34 +29,66 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 INTRODUCTION = """\
 # Settings
 
-Written by `make docs` from `shared/settings.py`; a test keeps it current.
+`make docs` writes this page from `shared/settings.py`, and a test keeps it current. [Common](#common) lists the
+settings that an operator may need on day one. [Advanced](#advanced) lists the others; their defaults rarely need a
+change.
 
-Values come, strongest first, from the environment, `.env.<environment>`, `.env`, and the TOML file named by
-`AFTERIMAGE_CONFIG_FILE` (default `afterimage.toml`). In TOML, `AFTERIMAGE_DATABASE__POOL_SIZE` is `pool_size` below
-`[database]`. A wrong or misspelt setting stops the start with one line per mistake.
+## How to set one
+
+- **Environment:** `AFTERIMAGE_<SECTION>__<NAME>`, for example `AFTERIMAGE_DATABASE__POOL_SIZE=16`. Two underscores
+  separate the levels. A table or a list is written as JSON.
+- **Dotenv files:** `.env` and `.env.<environment>` hold the same names. `AFTERIMAGE_ENVIRONMENT` names the environment.
+- **TOML file:** `afterimage.toml`, or the file that `AFTERIMAGE_CONFIG_FILE` names. The example above is
+  `pool_size = 16` below `[database]`.
+- **Order:** the environment wins over `.env.<environment>`, then `.env`, then the TOML file, then the default.
+- **Secrets:** write passwords and storage keys into the environment or into `.env`, which git ignores. Percent-encode
+  `/` and `@` in the password of a URL. Logs and error messages show no secret.
+- **Mistakes:** a wrong value or an unknown name stops the start, with one line per mistake.
+- **Renamed settings:** one release also reads the old name and logs a warning. Setting both names is a mistake.
+
+An empty default means that the setting is unset, or an empty list or table.
 """
+GENERATORS = "(TOML, or JSON in `AFTERIMAGE_MODEL__GENERATORS`)"
+CONCEPTS = "(TOML, or JSON in `AFTERIMAGE_SAFETY__CONCEPTS`)"
+
+Variables = list[tuple[str, FieldInfo]]
 
 
 def page() -> str:
     """The whole text of docs/settings.md."""
-    parts = [INTRODUCTION]
+    common, advanced = tables(advanced=False), tables(advanced=True)
+    return "\n".join([INTRODUCTION, "## Common\n", *common, "## Advanced\n", *advanced])
+
+
+def tables(*, advanced: bool) -> Iterator[str]:
+    """The tables of one part, each with its heading; a group without such settings has none."""
+    for title, variables in groups():
+        chosen = [(name, field) for name, field in variables if is_advanced(field) == advanced]
+        if chosen:
+            yield _table(title, chosen)
+
+
+def groups() -> Iterator[tuple[str, Variables]]:
+    """Every setting of the product, by the title of its table."""
     top = [(name, field) for name, field in Settings.model_fields.items() if _section(field) is None]
-    parts.append(_table("General", [(f"AFTERIMAGE_{name.upper()}", field) for name, field in top]))
+    yield "General", [(f"AFTERIMAGE_{name.upper()}", field) for name, field in top]
     for name, field in Settings.model_fields.items():
         section = _section(field)
         if section is not None:
-            parts.append(_table(f"`[{name}]`", list(_variables(section, f"AFTERIMAGE_{name.upper()}__"))))
-    for title, variable, model in (
-        ("`[model.generators.NAME]`", "MODEL__GENERATORS", GeneratorSettings),
-        ("`[model.generators.NAME.ip_adapter]`", "MODEL__GENERATORS", IPAdapterSettings),
-        ("`[model.generators.NAME.loras.NAME]`", "MODEL__GENERATORS", LoraSettings),
-        ("`[[safety.concepts]]`", "SAFETY__CONCEPTS", ConceptSettings),
-        ("`[safety.concepts.prompt]`", "SAFETY__CONCEPTS", PromptRule),
-        ("`[safety.concepts.output]`", "SAFETY__CONCEPTS", OutputRule),
+            yield f"`[{name}]`", list(_variables(section, f"AFTERIMAGE_{name.upper()}__"))
+    for title, model in (
+        (f"`[model.generators.NAME]` {GENERATORS}", GeneratorSettings),
+        (f"`[model.generators.NAME.ip_adapter]` {GENERATORS}", IPAdapterSettings),
+        (f"`[model.generators.NAME.loras.NAME]` {GENERATORS}", LoraSettings),
+        (f"`[[safety.concepts]]` {CONCEPTS}", ConceptSettings),
+        (f"`[safety.concepts.prompt]` {CONCEPTS}", PromptRule),
+        (f"`[safety.concepts.output]` {CONCEPTS}", OutputRule),
     ):
-        title = f"{title} (TOML, or JSON in `AFTERIMAGE_{variable}`)"
-        parts.append(_table(title, list(_variables(model, ""))))
-    return "\n".join(parts)
+        yield title, list(_variables(model, ""))
+
+
+def is_advanced(field: FieldInfo) -> bool:
+    return any(isinstance(marker, AdvancedMarker) for marker in field.metadata)
 
 
 def _variables(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
@@ -72,13 +106,20 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
     return field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
 
 
-def _table(title: str, variables: list[tuple[str, FieldInfo]]) -> str:
-    rows = [
-        f"| `{name}` | {_default(field)} | {_allowed(field)} | {field.description or ''} |" for name, field in variables
-    ]
+def _table(title: str, variables: Variables) -> str:
+    rows = [f"| `{name}` | {_default(field)} | {_allowed(field)} | {_meaning(field)} |" for name, field in variables]
     return "\n".join(
-        [f"## {title}", "", "| name | default | allowed | meaning |", "| --- | --- | --- | --- |", *rows, ""]
+        [f"### {title}", "", "| name | default | allowed | meaning |", "| --- | --- | --- | --- |", *rows, ""]
     )
+
+
+def _meaning(field: FieldInfo) -> str:
+    former = [
+        f"; formerly `AFTERIMAGE_{marker.section.upper()}__{marker.name.upper()}`"
+        for marker in field.metadata
+        if isinstance(marker, FormerName)
+    ]
+    return "".join([field.description or "", *former])
 
 
 def _default(field: FieldInfo) -> str:
@@ -93,7 +134,9 @@ def _default(field: FieldInfo) -> str:
         value = value.get_secret_value()
     if isinstance(value, Enum):
         value = value.value
-    # Not the folder of the clone in which the page was written.
+    if isinstance(value, bool):
+        value = str(value).lower()
+    # The page must not depend on the folder of the clone.
     return f"`{value}`".replace(f"{STARTER.parent}/", "")
 
 

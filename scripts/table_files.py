@@ -1,4 +1,4 @@
-"""Rows of a file: JSON Lines, CSV, TSV, Parquet, or a plain text with one value per line."""
+"""Read rows from JSON Lines, CSV, TSV, Parquet, or a text file with one value per line."""
 
 import csv
 import io
@@ -19,20 +19,22 @@ FORMATS = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-LONGEST_CELL = 16 * 2**20
+MAX_CELL_CHARS = 16 * 2**20
 
 Values = dict[str, Any]
 
 
-class RowsError(Exception):
+class TableFileError(Exception):
     """The file as a whole cannot be read."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `number` counts from 1 as an editor counts lines (in a Parquet file: rows).
+    """One row.
 
-    `problem` says why a row that has no values has none.
+    Attributes:
+        number: from 1, as an editor counts lines; in a Parquet file it counts rows.
+        problem: why the row could not be read; `values` is empty then.
     """
 
     number: int
@@ -41,34 +43,34 @@ class Row:
 
 
 def read_rows(path: Path, *, format: str | None = None, text_column: str = "prompt") -> Iterator[Row]:  # noqa: A002
-    """Every row, one at a time. What is empty is left out, so that a default can take its place.
+    """Yield every row, one at a time. Empty cells are left out, so that defaults apply.
 
     Args:
-        path: `-` is the standard input, which needs a `format`.
-        format: one of the values of `FORMATS`; none: what the name ends in.
-        text_column: what a line of a plain text is.
+        path: `-` is standard input, which needs a `format`.
+        format: one of the values of `FORMATS`; None: by the suffix of the file name.
+        text_column: column name for the lines of a text file.
 
     Raises:
-        RowsError: no such file, or not of that format; pyarrow is not there for a Parquet file.
+        TableFileError: the file does not exist or is not of that format, or pyarrow is missing for a Parquet file.
     """
     kind = format or FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise RowsError(f"{path}: name its format, one of {', '.join(sorted(set(FORMATS.values())))}")
+        raise TableFileError(f"{path}: unknown format, name one of {', '.join(sorted(set(FORMATS.values())))}")
     if kind == "parquet":
-        yield from _parquet(path)
+        yield from _read_parquet(path)
         return
-    with _opened(path) as file:
+    with _open_text(path) as file:
         match kind:
             case "txt":
-                yield from _text(file, text_column)
+                yield from _read_text(file, text_column)
             case "jsonl":
-                yield from _json_lines(file, text_column)
+                yield from _read_json_lines(file, text_column)
             case _:
-                yield from _separated(file, "\t" if kind == "tsv" else ",")
+                yield from _read_csv(file, "\t" if kind == "tsv" else ",")
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
+def _open_text(path: Path) -> Iterator[IO[str]]:
     try:
         if str(path) == "-":
             yield io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline="")
@@ -76,17 +78,17 @@ def _opened(path: Path) -> Iterator[IO[str]]:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 yield file
     except (OSError, UnicodeDecodeError) as error:
-        raise RowsError(f"{path}: {error}") from error
+        raise TableFileError(f"{path}: {error}") from error
 
 
-def _text(file: IO[str], column: str) -> Iterator[Row]:
+def _read_text(file: IO[str], column: str) -> Iterator[Row]:
     for number, line in enumerate(file, 1):
         text = line.strip()
         if text and not text.startswith("#"):
             yield Row(number, {column: text})
 
 
-def _json_lines(file: IO[str], column: str) -> Iterator[Row]:
+def _read_json_lines(file: IO[str], column: str) -> Iterator[Row]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -98,19 +100,19 @@ def _json_lines(file: IO[str], column: str) -> Iterator[Row]:
         if isinstance(value, str):
             value = {column: value}
         if isinstance(value, dict):
-            yield Row(number, _present(value))
+            yield Row(number, _without_empty(value))
         else:
-            yield Row(number, {}, "neither an object nor a text")
+            yield Row(number, {}, "it is neither a JSON object nor a string")
 
 
-def _separated(file: IO[str], delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(LONGEST_CELL)
+def _read_csv(file: IO[str], delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(MAX_CELL_CHARS)
     reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
     names = reader.fieldnames
     if not names:
-        raise RowsError("the first line must name the columns")
+        raise TableFileError("the first line must name the columns")
     if len(set(names)) < len(names):
-        raise RowsError(f"two columns have the same name: {', '.join(names)}")
+        raise TableFileError(f"two columns have the same name: {', '.join(names)}")
     before = reader.line_num
     while True:
         try:
@@ -125,24 +127,24 @@ def _separated(file: IO[str], delimiter: str) -> Iterator[Row]:
         if None in values:
             yield Row(first, {}, f"more cells than the {len(names)} columns")
         else:
-            yield Row(first, _present(values))
+            yield Row(first, _without_empty(values))
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     try:
-        from pyarrow import ArrowException, parquet  # only here: 50 MB that other formats do without
+        from pyarrow import ArrowException, parquet  # imported here: 50 MB that other formats do not need
     except ImportError as error:
-        raise RowsError("Parquet files need pyarrow: pip install 'afterimage[scripts]'") from error
+        raise TableFileError("Parquet files need pyarrow: pip install 'afterimage[scripts]'") from error
     try:
         with parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(number, _present(values))
+                    yield Row(number, _without_empty(values))
     except (OSError, ArrowException) as error:
-        raise RowsError(f"{path}: {error}") from error
+        raise TableFileError(f"{path}: {error}") from error
 
 
-def _present(values: Mapping[str, Any]) -> Values:
+def _without_empty(values: Mapping[str, Any]) -> Values:
     return {name: value for name, value in values.items() if value is not None and value != ""}

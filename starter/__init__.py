@@ -1,1 +1,1 @@
-"""The starter: a small corpus and small models, trained from scratch, that make a fresh machine work offline."""
+"""The starter: a small corpus and small models, trained from scratch, with which a new installation works offline."""

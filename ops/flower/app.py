@@ -1,7 +1,7 @@
-"""What `celery -A ops.flower.app flower` opens: the product's Celery configuration, without its tasks.
+"""Entry point of `celery -A ops.flower.app flower`: the Celery configuration of the product, without its tasks.
 
-An entry point: nothing else imports it, because it reads the settings when it is imported. Flower needs no task code:
-it shows the events that workers send.
+Other modules must not import it, because the import reads the settings. Flower needs no task code: it shows the events
+that workers send.
 """
 
 from shared.messaging.queue import celery_app

@@ -1,4 +1,4 @@
-"""The local stack: the same processes as production, on servers that come in wheels, inside one folder.
+"""The local stack: the processes of production, with servers from Python wheels, inside one folder.
 
-`python -m ops.local up | run | down | status`; `LocalStack` is the same for tests and scripts.
+People use `python -m ops.local up | run | down | status`; tests and scripts use `LocalStack`.
 """

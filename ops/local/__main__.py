@@ -1,4 +1,4 @@
-"""`python -m ops.local up | run [-- COMMAND...] | down | status`: the local stack from a terminal."""
+"""The command `python -m ops.local up | run [-- COMMAND...] | down | status` for the local stack."""
 
 import argparse
 import os
@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def up(stack: LocalStack, arguments: argparse.Namespace) -> int:
-    """Start in the background and print the addresses."""
+    """Start the stack in the background and print its addresses."""
     try:
         stack.start(**_options(arguments))
     except AlreadyRunningError:
@@ -41,16 +41,16 @@ def up(stack: LocalStack, arguments: argparse.Namespace) -> int:
 
 
 def run(stack: LocalStack, arguments: argparse.Namespace) -> int:
-    """Start in the foreground and stay until Ctrl-C or SIGTERM, or for as long as a command takes.
+    """Start the stack in the foreground until Ctrl-C or SIGTERM, or until a command ends.
 
-    The command finds the stack's settings and AFTERIMAGE_URL in its environment. For a command, a stack that already
-    runs is used, and left running; without one it is an error.
+    The environment of the command has the stack's settings and AFTERIMAGE_URL. If a stack already runs, a command uses
+    it and leaves it running; without a command that is an error.
     """
     if arguments.program and stack.is_up:
         return _call(stack, arguments.program)
     for number in STOP_SIGNALS:
-        # SIGINT too: shells start background commands with it ignored, and a stack must still be stoppable by it.
-        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # ignored: nohup asked for it
+        # Also SIGINT: shells start background commands with SIGINT ignored, and it must still stop the stack.
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _interrupt)
     try:
         stack.start(attached=True, **_options(arguments))
@@ -63,7 +63,7 @@ def run(stack: LocalStack, arguments: argparse.Namespace) -> int:
         return 130 if arguments.program else 0
     finally:
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave half of it running
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the stop
         stack.stop()
     return 0
 
@@ -120,7 +120,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
-        "say": partial(print, flush=True),
+        "on_message": partial(print, flush=True),
         "durable": not arguments.volatile,
         "servers_only": arguments.servers_only,
         "worker_module": arguments.worker_module,
@@ -131,15 +131,15 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ops.local",
-        description="The local stack: the same processes as production, on servers from wheels, inside one folder.",
-        epilog="run -- COMMAND...: start, run the command with the stack's settings in its environment, stop.",
+        description="The local stack: the processes of production, with servers from wheels, inside one folder.",
+        epilog="run -- COMMAND...: start the stack, run the command with its settings as environment, stop the stack.",
     )
     parser.add_argument("command", choices=_COMMANDS)
-    parser.add_argument("--var", type=Path, default=REPOSITORY / "var", help="folder of the stack's data")
+    parser.add_argument("--var", type=Path, default=REPOSITORY / "var", help="folder for the data of the stack")
     parser.add_argument("--servers-only", action="store_true", help="only Postgres and the two Valkeys")
-    parser.add_argument("--volatile", action="store_true", help="faster, and forgets data in a power cut")
+    parser.add_argument("--volatile", action="store_true", help="faster; data may be lost in a power cut")
     parser.add_argument(
-        "--worker-module", default="worker_service", metavar="MODULE", help="for tests: run this as the workers"
+        "--worker-module", default="worker_service", metavar="MODULE", help="for tests: module to run as the workers"
     )
     for kind in KINDS:
         parser.add_argument(f"--{kind}", type=int, default=1, metavar="N", help=f"number of {kind} processes")

@@ -1,10 +1,10 @@
-"""The processes of a running stack by name, through supervisor's own interface."""
+"""Control the processes of a running stack by name, through supervisor's XML-RPC interface."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from signal import SIGCONT, SIGKILL, SIGSTOP, Signals
 from typing import Any, NamedTuple
-from xmlrpc.client import Fault, ServerProxy  # of our own supervisor, over its socket  # nosec B411
+from xmlrpc.client import Fault, ServerProxy  # only to our own supervisor, over its socket  # nosec B411
 
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
@@ -15,7 +15,7 @@ from ops.local.layout import Layout
 class ProcessState(NamedTuple):
     full_name: str
     state: str
-    """Supervisor's word: STOPPED, STARTING, RUNNING, BACKOFF, STOPPING, EXITED, FATAL or UNKNOWN."""
+    """Supervisor's state name: STOPPED, STARTING, RUNNING, BACKOFF, STOPPING, EXITED, FATAL or UNKNOWN."""
     pid: int | None
     log: str
 
@@ -27,8 +27,8 @@ class Control:
 
     Raises (all methods but `is_running`):
         ConnectionError, FileNotFoundError: the stack does not run.
-        KeyError: no process has that name.
-        ProcessLookupError, xmlrpc.client.Fault: the process does not run, or runs already.
+        KeyError: the stack has no process of that name.
+        ProcessLookupError, xmlrpc.client.Fault: the process does not run, or already runs.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -67,22 +67,18 @@ class Control:
         with self._supervisor() as supervisor:
             supervisor.startProcess(self.states()[name].full_name)
 
-    def begin_group(self, group: str) -> None:
-        """Start every process of `servers` or `app` and do not wait."""
+    def start_group(self, group: str) -> None:
+        """Start every process of the group `servers` or `app`, without waiting."""
         with self._supervisor() as supervisor:
             supervisor.startProcessGroup(group, False)
 
     def stop(self, name: str) -> None:
-        """Ask a process to end, kill it when it does not, and leave it stopped."""
+        """Stop a process; kill it after its stop timeout. Supervisor does not start it again."""
         with self._supervisor() as supervisor:
             supervisor.stopProcess(self.states()[name].full_name)
 
-    def restart(self, name: str) -> None:
-        self.stop(name)
-        self.start(name)
-
     def signal(self, name: str, number: Signals) -> None:
-        """Send a signal behind supervisor's back: a process that ends by it is started again."""
+        """Send a signal. Supervisor starts the process again if the signal ends it."""
         with self._supervisor() as supervisor:
             supervisor.signalProcess(self.states()[name].full_name, str(int(number)))
 
@@ -90,7 +86,7 @@ class Control:
         self.signal(name, SIGKILL)
 
     def freeze(self, name: str) -> None:
-        """Stop a process where it stands, with every process it has started: a server's sessions freeze with it."""
+        """Send SIGSTOP to a process and its descendants, such as the sessions of a server."""
         self._signal_tree(name, SIGSTOP)
 
     def thaw(self, name: str) -> None:
@@ -103,14 +99,14 @@ class Control:
         _signal(psutil.Process(pid), number)
 
     def shut_down(self) -> int:
-        """Ask supervisor to stop everything and then itself; returns its process id at once."""
+        """Let supervisor stop all processes and then itself; return its process id without waiting."""
         with self._supervisor() as supervisor:
             pid = int(supervisor.getPID())
-            _signal(psutil.Process(pid), SIGCONT)  # what is frozen would ignore SIGTERM
+            _signal(psutil.Process(pid), SIGCONT)  # a frozen process does not handle SIGTERM
             try:
                 supervisor.shutdown()
             except Fault as fault:
-                if "SHUTDOWN_STATE" not in fault.faultString:  # somebody else asked already
+                if "SHUTDOWN_STATE" not in fault.faultString:  # another process has already requested the shutdown
                     raise
         return pid
 
@@ -122,7 +118,7 @@ class Control:
 
 
 def _signal(process: psutil.Process, number: Signals) -> None:
-    """Send a signal to a process and to all that it has started."""
+    """Send a signal to a process and its descendants."""
     for each in [process, *process.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):
             each.send_signal(number)

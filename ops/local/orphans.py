@@ -1,4 +1,4 @@
-"""Processes of a stack whose supervisor is gone: killed with SIGKILL, or by the kernel for want of memory."""
+"""End processes of a stack whose supervisor was killed, by SIGKILL or by the kernel's out-of-memory killer."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-MARK = "AFTERIMAGE_STACK"
+STACK_VARIABLE = "AFTERIMAGE_STACK"
 """Environment variable of every process of a stack; its value is the `var/` folder."""
 
 
@@ -15,10 +15,10 @@ def end_orphans(var: Path, *, grace_s: float = 15) -> list[str]:
 
     Call only while no supervisor of this stack runs.
     """
-    found = list(processes_of(var))
+    found = list(stack_processes(var))
     names = [process.name() for process in found]
     for process in found:
-        _signal(process, "resume")  # a stopped process does not see SIGTERM
+        _signal(process, "resume")  # a stopped process does not handle SIGTERM
         _signal(process, "terminate")
     _, stubborn = psutil.wait_procs(found, timeout=grace_s)
     for process in stubborn:
@@ -27,17 +27,17 @@ def end_orphans(var: Path, *, grace_s: float = 15) -> list[str]:
     return names
 
 
-def processes_of(var: Path) -> Iterator[psutil.Process]:
+def stack_processes(var: Path) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == str(var) or _is_server_in(var, process):
+            if process.environ().get(STACK_VARIABLE) == str(var) or _is_server_in(var, process):
                 yield process
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue  # ended meanwhile, or someone else's
+            continue  # the process has ended, or belongs to another user
 
 
 def _is_server_in(var: Path, process: psutil.Process) -> bool:
-    """Postgres and Valkey write their title over their environment; they work inside their data folder instead."""
+    """Recognise servers by their working folder: Postgres and Valkey overwrite their environment with a title."""
     return process.name() in ("postgres", "valkey-server") and Path(process.cwd()).parent == var
 
 

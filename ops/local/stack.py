@@ -1,4 +1,4 @@
-"""Starting and stopping a whole stack, in order, with every wait bounded."""
+"""Start and stop a whole stack, in order and with a time limit for every step."""
 
 import fcntl
 import os
@@ -21,8 +21,8 @@ from sqlalchemy.orm import Session
 
 from ops.local import postgres, programs, valkey
 from ops.local.control import Control
-from ops.local.layout import Layout, Memory, write_private
-from ops.local.orphans import MARK, end_orphans
+from ops.local.layout import Layout, StackState, write_private
+from ops.local.orphans import STACK_VARIABLE, end_orphans
 from ops.local.programs import Program
 from shared.db import workers
 from shared.db.session import build_engine
@@ -33,12 +33,12 @@ DATABASE = "afterimage"
 SERVER_WAIT_S = 60
 MIGRATION_WAIT_S = 120
 APP_WAIT_S = 180
-"""Loading models from a cold disk on a busy laptop takes most of it."""
+"""Loading models from a cold disk on a busy laptop takes most of this time."""
 STOP_WAIT_S = 120
 
 
 class StackError(Exception):
-    """The stack could not be started or stopped; the message says what to look at."""
+    """The stack could not be started or stopped; the message shows the end of the log."""
 
 
 class AlreadyRunningError(StackError):
@@ -48,7 +48,7 @@ class AlreadyRunningError(StackError):
 class LocalStack:
     """One stack in one folder: Postgres, two Valkeys, the API, the workers, the reconciler and Flower.
 
-    Nothing is touched until `start`; a second object for the same folder sees the same stack.
+    The constructor changes nothing. Two objects for the same folder control the same stack.
     """
 
     def __init__(self, var: Path) -> None:
@@ -58,34 +58,34 @@ class LocalStack:
 
     @property
     def is_up(self) -> bool:
-        """Whether a start has come to its end and nobody has stopped the stack since."""
+        """Whether the stack was started completely and not stopped since."""
         return self.layout.shell_file.exists() and self.control.is_running()
 
     @property
     def url(self) -> str:
-        """Where the API answers, without a slash at the end."""
+        """Address of the API, without a slash at the end."""
         return self.api_url("api")
 
     def api_url(self, name: str) -> str:
-        """The address of one API process: `api`, or `api-2` and so on where several run."""
-        return f"http://127.0.0.1:{self._memory.ports[name]}"
+        """Return the address of one API process: `api`, or `api-2` and so on if several run."""
+        return f"http://127.0.0.1:{self._state.ports[name]}"
 
     @property
     def flower_url(self) -> str:
-        return f"http://127.0.0.1:{self._memory.ports['flower']}"
+        return f"http://127.0.0.1:{self._state.ports['flower']}"
 
     @property
     def flower_login(self) -> tuple[str, str]:
-        return "afterimage", self._memory.passwords["flower"]
+        return "afterimage", self._state.passwords["flower"]
 
     @property
-    def _memory(self) -> Memory:
-        return Memory.recall(self.layout)
+    def _state(self) -> StackState:
+        return StackState.load(self.layout)
 
     def environment(self) -> dict[str, str]:
-        """The settings with which a process reaches this stack."""
-        memory = self._memory
-        port, password = memory.ports, memory.passwords
+        """Return the settings, as environment variables, with which a process uses this stack."""
+        state = self._state
+        port, password = state.ports, state.passwords
         return {
             "AFTERIMAGE_DATABASE__URL": f"postgresql+psycopg2://{postgres.SUPERUSER}:{password['postgres']}"
             f"@127.0.0.1:{port['postgres']}/{DATABASE}",
@@ -104,41 +104,42 @@ class LocalStack:
         servers_only: bool = False,
         instances: Mapping[str, int] | None = None,
         worker_module: str = "worker_service",
-        say: Callable[[str], None] = print,
+        on_message: Callable[[str], None] = print,
     ) -> None:
-        """Start everything and return when it is ready to work; on failure nothing is left running.
+        """Start all processes and return when they are ready. On failure all of them are stopped.
 
         Args:
-            durable: false is faster and forgets data in a power cut; for tests.
+            durable: False is faster, but data may be lost in a power cut; for tests.
             attached: the stack ends when the calling process does, even by SIGKILL (Linux with util-linux).
-            servers_only: Postgres and the two Valkeys alone, with an empty database.
-            instances: how many `api`, `embed`, `generate` and `io` processes; one each where it says nothing.
+            servers_only: start only Postgres and the two Valkeys, with an empty database.
+            instances: number of `api`, `embed`, `generate` and `io` processes; 1 by default.
             worker_module: runs in place of `worker_service`; for tests that make workers fail from inside.
-            say: told what happens, one line at a time.
+            on_message: called with each progress message, one line.
 
         Raises:
-            StackError: it already runs, or something did not become ready in time.
-            ConfigurationError: the settings are wrong.
+            AlreadyRunningError: a stack already runs in this folder.
+            StackError: a process did not become ready in time.
+            ConfigurationError: the settings are not valid.
         """
-        with self._alone():
+        with self._exclusive_lock():
             if self.is_up:
                 raise AlreadyRunningError(f"a stack already runs in {self.layout.var}")
             if self.control.is_running():
-                say("Stopping what an interrupted start left behind ...")
+                on_message("Stopping the processes of an interrupted start ...")
                 self._stop()
-            self._clear_leftovers(say)
+            self._clear_leftovers(on_message)
             try:
-                memory = self._memory
-                memory.forget_taken_ports()
+                state = self._state
+                state.drop_taken_ports()
                 app = (
                     []
                     if servers_only
-                    else programs.app(load_settings(), memory, instances or {}, worker_module=worker_module)
+                    else programs.app(load_settings(), state, instances or {}, worker_module=worker_module)
                 )
-                self._start_servers(app, memory, durable=durable, attached=attached, say=say)
+                self._start_servers(app, state, durable=durable, attached=attached, on_message=on_message)
                 if app:
                     self.migrate()
-                    self._start_app(app, say)
+                    self._start_app(app, on_message)
             except BaseException:
                 self._stop()
                 raise
@@ -148,42 +149,38 @@ class LocalStack:
             )
 
     def stop(self) -> None:
-        """Stop everything that runs for this folder; nothing to stop is no error.
-
-        Raises:
-            StackError: something outlived SIGKILL.
-        """
-        with self._alone():
+        """Stop all processes of this folder; without processes it does nothing."""
+        with self._exclusive_lock():
             self._stop()
 
     def wait_until_stopped(self) -> None:
-        """Return when the stack is stopped from elsewhere."""
+        """Wait until another process stops the stack."""
         with suppress(ConnectionError, FileNotFoundError, psutil.NoSuchProcess):
             psutil.Process(self.control.supervisor_pid()).wait()
 
     # --- the steps of `start` -----------------------------------------------------------------------------------
 
-    def _clear_leftovers(self, say: Callable[[str], None]) -> None:
+    def _clear_leftovers(self, on_message: Callable[[str], None]) -> None:
         orphans = end_orphans(self.layout.var)
         if orphans:
-            say(f"Ended what a killed supervisor had left behind: {', '.join(sorted(orphans))}")
-        self._remove_traces()
+            on_message(f"Ended the processes of a killed supervisor: {', '.join(sorted(orphans))}")
+        self._remove_runtime_files()
 
     def _start_servers(
-        self, app: list[Program], memory: Memory, *, durable: bool, attached: bool, say: Callable[[str], None]
+        self, app: list[Program], state: StackState, *, durable: bool, attached: bool, on_message: Callable[[str], None]
     ) -> None:
         layout = self.layout
-        ports = {name: memory.port(name) for name in ("postgres", "queue", "cache", "api", "flower")}
-        passwords = {name: memory.password(name) for name in ("postgres", "queue", "cache", "flower")}
-        memory.keep(layout)
+        ports = {name: state.port(name) for name in ("postgres", "queue", "cache", "api", "flower")}
+        passwords = {name: state.password(name) for name in ("postgres", "queue", "cache", "flower")}
+        state.save(layout)
         postgres.prepare(layout.postgres, port=ports["postgres"], password=passwords["postgres"], durable=durable)
         valkey.prepare(layout.queue, port=ports["queue"], password=passwords["queue"], keeps_data=True)
         valkey.prepare(layout.cache, port=ports["cache"], password=passwords["cache"], keeps_data=False)
         config = programs.supervisor_config(layout, [*programs.servers(layout), *app], folder=str(REPOSITORY))
         write_private(layout.supervisor_config, config)
-        say("Starting Postgres and two Valkeys ...")
+        on_message("Starting Postgres and two Valkeys ...")
         self._launch_supervisor(attached=attached)
-        self.control.begin_group("servers")
+        self.control.start_group("servers")
         self._wait_for("postgres", partial(postgres.is_ready, ports["postgres"], passwords["postgres"]), SERVER_WAIT_S)
         for name in ("queue", "cache"):
             self._wait_for(name, partial(valkey.is_ready, ports[name], passwords[name]), SERVER_WAIT_S)
@@ -194,18 +191,18 @@ class LocalStack:
         if attached:
             command.append("--nodaemon")
             if shutil.which("setpriv"):
-                # The kernel tells supervisor when its parent is gone: `kill -9` of a test run leaves nothing behind.
+                # The kernel signals supervisor when its parent exits, so `kill -9` of a test run also ends the stack.
                 command = ["setpriv", "--pdeathsig", "TERM", "--", *command]
         log = self.layout.log("supervisord-start")
         with log.open("w") as output:
             supervisor = subprocess.Popen(
                 command,
                 cwd=REPOSITORY,
-                env=os.environ | self.environment() | {MARK: str(self.layout.var)},
+                env=os.environ | self.environment() | {STACK_VARIABLE: str(self.layout.var)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C in this terminal is for us alone: we stop the stack in order
+                start_new_session=True,  # Ctrl-C must not reach supervisor: this process stops the stack in order
             )
         deadline = time.monotonic() + SERVER_WAIT_S
         while not self.control.is_running():
@@ -218,7 +215,11 @@ class LocalStack:
             supervisor.wait()  # it has forked into the background
 
     def migrate(self) -> None:
-        """Bring the database to the newest revision, in a process of its own."""
+        """Migrate the database to the newest revision, in a child process.
+
+        Raises:
+            StackError: the migrations failed, or took longer than `MIGRATION_WAIT_S`.
+        """
         log = self.layout.log("migrate")
         with log.open("w") as output:
             try:
@@ -237,20 +238,20 @@ class LocalStack:
         if done.returncode:
             raise StackError(f"the migrations failed:\n{tail(log)}")
 
-    def _start_app(self, app: list[Program], say: Callable[[str], None]) -> None:
+    def _start_app(self, app: list[Program], on_message: Callable[[str], None]) -> None:
         database = build_engine(DatabaseSettings(url=SecretStr(self.environment()["AFTERIMAGE_DATABASE__URL"])))
         with Session(database) as session:
             start = session.scalars(select(func.clock_timestamp())).one()
-        say(f"Starting {', '.join(program.name for program in app)}; loading models takes longest ...")
-        self.control.begin_group("app")
+        on_message(f"Starting {', '.join(program.name for program in app)}; loading models takes longest ...")
+        self.control.start_group("app")
         for program in app:
-            if program.name in self._memory.ports and program.name.startswith("api"):
-                ready = partial(_answers, f"{self.api_url(program.name)}/api/v1/health/ready")
+            if program.name in self._state.ports and program.name.startswith("api"):
+                ready = partial(_responds, f"{self.api_url(program.name)}/api/v1/health/ready")
             elif program.name == "flower":
-                ready = partial(_answers, f"{self.flower_url}/healthcheck")
+                ready = partial(_responds, f"{self.flower_url}/healthcheck")
             elif program.serves:
                 expected = sum(other.serves == program.serves for other in app)
-                ready = partial(_announced, database, program.serves, expected, since=start)
+                ready = partial(_workers_ready, database, program.serves, expected, since=start)
             else:
                 continue
             self._wait_for(program.name, ready, APP_WAIT_S)
@@ -271,20 +272,20 @@ class LocalStack:
     def _stop(self) -> None:
         if self.control.is_running():
             pid = self.control.shut_down()
-            if not _ended(pid, timeout_s=STOP_WAIT_S):
+            if not _wait_for_exit(pid, timeout_s=STOP_WAIT_S):
                 psutil.Process(pid).kill()
             if self._supervisor is not None:
                 self._supervisor.wait()
         end_orphans(self.layout.var)
-        self._remove_traces()
+        self._remove_runtime_files()
 
-    def _remove_traces(self) -> None:
+    def _remove_runtime_files(self) -> None:
         for file in (self.layout.control_socket(), self.layout.supervisor_pid, self.layout.shell_file):
             file.unlink(missing_ok=True)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One start or stop at a time per folder; the lock goes with its process."""
+    def _exclusive_lock(self) -> Iterator[None]:
+        """Lock the folder for one start or stop at a time; the kernel releases the lock when the process ends."""
         self.layout.create()
         with self.layout.lock.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -292,26 +293,26 @@ class LocalStack:
 
 
 def tail(log: Path, lines: int = 25) -> str:
-    """The end of a log for a message, with its path."""
+    """Return the end of a log and its path, for an error message."""
     text = log.read_text(errors="replace").splitlines() if log.exists() else []
     return "\n".join([*(f"  | {line}" for line in text[-lines:]), f"  (whole log: {log})"])
 
 
-def _answers(url: str) -> bool:
+def _responds(url: str) -> bool:
     try:
         return httpx.get(url, timeout=2).is_success
     except httpx.TransportError:
         return False
 
 
-def _announced(database: Engine, serves: tuple[str, str | None], expected: int, *, since: datetime) -> bool:
-    """Whether that many workers of a kind say they are ready. Rows of an earlier, killed stack do not count."""
+def _workers_ready(database: Engine, serves: tuple[str, str | None], expected: int, *, since: datetime) -> bool:
+    """Return whether `expected` workers of a kind are ready. Rows of an earlier, killed stack do not count."""
     with Session(database) as session:
-        ready = [w for w in workers.live(session) if w.state == "ready" and w.started_at >= since]
+        ready = [w for w in workers.list_live(session) if w.state == "ready" and w.started_at >= since]
     return sum((worker.kind, worker.model) == serves for worker in ready) >= expected
 
 
-def _ended(pid: int, *, timeout_s: float) -> bool:
+def _wait_for_exit(pid: int, *, timeout_s: float) -> bool:
     try:
         psutil.Process(pid).wait(timeout_s)
     except psutil.NoSuchProcess:

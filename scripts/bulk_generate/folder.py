@@ -1,11 +1,11 @@
-"""The folder of one bulk run: what was planned, which bulk it became, and what came of it.
+"""The folder of one bulk run: its plan, the id of its bulk, and its results.
 
-OUT/images/...        the generated files
-OUT/manifest.jsonl    one record per item: request, state, files, full provenance
-OUT/manifest.csv      one row per image, for a table
-OUT/index.html        a contact sheet
-OUT/rejected.jsonl    rows and lines that were no valid requests, and why
-OUT/.run/             the plan and the bulk's id: what a later run goes on from
+- OUT/images/: the generated files
+- OUT/manifest.jsonl: one record per item with request, state, files and full provenance
+- OUT/manifest.csv: one row per image
+- OUT/index.html: a contact sheet
+- OUT/rejected.jsonl: rows and lines that are not valid requests, and why
+- OUT/.run/: the plan and the bulk's id, from which a later run continues
 """
 
 import fcntl
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import UUID, uuid4
 
-from afterimage_client.download import PART
-from scripts.bulk_generate.plan import PlanError, PlannedItem, Rejected
+from afterimage_client.download import PARTIAL_SUFFIX
+from scripts.bulk_generate.plan import PlanError, PlannedItem, RejectedRow
 
 VERSION = 1
-NAMED = 20
+MAX_LISTED = 20
 
 
 class FolderError(Exception):
@@ -31,7 +31,7 @@ class FolderError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run. `key` makes its bulk one and the same, however often it is created."""
+    """A run as the folder keeps it. `key` is the idempotency key of its bulk, so that retries create one bulk."""
 
     options: dict[str, Any]
     key: str
@@ -52,27 +52,27 @@ class BulkFolder:
         self._plan = path / ".run" / "plan.jsonl"
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Nobody else may work in it meanwhile; what a killed run left half-written goes.
+    def locked(self) -> Iterator[None]:
+        """Lock the folder, and delete partial files of a killed run.
 
         Raises:
-            FolderError: another run works in it.
+            FolderError: another process holds the lock.
         """
         self._run.parent.mkdir(parents=True, exist_ok=True)
         with (self._run.parent / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise FolderError(f"another run works in {self.path}") from error
-            for part in self.path.rglob(f".*{PART}"):
+                raise FolderError(f"another process uses {self.path}") from error
+            for part in self.path.rglob(f".*{PARTIAL_SUFFIX}"):
                 part.unlink()
             yield
 
-    def known(self) -> Run | None:
-        """The run that this folder holds.
+    def find_run(self) -> Run | None:
+        """Return the run in this folder, or `None`.
 
         Raises:
-            FolderError: it was written by another version.
+            FolderError: another version of this script wrote it.
         """
         try:
             run = json.loads(self._run.read_text())
@@ -82,82 +82,83 @@ class BulkFolder:
             raise FolderError(f"{self.path} was written by another version of this script")
         return Run(**run | {"bulk_id": run["bulk_id"] and UUID(run["bulk_id"])})
 
-    def keep_plan(
+    def save_plan(
         self,
-        planned: Iterable[PlannedItem | Rejected],
+        planned: Iterable[PlannedItem | RejectedRow],
         options: dict[str, Any],
         *,
         header: Callable[[int], str],
         skip_rejected: bool,
     ) -> Run:
-        """Write the plan down as a whole; before that nothing of it is sent.
+        """Write the whole plan, before any of it is sent.
 
-        header: the first line of the bulk's stream, for so many items.
+        header: returns the first line of the bulk's stream for a number of items.
 
         Raises:
-            PlanError: rows were rejected and are not to be skipped; or there is no item. `rejected.jsonl` names them.
+            PlanError: rows were rejected and `skip_rejected` is false, or the plan has no items. `rejected.jsonl` has
+                the reasons.
         """
-        items, rejected = 0, list[Rejected]()
-        with whole(self._plan) as file:
+        items, rejected = 0, list[RejectedRow]()
+        with write_atomically(self._plan) as file:
             for each in planned:
-                if isinstance(each, Rejected):
+                if isinstance(each, RejectedRow):
                     rejected.append(each)
                 else:
                     items += 1
-                    write_line(file, {"row": each.row, "request": each.request, "files": each.files})
-        self.keep_rejected(rejected)
+                    write_json_line(file, {"row": each.row, "request": each.request, "files": each.files})
+        self.save_rejected(rejected)
         if rejected and not skip_rejected:
             raise PlanError(
-                f"{some(rejected)}\nNothing was sent. Correct these rows, or leave them out with --skip-invalid."
+                f"{describe_rejected(rejected)}\nNothing was sent. Correct these rows, or add --skip-invalid."
             )
         if not items:
-            raise PlanError(some(rejected) if rejected else "there is no item")
+            raise PlanError(describe_rejected(rejected) if rejected else "the plan has no items")
         run = Run(options, uuid4().hex, header(items), items)
-        self._keep(run)
+        self._save(run)
         return run
 
-    def keep_rejected(self, rejected: Collection[Rejected]) -> None:
+    def save_rejected(self, rejected: Collection[RejectedRow]) -> None:
         if not rejected:
             self.rejected.unlink(missing_ok=True)
             return
-        with whole(self.rejected) as file:
+        with write_atomically(self.rejected) as file:
             for each in rejected:
-                write_line(file, {"row": each.row, "reason": each.reason})
+                write_json_line(file, {"row": each.row, "reason": each.reason})
 
-    def known_rejected(self) -> list[Rejected]:
+    def load_rejected(self) -> list[RejectedRow]:
         if not self.rejected.exists():
             return []
         with self.rejected.open() as file:
-            return [Rejected(**json.loads(line)) for line in file]
+            return [RejectedRow(**json.loads(line)) for line in file]
 
-    def forget(self) -> None:
-        """The folder holds no run any more; what lies in it stays."""
+    def delete_run(self) -> None:
+        """Delete the run, but no other file."""
         self._run.unlink()
 
-    def keep_bulk(self, run: Run, bulk_id: UUID) -> Run:
+    def save_bulk_id(self, run: Run, bulk_id: UUID) -> Run:
         run = replace(run, bulk_id=bulk_id)
-        self._keep(run)
+        self._save(run)
         return run
 
-    def start_again(self, run: Run) -> Run:
-        """The same plan as another bulk."""
+    def restart(self, run: Run) -> Run:
+        """Start the same plan again as a new bulk."""
         run = replace(run, bulk_id=None, key=uuid4().hex)
-        self._keep(run)
+        self._save(run)
         return run
 
-    def plan(self) -> Iterator[PlannedItem]:
+    def load_plan(self) -> Iterator[PlannedItem]:
         with self._plan.open() as file:
             for line in file:
                 yield PlannedItem(**json.loads(line))
 
-    def target(self, name: str) -> Path:
+    def image_path(self, name: str) -> Path:
         return self.images / name
 
-    def _keep(self, run: Run) -> None:
-        with whole(self._run) as file:
-            known = {name: value for name, value in vars(run).items() if name != "bulk_id"}
+    def _save(self, run: Run) -> None:
+        with write_atomically(self._run) as file:
+            fields = {name: value for name, value in vars(run).items() if name != "bulk_id"}
             json.dump(
-                {"version": VERSION, **known, "bulk_id": run.bulk_id and str(run.bulk_id)},
+                {"version": VERSION, **fields, "bulk_id": run.bulk_id and str(run.bulk_id)},
                 file,
                 ensure_ascii=False,
                 indent=2,
@@ -165,10 +166,10 @@ class BulkFolder:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[IO[str]]:
-    """A file that appears, or changes, all at once, and not at all when something goes wrong."""
+def write_atomically(path: Path) -> Iterator[IO[str]]:
+    """Write a file atomically: it appears, or changes, only after the block ended without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{uuid4().hex}{PART}")
+    part = path.with_name(f".{uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         with part.open("x", encoding="utf-8", newline="") as file:
             yield file
@@ -179,12 +180,12 @@ def whole(path: Path) -> Iterator[IO[str]]:
         part.unlink(missing_ok=True)
 
 
-def write_line(file: IO[str], record: dict[str, Any]) -> None:
+def write_json_line(file: IO[str], record: dict[str, Any]) -> None:
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def some(rejected: Sequence[Rejected]) -> str:
-    named = [f"row {each.row}: {each.reason}" for each in rejected[:NAMED]]
-    if len(rejected) > NAMED:
-        named.append(f"and {len(rejected) - NAMED} more, see rejected.jsonl")
-    return "\n".join(named)
+def describe_rejected(rejected: Sequence[RejectedRow]) -> str:
+    lines = [f"row {row.row}: {row.reason}" for row in rejected[:MAX_LISTED]]
+    if len(rejected) > MAX_LISTED:
+        lines.append(f"and {len(rejected) - MAX_LISTED} more, see rejected.jsonl")
+    return "\n".join(lines)

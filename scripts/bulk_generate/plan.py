@@ -1,4 +1,4 @@
-"""From rows, templates and grids to the items of a bulk, each with the names of the files it will become."""
+"""Turn rows, templates and grids into the items of a bulk, each with the names of its files."""
 
 import itertools
 import json
@@ -16,30 +16,31 @@ from shared.contracts.bulks import BulkGenerateItem, BulkRagGenerateItem
 from shared.contracts.generation import seeds_from
 from shared.contracts.jobs import JobKind
 
-DEFAULT_NAME = "{index:06d}-{slug}-{seed}.{ext}"
-SLUG_LENGTH, PART_LENGTH = 48, 80
-LONGEST_NAME_BYTES = 200
-OF_THE_BULK = frozenset({"lane", "webhook", "dry_run"})
-MADE_HERE = frozenset({"prompt", "seed", "kind", "custom_id"})
+DEFAULT_NAME_TEMPLATE = "{index:06d}-{slug}-{seed}.{ext}"
+MAX_SLUG_CHARS, MAX_PART_BYTES = 48, 80
+MAX_NAME_BYTES = 200
+BULK_FIELDS = frozenset({"lane", "webhook", "dry_run"})
+"""Fields of a request that a bulk sets once for all items."""
+COMPUTED_FIELDS = frozenset({"prompt", "seed", "kind", "custom_id"})
 
 
 class PlanError(Exception):
-    """The options cannot make a plan."""
+    """The options or the rows do not give a valid plan."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What is made of each row.
+class PlanOptions:
+    """How rows become items.
 
     Attributes:
-        template: the prompt, with `{names}` of columns and grid variables; none: the row's own prompt.
-        grid: values of each variable; every combination becomes a prompt of its own.
-        columns: column of a request's field, where it has another name.
-        fields: the request's fields for rows that do not say them.
-        metadata: columns that are echoed as metadata.
+        first_seed: seed of the first item of a row without a seed; in [0, 2**32).
+        template: the prompt, with `{names}` of columns and grid variables; None: the prompt of the row.
+        grid: values of each variable; every combination gives a prompt.
+        columns: column by field of the request, for columns with another name than their field.
+        fields: request fields for rows that do not have them.
+        metadata: columns that become metadata of the items.
         seeds: items per prompt, with different seeds.
-        first_seed: seed of the first of them, where the row names none; in [0, 2**32).
-        name: template of file names.
+        name: template of the file names.
     """
 
     first_seed: int
@@ -50,12 +51,12 @@ class Recipe:
     metadata: Sequence[str] = ()
     seeds: int = 1
     kind: JobKind = JobKind.RAG_GENERATE
-    name: str = DEFAULT_NAME
+    name: str = DEFAULT_NAME_TEMPLATE
 
 
 @dataclass(frozen=True)
 class PlannedItem:
-    """One item. `files[i]` is where its image `i` goes, below the folder of images."""
+    """One item. `files[i]` is the path of its image `i`, relative to the folder of images."""
 
     row: int
     request: Values
@@ -63,105 +64,105 @@ class PlannedItem:
 
     @property
     def line(self) -> bytes:
-        """As the bulk gets it."""
+        """The item's line in the bulk's stream."""
         return json.dumps(self.request, ensure_ascii=False).encode()
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """A row, or what one combination of the grid makes of it, that is no valid request."""
+class RejectedRow:
+    """A row, or one grid combination of a row, that is not a valid request."""
 
     row: int
     reason: str
 
 
-def plan(rows: Iterable[Row], recipe: Recipe) -> Iterator[PlannedItem | Rejected]:
-    """The items of all rows, in order; of two that would have the same `custom_id` or the same file, the first."""
+def plan_items(rows: Iterable[Row], options: PlanOptions) -> Iterator[PlannedItem | RejectedRow]:
+    """Yield the items of all rows in order; an item with the `custom_id` or file name of an earlier one is rejected."""
     taken: dict[tuple[str, str], int] = {}
     index = 0
     for row in rows:
         if row.problem is not None:
-            yield Rejected(row.number, row.problem)
+            yield RejectedRow(row.number, row.problem)
             continue
-        for expanded, values in enumerate(_combinations(row, recipe), 1):
+        for expanded, values in enumerate(_combinations(row, options), 1):
             try:
-                made = list(_items(row, values, recipe, index=index, expanded=expanded))
-                _claim(taken, made)
-            except _NotARequestError as error:
-                yield Rejected(row.number, str(error))
+                planned = list(_items(row, values, options, index=index, expanded=expanded))
+                _reserve_names(taken, planned)
+            except _InvalidRowError as error:
+                yield RejectedRow(row.number, str(error))
                 continue
-            index += len(made)
-            yield from made
+            index += len(planned)
+            yield from planned
 
 
-def _combinations(row: Row, recipe: Recipe) -> Iterator[Values]:
-    for chosen in itertools.product(*recipe.grid.values()):
-        yield row.values | dict(zip(recipe.grid, chosen, strict=True))
+def _combinations(row: Row, options: PlanOptions) -> Iterator[Values]:
+    for chosen in itertools.product(*options.grid.values()):
+        yield row.values | dict(zip(options.grid, chosen, strict=True))
 
 
-def _items(row: Row, values: Values, recipe: Recipe, *, index: int, expanded: int) -> Iterator[PlannedItem]:
-    model = BulkGenerateItem if recipe.kind is JobKind.GENERATE else BulkRagGenerateItem
-    request = dict(recipe.fields)
-    for name in model.model_fields.keys() - MADE_HERE:
-        column = recipe.columns.get(name, name)
+def _items(row: Row, values: Values, options: PlanOptions, *, index: int, expanded: int) -> Iterator[PlannedItem]:
+    model = BulkGenerateItem if options.kind is JobKind.GENERATE else BulkRagGenerateItem
+    request = dict(options.fields)
+    for name in model.model_fields.keys() - COMPUTED_FIELDS:
+        column = options.columns.get(name, name)
         if column in values:
-            if name in OF_THE_BULK:
-                raise _NotARequestError(f"`{name}` holds for all items: give it as an option")
-            request[name] = _from_cell(values[column])
-    request["kind"] = recipe.kind
-    request["prompt"] = _prompt(values, recipe)
-    if recipe.metadata:
-        said = {column: str(values[column]) for column in recipe.metadata if column in values}
-        request["metadata"] = {**request.get("metadata", {}), **said}
-    given_id = values.get(recipe.columns.get("custom_id", "custom_id"))
-    first_seed = values.get(recipe.columns.get("seed", "seed"), recipe.first_seed)
-    for number in range(recipe.seeds):
-        # Known only when it is valid, so the first try is with the first seed.
+            if name in BULK_FIELDS:
+                raise _InvalidRowError(f"`{name}` is the same for all items: give it as an option")
+            request[name] = _parse_cell(values[column])
+    request["kind"] = options.kind
+    request["prompt"] = _prompt(values, options)
+    if options.metadata:
+        metadata = {column: str(values[column]) for column in options.metadata if column in values}
+        request["metadata"] = {**request.get("metadata", {}), **metadata}
+    given_id = values.get(options.columns.get("custom_id", "custom_id"))
+    first_seed = values.get(options.columns.get("seed", "seed"), options.first_seed)
+    for number in range(options.seeds):
+        # Validate with the first seed, because the other seeds are computed from validated fields.
         request["seed"] = first_seed
-        request["custom_id"] = _custom_id(given_id, index + number + 1, recipe, expanded=expanded, number=number)
-        item = _valid(model, request)
+        request["custom_id"] = _custom_id(given_id, index + number + 1, options, expanded=expanded, number=number)
+        item = _validate(model, request)
         assert item.seed is not None
         (seed,) = seeds_from(item.seed + number * item.num_images, 1)
         item = item.model_copy(update={"seed": seed})
         sent = item.model_dump(mode="json", exclude_unset=True)
-        yield PlannedItem(row.number, sent, _files(item, values, recipe, index=index + number + 1))
+        yield PlannedItem(row.number, sent, _file_names(item, values, options, index=index + number + 1))
 
 
-def _prompt(values: Values, recipe: Recipe) -> str:
-    if recipe.template is not None:
-        return fill(recipe.template, values)
-    column = recipe.columns.get("prompt", "prompt")
+def _prompt(values: Values, options: PlanOptions) -> str:
+    if options.template is not None:
+        return fill_template(options.template, values)
+    column = options.columns.get("prompt", "prompt")
     if column not in values:
-        raise _NotARequestError(f"there is no `{column}`")
-    # Braces in a prompt mean something only where there is something to fill in.
-    return fill(str(values[column]), values) if recipe.grid else str(values[column])
+        raise _InvalidRowError(f"the row has no `{column}`")
+    # Without a grid, braces in a prompt are plain text.
+    return fill_template(str(values[column]), values) if options.grid else str(values[column])
 
 
-def _custom_id(given: Any, index: int, recipe: Recipe, *, expanded: int, number: int) -> str:
+def _custom_id(given: Any, index: int, options: PlanOptions, *, expanded: int, number: int) -> str:
     if given is None:
         return f"{index:06d}"
     parts = [str(given)]
-    if recipe.grid:
+    if options.grid:
         parts.append(str(expanded))
-    if recipe.seeds > 1:
+    if options.seeds > 1:
         parts.append(f"s{number + 1}")
     return "-".join(parts)
 
 
-def _valid(
+def _validate(
     model: type[BulkGenerateItem] | type[BulkRagGenerateItem], request: Values
 ) -> BulkGenerateItem | BulkRagGenerateItem:
     try:
         return model.model_validate(request)
     except pydantic.ValidationError as error:
-        mistakes = error.errors(include_url=False, include_input=False, include_context=False)
-        raise _NotARequestError(
-            "; ".join(f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}" for mistake in mistakes)
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        raise _InvalidRowError(
+            "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems)
         ) from None
 
 
-def _from_cell(value: Any) -> Any:
-    """Lists and objects stand in tables as JSON."""
+def _parse_cell(value: Any) -> Any:
+    """Parse a list or an object, which tables hold as JSON."""
     if isinstance(value, str) and value[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -173,28 +174,30 @@ def _from_cell(value: Any) -> Any:
 # --- templates ----------------------------------------------------------------------------------------------------
 
 
-class _NotARequestError(Exception):
+class _InvalidRowError(Exception):
     pass
 
 
-class _Names(string.Formatter):
-    """`str.format` that knows names and nothing else: no attributes, no items, no positions."""
+class _NamesOnlyFormatter(string.Formatter):
+    """`str.format` with plain names only: no attributes, no indices, no positions."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
         if field_name not in kwargs:
-            raise _NotARequestError(f"the template names {{{field_name}}}, which is not there")
+            raise _InvalidRowError(f"the template names {{{field_name}}}, which does not exist")
         return kwargs[field_name], field_name
 
 
-def fill(template: str, values: Mapping[str, Any]) -> str:
-    """The template with every `{name}` replaced; `{{` is a brace."""
+def fill_template(template: str, values: Mapping[str, Any]) -> str:
+    """Return the template with every `{name}` replaced; `{{` is a literal brace."""
     try:
-        return _Names().vformat(template, (), values)
+        return _NamesOnlyFormatter().vformat(template, (), values)
     except ValueError as error:
-        raise _NotARequestError(f"the template {template!r}: {error}") from None
+        raise _InvalidRowError(f"the template {template!r}: {error}") from None
 
 
-def _files(item: BulkGenerateItem | BulkRagGenerateItem, values: Values, recipe: Recipe, *, index: int) -> list[str]:
+def _file_names(
+    item: BulkGenerateItem | BulkRagGenerateItem, values: Values, options: PlanOptions, *, index: int
+) -> list[str]:
     assert item.seed is not None
     known: dict[str, Any] = {name: _path_part(str(value)) for name, value in values.items()}
     known |= {
@@ -206,36 +209,40 @@ def _files(item: BulkGenerateItem | BulkRagGenerateItem, values: Values, recipe:
     }
     names = []
     for n, seed in enumerate(seeds_from(item.seed, item.num_images)):
-        name = PurePosixPath(fill(recipe.name, known | {"seed": seed, "n": n}))
+        name = PurePosixPath(fill_template(options.name, known | {"seed": seed, "n": n}))
         if name.is_absolute() or not name.parts or any(part.startswith(".") for part in name.parts):
-            raise _NotARequestError(f"{name} is no name of a file below the output folder")
-        if any(len(part.encode()) > LONGEST_NAME_BYTES for part in name.parts):
-            raise _NotARequestError(f"the file name {name} is too long")
+            raise _InvalidRowError(f"{name} is not a valid file name below the output folder")
+        if any(len(part.encode()) > MAX_NAME_BYTES for part in name.parts):
+            raise _InvalidRowError(f"the file name {name} is too long")
         names.append(str(name))
     return names
 
 
 def slug(text: str) -> str:
-    """A few words of a text, fit for a file name."""
+    """Return the first words of a text in a form for file names."""
     words = re.findall(r"\w+", text.lower())
-    short = "-".join(words)[:SLUG_LENGTH].encode()[:PART_LENGTH].decode(errors="ignore")
+    short = "-".join(words)[:MAX_SLUG_CHARS].encode()[:MAX_PART_BYTES].decode(errors="ignore")
     return short.strip("-_") or "image"
 
 
 def _path_part(text: str) -> str:
-    """A value without what would make another folder or a hidden file of it."""
-    clean = re.sub(r"[^\w.+@ -]+", "-", text)[:PART_LENGTH].encode()[:PART_LENGTH].decode(errors="ignore")
+    """Replace the characters of a value that would make another folder or a hidden file."""
+    clean = re.sub(r"[^\w.+@ -]+", "-", text)[:MAX_PART_BYTES].encode()[:MAX_PART_BYTES].decode(errors="ignore")
     return clean.strip(" .-") or "-"
 
 
-def _claim(taken: dict[tuple[str, str], int], made: Sequence[PlannedItem]) -> None:
-    """All names of these items, or none: they come from one row."""
+def _reserve_names(taken: dict[tuple[str, str], int], planned: Sequence[PlannedItem]) -> None:
+    """Reserve the names of these items of one row; if one is taken, reserve none of them.
+
+    Raises:
+        _InvalidRowError: another item has one of these names.
+    """
     wanted: dict[tuple[str, str], int] = {}
-    for item in made:
-        # Some file systems do not tell `A` from `a`.
+    for item in planned:
+        # Some file systems treat `A` and `a` as the same name.
         names = [("custom_id", item.request["custom_id"]), *(("file name", name.casefold()) for name in item.files)]
         for key in names:
             if (other := taken.get(key, wanted.get(key))) is not None:
-                raise _NotARequestError(f"it would have the same {key[0]} {key[1]!r} as row {other}")
+                raise _InvalidRowError(f"row {other} already uses the {key[0]} {key[1]!r}")
             wanted[key] = item.row
     taken |= wanted

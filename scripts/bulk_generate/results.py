@@ -1,4 +1,4 @@
-"""What came of a bulk, for programs, for tables and for eyes."""
+"""Write the results of a bulk as a JSON Lines manifest, a CSV table and an HTML contact sheet."""
 
 import csv
 import html
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from scripts.bulk_generate.folder import whole, write_line
+from scripts.bulk_generate.folder import write_atomically, write_json_line
 
 Record = dict[str, Any]
 
@@ -30,17 +30,17 @@ COLUMNS = [
 
 
 def write_results(records: Iterable[Record], *, manifest: Path, table: Path, sheet: Path, title: str) -> None:
-    """Write all three from one pass over the records; each appears as a whole.
+    """Write all three files atomically, in one pass over the records.
 
-    A record is an item as the service's manifest tells it, with its `row`, its `request`, and for each output its
-    `file` below the folder, or null.
+    records: items of the service's manifest, each with its `row` and its `request`. Each output has its `file`,
+        relative to the folder, or null.
     """
-    with whole(manifest) as lines, whole(table) as csv_file, whole(sheet) as page:
+    with write_atomically(manifest) as lines, write_atomically(table) as csv_file, write_atomically(sheet) as page:
         rows = csv.DictWriter(csv_file, COLUMNS)
         rows.writeheader()
         page.write(_PAGE_START.replace("TITLE", html.escape(title)))
         for record in records:
-            write_line(lines, record)
+            write_json_line(lines, record)
             for row in _table_rows(record):
                 rows.writerow(row)
                 page.write(_figure(row))
@@ -48,7 +48,7 @@ def write_results(records: Iterable[Record], *, manifest: Path, table: Path, she
 
 
 def _table_rows(record: Record) -> Iterator[Record]:
-    """One row per output, or one for an item without any."""
+    """Yield one row per output, or one row for an item without outputs."""
     parameters = record.get("parameters") or {}
     error = record.get("error") or {}
     common = {
@@ -76,7 +76,7 @@ def _table_rows(record: Record) -> Iterator[Record]:
 
 def _figure(row: Record) -> str:
     prompt = html.escape(str(row["prompt"]))
-    told = html.escape(
+    details = html.escape(
         f"{row['custom_id']} · seed {row['seed']}" if row.get("seed") is not None else row["custom_id"] or ""
     )
     if row.get("file"):
@@ -85,7 +85,7 @@ def _figure(row: Record) -> str:
     else:
         reason = html.escape(f"{row['state']}: {row['error_detail'] or row['error_code'] or 'no image'}")
         shown = f'<p class="none">{reason}</p>'
-    return f"<figure>{shown}<figcaption>{prompt}<small>{told}</small></figcaption></figure>\n"
+    return f"<figure>{shown}<figcaption>{prompt}<small>{details}</small></figcaption></figure>\n"
 
 
 _PAGE_START = """<!doctype html>

@@ -1,1 +1,1 @@
-"""Does retrieval help? The same prompts from the same seeds, drawn with and without memories and judged."""
+"""Does retrieval help? Generate the same prompts with the same seeds, with and without references, and judge them."""

@@ -1,4 +1,4 @@
-"""What is compared: one prompt drawn from the same seeds with four choices of references."""
+"""The arms of the comparison: one prompt and the same seeds with four choices of references."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,28 +21,31 @@ class Arm(StrEnum):
     NONE = "none"
     """The prompt alone."""
     RANDOM = "random"
-    """What another prompt retrieves: tells retrieval from having any image at all."""
+    """The references of another prompt: separates the effect of retrieval from that of any image."""
     RETRIEVED = "retrieved"
-    """What the service does."""
+    """The references that the service retrieves."""
     ORACLE = "oracle"
-    """The concept's own images: what perfect retrieval would give."""
+    """Images of the concept itself, as perfect retrieval would give."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt, the name of its concept, and the references that each arm draws from."""
+    """One prompt, which is the name of a concept, with the references of each arm."""
 
     concept: str
     seeds: Sequence[int]
     """The same for every arm."""
-    references: Mapping[Arm, Sequence[retrieval.Reference]]
-    """The used ones."""
+    references: Mapping[Arm, Sequence[retrieval.Candidate]]
+    """Only used references."""
 
 
-def case(
+def build_case(
     concept: str, *, store: Store, queries: Mapping[str, Vector], k: int, seeds: int, settings: RetrievalSettings
 ) -> Case:
-    """The case of a concept. queries: of every concept of the store, shape (dim,), float32, L2-normalised."""
+    """Build the case of a concept.
+
+    queries: vector by concept, for every concept of the store; shape (dim,), float32, L2-normalised.
+    """
     query = queries[concept]
     digest = hashlib.sha256(concept.encode()).digest()
     return Case(
@@ -50,16 +53,16 @@ def case(
         seeds=seeds_from(int.from_bytes(digest[:4]), seeds),
         references={
             Arm.NONE: [],
-            Arm.RANDOM: _of_another_prompt(
+            Arm.RANDOM: _random_references(
                 concept, np.random.default_rng(list(digest)), store=store, queries=queries, k=k, settings=settings
             ),
             Arm.RETRIEVED: _used(store.plan(query, k=k, settings=settings)),
-            Arm.ORACLE: store.own(concept, query, k=k),
+            Arm.ORACLE: store.pinned_references(concept, query, k=k),
         },
     )
 
 
-def _of_another_prompt(
+def _random_references(
     concept: str,
     rng: np.random.Generator,
     *,
@@ -67,8 +70,8 @@ def _of_another_prompt(
     queries: Mapping[str, Vector],
     k: int,
     settings: RetrievalSettings,
-) -> list[retrieval.Reference]:
-    """What the service would use for a concept drawn by lot, without images of `concept`."""
+) -> list[retrieval.Candidate]:
+    """Return the references that the service would use for a random other concept, without images of `concept`."""
     others = [name for name in queries if name != concept]
     for index in rng.permutation(len(others)):
         used = _used(store.plan(queries[others[index]], k=k, settings=settings, not_of=concept))
@@ -77,12 +80,12 @@ def _of_another_prompt(
     return []
 
 
-def _used(references: Sequence[retrieval.Reference]) -> list[retrieval.Reference]:
+def _used(references: Sequence[retrieval.Candidate]) -> list[retrieval.Candidate]:
     return [reference for reference in references if reference.used]
 
 
-def requests(cases: Sequence[Case], arm: Arm, *, model: ImageModel, store: Store) -> Iterator[ImageRequest]:
-    """The images of an arm, case by case, asked for as by a job that leaves everything to the defaults."""
+def image_requests(cases: Sequence[Case], arm: Arm, *, model: ImageModel, store: Store) -> Iterator[ImageRequest]:
+    """Yield the requests of an arm, case by case, with the generator's defaults for all parameters."""
     defaults = model.defaults
     width, height = drawable_size(model.capabilities, defaults.width, defaults.height)
     for case in cases:
@@ -91,25 +94,19 @@ def requests(cases: Sequence[Case], arm: Arm, *, model: ImageModel, store: Store
             model.capabilities,
             Mode.AUTO,
             references=len(used),
-            captions=sum(reference.found.image.caption is not None for reference in used),
+            captions=sum(reference.scored.image.caption is not None for reference in used),
         )
         references = [
-            replace(loaded, image=store.picture(reference.found).open())
+            replace(loaded, image=store.image(reference.scored).open())
             for loaded, reference in zip(outputs.load_references(used, with_pixels=False), used, strict=True)
         ]
         for seed in case.seeds:
-            yield ImageRequest(
+            yield ImageRequest.of(
+                defaults,
                 prompt=case.concept,
-                negative_prompt=None,
                 seed=seed,
                 width=width,
                 height=height,
-                num_inference_steps=defaults.num_inference_steps,
-                guidance_scale=defaults.guidance_scale,
-                scheduler=defaults.scheduler,
-                loras=(),
                 mode=mode,
-                ip_adapter_scale=defaults.ip_adapter_scale,
-                strength=defaults.strength,
-                references=tuple(references) if mode is not Mode.NONE else (),
+                references=references if mode is not Mode.NONE else (),
             )

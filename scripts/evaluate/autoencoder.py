@@ -1,4 +1,4 @@
-"""How much of a picture survives the generator's autoencoder: the best that any of its images can be."""
+"""Measure the reconstruction quality of the generator's autoencoder, the upper bound for its images."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from worker_service.models.diffusion import Diffusion
 
 @torch.no_grad()
 def psnr_of_round_trip(model: Diffusion, image: Image.Image) -> float:
-    """PSNR in dB between an RGB image at the model's native size and its reconstruction."""
+    """Return the PSNR in dB between an RGB image at the model's native size and its reconstruction."""
     pipeline, capabilities = model.text_to_image, model.capabilities
     pixels = pipeline.image_processor.preprocess(
         image, height=capabilities.native_height, width=capabilities.native_width
@@ -21,5 +21,5 @@ def psnr_of_round_trip(model: Diffusion, image: Image.Image) -> float:
 
 
 def _unit(tensor: torch.Tensor) -> np.ndarray:
-    """[-1, 1] -> [0, 1], clipped as pipelines clip what they show."""
+    """Map [-1, 1] to [0, 1] and clip, as pipelines do for their images."""
     return (tensor.float() / 2 + 0.5).clamp(0, 1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""A captioned corpus in memory, its images decoded as the service decodes uploads."""
+"""A captioned corpus in memory, with images decoded as the service decodes uploads."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ from shared.imaging import decode_upload, open_image
 from shared.settings import APISettings
 
 HELD_OUT = frozenset({"held-out", "held_out"})
-"""Values of the attribute `split` that say: the generator was not trained on this concept."""
+"""Values of the attribute `split` for concepts that the generator was not trained on."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One image as the service would store it, and what is said of it."""
+class CorpusImage:
+    """One image as the service would store it, with its description."""
 
     data: bytes
     sha256: str
@@ -37,56 +37,58 @@ class Picture:
 
 @dataclass(frozen=True)
 class Corpus:
-    pictures: list[Picture]
+    images: list[CorpusImage]
     left_out: int
-    """Files without a caption, that the service would refuse, or whose content is there already."""
+    """Number of files without a caption, refused by the service's decoder, or equal to another file."""
 
     @property
     def digest(self) -> str:
-        """sha256 of contents and concepts in order: equal corpora have equal digests wherever they lie."""
-        lines = (f"{picture.sha256} {picture.concept} {picture.held_out}\n" for picture in self.pictures)
+        """sha256 of contents and concepts in order, independent of the path of the corpus."""
+        lines = (f"{image.sha256} {image.concept} {image.held_out}\n" for image in self.images)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def concepts(self, *, held_out: bool | None = None) -> list[str]:
-        """Names in order of first appearance; all, or those of one split."""
-        wanted = (p.concept for p in self.pictures if held_out is None or p.held_out is held_out)
-        return list(dict.fromkeys(wanted))
+        """Return the names of all concepts, or of one split, in order of first appearance."""
+        names = (image.concept for image in self.images if held_out is None or image.held_out is held_out)
+        return list(dict.fromkeys(names))
 
 
-def read(path: Path, *, limits: APISettings, threads: int) -> Corpus:
-    """Read a WebDataset tar, or a folder of images beside NAME.json (the same fields) or NAME.txt (the caption).
+def read_corpus(path: Path, *, limits: APISettings, threads: int) -> Corpus:
+    """Read a WebDataset tar, or a folder of images with NAME.json (description) or NAME.txt (caption).
 
     An image's concept is its attribute `concept`, else its caption; its split is its attribute `split`.
 
     Raises:
-        ConfigurationError: nothing in it is a captioned image.
+        ConfigurationError: the corpus has no image with a caption.
+        SourceError: the tar cannot be read.
     """
     samples = list(read_folder(path) if path.is_dir() else read_samples(path))
     with ThreadPoolExecutor(threads) as decoders:
-        pictures = [p for p in decoders.map(lambda sample: _decoded(sample, limits), samples) if p is not None]
-    # As in a collection of the service, equal files are one image.
-    distinct = list({picture.sha256: picture for picture in reversed(pictures)}.values())[::-1]
+        decoded = decoders.map(lambda sample: _decode(sample, limits), samples)
+        images = [image for image in decoded if image is not None]
+    # Equal files are one image, as in a collection of the service.
+    distinct = list({image.sha256: image for image in reversed(images)}.values())[::-1]
     if not distinct:
-        raise ConfigurationError(f"{path} holds no image with a caption.")
+        raise ConfigurationError(f"{path} has no image with a caption.")
     return Corpus(distinct, left_out=len(samples) - len(distinct))
 
 
 def read_folder(folder: Path) -> Iterator[Sample]:
-    """The images below `folder` by path, with what lies beside them."""
+    """Yield the images below `folder` by path, with their descriptions."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            yield Sample(path.relative_to(folder).as_posix(), path.read_bytes(), _beside(path))
+            yield Sample(path.relative_to(folder).as_posix(), path.read_bytes(), _read_sidecar(path))
 
 
-def _beside(image: Path) -> dict[str, Any]:
-    described, caption = image.with_suffix(".json"), image.with_suffix(".txt")
-    if described.exists():
-        fields: dict[str, Any] = json.loads(described.read_text(encoding="utf-8"))
+def _read_sidecar(image: Path) -> dict[str, Any]:
+    json_file, text_file = image.with_suffix(".json"), image.with_suffix(".txt")
+    if json_file.exists():
+        fields: dict[str, Any] = json.loads(json_file.read_text(encoding="utf-8"))
         return fields
-    return {"caption": caption.read_text(encoding="utf-8").strip()} if caption.exists() else {}
+    return {"caption": text_file.read_text(encoding="utf-8").strip()} if text_file.exists() else {}
 
 
-def _decoded(sample: Sample, limits: APISettings) -> Picture | None:
+def _decode(sample: Sample, limits: APISettings) -> CorpusImage | None:
     attributes = sample.fields.get("attributes", {})
     caption = sample.fields.get("caption")
     concept = attributes.get("concept") or caption
@@ -96,7 +98,7 @@ def _decoded(sample: Sample, limits: APISettings) -> Picture | None:
         image = decode_upload(sample.data, max_bytes=limits.max_upload_bytes, max_pixels=limits.max_upload_pixels)
     except BaseAppException:
         return None
-    return Picture(
+    return CorpusImage(
         data=image.data,
         sha256=image.sha256,
         perceptual_hash=image.perceptual_hash,
@@ -107,6 +109,6 @@ def _decoded(sample: Sample, limits: APISettings) -> Picture | None:
     )
 
 
-def chosen(concepts: Iterable[str], count: int) -> list[str]:
-    """`count` of the concepts, by digest of their names: a larger count adds to a smaller one's choice."""
+def choose_concepts(concepts: Iterable[str], count: int) -> list[str]:
+    """Return `count` of the concepts, chosen by the digest of their names; a larger count only adds concepts."""
     return sorted(concepts, key=lambda name: hashlib.sha256(name.encode()).digest())[:count]

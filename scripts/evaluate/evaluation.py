@@ -1,4 +1,4 @@
-"""The evaluation from start to end: load, retrieve, draw every arm, judge. What is written of it is in `report`."""
+"""The whole evaluation: read the corpus, retrieve references, generate every arm, judge."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,31 +11,32 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from scripts.evaluate import autoencoder, corpus, retrieval_quality, unseen_style
-from scripts.evaluate.arms import Arm, case
-from scripts.evaluate.corpus import Corpus, Picture
-from scripts.evaluate.drawing import Split, draw_and_judge
-from scripts.evaluate.judging import Judge, unit
+from scripts.evaluate import autoencoder, retrieval_quality, unseen_style
+from scripts.evaluate.arms import Arm, build_case
+from scripts.evaluate.corpus import Corpus, CorpusImage, choose_concepts, read_corpus
+from scripts.evaluate.judge import Judge
 from scripts.evaluate.metrics import Floats
+from scripts.evaluate.splits import Split, measure_split
 from scripts.evaluate.store import Store
 from shared.errors import ConfigurationError
 from shared.settings import ClipSettings, Settings
+from shared.vectors import l2_normalised
 from worker_service.models.clip import Clip
 from worker_service.models.diffusion import Diffusion
 
 ROUND_TRIPS = 256
-"""Images that the autoencoder is measured on, at most."""
+"""Most images for the measurement of the autoencoder."""
 UNSEEN_COVERAGE = 0.9
-"""Share of the concepts that the unseen style must draw to count: it knows everyday things, not a shop's catalogue."""
+"""Least share of concepts with a drawing in the unseen style. It has everyday things, but not a shop's catalogue."""
 
 
 @dataclass(frozen=True)
 class Options:
     corpus: Path
     judge: str
-    """What open_clip loads."""
+    """Model name for open_clip."""
     model: str | None
-    """Name of a configured generator; none: the default one."""
+    """Name of a configured generator; None: the default generator."""
     concepts: int
     """Per split."""
     seeds: int
@@ -52,16 +53,19 @@ class Models:
 
     @classmethod
     def load(cls, options: Options, settings: Settings) -> "Models":
-        """Load by the service's own code.
+        """Load the models with the service's code.
 
         Raises:
-            ModelNotFoundError, ModelLoadError
-            ConfigurationError: the judge is the retriever.
+            ModelNotFoundError: the settings have no generator of that name.
+            ModelLoadError: a model cannot be loaded.
+            ConfigurationError: the judge has the retriever's weights.
         """
         clip = Clip.load(settings.model)
         judge = Clip.load(settings.model.model_copy(update={"clip": ClipSettings(model=options.judge)}))
         if judge.weights_digest == clip.weights_digest:
-            raise ConfigurationError("The judge has the retriever's weights: it would only confirm what was retrieved.")
+            raise ConfigurationError(
+                "The judge has the weights of the retriever, so it cannot judge the retrieval independently."
+            )
         generator = Diffusion.load(options.model or settings.model.default_generator, settings.model)
         generator.warm_up()
         return cls(clip, generator, judge)
@@ -71,70 +75,75 @@ class Models:
 class Evaluation:
     corpus: Corpus
     queries: Mapping[str, Floats]
-    """Vector of each concept's name by the retriever, L2-normalised, shape (dim,), float32."""
+    """The retriever's vector of each concept's name, L2-normalised, shape (dim,), float32."""
     retrieval: dict[str, Any]
     keywords: dict[str, Any] | None
     unseen: dict[str, Any] | str
-    """Retrieval in the unseen style, or why it was not measured."""
+    """Figures of retrieval in the unseen style, or the reason why they were not measured."""
     psnr_db: list[float]
     splits: dict[str, Split]
-    """`seen` and `held_out`, where the corpus has such concepts."""
-    whole: Store
+    """By name: `seen` and `held_out`, if the corpus has such concepts."""
+    full_store: Store
     """The corpus with its vectors."""
     store: Store
-    """What the arms drew from: the corpus, less the targets where those are of it."""
+    """The images that the arms may use: the corpus without the targets that come from it."""
     targets: Mapping[str, Image.Image]
-    """By concept a real image that no arm drew from."""
+    """By concept: a real image that no arm may use."""
     k: int
-    """References looked for."""
+    """Most references per image."""
 
 
 def evaluate(options: Options, settings: Settings, models: Models, progress: Progress) -> Evaluation:
-    """Measure everything, write nothing.
+    """Run the evaluation without writing files.
 
     Raises:
-        ConfigurationError: the corpus holds no captioned image.
-        ModelOutOfMemoryError, InvalidOutputError
+        ConfigurationError: the corpus has no image with a caption.
+        ModelOutOfMemoryError: a batch does not fit in memory.
+        InvalidOutputError: the generator produced an image that is not valid.
     """
-    # 1. The corpus, and how well the retriever finds what is in it.
+    # 1. Read the corpus and measure the retriever on it.
     decoding = progress.add_task("decoding the corpus", total=None)
-    given = corpus.read(options.corpus, limits=settings.api, threads=torch.get_num_threads())
+    corpus = read_corpus(options.corpus, limits=settings.api, threads=torch.get_num_threads())
     progress.update(decoding, total=1, completed=1)
-    names = given.concepts()
-    whole = Store.of(given.pictures, _projections(models.clip, given.pictures, progress))
-    queries = dict(zip(names, unit(models.clip.encode_text(names)), strict=True))
-    retrieval = retrieval_quality.by_name(queries, whole.vectors, [picture.concept for picture in given.pictures])
-    retrieval |= retrieval_quality.relevance(whole, queries, settings.retrieval)
-    keywords = retrieval_quality.by_keyword(whole, lambda texts: unit(models.clip.encode_text(texts)))
+    names = corpus.concepts()
+    full_store = Store.of(corpus.images, _embed_images(models.clip, corpus.images, progress))
+    queries = dict(zip(names, l2_normalised(models.clip.encode_text(names)), strict=True))
+    retrieval = retrieval_quality.recall_by_name(
+        queries, full_store.vectors, [image.concept for image in corpus.images]
+    )
+    retrieval |= retrieval_quality.relevance_figures(full_store, queries, settings.retrieval)
+    keywords = retrieval_quality.precision_by_keyword(
+        full_store, lambda texts: l2_normalised(models.clip.encode_text(texts))
+    )
 
-    # 2. Real images to compare with, that no arm may draw from.
-    chosen = {
-        "seen": corpus.chosen(given.concepts(held_out=False), options.concepts),
-        "held_out": corpus.chosen(given.concepts(held_out=True), options.concepts),
+    # 2. Choose concepts, and real images for comparison that no arm may use.
+    concepts_by_split = {
+        "seen": choose_concepts(corpus.concepts(held_out=False), options.concepts),
+        "held_out": choose_concepts(corpus.concepts(held_out=True), options.concepts),
     }
-    drawings = _unseen_drawings(names, options)
+    drawings = _unseen_style_drawings(names, options)
     if isinstance(drawings, str):
-        reserved = _reserved(given, {concept for concepts in chosen.values() for concept in concepts})
-        targets = {concept: picture.open() for concept, picture in reserved.items()}
-        store = whole.without({picture.sha256 for picture in reserved.values()})
+        reserved = _reserve_targets(corpus, {name for chosen in concepts_by_split.values() for name in chosen})
+        targets = {concept: image.open() for concept, image in reserved.items()}
+        store = full_store.without({image.sha256 for image in reserved.values()})
         unseen: dict[str, Any] | str = drawings
     else:
-        targets, store = drawings, whole
-        vectors = unit(models.clip.encode_image(list(drawings.values())))
-        unseen = retrieval_quality.by_name(queries, vectors, list(drawings))
+        targets, store = drawings, full_store
+        vectors = l2_normalised(models.clip.encode_image(list(drawings.values())))
+        unseen = retrieval_quality.recall_by_name(queries, vectors, list(drawings))
 
-    # 3. Draw and judge every arm of every case.
+    # 3. Generate and judge every arm of every case.
     k = min(settings.retrieval.default_k, models.generator.capabilities.max_references)
     judge = Judge.of(models.judge, names)
     splits = {}
-    for split, concepts in chosen.items():
+    for split, concepts in concepts_by_split.items():
         cases = [
-            case(concept, store=store, queries=queries, k=k, seeds=options.seeds, settings=settings.retrieval)
+            build_case(concept, store=store, queries=queries, k=k, seeds=options.seeds, settings=settings.retrieval)
             for concept in concepts
         ]
         if cases:
-            bar = progress.add_task(f"drawing {split} concepts", total=len(cases) * options.seeds * len(Arm))
-            splits[split] = draw_and_judge(
+            bar = progress.add_task(f"generating {split} concepts", total=len(cases) * options.seeds * len(Arm))
+            splits[split] = measure_split(
                 cases,
                 model=models.generator,
                 store=store,
@@ -143,51 +152,51 @@ def evaluate(options: Options, settings: Settings, models: Models, progress: Pro
                 on_images=partial(progress.advance, bar),
             )
 
-    # 4. The autoencoder alone, on what the generator has not seen where there is such.
-    unfamiliar = ([picture for picture in given.pictures if picture.held_out] or given.pictures)[:ROUND_TRIPS]
+    # 4. Measure the autoencoder alone, on held-out images if the corpus has some.
+    test_images = ([image for image in corpus.images if image.held_out] or corpus.images)[:ROUND_TRIPS]
     psnr_db = [
-        autoencoder.psnr_of_round_trip(models.generator, picture.open())
-        for picture in progress.track(unfamiliar, description="autoencoder")
+        autoencoder.psnr_of_round_trip(models.generator, image.open())
+        for image in progress.track(test_images, description="autoencoder")
     ]
     return Evaluation(
-        corpus=given,
+        corpus=corpus,
         queries=queries,
         retrieval=retrieval,
         keywords=keywords,
         unseen=unseen,
         psnr_db=psnr_db,
         splits=splits,
-        whole=whole,
+        full_store=full_store,
         store=store,
         targets=targets,
         k=k,
     )
 
 
-def _projections(clip: Clip, pictures: Sequence[Picture], progress: Progress) -> Floats:
-    """Of the pictures by CLIP, not normalised: shape (n, dim), float32."""
+def _embed_images(clip: Clip, images: Sequence[CorpusImage], progress: Progress) -> Floats:
+    """Return the CLIP vectors of the images, not normalised: shape (n, dim), float32."""
     size = clip.max_batch_size
-    batches = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+    batches = [images[start : start + size] for start in range(0, len(images), size)]
     tracked = progress.track(batches, description="embedding the corpus")
-    return np.concatenate([clip.encode_image([picture.open() for picture in batch]) for batch in tracked])
+    return np.concatenate([clip.encode_image([image.open() for image in batch]) for batch in tracked])
 
 
-def _unseen_drawings(concepts: Sequence[str], options: Options) -> dict[str, Image.Image] | str:
-    """The concepts in the unseen style, or why they are not to be had."""
+def _unseen_style_drawings(concepts: Sequence[str], options: Options) -> dict[str, Image.Image] | str:
+    """Return drawings of the concepts in the unseen style, or the reason for having none."""
     if not options.unseen_style:
-        return "not asked for"
+        return "not requested"
     try:
-        drawings = unseen_style.drawings(concepts, cache=options.cache)
+        drawings = unseen_style.render_concepts(concepts, cache=options.cache)
     except unseen_style.UnseenStyleUnavailableError as error:
         return str(error)
     if len(drawings) < UNSEEN_COVERAGE * len(concepts):
-        return f"{unseen_style.NAME} draws only {len(drawings)} of the {len(concepts)} concepts"
+        return f"{unseen_style.NAME} has only {len(drawings)} of the {len(concepts)} concepts"
     return drawings
 
 
-def _reserved(given: Corpus, concepts: set[str]) -> dict[str, Picture]:
-    """The last image of each of the concepts that have several."""
-    images: dict[str, list[Picture]] = {}
-    for picture in given.pictures:
-        images.setdefault(picture.concept, []).append(picture)
+def _reserve_targets(corpus: Corpus, concepts: set[str]) -> dict[str, CorpusImage]:
+    """Return the last image of each concept that has several."""
+    images: dict[str, list[CorpusImage]] = {}
+    for image in corpus.images:
+        images.setdefault(image.concept, []).append(image)
     return {concept: images[concept][-1] for concept in images if concept in concepts and len(images[concept]) > 1}

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, as `summary.json` and as tables to read."""
+"""Format the figures of an evaluation as JSON and as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,15 +9,15 @@ import numpy as np
 
 from scripts.evaluate import unseen_style
 from scripts.evaluate.arms import Arm
-from scripts.evaluate.drawing import Split
 from scripts.evaluate.evaluation import Evaluation, Models, Options
+from scripts.evaluate.splits import Split
 from scripts.evaluate.statistics import LEVEL, RESAMPLES, difference, estimate
 from shared.settings import Settings
 from worker_service.jobs.outputs import LIBRARIES
 from worker_service.models.clip import Clip
 
 COMPARED = ("judge_top1", "judge_top5", "clip_score", "clip_i")
-"""Measures for which more is better; the others only describe."""
+"""Measures for which more is better; the others are descriptive."""
 DECIDING = ("judge_top5", "clip_i")
 PAIRS = ((Arm.RETRIEVED, Arm.NONE), (Arm.RETRIEVED, Arm.RANDOM))
 COLUMNS = {
@@ -30,23 +30,24 @@ COLUMNS = {
     "diversity": "diversity",
 }
 MEASURES = """\
-Arms: `none` the prompt alone, `random` what another prompt retrieves, `retrieved` what the service does, `oracle` the
-concept's own images. Top-1 and top-5: share of images for which the judge, another CLIP than the retriever, ranks the
-concept's name first, or among the first five, of all {names} names. CLIP score: the judge's cosine of image and name.
-CLIP-I: its cosine of the image and a real image of the concept that no arm draws from ({targets}). Copy: greatest judge
-cosine (cos), and least root mean square pixel difference in [0, 1] (px), to the references that an image was drawn
-from; for `none` and the real images, to those that were retrieved. Diversity: mean judge distance, 1 - cosine, between
-the seeds of a prompt. Intervals are 95 % percentile intervals of a bootstrap over concepts; differences are paired by
-concept and seed, and a win is a concept for which retrieval is better, ties half."""
+Arms: `none` the prompt alone, `random` the references of another prompt, `retrieved` the references of the service,
+`oracle` images of the concept itself. The judge is a CLIP other than the retriever. Top-1 and top-5: share of images
+for which the judge ranks the concept's name first, or among the first five, of all {names} names. CLIP score: the
+judge's cosine of image and name. CLIP-I: its cosine of the image and a real image of the concept that no arm may use
+({targets}). Copy: greatest judge cosine (cos) and least root mean square pixel difference in [0, 1] (px) between an
+image and its references. For `none` and the real images, the retrieved references are used. Diversity: mean judge
+distance, 1 - cosine, between the seeds of a prompt. Intervals are 95 % percentile intervals of a bootstrap over
+concepts. Differences are paired by concept and seed. A win is a concept for which retrieval is better; a tie counts
+half."""
 
 
 def summary(evaluation: Evaluation, conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """What `summary.json` holds. All but `seconds_per_image` is equal for equal conditions."""
+    """Return the contents of `summary.json`. Equal conditions give equal figures, except `seconds_per_image`."""
     splits = evaluation.splits
     differences = {split: _differences(measured) for split, measured in splits.items()}
     measured: dict[str, Any] = {
         "conditions": dict(conditions),
-        "retrieval_helps": {split: _helps(pairs) for split, pairs in differences.items()},
+        "retrieval_helps": {split: _retrieval_helps(pairs) for split, pairs in differences.items()},
         "retrieval": evaluation.retrieval,
         "retrieval_keywords": evaluation.keywords,
         "retrieval_unseen_style": {"skipped": evaluation.unseen}
@@ -70,11 +71,11 @@ def summary(evaluation: Evaluation, conditions: Mapping[str, Any]) -> dict[str, 
 
 
 def conditions(evaluation: Evaluation, options: Options, settings: Settings, models: Models) -> dict[str, Any]:
-    """All that the figures depend on, and nothing of where or when they were measured."""
+    """Return everything that the figures depend on, without place and time of the measurement."""
     generator, given = models.generator, evaluation.corpus
     return {
-        "retriever": _clip(models.clip),
-        "judge": _clip(models.judge),
+        "retriever": _clip_conditions(models.clip),
+        "judge": _clip_conditions(models.judge),
         "generator": {
             "name": generator.name,
             "pipeline": generator.capabilities.pipeline,
@@ -87,7 +88,7 @@ def conditions(evaluation: Evaluation, options: Options, settings: Settings, mod
         },
         "corpus": {
             "digest": given.digest,
-            "images": len(given.pictures),
+            "images": len(given.images),
             "left_out": given.left_out,
             "seen_concepts": len(given.concepts(held_out=False)),
             "held_out_concepts": len(given.concepts(held_out=True)),
@@ -106,7 +107,7 @@ def conditions(evaluation: Evaluation, options: Options, settings: Settings, mod
     }
 
 
-def _clip(clip: Clip) -> dict[str, Any]:
+def _clip_conditions(clip: Clip) -> dict[str, Any]:
     return {"name": clip.name, "weights_digest": clip.weights_digest, "space_digest": clip.space_digest}
 
 
@@ -129,8 +130,11 @@ def _differences(split: Split) -> dict[str, dict[str, Any]]:
     }
 
 
-def _helps(pairs: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Is retrieval better than both other arms in all deciding measures, beyond doubt? What was not measured is not."""
+def _retrieval_helps(pairs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether all intervals of the deciding measures against both other arms are above zero.
+
+    A measure without data counts as not better.
+    """
     return all(measure in pair and pair[measure]["low"] > 0 for pair in pairs.values() for measure in DECIDING)
 
 
@@ -142,19 +146,19 @@ def _rounded(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
 
 
-def table(measured: Mapping[str, Any]) -> str:
-    """The summary as Markdown."""
+def markdown_report(measured: Mapping[str, Any]) -> str:
+    """Format the summary as Markdown."""
     given = measured["conditions"]
     parts = ["# Does retrieval help?", _verdict(measured)]
     for split in given["concepts"]:
         parts += [
             f"## {_split_name(split)}: {given['concepts'][split]} concepts, {given['seeds']} seeds each",
-            _arms(measured, split),
-            _pairs(measured["differences"][split]),
+            _arm_table(measured, split),
+            _difference_table(measured["differences"][split]),
         ]
-    parts += ["## Retrieval and autoencoder", _parts(measured), "## What was measured"]
+    parts += ["## Retrieval and autoencoder", _retrieval_table(measured), "## What was measured"]
     names = given["corpus"]["seen_concepts"] + given["corpus"]["held_out_concepts"]
-    parts += [MEASURES.format(names=names, targets=given["clip_i_targets"]), _given(given)]
+    parts += [MEASURES.format(names=names, targets=given["clip_i_targets"]), _conditions_text(given)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -164,8 +168,8 @@ def _verdict(measured: Mapping[str, Any]) -> str:
         for split, helps in measured["retrieval_helps"].items()
     ]
     rule = (
-        "Yes means: with what was retrieved, judge top-5 and CLIP-I are higher than without references and than with "
-        "random ones, all four 95 % intervals above zero."
+        "Yes means: with retrieved references, judge top-5 and CLIP-I are higher than without references and than with "
+        "random ones; all four 95 % intervals are above zero."
     )
     return "\n".join([*verdicts, rule])
 
@@ -174,7 +178,7 @@ def _split_name(split: str) -> str:
     return {"seen": "Seen concepts", "held_out": "Held-out concepts"}[split]
 
 
-def _arms(measured: Mapping[str, Any], split: str) -> str:
+def _arm_table(measured: Mapping[str, Any], split: str) -> str:
     rows = []
     for arm in Arm:
         means, intervals = measured[split][arm], measured["intervals"][split][arm]
@@ -194,7 +198,7 @@ def _estimate(mean: float | None, interval: Sequence[float] | None) -> str:
     return f"{mean:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else f"{mean:.2f}"
 
 
-def _pairs(pairs: Mapping[str, Mapping[str, Any]]) -> str:
+def _difference_table(pairs: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         [
             pair.replace("-", " - "),
@@ -208,7 +212,7 @@ def _pairs(pairs: Mapping[str, Mapping[str, Any]]) -> str:
     return _markdown(["difference", "measure", "mean with interval", "wins"], rows)
 
 
-def _parts(measured: Mapping[str, Any]) -> str:
+def _retrieval_table(measured: Mapping[str, Any]) -> str:
     found, unseen, keywords = (measured[name] for name in ("retrieval", "retrieval_unseen_style", "retrieval_keywords"))
     rows = [_recall("by name, in the corpus", found)]
     if "skipped" in unseen:
@@ -233,7 +237,7 @@ def _recall(what: str, found: Mapping[str, Any]) -> list[str]:
     return [f"{what} ({found['queries']} names, {found['images']} images)", figures]
 
 
-def _given(given: Mapping[str, Any]) -> str:
+def _conditions_text(given: Mapping[str, Any]) -> str:
     generator, defaults = given["generator"], given["generator"]["defaults"]
     return (
         f"Generator {generator['name']} `{generator['weights_digest'][:12]}`, retriever {given['retriever']['name']} "

@@ -1,4 +1,4 @@
-"""Does the retriever find the right images? By concept names, and by keywords."""
+"""Measure the retriever: searches by concept name, and by keyword."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,20 +6,30 @@ from typing import Any
 
 import numpy as np
 
-from scripts.evaluate.metrics import Floats, Integers, first_hits, mean_reciprocal_rank, precision_at, recall_at
+from scripts.evaluate.metrics import (
+    Floats,
+    Integers,
+    best_relevant_ranks,
+    mean_reciprocal_rank,
+    precision_at,
+    recall_at,
+)
 from scripts.evaluate.store import Store
 from shared.settings import RetrievalSettings
 
 KEYWORD_IMAGES = 5
-"""A keyword is asked for when at least this many images carry it: then five right answers are possible."""
+"""Least number of images with a keyword to search it, so that five right answers are possible."""
 CHUNK = 256
-"""Queries compared at a time, so that a large corpus needs no matrix of queries times images."""
+"""Queries per step, so that a large corpus does not need a full matrix of queries times images."""
 
 
-def by_name(queries: Mapping[str, Floats], vectors: Floats, concepts: Sequence[str]) -> dict[str, Any]:
-    """Recall of every query's own concept among images of these vectors (n, dim) and concepts (n).
+def recall_by_name(queries: Mapping[str, Floats], vectors: Floats, concepts: Sequence[str]) -> dict[str, Any]:
+    """Return recall and MRR of each query for images of its own concept.
 
-    queries: L2-normalised vector by concept; those without an image are left out.
+    Args:
+        queries: L2-normalised vector by concept; concepts without an image are left out.
+        vectors: of the images, L2-normalised, shape (n, dim).
+        concepts: of the images, n names.
     """
     shown = set(concepts)
     names = [name for name in queries if name in shown]
@@ -35,7 +45,7 @@ def by_name(queries: Mapping[str, Floats], vectors: Floats, concepts: Sequence[s
 
 def _ranks(queries: Floats, names: Sequence[str], vectors: Floats, concepts: np.ndarray) -> Integers:
     chunks = [
-        first_hits(queries[rows] @ vectors.T, concepts[None, :] == np.array(names[rows])[:, None])
+        best_relevant_ranks(queries[rows] @ vectors.T, concepts[None, :] == np.array(names[rows])[:, None])
         for rows in _chunks(len(queries))
     ]
     return np.concatenate(chunks)
@@ -45,12 +55,12 @@ def _chunks(count: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
 
 
-def by_keyword(store: Store, encode: Callable[[list[str]], Floats]) -> dict[str, Any] | None:
-    """Share of an image's tags among the five nearest to each tag; None when no tag is on `KEYWORD_IMAGES` images.
+def precision_by_keyword(store: Store, encode: Callable[[list[str]], Floats]) -> dict[str, Any] | None:
+    """Search every tag; return the mean precision at 5. None if no tag is on at least `KEYWORD_IMAGES` images.
 
-    encode: texts to L2-normalised vectors, shape (n, dim).
+    encode: maps texts to L2-normalised vectors, shape (n, dim).
     """
-    carried = [set(picture.tags) for picture in store.pictures]
+    carried = [set(image.tags) for image in store.images]
     counts = Counter(tag for tags in carried for tag in tags)
     keywords = sorted(tag for tag, count in counts.items() if count >= KEYWORD_IMAGES)
     if not keywords:
@@ -63,8 +73,8 @@ def by_keyword(store: Store, encode: Callable[[list[str]], Floats]) -> dict[str,
     return {"p_at_5": float(np.mean(precisions)), "keywords": len(keywords)}
 
 
-def relevance(store: Store, queries: Mapping[str, Floats], settings: RetrievalSettings) -> dict[str, float]:
-    """How near the nearest image of each query is, and how often the gate leaves a prompt without references."""
+def relevance_figures(store: Store, queries: Mapping[str, Floats], settings: RetrievalSettings) -> dict[str, float]:
+    """Return the mean similarity of the nearest image, and the share of queries with none above `min_similarity`."""
     vectors = np.stack(list(queries.values()))
     best = np.concatenate([store.similarities(vectors[rows]).max(axis=1) for rows in _chunks(len(vectors))])
     return {

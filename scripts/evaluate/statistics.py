@@ -1,7 +1,7 @@
-"""How sure the figures are: bootstrap over concepts.
+"""Confidence intervals by a bootstrap over concepts.
 
-A concept, not an image, is what is drawn from a population, so concepts are resampled and the seeds of one stay
-together. Arms are compared concept by concept: resampling the differences is the paired bootstrap.
+The sample consists of concepts, not of images: concepts are resampled, and the seeds of a concept stay together. Arms
+are compared concept by concept: resampling the differences is the paired bootstrap.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """Of two arms over the same concepts."""
+    """The difference of two arms over the same concepts."""
 
     win_rate: float
     """Share of concepts in which the first arm is better; a tie counts half."""
 
 
 def estimate(values: Floats, *, seed: int = 0) -> Estimate | None:
-    """Mean and interval of one value per concept, shape (n,); NaN means not measured. None when none was."""
+    """Return mean and interval of one value per concept, shape (n,), without NaNs; None if all values are NaN."""
     measured = values[~np.isnan(values)]
     if not len(measured):
         return None
@@ -43,7 +43,7 @@ def estimate(values: Floats, *, seed: int = 0) -> Estimate | None:
 
 
 def difference(a: Floats, b: Floats, *, seed: int = 0) -> Difference | None:
-    """How much more `a` is than `b`, concept by concept, shapes (n,); a concept counts when both were measured."""
+    """Return mean and interval of `a - b`, shapes (n,), over concepts with both values; None without such concepts."""
     measured = (a - b)[~np.isnan(a - b)]
     if not len(measured):
         return None

@@ -1,4 +1,4 @@
-"""The corpus with its vectors: what Postgres is to the service, with exact search."""
+"""The corpus with its vectors in memory, with exact search, in place of the service's database."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,69 +8,71 @@ from uuid import NAMESPACE_OID, UUID, uuid5
 
 import numpy as np
 
-from scripts.evaluate.corpus import Picture
+from scripts.evaluate.corpus import CorpusImage
 from shared import retrieval
-from shared.db.images import Found, Vector
+from shared.db.images import ScoredImage, Vector
 from shared.db.tables import Image as ImageRow
 from shared.settings import RetrievalSettings
 
 
 @dataclass(frozen=True)
 class Store:
-    """Pictures and vectors in the same order."""
+    """Images and vectors in the same order."""
 
-    pictures: Sequence[Picture]
+    images: Sequence[CorpusImage]
     vectors: Vector
     """Shape (n, dim), float32, L2-normalised, rounded to half precision as the service stores them."""
     norms: Vector
-    """Shape (n,): lengths before normalisation."""
+    """Lengths before normalisation, shape (n,)."""
 
     @classmethod
-    def of(cls, pictures: Sequence[Picture], projections: Vector) -> Self:
-        """projections: of the pictures by the retrieval CLIP, not normalised, shape (n, dim), float32."""
+    def of(cls, images: Sequence[CorpusImage], projections: Vector) -> Self:
+        """Build a store. projections: CLIP vectors of the images, not normalised, shape (n, dim), float32."""
         norms = np.linalg.norm(projections, axis=1)
-        return cls(pictures, (projections / norms[:, None]).astype(np.float16).astype(np.float32), norms)
+        return cls(images, (projections / norms[:, None]).astype(np.float16).astype(np.float32), norms)
 
     def without(self, left_out: set[str]) -> "Store":
-        """The store without the pictures of these sha256."""
-        kept = [i for i, picture in enumerate(self.pictures) if picture.sha256 not in left_out]
-        return Store([self.pictures[i] for i in kept], self.vectors[kept], self.norms[kept])
+        """Return a store without the images with these sha256."""
+        kept = [i for i, image in enumerate(self.images) if image.sha256 not in left_out]
+        return Store([self.images[i] for i in kept], self.vectors[kept], self.norms[kept])
 
     def similarities(self, queries: Vector) -> Vector:
-        """Cosines of L2-normalised queries (m, dim) with every picture: shape (m, n)."""
+        """Return the cosines of L2-normalised queries, shape (m, dim), with every image: shape (m, n)."""
         return queries @ self.vectors.T
 
-    def nearest(self, query: Vector, *, k: int) -> list[Found]:
-        """As `shared.db.images.nearest`, exact and without a filter."""
+    def nearest(self, query: Vector, *, k: int) -> list[ScoredImage]:
+        """Return the `k` nearest images, as `shared.db.images.nearest` does; exact and without a filter."""
         return self._found(np.argsort(-(self.vectors @ query), kind="stable")[:k], query)
 
     def plan(
         self, query: Vector, *, k: int, settings: RetrievalSettings, not_of: str | None = None
-    ) -> list[retrieval.Reference]:
-        """As `shared.retrieval.plan`: its decisions on the nearest pictures. query: shape (dim,), L2-normalised.
+    ) -> list[retrieval.Candidate]:
+        """Decide on the nearest images, as `shared.retrieval.plan` does.
 
-        not_of: a concept whose pictures are passed over.
+        Args:
+            query: shape (dim,), L2-normalised.
+            not_of: a concept whose images are left out.
         """
-        passed_over = sum(picture.concept == not_of for picture in self.pictures)
-        nearest = self.nearest(query, k=k * retrieval.OVERFETCH + passed_over)
-        candidates = [found for found in nearest if self.picture(found).concept != not_of][: k * retrieval.OVERFETCH]
+        left_out = sum(image.concept == not_of for image in self.images)
+        nearest = self.nearest(query, k=k * retrieval.OVERFETCH + left_out)
+        candidates = [found for found in nearest if self.image(found).concept != not_of][: k * retrieval.OVERFETCH]
         return retrieval.decide(candidates, k=k, min_similarity=settings.min_similarity, settings=settings)
 
-    def own(self, concept: str, query: Vector, *, k: int) -> list[retrieval.Reference]:
-        """Up to `k` pictures of the concept as if a request had pinned them: alike in weight, through no gate."""
-        indices = [i for i, picture in enumerate(self.pictures) if picture.concept == concept][:k]
+    def pinned_references(self, concept: str, query: Vector, *, k: int) -> list[retrieval.Candidate]:
+        """Return up to `k` images of the concept as pinned references: with equal weights and any similarity."""
+        indices = [i for i, image in enumerate(self.images) if image.concept == concept][:k]
         return [
-            retrieval.Reference(found=found, used=True, reason="of the concept", weight=1 / len(indices), pinned=True)
+            retrieval.Candidate(scored=found, used=True, reason="of the concept", weight=1 / len(indices), pinned=True)
             for found in self._found(indices, query)
         ]
 
-    def picture(self, found: Found) -> Picture:
+    def image(self, found: ScoredImage) -> CorpusImage:
         return self._by_id[found.image.id]
 
-    def _found(self, indices: Sequence[int] | np.ndarray, query: Vector) -> list[Found]:
+    def _found(self, indices: Sequence[int] | np.ndarray, query: Vector) -> list[ScoredImage]:
         return [
-            Found(
-                image=_row(self.pictures[i]),
+            ScoredImage(
+                image=_row(self.images[i]),
                 similarity=float(self.vectors[i] @ query),
                 vector=self.vectors[i],
                 norm=float(self.norms[i]),
@@ -79,16 +81,14 @@ class Store:
         ]
 
     @cached_property
-    def _by_id(self) -> dict[UUID, Picture]:
-        return {_id(picture): picture for picture in self.pictures}
+    def _by_id(self) -> dict[UUID, CorpusImage]:
+        return {_id(image): image for image in self.images}
 
 
-def _row(picture: Picture) -> ImageRow:
-    """What the decisions read of a row; it belongs to no session."""
-    return ImageRow(
-        id=_id(picture), sha256=picture.sha256, perceptual_hash=picture.perceptual_hash, caption=picture.caption
-    )
+def _row(image: CorpusImage) -> ImageRow:
+    """Return a row with the columns that the decisions read; it is not attached to a session."""
+    return ImageRow(id=_id(image), sha256=image.sha256, perceptual_hash=image.perceptual_hash, caption=image.caption)
 
 
-def _id(picture: Picture) -> UUID:
-    return uuid5(NAMESPACE_OID, picture.sha256)
+def _id(image: CorpusImage) -> UUID:
+    return uuid5(NAMESPACE_OID, image.sha256)

@@ -1,7 +1,7 @@
-"""Drawings that no model here was trained on and that the corpus does not hold: Twemoji.
+"""Drawings in a style that is neither in the corpus nor in the training data: Twemoji.
 
-Twemoji is by Twitter and contributors under CC-BY-4.0, https://github.com/jdecked/twemoji. It is fetched when an
-evaluation wants it and is no part of what is shipped.
+Twemoji is by Twitter and contributors under CC-BY-4.0: https://github.com/jdecked/twemoji. An evaluation downloads it
+when it is used. The repository does not contain it.
 """
 
 import re
@@ -22,37 +22,37 @@ FETCH_TIMEOUT_S = 120
 
 
 class UnseenStyleUnavailableError(Exception):
-    """The package is not in the cache and cannot be fetched."""
+    """The package is not in the cache and cannot be downloaded."""
 
 
-def drawings(concepts: Iterable[str], *, cache: Path) -> dict[str, Image.Image]:
-    """Those of the concepts that Twemoji draws under this name, rendered as the starter corpus is.
+def render_concepts(concepts: Iterable[str], *, cache: Path) -> dict[str, Image.Image]:
+    """Render the concepts that Twemoji has under this name, in the way of the starter corpus.
 
     Raises:
-        UnseenStyleUnavailableError
+        UnseenStyleUnavailableError: the package is not in the cache and cannot be downloaded.
         ValueError: the package has another digest than the pinned one.
     """
-    icons = IconSet.load(fetched(cache))
+    icons = IconSet.load(fetch_package(cache))
     found = {concept: icons.find_svg(slug(concept)) for concept in concepts}
     return {concept: render_on_white(svg, size=IMAGE_PX) for concept, svg in found.items() if svg is not None}
 
 
-def fetched(cache: Path) -> Path:
-    """The unpacked package, from `cache` or from the registry that npm is configured for."""
+def fetch_package(cache: Path) -> Path:
+    """Return the unpacked package, from `cache` or from npm's configured registry."""
     if not (cache / TWEMOJI.tarball).exists():
         cache.mkdir(parents=True, exist_ok=True)
-        # Without its retries npm knows within a second that there is no network, instead of within a minute.
+        # Without retries npm fails within a second instead of a minute if the network is missing.
         command = ["npm", "pack", "--silent", "--fetch-retries=0", f"{TWEMOJI.name}@{TWEMOJI.version}"]
         try:
             subprocess.run(command, cwd=cache, check=True, capture_output=True, timeout=FETCH_TIMEOUT_S)
         except FileNotFoundError as error:
-            raise UnseenStyleUnavailableError(f"npm, which fetches {TWEMOJI.name}, is not installed") from error
+            raise UnseenStyleUnavailableError(f"npm, which downloads {TWEMOJI.name}, is not installed") from error
         except subprocess.SubprocessError as error:
-            raise UnseenStyleUnavailableError(f"npm could not fetch {TWEMOJI.name}; is there a network?") from error
+            raise UnseenStyleUnavailableError(f"npm could not download {TWEMOJI.name}; check the network") from error
     return unpacked(TWEMOJI, cache)
 
 
 def slug(name: str) -> str:
-    """The name of a drawing of that concept: "piñata" is `pinata`, "Santa Claus" is `santa-claus`."""
+    """Return the icon name of a concept: "piñata" gives `pinata`, "Santa Claus" gives `santa-claus`."""
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower().replace("'", "")
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

@@ -1,8 +1,7 @@
-"""Images as a Parquet file, with what is said of them, their bytes, and their vectors in one embedding space.
+"""The Parquet file format for images: description, bytes, and vectors of one embedding space.
 
-A file of outputs is a file of a corpus with more columns: what was generated can be remembered like anything else. Any
-Parquet reader opens it. `embedding` is float32 with exactly the values of the 16-bit floats that are stored, so that
-what comes back is what went out.
+A file of outputs has the columns of a corpus file and more, so outputs can be imported into a collection. Any Parquet
+reader opens it. `embedding` is float32 with exactly the values of the stored 16-bit floats, so an import restores them.
 """
 
 import hashlib
@@ -18,21 +17,21 @@ from uuid import uuid4
 import pyarrow
 from pyarrow import parquet
 
-from afterimage_client.download import PART
+from afterimage_client.download import PARTIAL_SUFFIX
 
 VERSION = 1
-MARK = b"afterimage.corpus"
-ROWS_A_GROUP = 1024
-BYTES_A_GROUP = 32 * 2**20
-"""A group is held in memory; the file's index, which is too, grows with the number of groups."""
-ROWS_AT_A_TIME = 64
-"""Read into memory at once."""
+METADATA_KEY = b"afterimage.corpus"
+MAX_GROUP_ROWS = 1024
+MAX_GROUP_BYTES = 32 * 2**20
+"""A group is kept in memory. So is the file's index, which grows with the number of groups."""
+READ_BATCH_ROWS = 64
+"""Rows in memory while a file is read."""
 
 Row = dict[str, Any]
 
 
 class ImageFileError(Exception):
-    """The file is none that `scripts.export` wrote, or it is damaged."""
+    """The file was not written by `scripts.export`, or it is damaged."""
 
 
 class Kind(StrEnum):
@@ -42,7 +41,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """What holds for the whole file. `space` is the digest of the vectors' embedding space; none without vectors."""
+    """Metadata of the whole file. `space` is the digest of the vectors' embedding space; None without vectors."""
 
     collection: str | None
     space: str | None
@@ -51,7 +50,7 @@ class Header:
     kind: Kind = Kind.CORPUS
 
 
-IMAGE = [
+IMAGE_COLUMNS = [
     ("id", pyarrow.string()),
     ("sha256", pyarrow.string()),
     ("content_sha256", pyarrow.string()),
@@ -71,7 +70,7 @@ IMAGE = [
     ("embedding", pyarrow.list_(pyarrow.float32())),
     ("norm", pyarrow.float32()),
 ]
-REFERENCE = [
+REFERENCE_FIELDS = [
     ("image_id", pyarrow.string()),
     ("sha256", pyarrow.string()),
     ("similarity", pyarrow.float64()),
@@ -79,7 +78,7 @@ REFERENCE = [
     ("pinned", pyarrow.bool_()),
     ("caption", pyarrow.string()),
 ]
-OUTPUT = [
+OUTPUT_COLUMNS = [
     ("owner", pyarrow.string()),
     ("job_id", pyarrow.string()),
     ("index", pyarrow.int32()),
@@ -95,22 +94,22 @@ OUTPUT = [
     ("model", pyarrow.string()),
     ("model_revision", pyarrow.string()),
     ("model_digest", pyarrow.string()),
-    ("references", pyarrow.list_(pyarrow.struct(REFERENCE))),
+    ("references", pyarrow.list_(pyarrow.struct(REFERENCE_FIELDS))),
     ("versions", pyarrow.string()),  # a JSON object: library by version
     ("provenance", pyarrow.string()),  # a JSON object: the whole record, as it is in the image file too
     ("pixels_sha256", pyarrow.string()),
 ]
 
 
-def schema(header: Header) -> Any:
+def build_schema(header: Header) -> Any:
     described = json.dumps({"version": VERSION, **vars(header)}).encode()
-    columns = [*IMAGE, *OUTPUT] if header.kind is Kind.OUTPUTS else IMAGE
-    return pyarrow.schema(columns, metadata={MARK: described})
+    columns = [*IMAGE_COLUMNS, *OUTPUT_COLUMNS] if header.kind is Kind.OUTPUTS else IMAGE_COLUMNS
+    return pyarrow.schema(columns, metadata={METADATA_KEY: described})
 
 
 class Writer:
-    def __init__(self, file: Any, shape: Any) -> None:
-        self._file, self._schema = file, shape
+    def __init__(self, file: Any, schema: Any) -> None:
+        self._file, self._schema = file, schema
         self._rows: list[Row] = []
         self._bytes = 0
         self.rows = 0
@@ -119,7 +118,7 @@ class Writer:
         self._rows.append(row | {"content_sha256": hashlib.sha256(row["image"]).hexdigest()})
         self._bytes += len(row["image"]) + len(row["thumbnail"])
         self.rows += 1
-        if len(self._rows) == ROWS_A_GROUP or self._bytes >= BYTES_A_GROUP:
+        if len(self._rows) == MAX_GROUP_ROWS or self._bytes >= MAX_GROUP_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -129,15 +128,15 @@ class Writer:
 
 
 @contextmanager
-def written(path: Path, header: Header) -> Iterator[Writer]:
-    """A file that appears when all of it is there."""
+def write_image_file(path: Path, header: Header) -> Iterator[Writer]:
+    """Write a file that appears only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{uuid4().hex}{PART}")
-    shape = schema(header)
+    part = path.with_name(f".{uuid4().hex}{PARTIAL_SUFFIX}")
+    schema = build_schema(header)
     try:
-        # Images are compressed already; the rest is small beside them.
-        with parquet.ParquetWriter(part, shape, compression="zstd", use_dictionary=False) as file:
-            writer = Writer(file, shape)
+        # Images are already compressed, and the other columns are small.
+        with parquet.ParquetWriter(part, schema, compression="zstd", use_dictionary=False) as file:
+            writer = Writer(file, schema)
             yield writer
             writer.flush()
         part.replace(path)
@@ -146,17 +145,17 @@ def written(path: Path, header: Header) -> Iterator[Writer]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[Header, int, Iterator[list[Row]]]]:
-    """Header, number of rows, and the columns of images in groups that fit into memory.
+def open_image_file(path: Path) -> Iterator[tuple[Header, int, Iterator[list[Row]]]]:
+    """Return the header, the number of rows, and the image columns in groups of rows that fit in memory.
 
     Raises:
-        ImageFileError: also in the middle.
+        ImageFileError: the file was not written by `scripts.export`, or is damaged; also in the middle.
     """
     try:
         with parquet.ParquetFile(path) as file:
-            described = json.loads((file.schema_arrow.metadata or {}).get(MARK, b"null"))
+            described = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"null"))
             if described is None or described.pop("version") != VERSION:
-                raise ImageFileError(f"{path} is no file of images of this version")
+                raise ImageFileError(f"{path} was not written by this version of scripts.export")
             header = Header(**described | {"kind": Kind(described.get("kind", Kind.CORPUS))})
             yield header, file.metadata.num_rows, _groups(file)
     except (OSError, pyarrow.ArrowException) as error:
@@ -164,7 +163,7 @@ def opened(path: Path) -> Iterator[tuple[Header, int, Iterator[list[Row]]]]:
 
 
 def _groups(file: Any) -> Iterator[list[Row]]:
-    for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=[name for name, _ in IMAGE]):
+    for batch in file.iter_batches(batch_size=READ_BATCH_ROWS, columns=[name for name, _ in IMAGE_COLUMNS]):
         rows = batch.to_pylist()
         for row in rows:
             if hashlib.sha256(row["image"]).hexdigest() != row["content_sha256"]:

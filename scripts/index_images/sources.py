@@ -1,4 +1,4 @@
-"""Images and what is said of them, from a folder, a table, or a WebDataset tar."""
+"""Read image files and their descriptions from a folder, a table, or a WebDataset tar."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ IMAGE_SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
 SIDECAR_SUFFIXES = (".json", ".txt")
 FILE_COLUMNS = ("file", "path", "filename", "file_name", "image")
 NOT_AN_IMAGE = "not_an_image"
-DESCRIBING = ("caption", "tags", "licence", "source", "attributes")
+DESCRIPTION_FIELDS = ("caption", "tags", "licence", "source", "attributes")
 
 
 class SourceError(Exception):
     """The source as a whole cannot be read."""
 
 
-class SkippedError(Exception):
-    """This file is no image to index; the message says why, `code` in one word."""
+class SkippedFileError(Exception):
+    """The file is not indexed. `code` is the reason in one word, the message says it in full."""
 
     def __init__(self, code: str, detail: str) -> None:
         self.code = code
@@ -32,7 +32,7 @@ class SkippedError(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """An image file as it is, and what its source says of it: caption, tags, licence, source, attributes."""
+    """The bytes of an image file, and its description: the `DESCRIPTION_FIELDS` that its source has."""
 
     filename: str
     data: bytes = field(repr=False)
@@ -44,13 +44,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceFile:
     """A file that may be an image.
 
     Attributes:
-        name: what reports call it; unique in its source.
-        read: gives the sample or raises SkippedError; may be called in another thread.
-        stamp: changes when the file does; none where that cannot be told without reading.
+        name: its name in reports; unique in its source.
+        read: returns the sample or raises SkippedFileError; may be called in another thread.
+        stamp: changes when the file changes; None if the file must be read to find out.
     """
 
     name: str
@@ -58,106 +58,110 @@ class Found:
     stamp: str | None = None
 
 
-def found_in(
+def read_source(
     source: Path,
     *,
     columns: Mapping[str, str] | None = None,
     format: str | None = None,  # noqa: A002
-) -> Iterator[Found]:
-    """Everything in a folder, a tar, or a table of files.
+) -> Iterator[SourceFile]:
+    """Yield every file in a folder, a tar, or a table of files.
 
-    columns: names of a table's columns where they are other than `file` and those of `DESCRIBING`.
+    Args:
+        columns: column by field, for columns of a table that are not named `file` or as in `DESCRIPTION_FIELDS`.
+        format: of a table; None: by the suffix of its name.
 
     Raises:
-        SourceError, RowsError: also in the middle, when a tar or a table breaks off.
+        SourceError: the tar cannot be read, or is cut off; also in the middle.
+        TableFileError: the table cannot be read; also in the middle.
     """
     if source.is_dir():
-        yield from in_folder(source)
+        yield from files_in_folder(source)
     elif format is not None or source.suffix.lower() in FORMATS:
-        yield from _in_table(source, columns=columns or {}, format=format)
+        yield from _files_in_table(source, columns=columns or {}, format=format)
     else:
-        yield from _in_tar(source)
+        yield from _files_in_tar(source)
 
 
 def read_samples(tar: Path) -> Iterator[Sample]:
-    """The images of a WebDataset tar.
+    """Yield the images of a WebDataset tar.
 
     Raises:
-        SourceError, SkippedError
+        SourceError: the tar cannot be read, or is cut off.
+        SkippedFileError: a member is not an image, or its description cannot be read.
     """
-    for each in _in_tar(tar):
-        yield each.read()
+    for file in _files_in_tar(tar):
+        yield file.read()
 
 
 # --- a folder -----------------------------------------------------------------------------------------------------
 
 
-def in_folder(folder: Path, *, below: Path | None = None) -> Iterator[Found]:
-    """Every file in a folder, or only below one of its folders, that is neither hidden nor a sidecar, by name."""
+def files_in_folder(folder: Path, *, below: Path | None = None) -> Iterator[SourceFile]:
+    """Yield the files in `folder`, or only those in its subfolder `below`, by name; no hidden files, no sidecars."""
     for parent, folders, files in os.walk(below or folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(parent, name)
             if is_candidate(path):
-                yield file_in_folder(path, folder)
+                yield source_file(path, folder)
 
 
 def is_candidate(path: Path) -> bool:
-    """Whether the file is looked at: what is not an image by its name is, too, to be reported."""
+    """Return False for hidden files and sidecars; any other suffix is a candidate, so that the report lists it."""
     return not path.name.startswith(".") and path.suffix.lower() not in SIDECAR_SUFFIXES
 
 
-def file_in_folder(path: Path, folder: Path) -> Found:
-    return Found(
+def source_file(path: Path, folder: Path) -> SourceFile:
+    return SourceFile(
         _printable(path.relative_to(folder).as_posix()),
-        lambda: Sample(_printable(path.name), _image_bytes(path), _beside(path)),
-        stamp=_stamp(path, *(path.with_suffix(suffix) for suffix in SIDECAR_SUFFIXES)),
+        lambda: Sample(_printable(path.name), _image_bytes(path), _read_sidecar(path)),
+        stamp=_stamp_of(path, *(path.with_suffix(suffix) for suffix in SIDECAR_SUFFIXES)),
     )
 
 
 def _printable(name: str) -> str:
-    """A name that is no text, as file systems allow, with what cannot be written replaced."""
+    """Escape the bytes of a file name that are not valid UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def images_of(sidecar: Path) -> Iterator[Path]:
-    """The files that a sidecar may stand beside."""
+def images_beside(sidecar: Path) -> Iterator[Path]:
+    """Yield the paths of images that the sidecar may describe."""
     for suffix in IMAGE_SUFFIXES:
         yield sidecar.with_suffix(suffix)
         yield sidecar.with_suffix(suffix.upper())
 
 
-def _beside(image: Path) -> dict[str, Any]:
-    """What NAME.json says, else NAME.txt as the caption."""
-    described, caption = image.with_suffix(".json"), image.with_suffix(".txt")
+def _read_sidecar(image: Path) -> dict[str, Any]:
+    """Return the fields of NAME.json, else the caption in NAME.txt."""
+    json_file, text_file = image.with_suffix(".json"), image.with_suffix(".txt")
     try:
-        if described.exists():
-            return _described(described.read_bytes())
-        if caption.exists():
-            return {"caption": caption.read_text(encoding="utf-8-sig").strip()}
+        if json_file.exists():
+            return _parse_description(json_file.read_bytes())
+        if text_file.exists():
+            return {"caption": text_file.read_text(encoding="utf-8-sig").strip()}
     except (OSError, UnicodeDecodeError) as error:
-        raise SkippedError("sidecar_unreadable", str(error)) from error
+        raise SkippedFileError("sidecar_unreadable", str(error)) from error
     return {}
 
 
 def _image_bytes(path: Path) -> bytes:
     if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise SkippedError(NOT_AN_IMAGE, f"{path.suffix or 'no suffix'}: only {', '.join(IMAGE_SUFFIXES)} are read")
+        raise SkippedFileError(NOT_AN_IMAGE, f"{path.suffix or 'no suffix'}: only {', '.join(IMAGE_SUFFIXES)} are read")
     try:
-        if path.exists() and not path.is_file():  # a pipe would be read for ever
-            raise SkippedError(NOT_AN_IMAGE, "it is no file")
+        if path.exists() and not path.is_file():  # reading a pipe would not end
+            raise SkippedFileError(NOT_AN_IMAGE, "it is not a regular file")
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        raise SkippedError("file_unreadable", str(error)) from error
+        raise SkippedFileError("file_unreadable", str(error)) from error
 
 
-def _stamp(*paths: Path) -> str | None:
-    """Size and time of each file that is there."""
+def _stamp_of(*paths: Path) -> str | None:
+    """Return size and modification time of each file that exists."""
     parts = []
     for path in paths:
         try:
             status = path.stat()
-        except (OSError, ValueError):  # a name may hold what no path can
+        except (OSError, ValueError):  # a name may have characters that a path cannot have
             continue
         parts.append(f"{status.st_size}@{status.st_mtime_ns}")
     return " ".join(parts) or None
@@ -166,32 +170,36 @@ def _stamp(*paths: Path) -> str | None:
 # --- a table ------------------------------------------------------------------------------------------------------
 
 
-def _in_table(table: Path, *, columns: Mapping[str, str], format: str | None) -> Iterator[Found]:  # noqa: A002
-    """The files that the rows name, relative to the table's own folder."""
+def _files_in_table(table: Path, *, columns: Mapping[str, str], format: str | None) -> Iterator[SourceFile]:  # noqa: A002
+    """Yield the files that the rows name, relative to the table's folder."""
     for row in read_rows(table, format=format, text_column="file"):
         if row.problem is not None:
-            yield _unreadable(f"row {row.number}", "invalid_row", row.problem)
+            yield _skipped_file(f"row {row.number}", "invalid_row", row.problem)
             continue
-        named = [columns["file"]] if "file" in columns else [name for name in FILE_COLUMNS if name in row.values]
-        if not named or named[0] not in row.values:
-            yield _unreadable(f"row {row.number}", "invalid_row", "it names no file")
+        file_columns = [columns["file"]] if "file" in columns else [name for name in FILE_COLUMNS if name in row.values]
+        if not file_columns or file_columns[0] not in row.values:
+            yield _skipped_file(f"row {row.number}", "invalid_row", "the row does not name a file")
             continue
-        path = table.parent / str(row.values[named[0]])
-        said = {
-            name: row.values[columns.get(name, name)] for name in DESCRIBING if columns.get(name, name) in row.values
+        path = table.parent / str(row.values[file_columns[0]])
+        fields = {
+            name: row.values[columns.get(name, name)]
+            for name in DESCRIPTION_FIELDS
+            if columns.get(name, name) in row.values
         }
-        yield Found(f"row {row.number}: {row.values[named[0]]}", _reader(path, said), stamp=_stamp(path))
+        yield SourceFile(
+            f"row {row.number}: {row.values[file_columns[0]]}", _sample_reader(path, fields), stamp=_stamp_of(path)
+        )
 
 
-def _reader(path: Path, said: dict[str, Any]) -> Callable[[], Sample]:
-    return lambda: Sample(path.name, _image_bytes(path), {**_beside(path), **said})
+def _sample_reader(path: Path, fields: dict[str, Any]) -> Callable[[], Sample]:
+    return lambda: Sample(path.name, _image_bytes(path), {**_read_sidecar(path), **fields})
 
 
-def _unreadable(name: str, code: str, detail: str) -> Found:
+def _skipped_file(name: str, code: str, detail: str) -> SourceFile:
     def read() -> Sample:
-        raise SkippedError(code, detail)
+        raise SkippedFileError(code, detail)
 
-    return Found(name, read)
+    return SourceFile(name, read)
 
 
 # --- a tar --------------------------------------------------------------------------------------------------------
@@ -199,7 +207,7 @@ def _unreadable(name: str, code: str, detail: str) -> Found:
 
 @dataclass
 class _Group:
-    """Members that follow each other and have the same name up to the suffix."""
+    """Consecutive members with the same name up to the suffix."""
 
     key: str
     image: tuple[str, bytes] | None = None
@@ -207,23 +215,23 @@ class _Group:
     text: bytes | None = None
     others: list[str] = field(default_factory=list)
 
-    def found(self) -> Iterator[Found]:
+    def files(self) -> Iterator[SourceFile]:
         for name in self.others:
-            yield _unreadable(name, NOT_AN_IMAGE, f"only {', '.join(IMAGE_SUFFIXES)} are read")
+            yield _skipped_file(name, NOT_AN_IMAGE, f"only {', '.join(IMAGE_SUFFIXES)} are read")
         if self.image is not None:
             name, data = self.image
-            yield Found(name, lambda: Sample(PurePosixPath(name).name, data, self._fields()), stamp=str(len(data)))
+            yield SourceFile(name, lambda: Sample(PurePosixPath(name).name, data, self._fields()), stamp=str(len(data)))
 
     def _fields(self) -> dict[str, Any]:
         if self.json is not None:
-            return _described(self.json)
+            return _parse_description(self.json)
         if self.text is not None:
             return {"caption": self.text.decode("utf-8-sig", errors="replace").strip()}
         return {}
 
 
-def _in_tar(path: Path) -> Iterator[Found]:
-    """The images of a WebDataset: members of one sample follow each other."""
+def _files_in_tar(path: Path) -> Iterator[SourceFile]:
+    """Yield the files of a WebDataset; the members of one sample are consecutive."""
     group = _Group("")
     try:
         with tarfile.open(path) as tar:
@@ -234,7 +242,7 @@ def _in_tar(path: Path) -> Iterator[Found]:
                     continue
                 key, suffix = str(member_path.with_suffix("")), member_path.suffix.lower()
                 if key != group.key:
-                    yield from group.found()
+                    yield from group.files()
                     group = _Group(key)
                 if suffix in IMAGE_SUFFIXES:
                     group.image = (member.name, file.read())
@@ -246,14 +254,14 @@ def _in_tar(path: Path) -> Iterator[Found]:
                     group.others.append(member.name)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise SourceError(f"{path}: {error}") from error
-    yield from group.found()
+    yield from group.files()
 
 
-def _described(data: bytes) -> dict[str, Any]:
+def _parse_description(data: bytes) -> dict[str, Any]:
     try:
-        said = json.loads(data)
+        fields = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise SkippedError("sidecar_unreadable", f"its JSON cannot be read: {error}") from error
-    if not isinstance(said, dict):
-        raise SkippedError("sidecar_unreadable", "its JSON is no object")
-    return said
+        raise SkippedFileError("sidecar_unreadable", f"its JSON is invalid: {error}") from error
+    if not isinstance(fields, dict):
+        raise SkippedFileError("sidecar_unreadable", "its JSON is not an object")
+    return fields

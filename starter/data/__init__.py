@@ -1,1 +1,1 @@
-"""Renders the starter corpus: emoji drawings in three styles, with names and keywords, under free licences."""
+"""Render the starter corpus: emoji drawings in three styles, with names and keywords, under free licences."""

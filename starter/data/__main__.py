@@ -1,4 +1,4 @@
-"""`python -m starter.data`: fetch the packages, render every concept in every style, write the corpus file."""
+"""`python -m starter.data`: download the packages, render every concept in every style, write the corpus file."""
 
 import argparse
 from collections import Counter
@@ -14,7 +14,7 @@ from starter.data.render import IconSet, render_on_white
 
 
 def render(concepts: list[Concept], cache: Path) -> Iterator[Sample]:
-    """One sample for each concept and style that draws it, concepts in order, styles within."""
+    """Yield one sample for each concept and style that has a drawing of it, ordered by concept, then by style."""
     icon_sets = {style.key: IconSet.load(unpacked(style.package, cache)) for style in STYLES}
     slugs = icon_sets["noto"].slugs
     held_out = held_out_keys(concepts)
@@ -45,7 +45,7 @@ def render(concepts: list[Concept], cache: Path) -> Iterator[Sample]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=CORPUS_FILE)
-    parser.add_argument("--cache", type=Path, default=Path("var/packages"), help="where npm tarballs are kept")
+    parser.add_argument("--cache", type=Path, default=Path("var/packages"), help="folder for npm tarballs")
     arguments = parser.parse_args()
     cache = arguments.cache.resolve()
     concepts = load_concepts(unpacked(NAMES, cache), unpacked(KEYWORDS, cache))

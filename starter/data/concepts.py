@@ -1,4 +1,4 @@
-"""Which things the corpus shows, what they are called, and which the generator must never see in training."""
+"""Select the concepts of the corpus, their names and keywords, and those held out of the generator's training."""
 
 import hashlib
 import re
@@ -18,7 +18,7 @@ GROUPS = {
     6: "activities",
     7: "objects",
 }
-"""Emojibase group number -> our name. Symbols and flags stay out: signs and text teach a 64 px model nothing."""
+"""Our names by Emojibase group number. Symbols and flags are left out: a 64 px model learns nothing from signs."""
 
 
 def _names(text: str) -> frozenset[str]:
@@ -35,7 +35,7 @@ PEOPLE_KEPT = _names(
     vampire | mermaid | elf | genie | zombie | troll | snowboarder | footprints | bust in silhouette
     """
 )
-"""Whole people: one of each kind. Their many variants cost capacity and look alike at 64 px."""
+"""The kept drawings of whole people, one of each kind. Their many variants cost capacity and look alike at 64 px."""
 
 NEAR_DUPLICATES = _names(
     """
@@ -59,7 +59,7 @@ NEAR_DUPLICATES = _names(
     musical notes | low battery | bell with slash | camera with flash | tear-off calendar
     """
 )
-"""The same drawing with a detail that 64 px hardly shows. Clock faces are dropped by a rule of their own."""
+"""Dropped: each is another drawing with a detail that 64 px hardly show. `is_kept` drops clock faces."""
 
 KEPT_CLOCK = "three o'clock"
 HELD_OUT_PER_GROUP = {0: 12, 1: 6, 3: 26, 4: 22, 5: 12, 6: 8, 7: 18}
@@ -82,7 +82,7 @@ class Concept:
 
 
 def load_concepts(names: Path, keywords: Path) -> list[Concept]:
-    """The kept concepts in Unicode order. `names`, `keywords`: unpacked emojibase-data and emojilib."""
+    """Return the kept concepts in Unicode order. names, keywords: folders of unpacked emojibase-data and emojilib."""
     entries: list[dict[str, Any]] = load_json(names / "en" / "data.json")
     subgroups: dict[str, str] = load_json(names / "meta" / "groups.json")["subgroups"]
     keyword_lists: dict[str, list[str]] = load_json(keywords / "dist" / "emoji-en-US.json")
@@ -116,16 +116,16 @@ def plain(text: str) -> str:
 
 
 def clean_tags(words: Iterable[str], *, name: str) -> tuple[str, ...]:
-    """Lower-case keywords, no emoticons, no repeats, not the name itself, at most MAX_TAGS."""
+    """Return at most MAX_TAGS lower-case keywords without emoticons, repetitions and the name itself."""
     tags = (plain(word).replace("_", " ").lower() for word in words)
     wanted = (tag for tag in tags if re.fullmatch(r"[a-z][a-z' -]{1,29}", tag) and tag != name.lower())
     return tuple(dict.fromkeys(wanted))[:MAX_TAGS]
 
 
 def held_out_keys(concepts: Iterable[Concept]) -> frozenset[str]:
-    """Keys held out of the generator's training: a fixed number per group, chosen by digest of the name.
+    """Return the keys held out of the generator's training: a fixed number per group, chosen by the name's digest.
 
-    A digest, not a random generator: adding a concept does not reshuffle the others.
+    With a digest instead of a random generator, a new concept does not change the choice among the others.
     """
     by_group: dict[int, list[Concept]] = {}
     for concept in concepts:

@@ -1,4 +1,4 @@
-"""The corpus file: one tar in WebDataset form, `NNNNNN.webp` + `NNNNNN.json` for each image."""
+"""The corpus file: a WebDataset tar with `NNNNNN.webp` and `NNNNNN.json` for each image."""
 
 import io
 import json
@@ -20,7 +20,7 @@ PALETTE = 128
 
 @dataclass(frozen=True)
 class Sample:
-    """One corpus image with what is known of it. `image`: lossless WebP, RGB, IMAGE_PX square."""
+    """One corpus image with its description. image: lossless WebP, RGB, IMAGE_PX square."""
 
     image: bytes
     caption: str
@@ -38,22 +38,22 @@ class Sample:
         return self.attributes["split"] == "held-out"
 
     def pixels(self, size: int) -> npt.NDArray[np.uint8]:
-        """RGB array (size, size, 3), resized as open_clip's preprocessing does (bicubic, antialiased)."""
+        """Return an RGB array (size, size, 3), resized as in open_clip's preprocessing (bicubic, antialiased)."""
         with Image.open(io.BytesIO(self.image)) as image:
             resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
         return np.asarray(resized, dtype=np.uint8)
 
 
 def to_webp(image: Image.Image) -> bytes:
-    """Lossless WebP of the image in 128 colours: 44 dB from the original at 60 % of its size."""
+    """Return a lossless WebP of the image in 128 colours: PSNR 44 dB, 60 % of the size with all colours."""
     buffer = io.BytesIO()
-    few = image.quantize(PALETTE, dither=Image.Dither.NONE).convert("RGB")
-    few.save(buffer, format="WEBP", lossless=True, quality=80, method=4)
+    reduced = image.quantize(PALETTE, dither=Image.Dither.NONE).convert("RGB")
+    reduced.save(buffer, format="WEBP", lossless=True, quality=80, method=4)
     return buffer.getvalue()
 
 
 def write_corpus(samples: Iterable[Sample], path: Path) -> int:
-    """Write the tar (to a temporary name, then renamed) and return the number of images. Same input, same bytes."""
+    """Write the tar atomically and return the number of images. The same input gives the same bytes."""
     partial = path.with_suffix(".part")
     count = 0
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
@@ -72,7 +72,11 @@ def write_corpus(samples: Iterable[Sample], path: Path) -> int:
 
 
 def read_corpus(path: Path = CORPUS_FILE) -> Iterator[Sample]:
-    """The samples in file order."""
+    """Yield the samples in file order.
+
+    Raises:
+        ValueError: a member is not a file, or an image lacks its JSON.
+    """
     with tarfile.open(path) as archive:
         pending: dict[str, dict[str, bytes]] = {}
         for member in archive:

@@ -1,4 +1,4 @@
-"""The pinned npm packages that the corpus is made of, and their unpacking."""
+"""The pinned npm packages of the corpus, their download and unpacking."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Style:
-    """One set of drawings: where it comes from and what one may do with it."""
+    """One set of drawings, with its source and licence."""
 
     key: str
     phrase: str
@@ -79,7 +79,12 @@ STYLES = (
 
 
 def unpacked(package: Package, cache: Path) -> Path:
-    """Folder of the unpacked package; fetched by `npm pack` unless the cache has it. ValueError on a wrong digest."""
+    """Return the folder of the unpacked package. `npm pack` downloads it unless `cache` has it.
+
+    Raises:
+        ValueError: the tarball has another digest than the pinned one.
+        subprocess.CalledProcessError: npm failed.
+    """
     tarball = cache / package.tarball
     folder = cache / package.tarball.removesuffix(".tgz")
     if not tarball.exists():

@@ -1,4 +1,4 @@
-"""SVG bodies of an Iconify set -> RGB images on white."""
+"""Render the SVG drawings of an Iconify package as RGB images on white."""
 
 import io
 from dataclasses import dataclass
@@ -35,7 +35,10 @@ class IconSet:
         )
 
     def find_svg(self, slug: str) -> str | None:
-        """The drawing as an SVG document, aliases followed; None when the set has no such slug or only flips one."""
+        """Return the drawing as an SVG document; aliases are followed.
+
+        None if the set does not have the slug, or the slug is a flipped or rotated alias.
+        """
         alias = self.aliases.get(slug)
         if alias is not None:
             is_transformed = bool({"hFlip", "vFlip", "rotate"} & alias.keys())
@@ -52,7 +55,7 @@ class IconSet:
 
 
 def render_on_white(svg: str, *, size: int, margin: float = 0.04) -> Image.Image:
-    """RGB image of `size` x `size` pixels, the drawing centred on white with a small margin, aspect kept."""
+    """Return an RGB image of `size` x `size` pixels with the drawing centred on white, with its aspect ratio."""
     inner = round(size * (1 - 2 * margin))
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=inner * 2))
     drawing = Image.open(io.BytesIO(png)).convert("RGBA")

@@ -1,6 +1,6 @@
-"""`python -m starter.train STAGE`: train one stage from its last checkpoint on, or `all`, or `export`, or `measure`.
+"""`python -m starter.train STAGE`: train one stage from its last checkpoint, or run `all`, `export` or `measure`.
 
-`adopt` makes checkpoints of the models that were exported, to go on from where no others are.
+`adopt` makes checkpoints from exported models, to continue their training where no checkpoints exist.
 
 Order: clip and autoencoder (in any order), then queries (needs clip) and generator (needs both), judge, export.
 """
@@ -50,8 +50,11 @@ def judge(folder: Path) -> ClipStage:
 
 
 def queries(folder: Path) -> QueryStage:
-    """Needs the best CLIP in `folder`; trains a copy of it, so that the generator's text encoder stays as it was."""
-    retriever = trained(clip(folder), folder)
+    """Return the stage `queries` on the best CLIP in `folder`.
+
+    It trains a copy, so the text encoder of the generator does not change.
+    """
+    retriever = load_best(clip(folder), folder)
     return QueryStage(retriever.dataset, retriever.module, retriever.tokenizer)
 
 
@@ -60,9 +63,11 @@ def autoencoder(folder: Path) -> AutoencoderStage:
 
 
 def generator(folder: Path, *, compiled: bool = False) -> GeneratorStage:
-    """Needs the best CLIP and autoencoder in `folder`, which stay as they are from now on."""
-    retriever, pixels = trained(clip(folder), folder), trained(autoencoder(folder), folder)
-    return GeneratorStage(retriever.dataset, retriever.module, retriever.tokenizer, pixels.module, compiled=compiled)
+    """Return the stage `generator` on the best CLIP and autoencoder in `folder`, which must not change later."""
+    retriever, autoencoder_stage = load_best(clip(folder), folder), load_best(autoencoder(folder), folder)
+    return GeneratorStage(
+        retriever.dataset, retriever.module, retriever.tokenizer, autoencoder_stage.module, compiled=compiled
+    )
 
 
 RECIPE: dict[str, tuple[int, int]] = {
@@ -72,7 +77,7 @@ RECIPE: dict[str, tuple[int, int]] = {
     "generator": (6_000, 1_500),
     "judge": (700, 200),
 }
-"""Stage -> steps at the constant rate, steps of cool-down, in the order in which they need each other."""
+"""By stage: steps at the constant rate and steps of cool-down, in the order of the stages' dependencies."""
 
 STAGES: dict[str, Callable[[Path], Stage]] = {
     "clip": clip,
@@ -83,8 +88,12 @@ STAGES: dict[str, Callable[[Path], Stage]] = {
 }
 
 
-def trained(stage: AnyStage, folder: Path) -> AnyStage:
-    """The stage with the best weights there are for it."""
+def load_best(stage: AnyStage, folder: Path) -> AnyStage:
+    """Load the best checkpoint of the stage and return the stage in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the stage has no checkpoint.
+    """
     checkpoint = best_checkpoint(folder / stage.name)
     if load_checkpoint(stage, checkpoint) == 0:
         raise FileNotFoundError(f"{checkpoint}: train {stage.name} first")
@@ -93,79 +102,84 @@ def trained(stage: AnyStage, folder: Path) -> AnyStage:
 
 
 def export(folder: Path, out: Path) -> None:
-    """Write clip/, judge/ and generator/ into `out`, each replaced as a whole."""
+    """Write clip/, judge/ and generator/ into `out`; each folder is replaced as a whole."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as new:
-        retriever = trained(queries(folder), folder)
+        retriever = load_best(queries(folder), folder)
         export_clip(retriever.module, RETRIEVER, retriever.tokenizer, Path(new) / "clip")
         replace_folder(Path(new) / "clip", out / "clip")
         if best_checkpoint(folder / "judge").exists():
-            second = trained(judge(folder), folder)
-            export_clip(second.module, JUDGE, second.tokenizer, Path(new) / "judge")
+            judge_stage = load_best(judge(folder), folder)
+            export_clip(judge_stage.module, JUDGE, judge_stage.tokenizer, Path(new) / "judge")
             replace_folder(Path(new) / "judge", out / "judge")
         if best_checkpoint(folder / "generator").exists():
-            painter = trained(generator(folder), folder)
-            export_generator(painter, Path(new) / "generator")
+            generator_stage = load_best(generator(folder), folder)
+            export_generator(generator_stage, Path(new) / "generator")
             replace_folder(Path(new) / "generator", out / "generator")
 
 
 def adopt(models: Path, folder: Path) -> None:
-    """Write checkpoints into `folder` that hold the weights of `models`: training goes on from what was exported.
+    """Write checkpoints with the weights of the exported `models` into `folder`, to continue their training.
 
-    What an export leaves out begins anew: the optimisers' states, and float32's last digits.
+    An export has neither the optimisers' states nor full float32 precision, so both are lost.
+
+    Raises:
+        FileExistsError: `folder` already has checkpoints.
     """
     if (folder / "clip").exists():
-        raise FileExistsError(f"{folder} holds checkpoints already")
+        raise FileExistsError(f"{folder} already has checkpoints")
     load_tokenizer(models / "clip").save_pretrained(str(folder / "tokenizer"))
     retriever = clip(folder)
-    retriever.module.load_state_dict(weights(models / "clip" / "open_clip_model.safetensors"))
+    retriever.module.load_state_dict(load_weights(models / "clip" / "open_clip_model.safetensors"))
     write_checkpoint(retriever, folder)
     write_checkpoint(queries(folder), folder)
-    second = judge(folder)
-    second.module.load_state_dict(weights(models / "judge" / "open_clip_model.safetensors"))
-    write_checkpoint(second, folder)
+    judge_stage = judge(folder)
+    judge_stage.module.load_state_dict(load_weights(models / "judge" / "open_clip_model.safetensors"))
+    write_checkpoint(judge_stage, folder)
     parts = models / "generator"
-    pixels = autoencoder(folder)
-    pixels.module.load_state_dict(weights(parts / "vae" / DIFFUSERS_WEIGHTS))
-    write_checkpoint(pixels, folder)
-    painter = generator(folder)
-    adapter = weights(parts / "ip_adapter" / "ip_adapter.safetensors")
-    painter.average = join_adapter(weights(parts / "unet" / DIFFUSERS_WEIGHTS), adapter, painter.unet)
-    painter.module.load_state_dict(painter.average)
-    write_checkpoint(painter, folder)
+    autoencoder_stage = autoencoder(folder)
+    autoencoder_stage.module.load_state_dict(load_weights(parts / "vae" / DIFFUSERS_WEIGHTS))
+    write_checkpoint(autoencoder_stage, folder)
+    generator_stage = generator(folder)
+    adapter = load_weights(parts / "ip_adapter" / "ip_adapter.safetensors")
+    generator_stage.average = join_adapter(
+        load_weights(parts / "unet" / DIFFUSERS_WEIGHTS), adapter, generator_stage.unet
+    )
+    generator_stage.module.load_state_dict(generator_stage.average)
+    write_checkpoint(generator_stage, folder)
 
 
-def weights(path: Path) -> dict[str, Tensor]:
-    """A safetensors file in float32."""
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Load a safetensors file as float32."""
     return {key: value.float() for key, value in load_file(path).items()}
 
 
 def write_checkpoint(stage: Stage, folder: Path) -> None:
-    """As if after one step: the warm-up of the rate comes again."""
+    """Write a checkpoint at step 1, so that the warm-up of the learning rate is repeated."""
     (folder / stage.name).mkdir(exist_ok=True)
     save_checkpoint(stage, folder / stage.name / CHECKPOINT, stage.optimizer(), 1)
 
 
 def measure(folder: Path) -> dict[str, object]:
-    """The figures of the model card, of the trained checkpoints in `folder`."""
+    """Return the figures of the model card for the checkpoints in `folder`."""
     dataset = load_dataset()
-    retriever = trained(queries(folder), folder)
+    retriever = load_best(queries(folder), folder)
     names = text_vectors(retriever.module, retriever.tokenizer, dataset.names)
     nonsense = text_vectors(retriever.module, retriever.tokenizer, list(NONSENSE))
     store = image_vectors(retriever.module, dataset.pixels)
-    pixels = trained(autoencoder(folder), folder).module
+    best_autoencoder = load_best(autoencoder(folder), folder).module
     return {
         "retrieval": recall(names, store, dataset.concept),
         "text_image_cosine": similarity_ranges(names, nonsense, store, dataset.concept),
         "autoencoder": {
-            "psnr_db": reconstruction_psnr(pixels, dataset.pixels[dataset.held_out]),
-            "psnr_db_train": reconstruction_psnr(pixels, dataset.pixels[~dataset.held_out][::8]),
+            "psnr_db": reconstruction_psnr(best_autoencoder, dataset.pixels[dataset.held_out]),
+            "psnr_db_train": reconstruction_psnr(best_autoencoder, dataset.pixels[~dataset.held_out][::8]),
         },
     }
 
 
 def run(name: str, folder: Path, *, steps: int | None, cooldown: int | None, minutes: float) -> None:
-    """Train stage `name`; steps and cool-down default to the recipe's."""
+    """Train stage `name`. steps, cooldown: None for the values of `RECIPE`."""
     recipe_steps, recipe_cooldown = RECIPE[name]
     plan = Plan(
         steps=recipe_steps if steps is None else steps,
@@ -180,11 +194,15 @@ def run(name: str, folder: Path, *, steps: int | None, cooldown: int | None, min
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*RECIPE, "all", "export", "measure", "adopt"])
-    parser.add_argument("--folder", type=Path, default=Path("var/training"), help="checkpoints and logs")
-    parser.add_argument("--out", type=Path, default=MODELS, help="where `export` writes and `adopt` reads")
-    parser.add_argument("--steps", type=int, help="stop when the stage has this many in all (default: the recipe's)")
-    parser.add_argument("--cooldown", type=int, help="then decay the rate for this many steps (default: the recipe's)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="or stop each stage after this time")
+    parser.add_argument("--folder", type=Path, default=Path("var/training"), help="folder for checkpoints and logs")
+    parser.add_argument("--out", type=Path, default=MODELS, help="folder that `export` writes and `adopt` reads")
+    parser.add_argument(
+        "--steps", type=int, help="stop when the stage has this many steps in total (default: from the recipe)"
+    )
+    parser.add_argument(
+        "--cooldown", type=int, help="then decay the learning rate for this many steps (default: from the recipe)"
+    )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop each stage after this time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

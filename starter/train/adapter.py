@@ -1,6 +1,6 @@
-"""The IP-Adapter of the starter generator: fresh weights, and weights out of a trained UNet, in the published layout.
+"""The IP-Adapter of the starter generator: add untrained weights to a UNet, and extract trained ones.
 
-Layout (https://huggingface.co/h94/IP-Adapter, as diffusers reads it): `image_proj.{proj,norm}.*` and
+Published layout (https://huggingface.co/h94/IP-Adapter, as diffusers reads it): `image_proj.{proj,norm}.*` and
 `ip_adapter.{1,3,5,...}.to_{k,v}_ip.weight`, odd numbers in the order of the UNet's cross-attention layers.
 """
 
@@ -42,9 +42,9 @@ def add_fresh_adapter(unet: UNet2DConditionModel, embed_dim: int) -> None:
 
 
 class OneProductAttention(IPAdapterAttnProcessor2_0):  # type: ignore[misc]
-    """What IPAdapterAttnProcessor2_0 computes with constant masks and scale 1, for all references in one product.
+    """IPAdapterAttnProcessor2_0 for constant masks and scale 1, with one matrix product for all references.
 
-    12 % faster training; the parameters are the same ones under the same names.
+    Training is 12 % faster. Parameters and their names are the same.
     """
 
     def __call__(
@@ -80,7 +80,7 @@ def attend_in_one_product(unet: UNet2DConditionModel) -> None:
 
 
 def split_adapter(state: dict[str, Tensor], unet: UNet2DConditionModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(weights of the plain UNet, weights of the adapter in the published layout) out of one state dict."""
+    """Split one state dict into the weights of the plain UNet and those of the adapter in the published layout."""
     adapter: dict[str, Tensor] = {}
     projection = "encoder_hid_proj.image_projection_layers.0."
     renamed = {"image_embeds.weight": "proj.weight", "image_embeds.bias": "proj.bias"}
@@ -99,7 +99,7 @@ def split_adapter(state: dict[str, Tensor], unet: UNet2DConditionModel) -> tuple
 
 
 def join_adapter(plain: dict[str, Tensor], adapter: dict[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The state dict that `split_adapter` took apart."""
+    """Undo `split_adapter`: return the joint state dict."""
     names = cross_attention_names(unet)
     state = dict(plain)
     for key, value in adapter.items():
@@ -114,10 +114,15 @@ def join_adapter(plain: dict[str, Tensor], adapter: dict[str, Tensor], unet: UNe
 
 
 def conditioning(vectors: Tensor, weights: Tensor, size: int) -> dict[str, Any]:
-    """Arguments for `unet(...)`. `vectors` (B, K, E), `weights` (B, K): each reference's share, 0 for padding.
+    """Return the arguments for `unet(...)`.
 
-    The weight is the constant value of the reference's attention mask: then each row of a batch is computed as
-    it would be alone, with any weights and any number of references up to K.
+    A reference's weight is the constant value of its attention mask. Each row of a batch then gives the same result as
+    alone, with any weights and up to K references.
+
+    Args:
+        vectors: shape (B, K, E).
+        weights: share of each reference, shape (B, K); 0 for padding.
+        size: side of the masks.
     """
     masks = weights[:, :, None, None].expand(-1, -1, size, size)
     return {

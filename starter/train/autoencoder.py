@@ -1,4 +1,4 @@
-"""The autoencoder: 64 x 64 x 3 pixels <-> 16 x 16 x 4 latents, an `AutoencoderTiny` without its 8-fold compression."""
+"""The autoencoder: 64 x 64 x 3 pixels to 16 x 16 x 4 latents and back, an `AutoencoderTiny` that halves twice."""
 
 from typing import Any
 
@@ -15,7 +15,10 @@ DOWNSCALE = 4
 
 
 def build_autoencoder(channels: int = 64) -> AutoencoderTiny:
-    """Two halvings, `channels` everywhere, few blocks at full resolution where they cost the most."""
+    """Build an untrained autoencoder with two halvings.
+
+    All layers have `channels` channels. It has few blocks at full resolution, where they cost the most.
+    """
     return AutoencoderTiny(
         encoder_block_out_channels=(channels,) * 3,
         decoder_block_out_channels=(channels,) * 3,
@@ -27,7 +30,7 @@ def build_autoencoder(channels: int = 64) -> AutoencoderTiny:
 
 
 def reconstruct(autoencoder: AutoencoderTiny, images: Tensor, *, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Images in [-1, 1] -> (reconstructions, latents). `noise`: standard deviation added to the latents."""
+    """Return reconstructions and latents of images in [-1, 1]. noise: standard deviation, added to the latents."""
     latents: Tensor = autoencoder.encode(images).latents
     noisy = latents + noise * torch.randn_like(latents) if noise else latents
     decoded: Tensor = autoencoder.decode(noisy).sample
@@ -35,7 +38,7 @@ def reconstruct(autoencoder: AutoencoderTiny, images: Tensor, *, noise: float = 
 
 
 def edge_loss(a: Tensor, b: Tensor) -> Tensor:
-    """L1 between the horizontal and vertical pixel differences: keeps outlines sharp without a perceptual network."""
+    """Return the L1 loss of horizontal and vertical pixel differences, which keeps outlines sharp."""
     difference = a - b
     across = (difference[..., 1:] - difference[..., :-1]).abs().mean()
     down = (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
@@ -43,9 +46,9 @@ def edge_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 class AutoencoderStage:
-    """L1 + squared error + edges, on moved and recoloured drawings; each latent channel held near mean 0, deviation 1.
+    """Loss: L1, squared error and edges on augmented drawings, and mean 0, deviation 1 for each latent channel.
 
-    A little noise on the latents makes the decoder forgiving towards what the generator will draw.
+    Noise on the latents makes the decoder robust against errors of the generator.
     """
 
     name = "autoencoder"
@@ -92,12 +95,12 @@ class AutoencoderStage:
 
 
 def psnr(mean_squared_error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB for images in [-1, 1]."""
+    """Return the peak signal-to-noise ratio in dB for images in [-1, 1]."""
     return 10 * torch.log10(4 / mean_squared_error.clamp(min=1e-10))
 
 
 def recolour(images: Tensor) -> Tensor:
-    """Half of the images: flipped or with their colour channels permuted, so that no palette is special."""
+    """Flip half of the images, and permute the colour channels of 30 %, so that the model does not prefer a palette."""
     batch = images.shape[0]
     flipped = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, images.flip(3), images)
     order = torch.randperm(3)

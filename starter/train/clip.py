@@ -1,4 +1,4 @@
-"""CLIP and its judge: open_clip models trained by contrast between texts and drawings, and between drawing styles."""
+"""CLIP and its judge: open_clip models, trained by contrast of texts and drawings, and of drawing styles."""
 
 import math
 import random
@@ -23,7 +23,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class ClipShape:
-    """What tells one CLIP from another. `patch` and `width` of the image tower, `text_*` of the text tower."""
+    """The sizes of a CLIP: `text_*` are of the text tower, the others of the image tower."""
 
     embed_dim: int = 256
     patch: int = 16
@@ -37,7 +37,7 @@ class ClipShape:
     def open_clip_config(self, vocab_size: int) -> dict[str, Any]:
         """The `model_cfg` of open_clip_config.json.
 
-        `hf_tokenizer_name` only has to be there: a `local-dir:` model reads the tokenizer from its own folder.
+        `hf_tokenizer_name` is required but not used: a `local-dir:` model reads the tokenizer from its own folder.
         """
         return {
             "embed_dim": self.embed_dim,
@@ -64,13 +64,13 @@ JUDGE = ClipShape(width=160, layers=5, head_width=40, text_width=128, text_heads
 
 
 def build_clip(shape: ClipShape, vocab_size: int) -> nn.Module:
-    """An untrained `open_clip.CLIP`."""
+    """Build an untrained `open_clip.CLIP`."""
     model: nn.Module = open_clip.model.CLIP(**shape.open_clip_config(vocab_size))
     return model
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """int64 (B, CONTEXT_LENGTH), padded with id 0."""
+    """Return token ids, int64 (B, CONTEXT_LENGTH), padded with id 0."""
     ids: Tensor = tokenizer(
         texts, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt"
     ).input_ids
@@ -78,9 +78,9 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def encode_text(model: Any, ids: Tensor) -> Tensor:
-    """What `open_clip.CLIP.encode_text` returns, without computing columns that are padding in every row.
+    """Do as `open_clip.CLIP.encode_text`, without columns that are padding in every row.
 
-    The same by construction: attention is causal and pooling takes the end-of-text token, so nothing after it counts.
+    The result is the same, because attention is causal and pooling takes the end-of-text token.
     """
     length = int((ids != 0).sum(dim=1).max())
     states = model.token_embedding(ids[:, :length]) + model.positional_embedding[:length]
@@ -91,17 +91,19 @@ def encode_text(model: Any, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def image_vectors(clip: Any, pixels: Tensor) -> Tensor:
-    """uint8 (N, 3, S, S) -> L2-normalised float32 (N, E)."""
+    """Return the L2-normalised vectors, float32 (N, E), of pixels, uint8 (N, 3, S, S)."""
     clip.eval()
     return torch.cat(
         [F.normalize(clip.encode_image(to_unit(batch)).float(), dim=-1) for batch in torch.split(pixels, 128)]
     )
 
 
-def contrast(a: Tensor, b: Tensor, logit_scale: Tensor, wrong_b: Tensor | None = None) -> Tensor:
-    """Symmetric InfoNCE (arXiv:2103.00020); row i of `a` belongs to row i of `b`; both L2-normalised (B, E).
+def contrastive_loss(a: Tensor, b: Tensor, logit_scale: Tensor, wrong_b: Tensor | None = None) -> Tensor:
+    """Return the symmetric InfoNCE loss (arXiv:2103.00020).
 
-    `wrong_b` (N, E): further rows that belong to no row of `a`.
+    Args:
+        a, b: L2-normalised, shape (B, E); row i of `a` matches row i of `b`.
+        wrong_b: further rows that match no row of `a`, shape (N, E).
     """
     choices = b if wrong_b is None else torch.cat([b, wrong_b])
     labels = torch.arange(len(a))
@@ -111,9 +113,9 @@ def contrast(a: Tensor, b: Tensor, logit_scale: Tensor, wrong_b: Tensor | None =
 
 
 class ClipStage:
-    """Each batch: distinct concepts, so that no negative is false, each drawn in two styles.
+    """Loss: text-image contrast for two drawings, plus `style_weight` times the contrast between the two drawings.
 
-    Loss: text-image contrast for both drawings + `style_weight` x contrast between the two drawings.
+    A batch has distinct concepts, so that no negative is false, each in two styles.
     """
 
     betas = (0.9, 0.98)
@@ -161,8 +163,11 @@ class ClipStage:
         scale = model.logit_scale.exp()
         first, second = image.chunk(2)
         text_first, text_second = text.chunk(2)
-        by_text = contrast(first, text_first, scale, nonsense) / 2 + contrast(second, text_second, scale, nonsense) / 2
-        by_style = contrast(first, second, scale)
+        by_text = (
+            contrastive_loss(first, text_first, scale, nonsense) / 2
+            + contrastive_loss(second, text_second, scale, nonsense) / 2
+        )
+        by_style = contrastive_loss(first, second, scale)
         accuracy = ((first @ text_first.T).argmax(1) == torch.arange(len(first))).float().mean()
         figures = {"text": by_text.item(), "style": by_style.item(), "accuracy": accuracy.item()}
         return by_text + self.style_weight * by_style, {**figures, "logit_scale": scale.item()}
@@ -176,4 +181,4 @@ class ClipStage:
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         if state["shape"] != asdict(self.shape):
-            raise ValueError(f"the checkpoint is of another shape: {state['shape']}")
+            raise ValueError(f"the checkpoint has another shape: {state['shape']}")

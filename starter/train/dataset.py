@@ -1,4 +1,4 @@
-"""The corpus as arrays, and the augmentations of its images."""
+"""The corpus as tensors, and the augmentation of its images."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ class Dataset:
 
     @property
     def images_of(self) -> list[list[int]]:
-        """For each concept, the indices of its images."""
+        """The indices of the images of each concept."""
         members: list[list[int]] = [[] for _ in self.names]
         for index, concept in enumerate(self.concept.tolist()):
             members[concept].append(index)
@@ -33,7 +33,7 @@ class Dataset:
 
 
 def load_dataset(path: Path = CORPUS_FILE, *, size: int = MODEL_PX, limit: int | None = None) -> Dataset:
-    """The corpus (or its first `limit` images) decoded at `size` pixels."""
+    """Load the corpus, or its first `limit` images, at `size` pixels."""
     samples = list(itertools.islice(read_corpus(path), limit))
     names = list(dict.fromkeys(sample.concept for sample in samples))
     number = {name: index for index, name in enumerate(names)}
@@ -48,7 +48,7 @@ def load_dataset(path: Path = CORPUS_FILE, *, size: int = MODEL_PX, limit: int |
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 (B, 3, S, S) -> float32 in [-1, 1], channels last."""
+    """Convert uint8 (B, 3, S, S) to float32 in [-1, 1], channels last."""
     return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -60,9 +60,13 @@ def jitter(
     degrees: float = 8.0,
     brightness: float = 0.08,
 ) -> Tensor:
-    """Random small affine moves and brightness. (B, 3, S, S) in [-1, 1], white (1.0) comes in at the borders.
+    """Apply small random affine moves and brightness changes; the borders are filled with white (1.0).
 
-    shift: fraction of the side; scale: 0.12 means 0.88 to 1.12; brightness: largest relative change.
+    Args:
+        images: shape (B, 3, S, S), in [-1, 1].
+        shift: fraction of the side.
+        scale: 0.12 means 0.88 to 1.12.
+        brightness: largest relative change.
     """
     batch = images.shape[0]
     angle = (torch.rand(batch) * 2 - 1) * math.radians(degrees)

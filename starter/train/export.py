@@ -1,4 +1,4 @@
-"""Writes trained models as folders that open_clip and diffusers load by their ordinary calls; float16 safetensors."""
+"""Write trained models as folders for the normal loaders of open_clip and diffusers, as float16 safetensors."""
 
 import copy
 import json
@@ -17,12 +17,12 @@ from starter.train.clip import MEAN, STD, ClipShape
 from starter.train.generator import GeneratorStage, sampling_scheduler
 
 
-def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_float16(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().to(torch.float16).contiguous() for key, value in state.items()}
 
 
 def export_clip(model: nn.Module, shape: ClipShape, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """A folder for `open_clip.create_model_and_transforms("local-dir:FOLDER")`."""
+    """Write a folder for `open_clip.create_model_and_transforms("local-dir:FOLDER")`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "model_cfg": shape.open_clip_config(len(tokenizer)),
@@ -35,12 +35,12 @@ def export_clip(model: nn.Module, shape: ClipShape, tokenizer: CLIPTokenizer, fo
         },
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(half(dict(model.state_dict())), folder / "open_clip_model.safetensors")
+    save_file(to_float16(dict(model.state_dict())), folder / "open_clip_model.safetensors")
     tokenizer.save_pretrained(str(folder))
 
 
 def export_generator(stage: GeneratorStage, folder: Path) -> None:
-    """A StableDiffusionPipeline folder with `ip_adapter/ip_adapter.safetensors` beside it.
+    """Write a StableDiffusionPipeline folder that also has `ip_adapter/ip_adapter.safetensors`.
 
     The weights are the stage's running average; the text encoder is the CLIP's text tower.
     """
@@ -60,17 +60,17 @@ def export_generator(stage: GeneratorStage, folder: Path) -> None:
     )
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     (folder / "ip_adapter").mkdir(exist_ok=True)
-    save_file(half(adapter_state), folder / "ip_adapter" / "ip_adapter.safetensors")
+    save_file(to_float16(adapter_state), folder / "ip_adapter" / "ip_adapter.safetensors")
 
 
 def plain_config(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """The configuration of the UNet without its adapter."""
+    """Return the configuration of the UNet without its adapter."""
     own = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     return {**own, "encoder_hid_dim_type": None}
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put `new` where `target` is, with no moment at which half of it is there."""
+    """Replace the folder `target` by `new` with renames, so that it is never half-written."""
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)

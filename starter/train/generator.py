@@ -1,7 +1,7 @@
 """The generator: a latent diffusion UNet and its IP-Adapter, trained jointly from scratch on retrieved neighbours.
 
-Trained as it is used: K = 4 reference slots, un-normalised CLIP image vectors, a weight per reference in the
-attention masks, references found by the caption's own text vector half of the time.
+The conditions are those of the service: K = 4 reference slots, un-normalised CLIP image vectors, and a weight per
+reference in the attention masks. For half of the samples, the caption's text vector retrieves the references.
 """
 
 import random
@@ -26,8 +26,8 @@ WIDTHS = (96, 128, 208)
 REFERENCES = 4
 CANDIDATES = 8
 MAX_SNR = 5.0
-"""Nearly clean images count less in the loss, as in min-SNR weighting (arXiv:2303.09556); nearly pure noise counts in
-full, unlike there: at this size those steps decide the whole outline, and with min-SNR weights it stayed a blot."""
+"""Nearly clean images have less weight in the loss, as in min-SNR weighting (arXiv:2303.09556). Unlike there, nearly
+pure noise has full weight. At this size it decides the whole outline, which stayed a blob with min-SNR weights."""
 
 NOISE_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -35,15 +35,16 @@ NOISE_SCHEDULE: dict[str, Any] = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
-    "steps_offset": 1,  # StableDiffusionPipeline insists; trailing timesteps do not use it
+    "steps_offset": 1,  # required by StableDiffusionPipeline; trailing timesteps do not use it
 }
 
 
 def build_unet(cross_attention_dim: int, embed_dim: int, widths: tuple[int, int, int] = WIDTHS) -> UNet2DConditionModel:
-    """16 x 16 x 4 latents; attention at 8 x 8 and 4 x 4 only, where it is cheap; with an untrained IP-Adapter.
+    """Build an untrained UNet for 16 x 16 x 4 latents with an untrained IP-Adapter.
 
-    The text reaches every residual block besides: pooled, it joins the time embedding, which scales and shifts the
-    features (FiLM, arXiv:1709.07871). By attention alone a small UNet took very long to heed it.
+    It has attention only at 8 x 8 and 4 x 4, where it is cheap. The pooled text is also added to the time embedding,
+    which scales and shifts the features of every residual block (FiLM, arXiv:1709.07871). With attention alone a small
+    UNet learned very slowly to follow the text.
     """
     unet = UNet2DConditionModel(
         sample_size=LATENT_PX,
@@ -52,7 +53,7 @@ def build_unet(cross_attention_dim: int, embed_dim: int, widths: tuple[int, int,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=cross_attention_dim,
-        attention_head_dim=4,  # the number of heads: diffusers keeps an old misnomer
+        attention_head_dim=4,  # the number of heads: the name is a known error in diffusers
         norm_num_groups=16,
         resnet_time_scale_shift="scale_shift",
         addition_embed_type="text",
@@ -67,7 +68,11 @@ def sampling_scheduler() -> DPMSolverMultistepScheduler:
 
 
 def text_encoder_from_clip(clip: Any, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The text tower of an open_clip model as a transformers CLIPTextModel: the same numbers under other names."""
+    """Convert the text tower of an open_clip model to a transformers CLIPTextModel with the same weights.
+
+    Raises:
+        ValueError: the weights do not fit the model.
+    """
     blocks = clip.transformer.resblocks
     width: int = clip.ln_final.weight.shape[0]
     config = CLIPTextConfig(
@@ -105,12 +110,12 @@ def text_encoder_from_clip(clip: Any, tokenizer: CLIPTokenizer) -> CLIPTextModel
         {key: value.detach().clone() for key, value in state.items()}, strict=False
     )
     if unexpected or any("position_ids" not in key for key in missing):
-        raise ValueError(f"text tower does not fit: missing {missing}, unexpected {unexpected}")
+        raise ValueError(f"the text tower does not fit: missing {missing}, unexpected {unexpected}")
     return model.eval()
 
 
 class GeneratorStage:
-    """v-prediction on cached latents, and a running average of the weights."""
+    """Trains by v-prediction on cached latents, and keeps a running average of the weights."""
 
     name = "generator"
     weight_decay = 0.01
@@ -169,7 +174,7 @@ class GeneratorStage:
         states, vectors, weights = self.condition(chosen, rng)
         latents = self.latents[chosen]
         noise = torch.randn_like(latents)
-        times = random_times(self.batch)
+        times = random_timesteps(self.batch)
         noisy = self.scheduler.add_noise(latents, noise, times)
         target = self.scheduler.get_velocity(latents, noise, times)
         predicted = self.forward(noisy, times, states, **conditioning(vectors, weights, LATENT_PX)).sample.float()
@@ -180,14 +185,16 @@ class GeneratorStage:
 
     @torch.no_grad()
     def condition(self, chosen: Tensor, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-        """Text states (B, T, D), reference vectors (B, K, E) and weights (B, K) for the images `chosen`."""
+        """Return text states (B, T, D), reference vectors (B, K, E) and weights (B, K) for the images `chosen`."""
         captions = [random_caption(self.samples[i], self.colours[i], rng) for i in chosen.tolist()]
         ids = tokenize(self.tokenizer, captions)
         states = self.text_encoder(ids).last_hidden_state.float()
         ends = states[torch.arange(len(ids)), ids.argmax(dim=1)]
-        asked = F.normalize(ends @ self.clip.text_projection, dim=-1)  # CLIP's text vector: the tower is the same
+        text_vectors = F.normalize(
+            ends @ self.clip.text_projection, dim=-1
+        )  # equals CLIP's text vector, because the tower is the same
         by_image = torch.rand(len(chosen), 1) < 0.5
-        similarity = torch.where(by_image, self.units[chosen], asked) @ self.units.T
+        similarity = torch.where(by_image, self.units[chosen], text_vectors) @ self.units.T
         not_itself = torch.rand(len(chosen)) >= self.self_reference
         similarity[not_itself, chosen[not_itself]] = -2
         nearest = similarity.topk(CANDIDATES, dim=1)
@@ -199,7 +206,7 @@ class GeneratorStage:
             if without_text:
                 states[row] = self.no_text
             if kind > 1 - self.drop_both - self.drop_references:
-                if rng.random() < 0.5:  # a pipeline's negative rows may carry weights with their zero vectors
+                if rng.random() < 0.5:  # a pipeline's negative rows may have weights with zero vectors
                     weights[row] = random_weights(REFERENCES, torch.zeros(REFERENCES), rng)
                 continue
             count = rng.choices((1, 2, 3, 4), (0.15, 0.15, 0.2, 0.5))[0]
@@ -229,13 +236,16 @@ class GeneratorStage:
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         if not torch.allclose(state.get("encoders", self.encoders), self.encoders, rtol=0.01, atol=0.01):
-            raise ValueError("CLIP or autoencoder has changed since this generator's training began")
+            raise ValueError("CLIP or the autoencoder has changed since the training of this generator started")
         self.average = state["average"]
 
 
 @torch.no_grad()
 def encode_images(pixels: Tensor, clip: Any, autoencoder: AutoencoderTiny) -> tuple[Tensor, Tensor]:
-    """uint8 (N, 3, S, S) -> scaled latents (N, 4, S/4, S/4) and un-normalised CLIP vectors (N, E), both float32."""
+    """Return scaled latents (N, 4, S/4, S/4) and un-normalised CLIP vectors (N, E), both float32.
+
+    pixels: uint8 (N, 3, S, S).
+    """
     latents, vectors = [], []
     for batch in torch.split(pixels, 64):
         images = to_unit(batch)
@@ -245,11 +255,11 @@ def encode_images(pixels: Tensor, clip: Any, autoencoder: AutoencoderTiny) -> tu
     return torch.cat(latents).contiguous(memory_format=torch.channels_last), torch.cat(vectors)
 
 
-def random_times(count: int) -> Tensor:
-    """Timesteps, int64 (count,): three quarters of them from the noisiest 30 %, where the outline is decided.
+def random_timesteps(count: int) -> Tensor:
+    """Return timesteps, int64 (count,): three quarters of them from the noisiest 30 %, which decide the outline.
 
-    Measured after 150,000 samples: below t = 600 the error is the same with and without conditions (0.19 at t = 400)
-    and hardly falls any more, while at t = 999 an image's own text and vector explain 42 % of it, and more every hour.
+    Measured after 150,000 samples: below t = 600 the error is the same with and without conditions (0.19 at t = 400).
+    It hardly decreases any more. At t = 999 an image's own text and vector explain 42 % of it, with a rising share.
     """
     anywhere = torch.randint(1000, (count,))
     noisiest = torch.randint(700, 1000, (count,))
@@ -257,7 +267,7 @@ def random_times(count: int) -> Tensor:
 
 
 def random_weights(count: int, similarity: Tensor, rng: random.Random) -> Tensor:
-    """Shares that sum to 1: equal, a softmax of the similarities at some temperature, or random (Dirichlet)."""
+    """Return weights that sum to 1: equal, a softmax of the similarities at a random temperature, or Dirichlet."""
     kind = rng.random()
     if kind < 0.4:
         return torch.full((count,), 1 / count)
@@ -268,6 +278,6 @@ def random_weights(count: int, similarity: Tensor, rng: random.Random) -> Tensor
 
 
 def signal_to_noise(scheduler: DDPMScheduler) -> Tensor:
-    """SNR of each timestep: alpha_bar / (1 - alpha_bar)."""
+    """Return the SNR of each timestep: alpha_bar / (1 - alpha_bar)."""
     alpha_bar: Tensor = scheduler.alphas_cumprod
     return alpha_bar / (1 - alpha_bar)

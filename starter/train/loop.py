@@ -1,11 +1,10 @@
-"""One training loop for every stage: warm-up and constant rate, checkpoints, a JSONL log, an optional cool-down.
+"""The training loop of all stages: warm-up and constant rate, checkpoints, a JSONL log, an optional cool-down.
 
-The learning rate follows "warm-up, stable, decay" (arXiv:2405.18392): it stays constant for as many sessions as
-there is patience for, and an export decays it for a short while from the last checkpoint, in a file of its own,
-so that the constant-rate checkpoint can always be continued.
+The learning rate follows "warm-up, stable, decay" (arXiv:2405.18392). It is constant over any number of runs. A
+cool-down starts from the last checkpoint and decays the rate for a short time. Its result is a separate file, so the
+constant-rate checkpoint can always be continued.
 
-A step's randomness is a function of (seed, step) alone, so a killed run continues exactly where its last
-checkpoint was.
+The randomness of a step depends only on (seed, step), so a killed run continues exactly from its last checkpoint.
 """
 
 import json
@@ -30,29 +29,29 @@ LOG = "log.jsonl"
 
 
 class Stage(Protocol):
-    """What the loop needs to know of a model in training."""
+    """The interface of a model in training."""
 
     name: str
     module: nn.Module
 
     def optimizer(self) -> Optimizer:
-        """A new one for the module, each of its groups at the full rate."""
+        """Return a new optimiser for the module, with all groups at the full rate."""
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Draw a batch with torch's global generator; the loss (a float32 scalar) and figures for the log."""
+        """Sample a batch with torch's global generator; return the loss (a float32 scalar) and figures for the log."""
 
     def after_step(self, step: int) -> None:
         """Called after each optimiser step: averages of weights, clamps."""
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides the module and the optimiser."""
+        """Return the state for a checkpoint, besides the module and the optimiser."""
 
     def load_extra_state(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how to train. `steps`: stop when the run has this many in all, cool-down not counted."""
+    """How to train. steps: total number of steps at which the run stops, without the cool-down."""
 
     steps: int
     seed: int = 0
@@ -66,7 +65,7 @@ class Plan:
 
 
 def autocast(bf16: bool | None) -> AbstractContextManager[Any]:
-    """bfloat16 matrix products where the CPU has instructions for them (2.5 to 7 times faster), else float32."""
+    """Use bfloat16 matrix products if the CPU has instructions for them (2.5 to 7 times faster), else float32."""
     if bf16 is None:
         has = torch.cpu.get_capabilities()
         bf16 = bool(has.get("amx_bf16", False) or has.get("avx512_bf16", False))
@@ -74,10 +73,10 @@ def autocast(bf16: bool | None) -> AbstractContextManager[Any]:
 
 
 def train(stage: Stage, folder: Path, plan: Plan) -> int:
-    """Train from the checkpoint in `folder`, if any, to `plan.steps`; returns the number of steps done in all.
+    """Train up to `plan.steps`, from the checkpoint in `folder` if it exists; return the total number of steps.
 
-    With `plan.cooldown`, that many further steps decay the rate to zero and are saved as `cooled.pt`,
-    leaving `checkpoint.pt` as it was. SIGTERM and SIGINT save a checkpoint and end the run.
+    With `plan.cooldown`, that many further steps decay the rate to zero. Their result is saved as `cooled.pt`;
+    `checkpoint.pt` is not changed. SIGTERM and SIGINT save a checkpoint and end the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = stage.optimizer()
@@ -104,7 +103,7 @@ def train(stage: Stage, folder: Path, plan: Plan) -> int:
         if plan.cooldown and not stop.requested:
             for index in tqdm(range(plan.cooldown), desc=f"{stage.name} cool-down", mininterval=10):
                 if stop.requested:
-                    return done  # half a cool-down is worth nothing: the checkpoint is what there is
+                    return done  # a partial cool-down is useless, and the checkpoint is already saved
                 rate = 1 - (index / plan.cooldown) ** 0.5  # "1-sqrt"
                 set_rates(optimizer, full_rates, rate)
                 figures = run_step(stage, optimizer, done + index, plan)
@@ -121,7 +120,7 @@ def set_rates(optimizer: Optimizer, full_rates: list[float], share: float) -> No
 
 def run_step(stage: Stage, optimizer: Optimizer, step: int, plan: Plan) -> dict[str, float]:
     torch.manual_seed(plan.seed * 1_000_003 + step)
-    with sdpa_kernel(SDPBackend.MATH):  # the CPU flash kernel's backward pass takes twice as long at these sizes
+    with sdpa_kernel(SDPBackend.MATH):  # the backward pass of the CPU flash kernel takes twice as long at these sizes
         with autocast(plan.bf16):
             loss, figures = stage.loss(step)
         optimizer.zero_grad()
@@ -134,7 +133,7 @@ def run_step(stage: Stage, optimizer: Optimizer, step: int, plan: Plan) -> dict[
 
 
 def save_checkpoint(stage: Stage, path: Path, optimizer: Optimizer, step: int) -> None:
-    """Write to a temporary name, then rename: a kill leaves the old checkpoint or the new one."""
+    """Write a checkpoint atomically: after a kill the old or the new one exists."""
     partial = path.with_suffix(".part")
     state = {
         "step": step,
@@ -147,7 +146,7 @@ def save_checkpoint(stage: Stage, path: Path, optimizer: Optimizer, step: int) -
 
 
 def load_checkpoint(stage: Stage, path: Path, optimizer: Optimizer | None = None) -> int:
-    """Restore `stage` (and `optimizer`) from `path`; returns its step, 0 when there is no such file."""
+    """Restore `stage` (and `optimizer`) from `path`; return its step, or 0 if the file does not exist."""
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -159,7 +158,7 @@ def load_checkpoint(stage: Stage, path: Path, optimizer: Optimizer | None = None
 
 
 def best_checkpoint(folder: Path) -> Path:
-    """The cooled-down weights where there are any newer than the constant-rate ones, else those."""
+    """Return the path of the cooled-down weights if they are newer than the constant-rate ones, else of the latter."""
     cooled, constant = folder / COOLED, folder / CHECKPOINT
     if cooled.exists() and cooled.stat().st_mtime >= constant.stat().st_mtime:
         return cooled
@@ -173,7 +172,7 @@ def write_line(log: Any, **figures: float | bool) -> None:
 
 
 class StopSignal:
-    """Context manager: remembers SIGTERM or SIGINT instead of dying of it."""
+    """Context manager that records SIGTERM and SIGINT instead of ending the process."""
 
     def __init__(self) -> None:
         self.requested = False

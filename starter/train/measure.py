@@ -1,4 +1,4 @@
-"""Figures for the model card: retrieval recall, similarity ranges, autoencoder PSNR."""
+"""Compute the figures of the model card: retrieval recall, similarity ranges, autoencoder PSNR."""
 
 from typing import Any
 
@@ -30,16 +30,19 @@ NONSENSE = (
 
 @torch.no_grad()
 def text_vectors(clip: Any, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """L2-normalised float32 (N, E)."""
+    """Return the L2-normalised vectors of texts, float32 (N, E)."""
     clip.eval()
     ids = tokenize(tokenizer, texts)
     return torch.cat([F.normalize(clip.encode_text(batch).float(), dim=-1) for batch in torch.split(ids, 128)])
 
 
 def recall(queries: Tensor, store: Tensor, concept: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Share of queries (C, E), one per concept number, with an image of their concept among the k nearest.
+    """Return the share of queries with an image of their concept among the k nearest.
 
-    `store` (N, E) and `concept` (N,): the images. Concepts without an image in the store are left out.
+    Args:
+        queries: one per concept, in the order of the concept numbers, shape (C, E).
+        store: vectors of the images, shape (N, E).
+        concept: concept numbers of the images, shape (N,). Concepts without an image are left out.
     """
     nearest = (queries @ store.T).topk(max(ks), dim=1).indices
     hits = concept[nearest] == torch.arange(len(queries))[:, None]
@@ -49,9 +52,10 @@ def recall(queries: Tensor, store: Tensor, concept: Tensor, ks: tuple[int, ...] 
 
 
 def similarity_ranges(queries: Tensor, nonsense: Tensor, store: Tensor, concept: Tensor) -> dict[str, list[float]]:
-    """5th, 50th and 95th percentile of text-image cosines.
+    """Return the 5th, 50th and 95th percentile of text-image cosines for four groups of pairs.
 
-    Right pairs; the best in the store for each name; random pairs; the best in the store for each nonsense text.
+    `right`: matching pairs. `best`: each name with its nearest image. `random`: random pairs. `nonsense_best`: each
+    nonsense text with its nearest image.
     """
     similarity = queries @ store.T
     right = similarity[concept, torch.arange(len(store))]
@@ -68,7 +72,7 @@ def similarity_ranges(queries: Tensor, nonsense: Tensor, store: Tensor, concept:
 
 @torch.no_grad()
 def reconstruction_psnr(autoencoder: AutoencoderTiny, pixels: Tensor) -> float:
-    """Mean over images of the PSNR in dB. `pixels`: uint8 (N, 3, S, S)."""
+    """Return the mean PSNR of the images in dB. pixels: uint8 (N, 3, S, S)."""
     values = []
     for batch in torch.split(pixels, 32):
         images = to_unit(batch)

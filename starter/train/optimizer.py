@@ -1,4 +1,4 @@
-"""The optimisers: AdamW, and Muon for the matrices and kernels of a network with AdamW for the rest."""
+"""The optimisers: AdamW, and Muon for matrices and kernels with AdamW for the other parameters."""
 
 from typing import Any, Protocol
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 MUON_RATE = 5.0
-"""Muon's rate for each 1 of AdamW's. Its updates have AdamW's size ("match_rms_adamw"), and bear a higher rate."""
+"""Muon's rate relative to AdamW's. Its updates have AdamW's size ("match_rms_adamw"), but permit a higher rate."""
 SMALLEST_WIDTH = 8
-"""Layers from or to fewer channels, the first and the last, are AdamW's."""
+"""AdamW trains layers with fewer input or output channels, which are the first and the last layer."""
 
 
 class Optimizer(Protocol):
-    """What the loop needs to know of an optimiser."""
+    """The interface of an optimiser in the training loop."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
@@ -25,7 +25,7 @@ class Optimizer(Protocol):
 def adamw(
     module: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Matrices and kernels decay; biases, gains and the logit scale do not."""
+    """Return AdamW with weight decay for matrices and kernels, but not for biases, gains and the logit scale."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -35,10 +35,13 @@ def adamw(
 
 
 class MuonWithAdamW:
-    """Orthogonalised updates (https://kellerjordan.github.io/posts/muon/) where a parameter is a linear map.
+    """Muon (https://kellerjordan.github.io/posts/muon/) for matrices and convolution kernels, AdamW for the rest.
 
-    A convolution kernel is one, too: (out, in x height x width). torch.optim.Muon takes matrices only, so it is given
-    a matrix over the kernel's own memory, which `channels_last` lays out so that one exists.
+    A kernel is the linear map (out, in x height x width). torch.optim.Muon only takes matrices, so it gets a matrix
+    view of the kernel's memory. Such a view exists only in the `channels_last` layout.
+
+    Raises:
+        ValueError: a kernel is not channels_last.
     """
 
     def __init__(self, module: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]):
@@ -49,7 +52,7 @@ class MuonWithAdamW:
                 matrices.append(parameter)
             elif parameter.ndim == 4 and min(parameter.shape[:2]) >= SMALLEST_WIDTH:
                 matrix = nn.Parameter(as_matrix(parameter.detach()))
-                if matrix.data_ptr() != parameter.data_ptr():  # a copy would be trained, and the kernel never
+                if matrix.data_ptr() != parameter.data_ptr():  # Muon would train a copy instead of the kernel
                     raise ValueError("the module's kernels must be channels_last")
                 self._kernels.append((parameter, matrix))
                 matrices.append(matrix)
@@ -85,5 +88,5 @@ class MuonWithAdamW:
 
 
 def as_matrix(kernel: Tensor) -> Tensor:
-    """(out, in, h, w) -> (out, h * w * in); of a channels-last kernel the same memory."""
+    """View (out, in, h, w) as (out, h * w * in); a channels-last kernel is not copied."""
     return kernel.permute(0, 2, 3, 1).flatten(1)

@@ -1,4 +1,4 @@
-"""A chart of a stage's log, drawn with Pillow so that training needs no plotting library."""
+"""Draw a chart of a stage's log with Pillow, so that training needs no plotting library."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ SMOOTHING = 0.9
 
 
 def plot_losses(folder: Path) -> Path:
-    """Write `loss.png`: the loss of every logged step in grey, its moving average in blue; returns its path."""
+    """Write `loss.png` and return its path: the loss of every logged step in grey, its moving average in blue."""
     lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
     points = sorted((line["step"], line["loss"]) for line in lines)
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")

@@ -1,9 +1,9 @@
-"""Teaches CLIP's text tower short and odd queries ("yellow fruit", "sad face"), the image tower staying as it is.
+"""Train CLIP's text tower on short and unusual queries ("yellow fruit", "sad face"); the image tower is not changed.
 
-A query made of keywords has many right answers, which the contrast of `clip.py` takes for wrong ones. Here each
-query is compared with the vectors of the whole corpus, and every image that has all its words is right. A fixed
-"nothing" answer stands among them: made-up words must choose it, so cosines above it mean that something fits.
-Image vectors do not change, so what was stored, and the generator's conditioning, stays valid.
+A query of keywords has many right answers, but the contrast of `clip.py` treats most of them as wrong. Here each query
+is compared with the vectors of the whole corpus, and every image with all its words is right. A fixed "nothing" answer
+is the right one for made-up words, so a cosine above it means a match. Image vectors do not change, so stored vectors
+and the generator's conditioning stay valid.
 """
 
 import random
@@ -21,16 +21,16 @@ from starter.train.optimizer import Optimizer, adamw
 from starter.train.texts import NAME_TEMPLATES, STYLE_PHRASES, main_colours, nonsense_text
 
 NOTHING_COSINE = 0.45
-"""What a right image's cosine must exceed. The trained CLIP gives right pairs 0.69 or more, 19 in 20 times."""
+"""Cosine of the "nothing" answer, which right images must exceed. Trained, 95 % of right pairs have 0.69 or more."""
 
-ASIDES = ("with a", "with", "in the", "on a", "in a", "and a", "on the", "near a", "for", "of the")
-"""How a prompt goes on after what it is about: "a fox in the snow" should still find the fox."""
+UNRELATED_LINKS = ("with a", "with", "in the", "on a", "in a", "and a", "on the", "near a", "for", "of the")
+"""Links to an unrelated word at the end of a query: "a fox in the snow" should still find the fox."""
 
 STOP_WORDS = frozenset({"and", "of", "the", "with", "a", "in", "on", "other", "for"})
 
 
 class QueryStage:
-    """Cross-entropy of each query with the share of right images, over all images and "nothing"."""
+    """Loss: cross-entropy of each query, over all images and "nothing", with equal shares of the right images."""
 
     name = "queries"
     weight_decay = 0.05
@@ -60,7 +60,7 @@ class QueryStage:
         self.words = [self.words_of(index) for index in range(len(self.samples))]
 
     def words_of(self, index: int) -> frozenset[str]:
-        """Everything one may call image `index`: keywords, words of its name and groups, colours."""
+        """Return all words that describe image `index`: keywords, words of its name and groups, colours."""
         sample = self.samples[index]
         texts = (sample.caption, sample.attributes["group"], sample.attributes["subgroup"].replace("-", " "))
         single = {word for text in texts for word in re.findall(r"[a-z']+", text.lower())}
@@ -81,7 +81,7 @@ class QueryStage:
         return loss, {"accuracy": hits.float().mean().item()}
 
     def random_query(self, rng: random.Random) -> tuple[str, Tensor]:
-        """A query and its right answers: float32 (N + 1,), summing to 1, the last one being "nothing"."""
+        """Return a query and the shares of its right answers: float32 (N + 1,), sum 1, the last is "nothing"."""
         target = torch.zeros(len(self.samples) + 1)
         if rng.random() < self.nonsense:
             target[-1] = 1
@@ -106,12 +106,12 @@ class QueryStage:
             fits = [i for i in fits if self.samples[i].attributes["style"] == style]
             text = f"{text}, {STYLE_PHRASES[style]}"
         if rng.random() < 0.3:
-            text = f"{text} {rng.choice(ASIDES)} {self.aside(rng)}"
+            text = f"{text} {rng.choice(UNRELATED_LINKS)} {self.unrelated_word(rng)}"
         target[fits] = 1 / len(fits)
         return text, target
 
-    def aside(self, rng: random.Random) -> str:
-        """A word that has nothing to do with the rest of the query: real half of the time."""
+    def unrelated_word(self, rng: random.Random) -> str:
+        """Return a word unrelated to the rest of the query; half of the time it is made up."""
         if rng.random() < 0.5:
             return nonsense_text(rng).split()[0]
         return rng.choice(sorted(self.words[rng.randrange(len(self.words))]))

@@ -1,4 +1,4 @@
-"""Training captions: names, keywords, colours and styles mixed, so that short and odd prompts work too."""
+"""Training captions that mix names, keywords, colours and styles, so that short and unusual prompts also work."""
 
 import random
 from collections.abc import Iterable
@@ -37,9 +37,11 @@ NAME_TEMPLATES = (
 
 
 def main_colours(pixels: Tensor, *, share: float = 0.22) -> list[str]:
-    """Colour words for the drawing, largest first; each covers at least `share` of its non-white pixels.
+    """Return at most two colour names, largest area first; each covers at least `share` of the non-white pixels.
 
-    pixels: uint8 (3, S, S). Nearest of COLOURS in plain RGB distance: crude, but the drawings are flat.
+    Each pixel counts for the nearest of COLOURS in RGB distance, which suffices for flat drawings.
+
+    pixels: uint8 (3, S, S).
     """
     flat = pixels.reshape(3, -1).T.float()
     drawn = flat[flat.min(dim=1).values < 235]
@@ -53,7 +55,7 @@ def main_colours(pixels: Tensor, *, share: float = 0.22) -> list[str]:
 
 
 def random_caption(sample: Sample, colours: list[str], rng: random.Random) -> str:
-    """One of many ways to ask for this image. 35 % its name, 30 % name and keywords, 35 % keywords or colours."""
+    """Return a random caption: 35 % the name, 30 % name and keywords, 35 % keywords; half of all with a colour."""
     kind = rng.random()
     name = rng.choice(NAME_TEMPLATES).format(sample.caption)
     words = rng.sample(sample.tags, k=min(len(sample.tags), rng.randint(1, 4)))
@@ -72,7 +74,7 @@ def random_caption(sample: Sample, colours: list[str], rng: random.Random) -> st
 
 
 def nonsense_text(rng: random.Random) -> str:
-    """One to four made-up words: what must not be near any image, so that a similarity threshold can mean something."""
+    """Return one to four made-up words, which must not be near any image, so that a similarity threshold works."""
     words = []
     for _ in range(rng.randint(1, 4)):
         if rng.random() < 0.3:
@@ -84,7 +86,7 @@ def nonsense_text(rng: random.Random) -> str:
 
 
 def vocabulary_texts(samples: Iterable[Sample]) -> list[str]:
-    """Every text that the tokenizer should be able to write briefly."""
+    """Return the texts from which the tokenizer learns its vocabulary."""
     texts: list[str] = [*COLOURS, *STYLE_PHRASES.values(), *(t.format("a") for t in NAME_TEMPLATES)]
     for sample in samples:
         texts += [sample.caption, *sample.tags, sample.attributes["group"], sample.attributes["subgroup"]]

@@ -1,4 +1,4 @@
-"""A small CLIP tokenizer: byte pairs learned from the corpus texts, padding id 0, end-of-text the highest id."""
+"""A small CLIP tokenizer: byte pairs learned from the corpus texts, padding id 0, end-of-text with the highest id."""
 
 import json
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def learn_tokenizer(texts: Iterable[str], *, vocab_size: int) -> CLIPTokenizer:
-    """A CLIPTokenizer of at most `vocab_size` entries (512 byte symbols and 3 special ones among them).
+    """Learn a CLIPTokenizer with at most `vocab_size` entries, including 512 byte symbols and 3 special tokens.
 
     End-of-text has the highest id, because open_clip pools the text at `argmax` of the ids.
     """

@@ -1,4 +1,4 @@
-"""Rows for a file: the images of a collection, and what jobs have generated with the record of it."""
+"""Read the images of a collection, or outputs with their records, as rows of an image file."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,67 +15,70 @@ from scripts.export.image_file import Row
 from shared.db import images, outputs
 from shared.db.session import session_scope
 from shared.db.spaces import Space
-from shared.db.tables import BulkItem, Generation, GenerationReference, Image, Job, Owner
+from shared.db.tables import BulkItem, Image, Job, Output, OutputReference, Owner
 from shared.errors import EmbeddingError, EmbeddingUnavailableError
 from shared.imaging import open_image, perceptual_hash
 from shared.messaging import embedding_rpc
 
-PAGE = 64
-TRIES = 5
-"""Before a worker that does not answer ends an export: it may be starting again."""
-GENERATED = "generated"
-"""The tag of outputs that are taken for images of a corpus."""
+PAGE_SIZE = 64
+EMBED_TRIES = 5
+"""Tries before an export fails without an embed worker, because the worker may be restarting."""
+GENERATED_TAG = "generated"
+"""Tag of outputs that are exported as images of a corpus."""
 
-COPIED = (
+COPIED_COLUMNS = (
     *("sha256", "format", "width", "height", "perceptual_hash"),
     *("caption", "tags", "source", "licence", "filename", "created_at"),
 )
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Which outputs: of an owner, or of all; made at or after, and before, a moment."""
+class OutputSelection:
+    """Select outputs by owner (None: all owners) and creation time: `after` <= time < `before`."""
 
     owner_id: UUID | None = None
     after: datetime | None = None
     before: datetime | None = None
 
     def conditions(self) -> list[ColumnElement[bool]]:
-        wanted = []
+        conditions = []
         if self.owner_id is not None:
-            wanted.append(Generation.owner_id == self.owner_id)
+            conditions.append(Output.owner_id == self.owner_id)
         if self.after is not None:
-            wanted.append(Generation.created_at >= self.after)
+            conditions.append(Output.created_at >= self.after)
         if self.before is not None:
-            wanted.append(Generation.created_at < self.before)
-        return wanted
+            conditions.append(Output.created_at < self.before)
+        return conditions
 
 
 def count_images(session: Session, collection_id: UUID) -> int:
     return session.scalar(select(func.count()).where(Image.collection_id == collection_id)) or 0
 
 
-def count_outputs(session: Session, chosen: Chosen) -> int:
-    return session.scalar(select(func.count(Generation.id)).where(*chosen.conditions())) or 0
+def count_outputs(session: Session, selection: OutputSelection) -> int:
+    return session.scalar(select(func.count(Output.id)).where(*selection.conditions())) or 0
 
 
-def corpus(collection_id: UUID, space: Space | None) -> Iterator[Row]:
-    """Every image, oldest first, a page at a time; what is added meanwhile comes too. Bytes are named by their keys."""
+def corpus_rows(collection_id: UUID, space: Space | None) -> Iterator[Row]:
+    """Yield every image, oldest first, including images that are added during the export.
+
+    A row has the blob keys instead of the bytes.
+    """
     last: tuple[Any, UUID] | None = None
     while True:
         with session_scope() as session:
             statement = select(Image).where(Image.collection_id == collection_id)
             if last is not None:
                 statement = statement.where(tuple_(Image.created_at, Image.id) > last)
-            page = session.scalars(statement.order_by(Image.created_at, Image.id).limit(PAGE)).all()
-            vectors = {} if space is None else _vectors(session, space, [image.id for image in page])
+            page = session.scalars(statement.order_by(Image.created_at, Image.id).limit(PAGE_SIZE)).all()
+            vectors = {} if space is None else _vectors_by_image(session, space, [image.id for image in page])
         if not page:
             return
         last = (page[-1].created_at, page[-1].id)
         for image in page:
             embedding, norm = vectors.get(image.id, (None, None))
             yield {
-                **{name: getattr(image, name) for name in COPIED},
+                **{name: getattr(image, name) for name in COPIED_COLUMNS},
                 "id": str(image.id),
                 "attributes": _json(image.attributes),
                 "blob_key": image.blob_key,
@@ -85,48 +88,53 @@ def corpus(collection_id: UUID, space: Space | None) -> Iterator[Row]:
             }
 
 
-def _vectors(session: Session, space: Space, image_ids: Sequence[UUID]) -> dict[UUID, tuple[list[float], float]]:
-    found = images.pinned(session, space, image_ids, None)
+def _vectors_by_image(
+    session: Session, space: Space, image_ids: Sequence[UUID]
+) -> dict[UUID, tuple[list[float], float]]:
+    found = images.find_by_ids(session, space, image_ids, None)
     return {image_id: (each.vector.tolist(), each.norm) for image_id, each in found.items()}
 
 
-def generated(chosen: Chosen) -> Iterator[Row]:
-    """Every output, oldest first, a page at a time. Bytes are named by their keys; see `with_hash`, `with_vector`."""
+def output_rows(selection: OutputSelection) -> Iterator[Row]:
+    """Yield every selected output, oldest first.
+
+    A row has the blob keys instead of the bytes; `with_hash` and `with_vector` complete it.
+    """
     last: tuple[Any, UUID] | None = None
     of_item = and_(BulkItem.bulk_id == Job.bulk_id, BulkItem.line == Job.bulk_line)
     while True:
         with session_scope() as session:
             statement = (
-                select(Generation, Job, Owner.name, BulkItem.custom_id)
-                .join(Job, Job.id == Generation.job_id)
-                .join(Owner, Owner.id == Generation.owner_id)
+                select(Output, Job, Owner.name, BulkItem.custom_id)
+                .join(Job, Job.id == Output.job_id)
+                .join(Owner, Owner.id == Output.owner_id)
                 .outerjoin(BulkItem, of_item)
-                .where(*chosen.conditions())
+                .where(*selection.conditions())
             )
             if last is not None:
-                statement = statement.where(tuple_(Generation.created_at, Generation.id) > last)
-            statement = statement.order_by(Generation.created_at, Generation.id).limit(PAGE)
+                statement = statement.where(tuple_(Output.created_at, Output.id) > last)
+            statement = statement.order_by(Output.created_at, Output.id).limit(PAGE_SIZE)
             page = session.execute(statement).all()
-            used = outputs.references_of(session, [output.id for output, *_ in page])
+            used = outputs.list_references(session, [output.id for output, *_ in page])
         if not page:
             return
         last = (page[-1][0].created_at, page[-1][0].id)
         for output, job, owner, custom_id in page:
-            yield _as_image(output, job) | _as_output(output, job, owner, custom_id, used.get(output.id, []))
+            yield _image_columns(output, job) | _output_columns(output, job, owner, custom_id, used.get(output.id, []))
 
 
-def _as_image(output: Generation, job: Job) -> Row:
-    """What the output is as an image of a corpus."""
+def _image_columns(output: Output, job: Job) -> Row:
+    """Return the columns of the output as an image of a corpus."""
     record = output.provenance
-    said = {"job_id": str(job.id), "seed": str(output.seed), "model": job.model}
+    attributes = {"job_id": str(job.id), "seed": str(output.seed), "model": job.model}
     return {
         **{name: getattr(output, name) for name in ("sha256", "format", "width", "height", "created_at")},
         "id": str(output.id),
         "caption": record["parameters"]["prompt"],
-        "tags": [GENERATED],
+        "tags": [GENERATED_TAG],
         "source": None,
         "licence": None,
-        "attributes": _json(said),
+        "attributes": _json(attributes),
         "filename": f"{output.id}.{output.format}",
         "blob_key": output.blob_key,
         "thumbnail_key": output.thumbnail_key,
@@ -135,8 +143,8 @@ def _as_image(output: Generation, job: Job) -> Row:
     }
 
 
-def _as_output(
-    output: Generation, job: Job, owner: str, custom_id: str | None, references: Sequence[GenerationReference]
+def _output_columns(
+    output: Output, job: Job, owner: str, custom_id: str | None, references: Sequence[OutputReference]
 ) -> Row:
     record = output.provenance
     return {
@@ -169,7 +177,7 @@ def _as_output(
 
 
 def with_hash(row: Row) -> Row:
-    """The row with the perceptual hash that an upload of its bytes would get.
+    """Add the perceptual hash that an upload of the bytes would get.
 
     Raises:
         InvalidImageError: the stored bytes are damaged.
@@ -178,24 +186,24 @@ def with_hash(row: Row) -> Row:
 
 
 def with_vector(row: Row, space: Space) -> Row:
-    """The row with the vector that an embed worker gives its bytes; without one where it cannot.
+    """Add the vector that an embed worker computes for the bytes; leave it None if the worker cannot.
 
-    One image at a time: who searches meanwhile waits for one at most.
+    Images are embedded one at a time, so that a search waits for at most one of them.
 
     Raises:
-        EmbeddingUnavailableError: no worker answers.
+        EmbeddingUnavailableError: no worker answered in `EMBED_TRIES` tries.
     """
-    for attempt in range(TRIES):
+    for attempt in range(EMBED_TRIES):
         try:
             answer = embedding_rpc.embed_image(row["image"])
             break
         except EmbeddingUnavailableError:
-            if attempt == TRIES - 1:
+            if attempt == EMBED_TRIES - 1:
                 raise
         except EmbeddingError:
             return row
     if answer.space != space.digest:
-        return row  # of another model than the one that searches use
+        return row  # the vector belongs to another space than the one that searches use
     vector = answer.vectors[0]
     norm = float(np.linalg.norm(vector))
     return row | {"embedding": (vector / norm).astype(np.float16).astype(np.float32).tolist(), "norm": norm}

@@ -1,4 +1,4 @@
-"""Rows of a file into a collection."""
+"""Add rows of an image file to a collection."""
 
 import json
 from collections import Counter
@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from scripts.export.image_file import Header, ImageFileError, Row
-from scripts.export.outgoing import COPIED
+from scripts.export.rows import COPIED_COLUMNS
 from shared.contracts.common import ImageFormat
 from shared.contracts.images import ImageDescription, ImageState
 from shared.db import blobs, images, spaces
@@ -21,8 +21,11 @@ from shared.db.tables import Image
 from shared.storage import get_blobs, image_key, thumbnail_key
 
 
-def space_for(session: Session, header: Header) -> Space | None:
-    """The active space if the file's vectors are of it; the first space of an installation becomes the active one."""
+def space_for_import(session: Session, header: Header) -> Space | None:
+    """Return the active space if the file's vectors belong to it, else None.
+
+    In an installation without a space, the file's space becomes the active one.
+    """
     active = spaces.find_active(session)
     if header.space is None or (active is not None and active.digest != header.space):
         return None
@@ -31,23 +34,27 @@ def space_for(session: Session, header: Header) -> Space | None:
     return spaces.ensure(session, digest=header.space, model=header.model, dim=header.dim)
 
 
-def bring(rows: list[Row], collection_id: UUID, space: Space | None) -> Counter[str]:
-    """One group, all or none."""
+def import_rows(rows: list[Row], collection_id: UUID, space: Space | None) -> Counter[str]:
+    """Import one group of rows, all or none; return the counts `new`, `existing` and `to_embed`.
+
+    Raises:
+        ImageFileError: a digest is not valid, or the sweeper deleted the new blobs before their rows were written.
+    """
     with session_scope() as session:
         digests = [row["sha256"] for row in rows]
         there = select(Image.sha256).where(Image.collection_id == collection_id, Image.sha256.in_(digests))
         known = set(session.scalars(there))
         ids = {UUID(row["id"]) for row in rows}
         taken = set(session.scalars(select(Image.id).where(Image.id.in_(ids))))
-        new = [_Incoming(row, taken) for row in rows if row["sha256"] not in known]
-        # Bytes before rows, and claimed before that, so that nothing is swept in between.
+        new = [_ImportedImage(row, taken) for row in rows if row["sha256"] not in known]
+        # Store bytes before rows, and claim them first, so that the sweeper does not delete them in between.
         claim_id = blobs.claim(session, [key for each in new for key in (each.blob_key, each.thumbnail_key)])
-    for each in new:
-        each.store()
+    for image in new:
+        image.store_bytes()
     counts = Counter(existing=len(rows) - len(new))
     with session_scope() as session:
-        if not blobs.settle(session, claim_id):
-            raise ImageFileError("the blobs were swept before their rows were written: start again")
+        if not blobs.end_claim(session, claim_id):
+            raise ImageFileError("the sweeper deleted the blobs before their rows were written: start again")
         for each in new:
             embedded = space is not None and each.row["embedding"] is not None
             statement = upsert(Image).values(
@@ -68,26 +75,26 @@ def bring(rows: list[Row], collection_id: UUID, space: Space | None) -> Counter[
                 vector = np.asarray(each.row["embedding"], np.float32)
                 values = {"image_id": added, "embedding": vector.tolist(), "norm": each.row["norm"]}
                 session.execute(upsert(space.table).values(values))
-        images.touch(session, collection_id)
+        images.bump_collection_version(session, collection_id)
     return counts
 
 
-class _Incoming:
+class _ImportedImage:
     """A row of the file as an image of this installation."""
 
     def __init__(self, row: Row, taken: set[UUID]) -> None:
         self.row = row
         self.format = ImageFormat(row["format"])
         if len(row["sha256"]) != 64 or not set(row["sha256"]) <= set("0123456789abcdef"):
-            raise ImageFileError(f"{row['sha256']!r} is no digest")
+            raise ImageFileError(f"{row['sha256']!r} is not a sha256 digest")
         self.blob_key = image_key(row["sha256"], self.format)
         self.thumbnail_key = thumbnail_key(row["sha256"])
-        # Records of generations name images by id, so it stays unless another collection here has it.
+        # Provenance records name images by id, so the id is kept unless another image here has it.
         self._id = uuid4() if UUID(row["id"]) in taken else UUID(row["id"])
         self._size_bytes = len(row["image"])
 
-    def store(self) -> None:
-        """Store the bytes, unless another collection has this image: then its bytes, as they are, are of both."""
+    def store_bytes(self) -> None:
+        """Store the bytes, unless another collection has this image: both then share its stored bytes."""
         there = get_blobs().info(self.blob_key)
         if there is None:
             get_blobs().put(self.blob_key, self.row["image"], media_type=self.format.media_type)
@@ -104,7 +111,7 @@ class _Incoming:
             }
         )
         return {
-            **{name: self.row[name] for name in COPIED},
+            **{name: self.row[name] for name in COPIED_COLUMNS},
             **described.model_dump(),
             "id": self._id,
             "format": self.format.value,

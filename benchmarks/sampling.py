@@ -1,4 +1,4 @@
-"""Looking on while something runs: what a process holds in memory, how long others wait, how busy the machine is."""
+"""Measurements during a run: memory and processor time of processes, latencies, load average."""
 
 import os
 import statistics
@@ -12,34 +12,34 @@ from typing import Self
 
 import psutil
 
-LOOK_S = 0.5
+SAMPLE_INTERVAL_S = 0.5
 
 
-class Watch(threading.Thread):
-    """Calls `look` again and again, `pause_s` apart, as long as the block lasts; what it said, with when."""
+class Sampler(threading.Thread):
+    """Context manager that calls `measure` repeatedly, `pause_s` apart, and keeps (time, value) samples."""
 
-    def __init__(self, look: Callable[[], float], *, pause_s: float = LOOK_S) -> None:
+    def __init__(self, measure: Callable[[], float], *, pause_s: float = SAMPLE_INTERVAL_S) -> None:
         super().__init__(daemon=True)
-        self._look, self._pause_s = look, pause_s
+        self._measure, self._pause_s = measure, pause_s
         self._end = threading.Event()
         self._error: Exception | None = None
-        self.seen: list[tuple[float, float]] = []
+        self.samples: list[tuple[float, float]] = []
 
     @property
     def values(self) -> list[float]:
-        return [value for _, value in self.seen]
+        return [value for _, value in self.samples]
 
     def between(self, since: float, until: float) -> list[float]:
-        """What was said of looks that began in that time of `time.monotonic()`."""
-        return [value for at, value in self.seen if since <= at <= until]
+        """Return the values of measurements that started between two times of `time.monotonic()`."""
+        return [value for at, value in self.samples if since <= at <= until]
 
     def run(self) -> None:
         while not self._end.is_set():
             at = time.monotonic()
             try:
-                self.seen.append((at, self._look()))
+                self.samples.append((at, self._measure()))
             except Exception as error:
-                self._error = error  # raised where the block ends: figures with holes are none
+                self._error = error  # raised at the end of the block, because samples are missing
                 return
             self._end.wait(self._pause_s)
 
@@ -55,7 +55,7 @@ class Watch(threading.Thread):
 
 
 def resident_mib(pid: int) -> float:
-    """Memory of a process and all below it, in MiB; pages that they share count for each."""
+    """Return the memory of a process and its descendants in MiB; shared pages count for each process."""
     total = 0
     process = psutil.Process(pid)
     for each in (process, *process.children(recursive=True)):
@@ -67,7 +67,7 @@ def resident_mib(pid: int) -> float:
 
 
 def cpu_s(pids: Mapping[str, int | None]) -> dict[str, float]:
-    """Processor time of these processes and all below them so far, in seconds, no matter who else runs."""
+    """Return the processor time so far of each process and its descendants, in seconds; None for a pid counts 0."""
     spent: dict[str, float] = defaultdict(float)
     for name, pid in pids.items():
         for each in () if pid is None else (process := psutil.Process(pid), *process.children(recursive=True)):
@@ -77,7 +77,7 @@ def cpu_s(pids: Mapping[str, int | None]) -> dict[str, float]:
     return spent
 
 
-def seconds_of(call: Callable[[], object]) -> float:
+def time_call_s(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
@@ -87,8 +87,8 @@ def load_average() -> float:
     return round(os.getloadavg()[0], 1)
 
 
-def in_ms(seconds: Sequence[float]) -> dict[str, float]:
-    """Count, median, 95th percentile and worst, in milliseconds."""
+def latency_summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Return count, median, 95th percentile and maximum, in milliseconds."""
     if not seconds:
         return {"count": 0}
     last = statistics.quantiles(seconds, n=20, method="inclusive")[-1] if len(seconds) > 1 else seconds[0]

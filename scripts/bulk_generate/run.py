@@ -1,0 +1,180 @@
+"""One run: plan the items, send them as a bulk, download the results, write the manifest."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+from afterimage_client import Afterimage, BulkState, BulkView, InvalidRequestError, NotFoundError
+from scripts.bulk_generate import options
+from scripts.bulk_generate.downloads import HEADER_LINES, BulkDownloader, ItemCounts
+from scripts.bulk_generate.folder import BulkFolder, FolderError, Run, describe_rejected
+from scripts.bulk_generate.plan import PlanError, PlannedItem, RejectedRow
+from scripts.bulk_generate.results import Record, write_results
+from scripts.console import ConsoleOutput, ExitCode, client_from_options
+
+DRY_RUN_EXAMPLES = 5
+
+
+def run(arguments: argparse.Namespace, output: ConsoleOutput) -> ExitCode:
+    """Plan, send and download, each step from where an earlier run in this folder stopped.
+
+    Raises:
+        PlanError, FolderError, ValueError: the options or the input are invalid.
+        TableFileError, OSError: a file cannot be read or written.
+        AfterimageError: the service refused a request or did not answer.
+    """
+    folder = BulkFolder(arguments.out)
+    with folder.locked(), client_from_options(arguments) as service:
+        saved_run = _load_or_plan_run(folder, arguments, output)
+        plan = list(folder.load_plan())
+        bulk = _send_bulk(service, folder, saved_run, plan, output)
+        if arguments.cancel and not bulk.state.is_final:
+            service.bulks.cancel(bulk.id)
+        if arguments.retry_failed:
+            service.bulks.retry_failed(bulk.id)
+        downloader = BulkDownloader(service, folder, plan, output, arguments.concurrency)
+        bulk = downloader.run(bulk.id)
+        rejected = _all_rejected(service, folder, bulk, plan)
+        write_results(
+            _manifest_records(service, folder, bulk, plan),
+            manifest=folder.manifest,
+            table=folder.table,
+            sheet=folder.sheet,
+            title=bulk.name or str(bulk.id),
+        )
+        return _print_summary(folder, bulk, downloader.counts, rejected, output)
+
+
+def dry_run(arguments: argparse.Namespace, output: ConsoleOutput) -> ExitCode:
+    """Print the planned items; contact no service and write no file."""
+    items, images = 0, 0
+    rejected: list[RejectedRow] = []
+    for item in options.planned_items(arguments):
+        if isinstance(item, RejectedRow):
+            rejected.append(item)
+            continue
+        items, images = items + 1, images + len(item.files)
+        output.event("item", row=item.row, request=item.request, files=item.files)
+        if items <= DRY_RUN_EXAMPLES:
+            output.info(f"{item.files[0]}\n    {item.request['prompt']}")
+    if items > DRY_RUN_EXAMPLES:
+        output.info("...")
+    output.info(f"{items} items, {images} images")
+    output.event("planned", items=items, images=images, rejected=len(rejected))
+    if rejected:
+        output.error(describe_rejected(rejected))
+    return ExitCode.DONE if items and (not rejected or arguments.skip_invalid) else ExitCode.INVALID_INPUT
+
+
+def _load_or_plan_run(folder: BulkFolder, arguments: argparse.Namespace, output: ConsoleOutput) -> Run:
+    """Return the run in the folder, or plan a new one from the options."""
+    run = folder.find_run()
+    has_input = arguments.input is not None or arguments.template is not None
+    if run is None:
+        if not has_input or arguments.cancel or arguments.retry_failed:
+            raise FolderError(f"{folder.path} has no run: name a file or a --template to start one")
+        run = folder.save_plan(
+            options.planned_items(arguments),
+            options.fixed_options(arguments),
+            header=lambda items: options.header(arguments, items),
+            skip_rejected=arguments.skip_invalid,
+        )
+        rejected = folder.load_rejected()
+        output.info(f"{run.items} items planned" + (f", {len(rejected)} rows left out" if rejected else ""))
+        output.event("planned", items=run.items, rejected=len(rejected))
+    elif has_input:
+        given = options.fixed_options(arguments)
+        if changed := [name for name, value in given.items() if value != run.options.get(name) and value is not None]:
+            raise FolderError(f"{folder.path} has a run with another {', '.join(changed)}: choose another --out")
+    return run
+
+
+def _send_bulk(
+    service: Afterimage, folder: BulkFolder, run: Run, plan: Sequence[PlannedItem], output: ConsoleOutput
+) -> BulkView:
+    """Create the bulk of this run if necessary, send all of its lines, and return it."""
+    header = run.header.encode()
+    while True:
+        if run.bulk_id is None:
+            run = folder.save_bulk_id(run, service.bulks.create(header, idempotency_key=run.key).id)
+            output.event("created", bulk_id=run.bulk_id)
+        assert run.bulk_id is not None
+        try:
+            bulk = service.bulks.send(run.bulk_id, _lines(header, plan))
+        except NotFoundError as error:
+            raise FolderError(
+                f"the service does not have bulk {run.bulk_id} any more: start again with another --out"
+            ) from error
+        except InvalidRequestError as error:
+            if error.code != "bulk_invalid":
+                raise
+            bulk = service.bulks.get(run.bulk_id)
+        if bulk.state is BulkState.REFUSED:
+            refused = _all_rejected(service, folder, bulk, plan)
+            folder.delete_run()
+            raise PlanError(
+                f"{describe_rejected(refused)}\nThe bulk was refused. Correct these rows, or add --skip-invalid."
+            )
+        if bulk.state is not BulkState.ABANDONED:
+            output.info(f"bulk {bulk.id} has all {len(plan)} items")
+            output.event("sent", bulk_id=bulk.id, items=len(plan))
+            return bulk
+        run = folder.restart(run)  # no item of an abandoned bulk has run
+
+
+def _lines(header: bytes, plan: Sequence[PlannedItem]) -> Iterator[bytes]:
+    yield header
+    for item in plan:
+        yield item.line
+
+
+def _all_rejected(
+    service: Afterimage, folder: BulkFolder, bulk: BulkView, plan: Sequence[PlannedItem]
+) -> list[RejectedRow]:
+    """Return the rows that the script or the service rejected, and write them to `rejected.jsonl`."""
+    rejected = dict.fromkeys(folder.load_rejected())
+    if bulk.invalid:
+        for error in service.bulks.errors(bulk.id):
+            fields = "; ".join(f"{problem.field}: {problem.message}" for problem in error.errors)
+            row = plan[error.line - HEADER_LINES - 1].row
+            rejected[RejectedRow(row, f"{error.code}: {fields or error.detail}")] = None
+        folder.save_rejected(rejected)
+    return list(rejected)
+
+
+def _manifest_records(
+    service: Afterimage, folder: BulkFolder, bulk: BulkView, plan: Sequence[PlannedItem]
+) -> Iterator[Record]:
+    """Yield the records of the service's manifest with row, request and files added."""
+    for record in service.bulks.manifest(bulk.id):
+        planned = plan[record["line"] - HEADER_LINES - 1]
+        for image in record["outputs"]:
+            path = folder.image_path(planned.files[image["index"]])
+            image["file"] = str(path.relative_to(folder.path)) if path.exists() else None
+        yield {"row": planned.row, **record, "request": planned.request}
+
+
+def _print_summary(
+    folder: BulkFolder, bulk: BulkView, counts: ItemCounts, rejected: Sequence[RejectedRow], output: ConsoleOutput
+) -> ExitCode:
+    complete = not (counts.failed or counts.missing or rejected)
+    output.event(
+        "done",
+        bulk_id=bulk.id,
+        state=bulk.state,
+        succeeded=counts.succeeded,
+        failed=counts.failed,
+        missing=counts.missing,
+        rejected=len(rejected),
+        manifest=folder.manifest,
+    )
+    output.info(
+        f"{bulk.state.value}: {counts.succeeded} succeeded, {counts.failed} failed, {counts.missing} files missing, "
+        f"{len(rejected)} rows left out\nwrote {folder.manifest}, {folder.table.name} and {folder.sheet.name}"
+    )
+    if counts.failed:
+        output.info("--retry-failed retries the failed items.")
+    for row in rejected:
+        output.event("rejected", row=row.row, reason=row.reason)
+    if rejected:
+        output.info(describe_rejected(rejected))
+    return ExitCode.DONE if complete else ExitCode.INCOMPLETE
