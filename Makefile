@@ -1,5 +1,5 @@
-# Everything a person or a machine runs here. Each target sets up what it needs first, so any of them works
-# in a fresh clone; `make help` lists them.
+# All commands of the project; `make help` lists them. Each target first installs what it needs, so it also works in
+# a fresh clone.
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
@@ -14,9 +14,9 @@ PROMPT ?= a red apple with a bite
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY) ## install exactly what requirements.lock names, into .venv (done by every other target too)
+setup: $(READY) ## install the packages of requirements.lock into .venv; other targets do it too
 
-# The lock pins every file by its hash; the project itself is then linked in without asking the registry again.
+# The lock pins every file by its hash. The project itself is installed as editable, without the registry.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name it with PYTHON=..."; exit 1; }
 	@test -x $(PY) || { echo "Creating .venv; the first install takes several minutes (about 6 GB, most of it torch)."; $(PYTHON) -m venv .venv; }
@@ -34,13 +34,16 @@ up: $(READY) ## start the local stack in the background and print its addresses
 down: $(READY) ## stop the local stack; its data stays in var/
 	@$(PY) -m ops.local down
 
-test: $(READY) ## run the whole test suite on real servers  (T=tests/unit for a part)
-	$(PY) -m pytest $(T)
+test: $(READY) ## run the test suite on real servers, without the extended tests  (T=tests/unit for a part, with them)
+	$(PY) -m pytest $(or $(T),-m "not extended")
 
-eval: $(READY) ## does retrieval help? figures, a chart and sheets into out/eval/  (EVAL=--quick, EVAL=--help)
+test-all: $(READY) ## run the tests that `make test` leaves out, and property tests with many more examples
+	$(PY) -m pytest -m "extended or hypothesis" --hypothesis-profile=full
+
+eval: $(READY) ## measure whether retrieval helps; figures, a chart and sheets into out/eval/  (EVAL=--quick, EVAL=--help)
 	$(PY) -m scripts.evaluate $(EVAL)
 
-bench: $(READY) ## the figures behind what is said of caching, pooling and typing, each with its conditions
+bench: $(READY) ## measure caching, connection pooling and typing, each with its conditions
 	@$(PY) -m ops.local run --generate 0 -- sh -c '$(PY) -m scripts.index_images starter/corpus.tar --url "$$AFTERIMAGE_URL" \
 		&& $(PY) -m benchmarks.search_cache && $(PY) -m benchmarks.connection_pool && $(PY) -m benchmarks.typing_coverage'
 
@@ -53,39 +56,39 @@ soak: $(READY) ## thousands of jobs and requests, and whether any process keeps 
 fuzz: $(READY) ## the whole OpenAPI document by Schemathesis against a stack, into out/fuzz/  (FUZZ="--seed 7", FUZZ=--help)
 	@$(PY) -m tests.fuzz $(FUZZ)
 
-lint: $(READY) ## style, types, import rules and what bandit is fairly sure of
+lint: $(READY) ## check style, types, import rules, and security findings of medium severity
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 	.venv/bin/bandit --quiet --recursive --severity-level medium --confidence-level medium $(SHIPPED)
 
-# Its own environment: it must not decide which versions the product gets.
-audit: ## which locked packages have known vulnerabilities; asks the network, fails nothing
+# In its own environment, so that its dependencies do not change the versions of the product.
+audit: ## list locked packages with known vulnerabilities; needs the network, never fails
 	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit==2.10.1; }
 	-build/audit/bin/pip-audit --requirement requirements.lock --require-hashes --disable-pip --desc off
 
-train-starter: $(READY) ## train the starter models from nothing into starter/models/ (many hours; resumes from var/training)
+train-starter: $(READY) ## train the starter models from scratch into starter/models/ (many hours; resumes from var/training)
 	$(PY) -m starter.train all
 
 docs: $(READY) ## write docs/settings.md from the settings
 	$(PY) -m scripts.document_settings
 
-# One file for development with everything, and from it what each container image installs.
+# requirements.lock has all packages for development. The lock of each container image is a subset of it.
 COMPILE = build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml -
 SUBSET = $(COMPILE) --constraint requirements.lock --output-file
 
-lock: ## resolve pyproject.toml afresh into requirements.lock and the locks of the container images
+lock: ## resolve pyproject.toml again into requirements.lock and the locks of the container images
 	@test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv==0.13.9; }
 	echo 'setuptools>=80' | $(COMPILE) --upgrade --all-extras --output-file requirements.lock
 	echo 'setuptools>=80' | $(SUBSET) ops/docker/api.lock --extra api
 	echo 'setuptools>=80' | $(SUBSET) ops/docker/worker.lock --extra worker
 	printf 'setuptools>=80\nflower\n' | $(SUBSET) ops/docker/flower.lock --extra server
 
-clean: ## stop the stack, remove .venv and every cache; var/ and out/ stay
+clean: ## stop the stack, remove .venv and all caches; var/ and out/ are kept
 	@if test -x $(PY); then $(PY) -m ops.local down; fi
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo up down test eval bench chaos soak fuzz lint audit train-starter docs lock clean
+.PHONY: help setup demo up down test test-all eval bench chaos soak fuzz lint audit train-starter docs lock clean

@@ -1,9 +1,10 @@
-"""What every test can ask for: real servers, an empty migrated database of its own, and the whole stack.
+"""Fixtures for all tests: real servers, an empty migrated database for each test, and whole stacks.
 
-Servers start when the first test asks for them. Every test that asks for `database` gets a fresh copy of a database
-that was migrated once (a copy takes about 10 ms), so code under test commits as it does in production.
+Servers start when the first test needs them. Each test with `postgres_url` gets a copy of one migrated database. A copy
+takes about 10 ms. So the code under test commits as it does in production.
 """
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import psycopg2
 import pytest
 import redis
+from hypothesis import settings as hypothesis_settings
 from psycopg2 import extensions
 from sqlalchemy import URL, make_url
 from sqlalchemy.orm import Session
@@ -22,18 +24,29 @@ from sqlalchemy.orm import Session
 from ops.local.stack import DATABASE, LocalStack
 from shared.db.session import build_engine, get_engine
 from shared.messaging import queue
-from shared.messaging.coalesce import close_bells
+from shared.messaging.coalesce import close_notifiers
 from shared.settings import Settings, get_settings
-from shared.singleton import once
+from shared.singleton import process_singleton
 from tests.stack import RunningStack, running_stack
 
 _copies = count(1)
 
+# Property tests take the number of their examples from these profiles. `make test-all` runs them again with `full`.
+hypothesis_settings.register_profile("quick", max_examples=20, stateful_step_count=30, deadline=None)
+hypothesis_settings.register_profile("full", max_examples=300, stateful_step_count=30, deadline=None)
+hypothesis_settings.load_profile("quick")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first: a mistake shows in seconds, and whole stacks do not idle beside the rest of the run."""
+    """Run quick tests first: a mistake shows in seconds, and whole stacks do not idle beside the rest of the run."""
     folders = ["unit", "integration"]
     items.sort(key=lambda item: folders.index(item.path.parent.name) if item.path.parent.name in folders else 2)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the imported libraries out of every later garbage collection, which then takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +79,7 @@ def fresh_database(servers: LocalStack) -> Iterator[str]:
 
 
 def _administer(server: URL, statement: str) -> None:
-    # Copying a database takes as long as it takes: the bound that the API sets is for what people wait for.
+    # The API sets a wait callback that limits the time of a statement. A copy of a database may take longer.
     bound = extensions.get_wait_callback()
     extensions.set_wait_callback(None)
     # A connection for each statement: a test may have restarted the server in between.
@@ -85,16 +98,16 @@ def _administer(server: URL, statement: str) -> None:
 @pytest.fixture
 def redis_url(servers: LocalStack) -> str:
     """The URL of the queue's server, empty."""
-    return _emptied(servers.environment()["AFTERIMAGE_QUEUE__URL"])
+    return emptied(servers.environment()["AFTERIMAGE_QUEUE__URL"])
 
 
 @pytest.fixture
 def cache_url(servers: LocalStack) -> str:
     """The URL of the cache's server, empty."""
-    return _emptied(servers.environment()["AFTERIMAGE_CACHE__URL"])
+    return emptied(servers.environment()["AFTERIMAGE_CACHE__URL"])
 
 
-def _emptied(url: str) -> str:
+def emptied(url: str) -> str:
     with redis.Redis.from_url(url) as client:
         client.flushall()
     return url
@@ -104,15 +117,24 @@ def _emptied(url: str) -> str:
 def settings(
     postgres_url: str, redis_url: str, cache_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Settings]:
-    """The settings of this process for one test: real servers, nothing in them, and the cheap generator."""
+    """The settings of this process for one test: real servers, nothing in them, and the fake generator."""
+    with process_settings(monkeypatch, postgres_url, redis_url, cache_url, tmp_path / "blobs") as settings:
+        yield settings
+
+
+@contextmanager
+def process_settings(
+    patch: pytest.MonkeyPatch, postgres_url: str, redis_url: str, cache_url: str, blobs: Path
+) -> Iterator[Settings]:
+    """Let this process use these servers and this blob store until the block ends."""
     environment = TEST_ENVIRONMENT | {
         "AFTERIMAGE_DATABASE__URL": postgres_url,
         "AFTERIMAGE_QUEUE__URL": redis_url,
         "AFTERIMAGE_CACHE__URL": cache_url,
-        "AFTERIMAGE_STORAGE__URL": f"file://{tmp_path / 'blobs'}",
+        "AFTERIMAGE_STORAGE__URL": f"file://{blobs}",
     }
     for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+        patch.setenv(name, value)
     forget_process_resources()
     yield get_settings()
     forget_process_resources()
@@ -129,21 +151,28 @@ def session(settings: Settings) -> Iterator[Session]:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
-    """The whole local stack with the cheap generator, shared by the e2e tests; leave every process running."""
+    """The whole local stack with the fake generator, shared by the e2e tests; leave every process running."""
     with running_stack(tmp_path_factory.mktemp("stack"), environment=TEST_ENVIRONMENT) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def starter_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
+    """The stack exactly as `make up` runs it, shared by the tests that need the models that ship."""
+    with running_stack(tmp_path_factory.mktemp("starter"), environment={}) as stack:
         yield stack
 
 
 TEST_ENVIRONMENT = {
     "AFTERIMAGE_ENVIRONMENT": "test",
-    "AFTERIMAGE_MODEL__GENERATORS": '{"cheap": {"kind": "cheap"}}',
+    "AFTERIMAGE_MODEL__GENERATORS": '{"cheap": {"kind": "fake"}}',
     "AFTERIMAGE_MODEL__DEFAULT_GENERATOR": "cheap",
 }
 
 
 def forget_process_resources() -> None:
-    """Close and forget what this process has built lazily from its settings, so that new settings count."""
-    close_bells()
+    """Close and drop the resources that this process has built from its settings, so that new settings apply."""
+    close_notifiers()
     if get_engine.cache_info().currsize:
         get_engine().dispose()
     if queue.broker.cache_info().currsize:
@@ -154,8 +183,10 @@ def forget_process_resources() -> None:
         cached.cache_clear()
 
 
-def _cached_functions() -> Iterator["_lru_cache_wrapper[Any] | once[..., Any]"]:
+def _cached_functions() -> Iterator["_lru_cache_wrapper[Any] | process_singleton[..., Any]"]:
     ours = ("shared.", "api_service.", "worker_service.")
     for name, module in list(sys.modules.items()):
         if name.startswith(ours):
-            yield from (value for value in vars(module).values() if isinstance(value, _lru_cache_wrapper | once))
+            yield from (
+                value for value in vars(module).values() if isinstance(value, _lru_cache_wrapper | process_singleton)
+            )

@@ -1,4 +1,4 @@
-"""Rows that tests start from, with everything they do not care about filled in."""
+"""Rows for tests, with defaults for every column that a test does not set."""
 
 import hashlib
 from itertools import count
@@ -61,7 +61,11 @@ def make_job(
     webhook: Webhook | None = None,
     **parameters: Any,
 ) -> Job:
-    """A job in its first states as the product itself brings it there; the caller commits."""
+    """A job in `state`, brought there by the product's own functions. The caller commits.
+
+    Raises:
+        ValueError: no function of this module leads to `state`.
+    """
     job = jobs.insert(
         session,
         owner_id=owners.ensure(session, owner),
@@ -82,7 +86,7 @@ def make_job(
     elif state is JobState.CANCELED:
         assert jobs.cancel(session, job.id, owner_id=job.owner_id)
     elif state is not JobState.PROCESSING:
-        raise ValueError(f"no way to {state} is known here")
+        raise ValueError(f"make_job cannot bring a job into the state {state}")
     session.refresh(job)
     return job
 
@@ -99,7 +103,7 @@ def make_image(
     collection_id: UUID = SHARED_COLLECTION,
     **columns: Any,
 ) -> Image:
-    """An image row without a blob; searchable when it gets a `vector` (any length) in `space`."""
+    """An image row without a blob. A `vector` (shape (space.dim,), any length) makes it searchable in `space`."""
     number = next(_numbers)
     digest = hashlib.sha256(b"image %d" % number).hexdigest()
     image, _ = images.add(
@@ -123,7 +127,7 @@ def make_image(
     if vector is not None:
         projection = np.asarray(vector, np.float32)
         norm = np.linalg.norm(projection)
-        images.embedded(
+        images.store_embeddings(
             session,
             space or make_space(session),
             [ImageClaim.of(image)],

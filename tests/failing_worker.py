@@ -1,8 +1,9 @@
-"""Generate workers whose model fails in the ways that end a process, without Celery around them.
+"""Generate workers whose model fails in the ways that end a process, without Celery.
 
-Started as `python -m tests.failing_worker CLIP_FOLDER`. Each line of stdin is one process that runs the first of some
-jobs, and the others in line behind it: `{"fault": ..., "jobs": [...], "environment": {...}}`. Its exit status is
-printed. They are forks of this one, because importing torch takes seconds.
+Run it as `python -m tests.failing_worker CLIP_FOLDER`. Each line of stdin starts one process:
+`{"fault": ..., "jobs": [...], "environment": {...}}`. The process runs the first job, with the other jobs queued behind
+it. This program then prints the exit status of that process. The processes are forks of this one, because importing
+torch takes seconds.
 """
 
 import json
@@ -22,19 +23,20 @@ from PIL import Image
 from shared import logging as logs
 from shared.settings import ClipSettings, Settings, get_settings
 from worker_service.execution import watchdog
+from worker_service.execution.steps import OnStep
 from worker_service.execution.watchdog import AcceleratorLostError, Stage, Watchdog
-from worker_service.jobs import run as generation
-from worker_service.jobs.leases import Leases
+from worker_service.jobs.leases import JobLeases
+from worker_service.jobs.run import run_job
 from worker_service.models.embedder import Embedder
-from worker_service.models.fake import CheapGenerator
-from worker_service.models.interface import ImageRequest, OnStep
-from worker_service.models.loaded import Models
+from worker_service.models.fake import FakeGenerator
+from worker_service.models.interface import ImageRequest
+from worker_service.models.worker_models import Models
 
 FAULTY = "faulty"
-"""In a prompt: this image brings the fault of its round with it."""
+"""In a prompt: the image causes the fault of its process."""
 
 
-class FailingGenerator(CheapGenerator):
+class FailingGenerator(FakeGenerator):
     fault = ""
     started = threading.Event()
 
@@ -44,7 +46,7 @@ class FailingGenerator(CheapGenerator):
         if faulty and self.fault == "hang":
             threading.Event().wait()
         if faulty and self.fault == "hold":
-            re.match("(a+)+$", "a" * 64 + "b")  # for years, and without letting go of the interpreter
+            re.match("(a+)+$", "a" * 64 + "b")  # runs for years, and never releases the GIL
         if faulty and self.fault == "lose":
             raise AcceleratorLostError("CUDA error: an illegal memory access was encountered")
         images = super().generate(requests, on_step)
@@ -60,29 +62,27 @@ class StuckPicture(Image.Image):
 
 
 def run(fault: str, job_ids: Sequence[UUID], settings: Settings) -> None:
-    with Watchdog(settings.watchdog) as dog, Leases(settings.jobs) as leases:
+    with Watchdog(settings.watchdog) as stage_watchdog, JobLeases(settings.jobs) as leases:
         if fault == "hang-loading":
-            with dog.watch(Stage.LOAD, model="cheap"):
+            with stage_watchdog.watch(Stage.LOAD, model="cheap"):
                 threading.Event().wait()
-        embedder = Embedder.load(settings, dog)
+        embedder = Embedder.load(settings, stage_watchdog)
         generator = settings.model.generators["cheap"]
-        image_model = FailingGenerator(**vars(CheapGenerator.load("cheap", settings.model)))
+        image_model = FailingGenerator(**vars(FakeGenerator.load("cheap", settings.model)))
         image_model.fault = fault
-        models = Models.of(embedder, image_model, generator, dog)
+        models = Models.of(embedder, image_model, generator, stage_watchdog)
         if fault == "hang-embedding":
             embedder.embed([StuckPicture()])
         with ThreadPoolExecutor(16) as pool:
-            ran = []
+            running = []
             for job_id in job_ids:
-                ran.append(
-                    pool.submit(
-                        generation.run, job_id, models=models, leases=leases, settings=settings, worker="failing"
-                    )
+                running.append(
+                    pool.submit(run_job, job_id, models=models, leases=leases, settings=settings, worker="failing")
                 )
                 image_model.started.wait()
-            for each in ran:
+            for each in running:
                 each.result()
-        time.sleep(settings.watchdog.step_s * 1.5)  # what only idles must live on
+        time.sleep(settings.watchdog.step_s * 1.5)  # the watchdog must not end an idle process
         models.close(5)
 
 
@@ -92,7 +92,7 @@ def main() -> None:
         if (child := os.fork()) == 0:
             os.environ.update(order["environment"])
             if order["fault"] == "hold":
-                watchdog.BLOCKED_S = 1.0
+                watchdog.HELD_GIL_GRACE_S = 1.0
             settings = get_settings()
             clip = ClipSettings(model=f"local-dir:{sys.argv[1]}")
             settings = settings.model_copy(update={"model": settings.model.model_copy(update={"clip": clip})})

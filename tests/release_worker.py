@@ -1,7 +1,8 @@
-"""A worker of the release before, until a file says that this one's turn to be replaced has come.
+"""A worker of the previous release, until a file marks this process as replaced.
 
-`python -m tests.release_worker`, with the arguments of `worker_service`. `PREVIOUS_RELEASE` is the folder of the old
-code, `REPLACED` the folder in which a file with this process's name (as supervisor calls it) makes it a new one.
+Run it as `python -m tests.release_worker`, with the arguments of `worker_service`. The variable `PREVIOUS_RELEASE` is
+the folder of the old code, `REPLACED` a folder of marker files. If that folder has a file
+with the name of this process in supervisor, the process runs the current code instead.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Clients that take their time: real connections, driven by one thread."""
+"""Slow HTTP clients: real connections, driven by one thread."""
 
 import socket
 import threading
@@ -13,7 +13,7 @@ DRIP_S = 0.1
 
 @dataclass
 class SlowClient:
-    """One connection. Sends `at_once`, then `slowly` one byte at a time, and reads a byte at a time if `reads`."""
+    """One connection. It sends `at_once`, then `slowly` byte by byte, and reads byte by byte if `reads`."""
 
     at_once: bytes = b""
     slowly: bytes = b""
@@ -33,7 +33,7 @@ class SlowClient:
         self.sent = 0
 
     def go_on(self) -> bool:
-        """Send or read one byte. False when the server has hung up."""
+        """Send or read one byte. False when the server has closed the connection."""
         assert self.connection is not None
         try:
             if self.sent < len(self.slowly):
@@ -52,18 +52,19 @@ class SlowClient:
 
 
 class Crowd:
-    """Slow clients that stay: with `come_again` whoever the server hangs up on connects once more.
+    """Slow clients that stay connected until the block ends.
 
-    `hung_up` counts how often it did.
+    reconnect: a client connects again when the server has closed its connection.
+    `disconnects` counts how often the server closed a connection.
     """
 
-    def __init__(self, url: str, clients: Sequence[SlowClient], *, come_again: bool = False) -> None:
+    def __init__(self, url: str, clients: Sequence[SlowClient], *, reconnect: bool = False) -> None:
         parts = urlsplit(url)
         self._address = (str(parts.hostname), int(parts.port or 80))
         self._clients = clients
-        self._come_again = come_again
+        self._reconnect = reconnect
         self._over = threading.Event()
-        self.hung_up = 0
+        self.disconnects = 0
         self._thread = threading.Thread(target=self._drive)
 
     def __enter__(self) -> "Crowd":
@@ -84,9 +85,9 @@ class Crowd:
             for client in list(staying):
                 if client.go_on():
                     continue
-                self.hung_up += 1
+                self.disconnects += 1
                 client.close()
-                if self._come_again:
+                if self._reconnect:
                     client.connect(self._address)
                 else:
                     staying.remove(client)
@@ -113,9 +114,11 @@ def open_stream(path: str) -> SlowClient:
     return SlowClient(at_once=_head("GET", path, "Accept: text/event-stream\r\n") + b"\r\n")
 
 
-def wait_for_answers(clients: Sequence[SlowClient], is_it: Callable[[bytes], bool], *, timeout_s: float) -> None:
+def wait_for_answers(clients: Sequence[SlowClient], matches: Callable[[bytes], bool], *, timeout_s: float) -> None:
     wait_until(
-        lambda: all(is_it(bytes(client.answer)) for client in clients), timeout_s=timeout_s, what="answers to all"
+        lambda: all(matches(bytes(client.answer)) for client in clients),
+        timeout_s=timeout_s,
+        what="an answer to every client",
     )
 
 

@@ -1,6 +1,6 @@
-"""Models of the real classes with small random weights, saved the way a hub would hold them.
+"""Small models of the real classes with random weights, saved in the layout of a model hub.
 
-They draw noise, but noise in which prompt, seed, references and adapters all show: that is what the tests compare.
+They generate noise. Prompt, seed, references and adapters all change that noise, and the tests compare it.
 """
 
 import json
@@ -42,13 +42,13 @@ from transformers import (
 )
 
 CLIP_DIM = 24
-"""Length of the retrieval CLIP's vectors, and so of those that the SD 1.5 adapter takes."""
+"""Length of the retrieval CLIP's vectors, which are the input of the SD 1.5 adapter."""
 IMAGE_ENCODER_DIM = 20
-"""Length of the image encoder's vectors that the SDXL adapter takes."""
+"""Length of the image encoder's vectors, which are the input of the SDXL adapter."""
 
 
 def save_clip(folder: Path, *, seed: int = 0, dim: int = CLIP_DIM) -> None:
-    """An open_clip folder for `local-dir:`."""
+    """Save an open_clip model, for the name `local-dir:<folder>`."""
     torch.manual_seed(seed)
     tokenizer = _clip_tokenizer(context=24)
     tokenizer.save_pretrained(folder)
@@ -73,10 +73,12 @@ def save_clip(folder: Path, *, seed: int = 0, dim: int = CLIP_DIM) -> None:
     )
 
 
-def save_sd15(folder: Path, *, seed: int = 0, objects: bool | None = None) -> None:
-    """StableDiffusionPipeline; in `ip_adapter/`, an adapter whose encoder is the retrieval CLIP.
+def save_sd15(folder: Path, *, seed: int = 0, checker_flags: bool | None = None) -> None:
+    """Save a StableDiffusionPipeline, with an IP-Adapter in `ip_adapter/` and two LoRAs in `lora/`.
 
-    objects: with a safety checker, which objects to everything or to nothing.
+    The adapter takes the vectors of the retrieval CLIP.
+
+    checker_flags: with a safety checker that flags every image (True) or no image (False).
     """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(**_unet(cross_attention_dim=32))
@@ -86,9 +88,9 @@ def save_sd15(folder: Path, *, seed: int = 0, objects: bool | None = None) -> No
         tokenizer=_clip_tokenizer(),
         unet=unet,
         scheduler=PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
-        safety_checker=None if objects is None else _safety_checker(objects=objects),
-        feature_extractor=None if objects is None else CLIPImageProcessor(size=32, crop_size=32),
-        requires_safety_checker=objects is not None,
+        safety_checker=None if checker_flags is None else _safety_checker(flags=checker_flags),
+        feature_extractor=None if checker_flags is None else CLIPImageProcessor(size=32, crop_size=32),
+        requires_safety_checker=checker_flags is not None,
     ).save_pretrained(folder)
     projection = _global_projection(dim=CLIP_DIM, cross_attention_dim=32)
     _save_ip_adapter(folder / "ip_adapter" / "ip_adapter.safetensors", unet, projection)
@@ -96,10 +98,12 @@ def save_sd15(folder: Path, *, seed: int = 0, objects: bool | None = None) -> No
 
 
 def save_sdxl(folder: Path, *, turbo: bool = False, seed: int = 0) -> None:
-    """StableDiffusionXLPipeline; beside it, as published ones lie, two adapters that share one image encoder.
+    """Save a StableDiffusionXLPipeline and, in the published layout, two IP-Adapters with one image encoder.
 
-    `sdxl_models/ip-adapter_sdxl_vit-h.safetensors` takes its vectors, `ip-adapter-plus_sdxl_vit-h.safetensors` its
-    hidden states; the encoder is in `models/image_encoder`. turbo: the one-step sampler of SDXL-Turbo.
+    The encoder is in `models/image_encoder`. `sdxl_models/ip-adapter_sdxl_vit-h.safetensors` takes its vectors, and
+    `sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors` takes its hidden states.
+
+    turbo: the one-step sampler of SDXL-Turbo.
     """
     torch.manual_seed(seed)
     projection_dim = 16
@@ -149,7 +153,7 @@ def save_sdxl(folder: Path, *, turbo: bool = False, seed: int = 0) -> None:
 
 
 def save_flux(folder: Path, *, seed: int = 0) -> None:
-    """FluxPipeline, guidance-distilled."""
+    """Save a guidance-distilled FluxPipeline."""
     torch.manual_seed(seed)
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -175,12 +179,12 @@ def save_flux(folder: Path, *, seed: int = 0) -> None:
     ).save_pretrained(folder)
 
 
-def _safety_checker(*, objects: bool) -> StableDiffusionSafetyChecker:
+def _safety_checker(*, flags: bool) -> StableDiffusionSafetyChecker:
     vision = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPConfig(vision_config={**vision, "image_size": 32, "patch_size": 16}, projection_dim=16)
     checker = StableDiffusionSafetyChecker(config)
-    # These are its thresholds: no cosine is below -2, and none above 2.
-    checker.concept_embeds_weights.data.fill_(-2 if objects else 2)
+    # The weights are its thresholds. A cosine is always above -2 and below 2.
+    checker.concept_embeds_weights.data.fill_(-2 if flags else 2)
     checker.special_care_embeds_weights.data.fill_(2)
     return checker
 
@@ -198,7 +202,7 @@ def _vae(**overrides: Any) -> AutoencoderKL:
         | overrides
     )
     with torch.no_grad():
-        vae.decoder.conv_out.weight *= 2  # random weights draw in shades of one grey
+        vae.decoder.conv_out.weight *= 2  # unscaled random weights give only shades of one grey
     return vae
 
 
@@ -233,7 +237,7 @@ def _clip_text(width: int, **overrides: Any) -> CLIPTextConfig:
 
 
 def _clip_tokenizer(context: int = 77) -> CLIPTokenizer:
-    """Byte by byte, without merges."""
+    """A tokenizer of single bytes, without merges."""
     letters = sorted(ByteLevel.alphabet())
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer({token: i for i, token in enumerate(vocabulary)}, [], model_max_length=context)
@@ -260,7 +264,7 @@ def _resampler(*, hidden_dim: int, cross_attention_dim: int) -> dict[str, torch.
         **_named("proj_out", nn.Linear(inner, cross_attention_dim)),
         **_named("norm_out", nn.LayerNorm(cross_attention_dim)),
     }
-    for layer in range(4):  # diffusers knows no other depth
+    for layer in range(4):  # the only depth that diffusers supports
         parts = {
             "0.norm1": nn.LayerNorm(inner),
             "0.norm2": nn.LayerNorm(inner),
@@ -281,7 +285,7 @@ def _named(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _save_ip_adapter(file: Path, unet: UNet2DConditionModel, projection: dict[str, torch.Tensor]) -> None:
-    """The published layout: `image_proj.*`, and `ip_adapter.{1,3,5,...}` over the cross-attention layers in order."""
+    """Save the published layout: `image_proj.*`, and `ip_adapter.{1,3,...}` by order of the cross-attention layers."""
     tensors = {f"image_proj.{name}": tensor for name, tensor in projection.items()}
     cross_attentions = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
     for position, name in enumerate(cross_attentions):
@@ -294,7 +298,7 @@ def _save_ip_adapter(file: Path, unet: UNet2DConditionModel, projection: dict[st
 
 
 def _save_lora(folder: Path, unet: UNet2DConditionModel) -> None:
-    """Two LoRAs of the UNet's attention, `ink.safetensors` and `neon.safetensors`."""
+    """Save two LoRAs of the UNet's attention, `ink.safetensors` and `neon.safetensors`."""
     for name in ("ink", "neon"):
         unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]), adapter_name=name)
         state = get_peft_model_state_dict(unet, adapter_name=name)

@@ -10,15 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import redis
+from pydantic import SecretStr
+from sqlalchemy.orm import Session
 
 from ops.local.stack import REPOSITORY, LocalStack, tail
+from shared.db import keys, owners
+from shared.db.session import build_engine
+from shared.settings import DatabaseSettings
 
 START_WAIT_S = 240
 STOP_WAIT_S = 60
 
 
 class RunningStack(LocalStack):
-    """A stack that runs, and the command that holds it.
+    """A running stack, and the command that runs it.
 
     `url` is the API's address; `control` kills, freezes, thaws and restarts processes by name.
     """
@@ -32,28 +37,30 @@ class RunningStack(LocalStack):
         return self.layout.log(name).read_text(errors="replace")
 
     def metrics_url(self, name: str) -> str:
-        """Where a worker or the reconciler shows its metrics."""
-        return f"http://127.0.0.1:{self._memory.ports[f'metrics-{name}']}/metrics"
+        """The URL of the metrics of a worker or the reconciler."""
+        return f"http://127.0.0.1:{self._state.ports[f'metrics-{name}']}/metrics"
 
     def new_key(self, owner: str, *scopes: str) -> str:
-        """The secret of an API key for an owner, who is made where there is none, as an operator makes them."""
-        admin = [sys.executable, "-m", "scripts.admin"]
-        environment = {**clean_environment(), **self.environment()}
-        subprocess.run(
-            [*admin, "create-owner", owner], cwd=REPOSITORY, env=environment, check=True, capture_output=True
-        )
-        made = subprocess.run(
-            [*admin, "create-key", owner, "--name", "test", "--scopes", ",".join(scopes)],
-            cwd=REPOSITORY,
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        return made.stdout.split()[-1]
+        """Create an API key, and its owner if absent. Return the secret of the key."""
+        engine = build_engine(DatabaseSettings(url=SecretStr(self.environment()["AFTERIMAGE_DATABASE__URL"])))
+        with Session(engine) as session, session.begin():
+            _, secret = keys.create(session, owners.ensure(session, owner), name="test", scopes=frozenset(scopes))
+        engine.dispose()
+        return secret
+
+    @contextmanager
+    def frozen(self, *names: str) -> Iterator[None]:
+        """Freeze these processes until the block ends. A frozen worker keeps its models, unlike a stopped one."""
+        try:
+            for name in names:
+                self.control.freeze(name)
+            yield
+        finally:
+            for name in names:
+                self.control.thaw(name)
 
     def flush_queue(self) -> None:
-        """Make the broker forget everything."""
+        """Delete everything in the broker."""
         with redis.Redis.from_url(self.environment()["AFTERIMAGE_QUEUE__URL"]) as broker:
             broker.flushall()
 
@@ -62,11 +69,11 @@ class RunningStack(LocalStack):
 def running_stack(
     var: Path, *, environment: Mapping[str, str], options: tuple[str, ...] = (), durable: bool = False
 ) -> Iterator[RunningStack]:
-    """Start `python -m ops.local run` and stop it with SIGTERM, whatever happens in between.
+    """Start `python -m ops.local run` and stop it with SIGTERM at the end, also after an error.
 
     Args:
         options: more arguments of the command, such as `("--api", "2", "--embed", "2")`.
-        durable: Postgres keeps what it has committed even when it is killed; slower.
+        durable: Postgres keeps committed data even when it is killed, but is slower.
     """
     with tempfile.TemporaryFile() as output:
         command = subprocess.Popen(
@@ -106,7 +113,7 @@ def wait_until(condition: Callable[[], object], *, timeout_s: float, what: str) 
     """Poll until `condition` is true.
 
     Raises:
-        AssertionError: it was not within `timeout_s`.
+        AssertionError: `condition` is still false after `timeout_s` seconds.
     """
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -1,6 +1,6 @@
-"""`make chaos`: faults at random moments under load, and every promise checked afterwards.
+"""`make chaos`: inject faults at random moments under load, then check every promise of the service.
 
-CHAOS="--jobs 500 --faults 25 --seed 7" sets what is played; a failing run is repeated by its seed.
+CHAOS="--jobs 500 --faults 25 --seed 7" sets the load and the faults. The seed repeats a failed run.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tests.chaos.storm import Plan, storm
 
 def main() -> int:
     arguments = _parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is stopped
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it stops the stack
     plan = Plan(
         seed=secrets.randbelow(10**6) if arguments.seed is None else arguments.seed,
         jobs=arguments.jobs,
@@ -47,12 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="make chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", type=int, default=500, help="at least so many jobs (default: 500)")
-    parser.add_argument("--faults", type=int, default=25, help="so many faults (default: 25)")
-    parser.add_argument("--seed", type=int, help="play the same order of faults and requests again")
+    parser.add_argument("--jobs", type=int, default=500, help="the least number of jobs (default: 500)")
+    parser.add_argument("--faults", type=int, default=25, help="the number of faults (default: 25)")
+    parser.add_argument("--seed", type=int, help="repeats the order of faults and requests of a run")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"only these of {', '.join(KINDS)}")
     parser.add_argument("--lease-s", type=float, default=30, help="the lease of a job in seconds (default: 30)")
-    parser.add_argument("--starter-share", type=float, default=0.03, help="jobs for the starter model (default: 0.03)")
+    parser.add_argument(
+        "--starter-share", type=float, default=0.03, help="the share of jobs for the starter model (default: 0.03)"
+    )
     parser.add_argument("--out", type=Path, default=REPOSITORY / "out" / "chaos", help="emptied, then filled")
     return parser
 

@@ -1,6 +1,6 @@
-"""The faults: each plays itself to its end and says what it has hit.
+"""The faults: each function injects one fault and returns which jobs it affected.
 
-Each makes sure that there is something to hit: it asks for work and waits until the victim has some in hand.
+Each submits jobs and waits until the target process has claimed some, so that the fault affects something.
 """
 
 import shutil
@@ -49,11 +49,11 @@ def kill_generate(scene: Scene) -> Hit:
         hit.jobs = scene.held_by(pid)
         if hit.jobs:
             return hit
-    raise AssertionError("no worker was killed with work in hand")
+    raise AssertionError("no worker was killed while it held a job")
 
 
 def restart_generate(scene: Scene) -> Hit:
-    """A worker is asked to stop, as at every release: it finishes or hands back, and nothing waits for a lease."""
+    """Stop a worker as a release does. It finishes or returns its jobs, so no job waits for a lease to expire."""
     name, pid = scene.a_ready("generate-cheap")
     scene.load.jobs(BURST)
     scene.wait_for_work(pid)
@@ -66,10 +66,10 @@ def restart_generate(scene: Scene) -> Hit:
 def kill_embed(scene: Scene) -> Hit:
     name, _ = scene.a_ready("embed")
     scene.load.upload(8)
-    wait_until(scene.images_in_hand, timeout_s=PATIENCE_S, what="images in the hands of a worker")
+    wait_until(scene.leased_images, timeout_s=PATIENCE_S, what="images that a worker has leased")
     hit = Hit()
     scene.kill(name)
-    images = scene.images_in_hand()
+    images = scene.leased_images()
     hit.also = lambda: scene.are_embedded(images)
     return hit
 
@@ -79,10 +79,10 @@ def kill_io(scene: Scene) -> Hit:
     scene.receiver.pause_s = scene.webhook_timeout_s / 3
     try:
         scene.load.jobs(BURST)
-        wait_until(scene.deliveries_in_hand, timeout_s=PATIENCE_S, what="deliveries in the hands of a worker")
+        wait_until(scene.leased_deliveries, timeout_s=PATIENCE_S, what="deliveries that a worker has leased")
         hit = Hit()
         scene.kill(name)
-        deliveries = scene.deliveries_in_hand()
+        deliveries = scene.leased_deliveries()
     finally:
         scene.receiver.pause_s = 0
     hit.also = lambda: scene.are_delivered(deliveries)
@@ -99,7 +99,7 @@ def kill_reconciler(scene: Scene) -> Hit:
 
 
 def power_cut(scene: Scene) -> Hit:
-    """Everything dies at once, the servers as well."""
+    """Kill all processes at once, including the servers."""
     _, pid = scene.a_ready("generate-cheap")
     scene.load.jobs(BURST)
     scene.load.upload(2)
@@ -130,20 +130,22 @@ def kill_after_commit(scene: Scene) -> Hit:
 
 
 def _kill_at(scene: Scene, order: str) -> Hit:
-    pid, at = _obeyed(scene, order)
+    pid, at = _carried_out(scene, order)
     scene.wait_for_death(pid)
     return Hit(since=at, jobs=scene.held_by(pid))
 
 
-def _obeyed(scene: Scene, order: str) -> tuple[int, float]:
-    """Give an order and work to do; which process carried it out, and when."""
-    before = len(list(scene.backstage.notes(order)))
-    scene.backstage.order(order)
+def _carried_out(scene: Scene, order: str) -> tuple[int, float]:
+    """Place an order and submit jobs. Return the id of the process that carried it out, and the Unix time."""
+    before = len(list(scene.mailbox.notes(order)))
+    scene.mailbox.order(order)
     scene.load.jobs(BURST)
     wait_until(
-        lambda: len(list(scene.backstage.notes(order))) > before, timeout_s=PATIENCE_S, what=f"a worker to {order}"
+        lambda: len(list(scene.mailbox.notes(order))) > before,
+        timeout_s=PATIENCE_S,
+        what=f"a worker to carry out {order}",
     )
-    note = list(scene.backstage.notes(order))[-1]
+    note = list(scene.mailbox.notes(order))[-1]
     return note["pid"], note["at"]
 
 
@@ -179,7 +181,7 @@ def freeze_broker(scene: Scene) -> Hit:
 
 
 def broker_away(scene: Scene) -> Hit:
-    """Away for as long as a restart elsewhere takes, and back with its data."""
+    """Stop the broker for one lease, as a move to another host does. It returns with its data."""
     scene.load.jobs(BURST)
     scene.stop("queue")
     scene.load.jobs(BURST)
@@ -218,7 +220,7 @@ def postgres_away_longer_than_a_lease(scene: Scene) -> Hit:
 
 
 def deliver_twice(scene: Scene) -> Hit:
-    """For some seconds every message of a job is sent again, also those of jobs that run or have ended."""
+    """Send every message of some jobs again and again for 5 s, also after the jobs have started or ended."""
     app = queue.configure(
         Celery("chaos"), QueueSettings(url=SecretStr(scene.stack.environment()["AFTERIMAGE_QUEUE__URL"]))
     )
@@ -244,7 +246,7 @@ def deliver_twice(scene: Scene) -> Hit:
 
 
 def steal_lease(scene: Scene) -> Hit:
-    """Somebody who never does any work claims what a worker has in hand, and lets its own lease run out."""
+    """Claim the jobs of a worker for a process that does not exist, and let that lease expire."""
     for _ in range(TRIES):
         _, pid = scene.a_ready("generate-cheap")
         scene.load.jobs(BURST)
@@ -290,18 +292,18 @@ def freeze_worker_past_its_lease(scene: Scene) -> Hit:
         try:
             hit.jobs = scene.held_by(pid)
             if hit.jobs:
-                scene.wait_until_healed(hit.jobs, timeout_s=scene.lease_s * 2 + PATIENCE_S)
+                scene.wait_until_recovered(hit.jobs, timeout_s=scene.lease_s * 2 + PATIENCE_S)
                 return hit
         finally:
             scene.stack.control.thaw(name)
-    raise AssertionError("no worker was frozen with work in hand")
+    raise AssertionError("no worker was frozen while it held a job")
 
 
 # --- models -------------------------------------------------------------------------------------------------------
 
 
 def poison(scene: Scene) -> Hit:
-    """A prompt that kills its process wherever it runs; every job beside it must succeed."""
+    """Submit a prompt that kills every process that runs it. Every job beside it must succeed."""
     hit = Hit()
     scene.load.jobs(2)
     poisonous = scene.load.job(
@@ -311,7 +313,7 @@ def poison(scene: Scene) -> Hit:
     wait_until(
         lambda: poisonous.ids and not _is_unfinished(scene, poisonous.id),
         timeout_s=(scene.lease_s * 1.5 + PATIENCE_S) * 3,
-        what="the poisonous job to be given up",
+        what="the poisonous job to be declared dead",
     )
     hit.jobs = scene.unfinished()
     return hit
@@ -322,24 +324,24 @@ def _is_unfinished(scene: Scene, job_id: UUID) -> bool:
 
 
 def out_of_memory(scene: Scene) -> Hit:
-    scene.backstage.order(orders.OUT_OF_MEMORY)
+    scene.mailbox.order(orders.OUT_OF_MEMORY)
     scene.load.job(words=orders.TOO_LARGE, ends=JobState.FAILED, code="out_of_memory", model="cheap")
     scene.load.jobs(BURST, num_images=4, model="cheap")
-    wait_until(lambda: not scene.backstage.is_open(orders.OUT_OF_MEMORY), timeout_s=PATIENCE_S, what="a full batch")
+    wait_until(lambda: not scene.mailbox.is_open(orders.OUT_OF_MEMORY), timeout_s=PATIENCE_S, what="a full batch")
     return Hit(jobs=scene.unfinished())
 
 
 def garbage(scene: Scene) -> Hit:
-    scene.backstage.order(orders.WRONG_COUNT)
+    scene.mailbox.order(orders.WRONG_COUNT)
     scene.load.job(words=orders.GARBAGE, ends=JobState.FAILED, code="invalid_output", model="cheap")
     scene.load.jobs(BURST, num_images=4, model="cheap")
-    wait_until(lambda: not scene.backstage.is_open(orders.WRONG_COUNT), timeout_s=PATIENCE_S, what="a full batch")
+    wait_until(lambda: not scene.mailbox.is_open(orders.WRONG_COUNT), timeout_s=PATIENCE_S, what="a full batch")
     return Hit(jobs=scene.unfinished())
 
 
 def hang(scene: Scene) -> Hit:
-    """A model call never comes back: the watchdog has to end its process."""
-    pid, at = _obeyed(scene, orders.HANG)
+    """Let a model call never return. The watchdog has to end its process."""
+    pid, at = _carried_out(scene, orders.HANG)
     hit = Hit(since=at, jobs=scene.held_by(pid))
     scene.wait_for_death(pid, timeout_s=scene.watchdog_s + PATIENCE_S)
     return hit
@@ -361,12 +363,12 @@ def full_store(scene: Scene) -> Hit:
 
 
 def hang_receivers(scene: Scene) -> Hit:
-    """Receivers take every delivery and never answer; jobs go on meanwhile."""
+    """Let receivers accept every delivery and never answer. Jobs still have to run."""
     hit = Hit()
     scene.receiver.answers.clear()
     try:
         scene.load.jobs(BURST)
-        wait_until(scene.deliveries_in_hand, timeout_s=PATIENCE_S, what="deliveries that hang")
+        wait_until(scene.leased_deliveries, timeout_s=PATIENCE_S, what="deliveries that hang")
         hit.jobs = scene.unfinished()
         threading.Event().wait(scene.webhook_timeout_s + 1)
     finally:
@@ -382,9 +384,9 @@ def hang_receivers(scene: Scene) -> Hit:
 
 @dataclass(frozen=True)
 class Kind:
-    play: Callable[[Scene], Hit]
+    inject: Callable[[Scene], Hit]
     bound_s: Callable[[Scene], float] | None = None
-    """How long recovery may take; None: until everything has come to rest in its own time."""
+    """Seconds that recovery may take. `None`: there is no bound."""
 
 
 def _after_a_lease(scene: Scene) -> float:

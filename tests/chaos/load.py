@@ -1,4 +1,4 @@
-"""A steady stream of jobs and uploads from clients that never give up and often ask twice."""
+"""A steady load of jobs and uploads from clients that retry for minutes and often send a request twice."""
 
 import io
 import random
@@ -18,23 +18,23 @@ from PIL import Image
 from shared.contracts.jobs import EventType, JobState
 
 GIVE_UP_S = 180.0
-"""A service that accepts nothing for this long is broken, whatever the fault."""
+"""No fault may keep the service from accepting requests for longer than this."""
 MOST_UNFINISHED = 30
 
 
 @dataclass
 class Submission:
-    """One request, and what came of it."""
+    """One request, its allowed ends, and the job ids that it was answered with."""
 
     token: str
     route: str
     body: dict[str, Any]
     ends: frozenset[str] = frozenset({JobState.SUCCEEDED})
-    """The states in which it may rightly end."""
+    """The final states that are correct for this job."""
     code: str | None = None
-    """The error with which it has to end, where it has to."""
+    """The error code with which the job has to end. `None`: no error is expected."""
     ids: set[UUID] = field(default_factory=set)
-    """Every job id that any answer has named: one, however often it was sent."""
+    """All job ids in the answers. There has to be exactly one, also when the request was sent several times."""
 
     @property
     def id(self) -> UUID:
@@ -42,13 +42,13 @@ class Submission:
         return job_id
 
     @property
-    def told(self) -> frozenset[str]:
-        """Events that a receiver was promised."""
+    def promised_events(self) -> frozenset[str]:
+        """The event types for which a webhook was requested."""
         return frozenset(self.body.get("webhook", {}).get("events", ()))
 
 
 class Load:
-    """Jobs and uploads, composed from the seed in the order in which they are asked for, sent by many threads."""
+    """Jobs and uploads. The seed decides their contents, in the order of the calls. Many threads send them."""
 
     def __init__(self, apis: Sequence[str], *, seed: int, receiver_url: str, starter_share: float) -> None:
         self._random = random.Random(seed)
@@ -63,22 +63,22 @@ class Load:
         self._pacer: threading.Thread | None = None
         self.submissions: list[Submission] = []
         self.uploads: defaultdict[str, set[UUID]] = defaultdict(set)
-        """By the content's token, the ids that answers have named: one each."""
+        """The image ids in the answers, by the token of the content. There has to be exactly one for each token."""
 
-    # --- what is asked for --------------------------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------------------------
 
     def jobs(self, number: int, *, words: str = "a red apple", **fixed: Any) -> list[Submission]:
-        """Submit so many jobs, without waiting for their acceptance."""
+        """Submit `number` jobs. Do not wait until they are accepted."""
         return [self._begin(self._composed(words, fixed)) for _ in range(number)]
 
     def job(self, *, words: str, ends: JobState, code: str | None, **fixed: Any) -> Submission:
-        """Submit a job that has to end like this."""
+        """Submit a job that has to end in the state `ends` with the error code `code`."""
         submission = self._composed(words, {"num_images": 1, **fixed})
         submission.ends, submission.code = frozenset({ends}), code
         return self._begin(submission)
 
     def upload(self, number: int) -> None:
-        """Send so many new images, some of them twice."""
+        """Upload `number` new images, some of them twice."""
         for _ in range(number):
             with self._composing:
                 token = f"image-{next(self._tokens):05d}"
@@ -90,7 +90,7 @@ class Load:
                 self._sent.append(self._pool.submit(self._upload, token, file.getvalue()))
 
     def flow(self, *, jobs_per_s: float, unfinished: Callable[[], int]) -> None:
-        """Go on at this rate, one upload to five jobs, until `settle`; slower on a machine that is slower than that."""
+        """Submit at this rate until `settle`, one upload to five jobs. Skip turns while many jobs are unfinished."""
 
         def pace() -> None:
             while not self._stop.wait(self._random.expovariate(jobs_per_s)):
@@ -104,7 +104,7 @@ class Load:
         self._pacer.start()
 
     def settle(self) -> list[str]:
-        """End the flow and wait until everything that was sent is accepted; what was not, and why."""
+        """End the flow and wait for all answers. Return the errors of the requests that were not accepted."""
         self._stop.set()
         if self._pacer is not None:
             self._pacer.join()
@@ -117,7 +117,7 @@ class Load:
         for client in self._clients:
             client.close()
 
-    # --- how it is sent -------------------------------------------------------------------------------------------
+    # --- sending --------------------------------------------------------------------------------------------------
 
     def _composed(self, words: str, fixed: dict[str, Any]) -> Submission:
         with self._composing:
@@ -165,7 +165,7 @@ class Load:
         answer = self._until_answered("POST", f"/jobs/{submission.id}/cancel")
         if answer.status_code == 200:
             submission.ends = frozenset({JobState.CANCELED})
-        else:  # it had ended; or an answer got lost, and this is the one to the second request
+        else:  # The job had ended, or the answer to the first request was lost.
             assert answer.status_code == 409, answer.text
 
     def _upload(self, token: str, file: bytes) -> None:
@@ -174,7 +174,11 @@ class Load:
         self.uploads[token].add(UUID(answer.json()["images"][0]["id"]))
 
     def _until_answered(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """Ask one API process after the other until one gives an answer that does not say "later"."""
+        """Send to one API process after the other until one answers with a status below 500.
+
+        Raises:
+            AssertionError: no process has given such an answer after at least `GIVE_UP_S` seconds.
+        """
         waiting = threading.Event()
         problem = "none"
         for attempt in range(int(GIVE_UP_S / 0.25)):

@@ -1,6 +1,9 @@
-"""What a worker of the chaos suite can be told; free of torch, so that whoever plans the faults need not load it."""
+"""The names of the faults inside a worker, and of its notes.
 
-# Orders: whoever passes that point next obeys, and notes it under the same name where it dies of it.
+This module imports no torch, so the process that plans the faults need not load it.
+"""
+
+# Orders: the next worker at that point carries the order out. It writes a note of that name if this ends it.
 MID_BATCH = "kill-in-the-middle-of-a-batch"
 BEFORE_COMMIT = "kill-between-blobs-and-commit"
 AFTER_COMMIT = "kill-between-commit-and-acknowledgement"
@@ -8,13 +11,13 @@ HANG = "hang"
 OUT_OF_MEMORY = "batch-out-of-memory"
 WRONG_COUNT = "one-image-too-few"
 
-# Words in a prompt: they hit that job wherever it runs.
+# Words in a prompt: they affect that job in every worker.
 POISON = "poison"
 TOO_LARGE = "toolarge"
 GARBAGE = "garbage"
 
-# What a worker notes of its own.
-DRAWN = "drawn"
+# A note that a worker writes for every generated image.
+GENERATED = "generated"
 
 THIEF = "thief"
-"""Who claims what others have in hand and never works: its name as a worker."""
+"""The worker name of a process that claims the jobs of others and does not exist."""

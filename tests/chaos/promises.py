@@ -1,5 +1,7 @@
-"""What has to be true after the storm: every promise of the service, checked against the rows, the files, the notes of
-the workers and the receipts of the receiver."""
+"""Checks of every promise of the service after a storm of faults.
+
+They compare the rows, the blobs, the notes of the workers and the receipts of the webhook receiver.
+"""
 
 import hashlib
 import io
@@ -21,7 +23,7 @@ from standardwebhooks import Webhook
 
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import SafetyAction
-from shared.db.tables import Generation, Image, Job, JobEvent, WebhookSecret
+from shared.db.tables import Image, Job, JobEvent, Output, WebhookSecret
 from tests.chaos import orders
 from tests.chaos.load import Submission
 from tests.chaos.receiver import Receipt
@@ -43,21 +45,21 @@ class Broken:
 
 
 def broken_so_far(scene: Scene) -> list[Broken]:
-    """What no later moment could set right any more, while the work goes on."""
+    """Return the broken promises that no later work can repair. Work may still be running."""
     with Session(scene.engine) as session:
-        # Jobs first: to the story of one that has ended nothing is added.
+        # Read jobs before events: an ended job gets no more events.
         ended = {job.id: job for job in session.scalars(select(Job).where(Job.state.in_(FINAL)))}
         events = _events(session)
-    drawn = (note for note in scene.backstage.notes(orders.DRAWN) if UUID(note["job_id"]) in ended)
-    return [*whole_stories(ended, events), *drawn_once(drawn, ended, events)]
+    generated = (note for note in scene.mailbox.notes(orders.GENERATED) if UUID(note["job_id"]) in ended)
+    return [*complete_event_logs(ended, events), *generated_once(generated, ended, events)]
 
 
 def broken(scene: Scene) -> list[Broken]:
-    """Everything that is not as promised, once all work should be over."""
+    """Return all broken promises, once all work should have ended."""
     with Session(scene.engine) as session:
         jobs = {job.id: job for job in session.scalars(select(Job))}
         outputs = defaultdict(list)
-        for output in session.scalars(select(Generation).order_by(Generation.index)):
+        for output in session.scalars(select(Output).order_by(Output.index)):
             outputs[output.job_id].append(output)
         events = _events(session)
         images = {image.id: image for image in session.scalars(select(Image))}
@@ -67,13 +69,13 @@ def broken(scene: Scene) -> list[Broken]:
     return [
         *one_job_each(submissions, jobs),
         *right_ends(submissions, jobs, outputs),
-        *whole_stories(jobs, events),
+        *complete_event_logs(jobs, events),
         *([Broken(Breach.STUCK, f"{leases} leases are left")] if leases else []),
         *intact(scene, [output for of_job in outputs.values() for output in of_job]),
-        *drawn_once(scene.backstage.notes(orders.DRAWN), jobs, events),
+        *generated_once(scene.mailbox.notes(orders.GENERATED), jobs, events),
         *uploads_kept(scene.load.uploads, images),
         *every_file_named(scene.files(), [*images.values(), *(output for made in outputs.values() for output in made)]),
-        *told_once(submissions, events, scene.receiver.receipts, secrets),
+        *notified_once(submissions, events, scene.receiver.receipts, secrets),
         *(Broken(Breach.STUCK, f"{number} messages are left in {name}") for name, number in scene.messages().items()),
     ]
 
@@ -86,21 +88,25 @@ def _events(session: Session) -> defaultdict[UUID, list[JobEvent]]:
 
 
 def one_job_each(submissions: Sequence[Submission], jobs: Mapping[UUID, Job]) -> Iterator[Broken]:
-    """However often a request was sent, it made one job, and every answer named that one."""
+    """A request creates one job, however often it is sent. Every answer names that job."""
     made = Counter(job.job_metadata["token"] for job in jobs.values())
     for submission in submissions:
         if len(submission.ids) != 1 or made[submission.token] > 1:
             answers = ", ".join(map(str, submission.ids))
-            yield Broken(Breach.DOUBLED, f"{submission.token} made {made[submission.token]} jobs, answered {answers}")
+            yield Broken(
+                Breach.DOUBLED, f"{submission.token} created {made[submission.token]} jobs; the answers named {answers}"
+            )
         for job_id in submission.ids - jobs.keys():
             yield Broken(Breach.LOST, f"job {job_id} was accepted and is gone")
 
 
 def right_ends(
-    submissions: Sequence[Submission], jobs: Mapping[UUID, Job], outputs: Mapping[UUID, list[Generation]]
+    submissions: Sequence[Submission], jobs: Mapping[UUID, Job], outputs: Mapping[UUID, list[Output]]
 ) -> Iterator[Broken]:
-    """Every job has ended as it should, a succeeded one with exactly its images, all of its last attempt; what a
-    content policy has withheld, it names."""
+    """Every job has ended in an allowed state. A succeeded job has exactly its images, all from its last attempt.
+
+    Images that a content policy withheld are missing, and the job lists them.
+    """
     for submission in submissions:
         for job in (jobs[job_id] for job_id in submission.ids & jobs.keys()):
             made = outputs.get(job.id, [])
@@ -119,33 +125,33 @@ def right_ends(
                 yield Broken(Breach.DOUBLED, f"job {job.id} shows images of another attempt than its last")
 
 
-def whole_stories(jobs: Mapping[UUID, Job], events: Mapping[UUID, list[JobEvent]]) -> Iterator[Broken]:
-    """Every story is numbered without gaps and has one end, and no attempt begins that was not asked for."""
+def complete_event_logs(jobs: Mapping[UUID, Job], events: Mapping[UUID, list[JobEvent]]) -> Iterator[Broken]:
+    """The events of a job are numbered without gaps and have one end. No attempt starts without a reason."""
     for job in jobs.values():
-        told = events[job.id]
-        if [event.seq for event in told] != list(range(1, job.last_seq + 1)):
-            yield Broken(Breach.LOST, f"the story of job {job.id} has gaps: {[event.seq for event in told]}")
-        ends = [event.type for event in told if event.type in FINAL]
+        log = events[job.id]
+        if [event.seq for event in log] != list(range(1, job.last_seq + 1)):
+            yield Broken(Breach.LOST, f"the event log of job {job.id} has gaps: {[event.seq for event in log]}")
+        ends = [event.type for event in log if event.type in FINAL]
         if ends != [job.state] and job.state in FINAL:
-            yield Broken(Breach.DOUBLED, f"job {job.id} is {job.state}, and its story ends with {ends}")
-        turns = [event for event in told if event.type in ("queued", "requeued", "started")]
+            yield Broken(Breach.DOUBLED, f"job {job.id} is {job.state}, and its event log ends with {ends}")
+        turns = [event for event in log if event.type in ("queued", "requeued", "started")]
         for before, event in pairwise(turns):
             if event.type == before.type == "started" and event.data["worker"] != orders.THIEF:
                 yield Broken(Breach.DOUBLED, f"job {job.id} was started again (seq {event.seq}) while it ran")
 
 
-def intact(scene: Scene, outputs: Sequence[Generation]) -> Iterator[Broken]:
-    """Every image can be fetched, is byte by byte what was recorded, and can be decoded."""
+def intact(scene: Scene, outputs: Sequence[Output]) -> Iterator[Broken]:
+    """Every image can be downloaded and decoded, and its bytes have the recorded checksum."""
     with httpx.Client(base_url=f"{scene.stack.url}/api/v1", timeout=30) as client, ThreadPoolExecutor(4) as pool:
         for output, problem in zip(outputs, pool.map(lambda each: _damage(client, each), outputs), strict=True):
             if problem:
                 yield Broken(Breach.LOST, f"image {output.index} of job {output.job_id}: {problem}")
 
 
-def _damage(client: httpx.Client, output: Generation) -> str | None:
+def _damage(client: httpx.Client, output: Output) -> str | None:
     try:
         answer = client.get(f"/generations/{output.id}/content")
-    except httpx.TransportError as error:  # fewer bytes than announced, for instance
+    except httpx.TransportError as error:  # for instance fewer bytes than announced
         return repr(error)
     if not answer.is_success:
         return f"{answer.status_code} {answer.text}"
@@ -156,27 +162,31 @@ def _damage(client: httpx.Client, output: Generation) -> str | None:
         return None if picture.size == (output.width, output.height) else f"its size is {picture.size}"
 
 
-def drawn_once(
+def generated_once(
     notes: Iterable[Mapping[str, Any]], jobs: Mapping[UUID, Job], events: Mapping[UUID, list[JobEvent]]
 ) -> Iterator[Broken]:
-    """No image was drawn twice by one attempt, none by an attempt that had not begun, and none was drawn again after
-    an attempt that was not interrupted."""
-    drawn: defaultdict[UUID, Counter[tuple[int, int]]] = defaultdict(Counter)
+    """An attempt generates each image at most once. Only started attempts generate images.
+
+    A job has as many attempts as it has `started` events.
+    """
+    generated: defaultdict[UUID, Counter[tuple[int, int]]] = defaultdict(Counter)
     for note in notes:
-        drawn[UUID(note["job_id"])][note["attempt"], note["index"]] += 1
-    for job_id, times in drawn.items():
+        generated[UUID(note["job_id"])][note["attempt"], note["index"]] += 1
+    for job_id, times in generated.items():
         if job_id not in jobs:
-            continue  # and so lost, which is told elsewhere
+            continue  # `one_job_each` reports a lost job
         for (attempt, index), number in times.items():
             if number > 1:
-                yield Broken(Breach.DOUBLED, f"attempt {attempt} at job {job_id} drew image {index} {number} times")
+                yield Broken(
+                    Breach.DOUBLED, f"attempt {attempt} at job {job_id} generated image {index} {number} times"
+                )
         begun = sum(event.type == "started" for event in events[job_id])
         if jobs[job_id].attempt != begun or max(attempt for attempt, _ in times) > begun:
-            yield Broken(Breach.DOUBLED, f"job {job_id}: {begun} attempts began, {sorted(times)} drew")
+            yield Broken(Breach.DOUBLED, f"job {job_id}: {begun} attempts began, {sorted(times)} generated images")
 
 
 def uploads_kept(uploads: Mapping[str, set[UUID]], images: Mapping[UUID, Image]) -> Iterator[Broken]:
-    """Every upload has become one image, searchable or failed with a code."""
+    """Every upload has become one image that is searchable or has failed with an error code."""
     for token, ids in uploads.items():
         if len(ids) != 1:
             yield Broken(Breach.DOUBLED, f"{token} became {len(ids)} images")
@@ -187,38 +197,40 @@ def uploads_kept(uploads: Mapping[str, set[UUID]], images: Mapping[UUID, Image])
             elif image.state == "pending":
                 yield Broken(Breach.STUCK, f"image {image_id} still waits for its vector")
             elif image.state == "failed" and not image.error_code:
-                yield Broken(Breach.LOST, f"image {image_id} failed, and does not say why")
+                yield Broken(Breach.LOST, f"image {image_id} failed without an error code")
 
 
-def every_file_named(files: set[str], rows: Sequence[Image | Generation]) -> Iterator[Broken]:
-    """After a sweep the store holds what the rows name, and nothing else."""
+def every_file_named(files: set[str], rows: Sequence[Image | Output]) -> Iterator[Broken]:
+    """After a sweep the store contains exactly the blobs that the rows name."""
     named = {key for row in rows for key in (row.blob_key, row.thumbnail_key)}
     for key in sorted(files - named):
-        yield Broken(Breach.STUCK, f"nothing names the blob {key}")
+        yield Broken(Breach.STUCK, f"no row names the blob {key}")
     for key in sorted(named - files):
         yield Broken(Breach.LOST, f"the blob {key} is gone")
 
 
-def told_once(
+def notified_once(
     submissions: Sequence[Submission],
     events: Mapping[UUID, list[JobEvent]],
     receipts: Sequence[Receipt],
     secrets: Sequence[str],
 ) -> Iterator[Broken]:
-    """Every event that a receiver was promised came at least once, signed, under one id however often it came."""
+    """Every promised webhook was delivered at least once and signed. All deliveries of an event have one id."""
     ids = defaultdict(set)
     for receipt in receipts:
         ids[receipt.event].add(receipt.webhook_id)
         if not any(_is_signed(receipt, secret) for secret in secrets):
-            yield Broken(Breach.LOST, f"delivery {receipt.webhook_id} came without a valid signature")
-    for told, names in ids.items():
+            yield Broken(Breach.LOST, f"delivery {receipt.webhook_id} has no valid signature")
+    for delivered, names in ids.items():
         if len(names) > 1:
-            yield Broken(Breach.DOUBLED, f"event {told} came under {len(names)} ids")
+            yield Broken(Breach.DOUBLED, f"event {delivered} was delivered under {len(names)} ids")
     for submission in submissions:
         for event in (event for job_id in submission.ids for event in events.get(job_id, [])):
-            is_promised = event.type in submission.told and event.data.get("worker") != orders.THIEF
+            is_promised = event.type in submission.promised_events and event.data.get("worker") != orders.THIEF
             if is_promised and (str(event.job_id), event.seq) not in ids:
-                yield Broken(Breach.LOST, f"nobody was told that job {event.job_id} {event.type} (seq {event.seq})")
+                yield Broken(
+                    Breach.LOST, f"no receiver was notified that job {event.job_id} {event.type} (seq {event.seq})"
+                )
 
 
 def _is_signed(receipt: Receipt, secret: str) -> bool:

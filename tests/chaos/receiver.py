@@ -1,4 +1,4 @@
-"""Who is told of events: a small HTTP server that remembers everything, and hangs when asked to."""
+"""A webhook receiver: a small HTTP server that keeps every delivery and can stop answering."""
 
 import threading
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class Receipt:
 
     @property
     def event(self) -> tuple[str, int]:
-        """Which event it tells of: job id and seq."""
+        """The job id and seq of the event."""
         data: dict[str, Any] = orjson.loads(self.body)["data"]
         return data["job_id"], data["seq"]
 
@@ -33,9 +33,9 @@ class Receiver:
     port: int
     receipts: list[Receipt] = field(default_factory=list)
     answers: threading.Event = field(default_factory=threading.Event)
-    """While cleared, every delivery waits without an answer, and ends without one."""
+    """While it is cleared, deliveries wait. They end without an answer when it is set."""
     pause_s: float = 0
-    """How long it thinks before it answers."""
+    """Seconds before each answer."""
 
     @property
     def url(self) -> str:
@@ -74,4 +74,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: a client that went away is no news here."""
+        """Log nothing. Requests of killed workers would fill the output."""

@@ -1,4 +1,4 @@
-"""What a fault sees of the stack, and what it can do to it."""
+"""The stack under test: the queries and the actions that faults and checks use."""
 
 import random
 import subprocess
@@ -27,29 +27,29 @@ from shared.db.tables import Image, Job, JobEvent, WebhookDelivery, Worker
 from shared.errors import StorageError
 from shared.messaging import queue
 from shared.settings import DatabaseSettings
-from tests.chaos.backstage import Backstage
 from tests.chaos.load import Load
+from tests.chaos.mailbox import Mailbox
 from tests.chaos.receiver import Receiver
 from tests.chaos.store import Store
 from tests.stack import RunningStack, clean_environment, wait_until
 
 FINAL = [state.value for state in JobState if state.is_final]
 PATIENCE_S = 60.0
-"""For things that take a second or two on a quiet machine."""
+"""The limit for waits that take a second or two on a quiet machine."""
 
 Position = dict[UUID, int]
-"""Where some jobs stand in their stories: the seq of each one's last event."""
+"""The seq of the last event of each job, by job id."""
 
 
 @dataclass
 class Hit:
-    """A fault that has been played: from when its recovery counts, and what was affected."""
+    """An injected fault: the Unix time from which its recovery counts, and the affected jobs."""
 
     since: float = field(default_factory=time.time)
     jobs: Position = field(default_factory=dict)
     """Healed when each has been claimed again, or has ended."""
     also: Callable[[], object] = lambda: True
-    """What else has to be true again."""
+    """One more condition of the recovery."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Scene:
     load: Load
     receiver: Receiver
     store: Store
-    backstage: Backstage
+    mailbox: Mailbox
     random: random.Random
     lease_s: float
     webhook_timeout_s: float
@@ -70,7 +70,11 @@ class Scene:
         return build_engine(DatabaseSettings(url=SecretStr(url)))
 
     def rows(self, statement: Select[*tuple[Any, ...]]) -> list[Any]:
-        """The answer of a query; waits for a database that is away."""
+        """Return the rows of a query. Wait for a database that does not answer.
+
+        Raises:
+            AssertionError: the database has not answered for about `PATIENCE_S` seconds.
+        """
         for _ in range(int(PATIENCE_S)):
             with suppress(OperationalError), Session(self.engine) as session:
                 return list(session.execute(statement).all())
@@ -80,7 +84,7 @@ class Scene:
     # --- jobs -----------------------------------------------------------------------------------------------------
 
     def held_by(self, pid: int) -> Position:
-        """The jobs in the hands of a worker process."""
+        """The jobs that a worker process has claimed."""
         return self._jobs(Job.state == JobState.PROCESSING, Job.worker.like(f"%-{pid}@%"))
 
     def unfinished(self) -> Position:
@@ -93,21 +97,21 @@ class Scene:
     def _jobs(self, *where: Any) -> Position:
         return {row.id: row.last_seq for row in self.rows(select(Job.id, Job.last_seq).where(*where))}
 
-    def healed_at(self, jobs: Position) -> float | None:
-        """When the last of these jobs was claimed again, or ended; None while one was not."""
+    def recovered_at(self, jobs: Position) -> float | None:
+        """The Unix time at which the last of these jobs was claimed again or ended. `None` until then."""
         events = self.rows(
             select(JobEvent.job_id, JobEvent.seq, func.extract("epoch", JobEvent.at).label("at"))
             .where(JobEvent.job_id.in_(jobs), JobEvent.type.in_(["started", *FINAL]))
             .order_by(JobEvent.seq)
         )
-        healed: dict[UUID, float] = {}
+        recovered: dict[UUID, float] = {}
         for event in events:
             if event.seq > jobs[event.job_id]:
-                healed.setdefault(event.job_id, float(event.at))
-        return max(healed.values(), default=0.0) if len(healed) == len(jobs) else None
+                recovered.setdefault(event.job_id, float(event.at))
+        return max(recovered.values(), default=0.0) if len(recovered) == len(jobs) else None
 
     def were_sent_back(self, since: float) -> bool:
-        """Whether a job went back to the queue for a passing fault of the store since then."""
+        """Whether a job has gone back to the queue after a storage error since this Unix time."""
         reason = JobEvent.data["reason"].astext
         sent_back = select(JobEvent.job_id).where(
             reason == StorageError.code, func.extract("epoch", JobEvent.at) > since
@@ -115,17 +119,19 @@ class Scene:
         return bool(self.rows(sent_back.limit(1)))
 
     def wait_for_work(self, pid: int) -> None:
-        wait_until(lambda: self.held_by(pid), timeout_s=PATIENCE_S, what=f"work in the hands of process {pid}")
+        wait_until(lambda: self.held_by(pid), timeout_s=PATIENCE_S, what=f"process {pid} to claim a job")
 
-    def wait_until_healed(self, jobs: Position, *, timeout_s: float) -> None:
+    def wait_until_recovered(self, jobs: Position, *, timeout_s: float) -> None:
         wait_until(
-            lambda: self.healed_at(jobs) is not None, timeout_s=timeout_s, what=f"{len(jobs)} jobs to be claimed again"
+            lambda: self.recovered_at(jobs) is not None,
+            timeout_s=timeout_s,
+            what=f"{len(jobs)} jobs to be claimed again",
         )
 
     # --- uploads and deliveries -----------------------------------------------------------------------------------
 
-    def images_in_hand(self) -> list[UUID]:
-        """Images that an embed worker holds."""
+    def leased_images(self) -> list[UUID]:
+        """Images that an embed worker has leased."""
         leased = select(Image.id).where(Image.state == "pending", Image.lease_until > func.clock_timestamp())
         return [row.id for row in self.rows(leased)]
 
@@ -135,7 +141,7 @@ class Scene:
     def are_embedded(self, images: Iterable[UUID]) -> bool:
         return not self.rows(select(Image.id).where(Image.id.in_(images), Image.state == "pending"))
 
-    def deliveries_in_hand(self) -> list[UUID]:
+    def leased_deliveries(self) -> list[UUID]:
         leased = select(WebhookDelivery.id).where(WebhookDelivery.lease_until > func.clock_timestamp())
         return [row.id for row in self.rows(leased)]
 
@@ -143,7 +149,7 @@ class Scene:
         return [row.id for row in self.rows(select(WebhookDelivery.id).where(WebhookDelivery.state == "pending"))]
 
     def redeliver(self, deliveries: Iterable[UUID]) -> None:
-        """As an owner does by hand, who will not wait the five minutes to the third try."""
+        """Redeliver by the API, as an owner does who does not wait five minutes for the third try."""
         for delivery in deliveries:
             url = f"{self.stack.url}/api/v1/webhooks/deliveries/{delivery}/redeliver"
             httpx.post(url, timeout=PATIENCE_S).raise_for_status()
@@ -155,14 +161,14 @@ class Scene:
         )
 
     def sweep(self) -> None:
-        """Remove what nothing names, without any grace: only when everything rests."""
+        """Delete the blobs that no row names, of any age. Call it only when no work is running."""
         command = [sys.executable, "-m", "scripts.admin", "sweep", "--older-than-s", "0"]
         environment = clean_environment() | self.stack.environment()
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
     def files(self) -> set[str]:
-        """The keys of every file in the blob store, half-written ones included."""
+        """The keys of all files in the blob store, including partly written ones."""
         folder = self.store.folder
         return {
             str(path.relative_to(folder)) for kind in ("images", "thumbnails", "outputs")
@@ -172,7 +178,7 @@ class Scene:
     # --- processes ------------------------------------------------------------------------------------------------
 
     def ready(self, kind: str) -> dict[str, int]:
-        """Worker processes of a kind that serve: name and process id."""
+        """The ready worker processes of a kind: process id by name."""
         announced = {row.id for row in self.rows(select(Worker.id).where(Worker.state == "ready"))}
         pids = {worker_id.partition("@")[0].rpartition("-")[2] for worker_id in announced}
         return {
@@ -182,15 +188,20 @@ class Scene:
         }
 
     def a_ready(self, kind: str) -> tuple[str, int]:
-        """One worker of a kind, picked by the seed, once two of them (or the only one) serve."""
+        """Wait until two workers of a kind (or its only one) are ready. Return the name and process id of one.
+
+        The seed decides which.
+        """
         number = sum(name.startswith(kind) for name in self.stack.control.states())
         wait_until(
-            lambda: len(self.ready(kind)) >= min(2, number), timeout_s=PATIENCE_S * 2, what=f"{kind} workers to serve"
+            lambda: len(self.ready(kind)) >= min(2, number),
+            timeout_s=PATIENCE_S * 2,
+            what=f"{kind} workers to be ready",
         )
         return self.random.choice(sorted(self.ready(kind).items()))
 
     def kill(self, name: str) -> None:
-        """SIGKILL, and wait until the process is gone."""
+        """Kill a process with SIGKILL and wait until it is gone."""
         pid = self.stack.control.pid(name)
         self.stack.control.kill(name)
         if pid is not None:
@@ -206,7 +217,7 @@ class Scene:
             )
 
     def start(self, name: str) -> None:
-        """Start a process and wait until it runs, whether or not somebody else has started it already."""
+        """Start a process unless it has been started already, and wait until it runs."""
         with suppress(Fault):
             self.stack.control.start(name)
         wait_until(
@@ -214,7 +225,7 @@ class Scene:
         )
 
     def stop(self, name: str) -> None:
-        """Stop a process, whether or not it runs, and keep it from being started again."""
+        """Stop a process if it runs. The supervisor does not start it again."""
         with suppress(Fault):
             self.stack.control.stop(name)
 
@@ -237,7 +248,7 @@ class Scene:
             return False
 
     def messages(self) -> dict[str, int]:
-        """What the broker still holds, by list; unacknowledged messages under `unacked`."""
+        """The number of messages in the broker by list, without empty lists. `unacked`: unacknowledged messages."""
         lists = [
             *(name for model in ("cheap", "starter") for name in queue.broker_lists(queue.generate_queue(model))),
             *(queue.EMBED_QUERIES_QUEUE, queue.EMBED_IMAGES_QUEUE, queue.IO_QUEUE),

@@ -1,4 +1,4 @@
-"""A blob store that can be full: a small file system of its own where this user may mount one."""
+"""A blob store that can become full: a small file system of its own where this user may mount one."""
 
 import subprocess
 from collections.abc import Iterator
@@ -16,8 +16,11 @@ class Store:
 
     @contextmanager
     def full(self) -> Iterator[None]:
-        """No output can be written until the block ends: there is no space left, or, where nothing could be mounted, a
-        file lies where their folder should be (which stops root as well)."""
+        """Make every write of an output fail until the block ends.
+
+        The file system is full. Without a file system of its own, a file replaces the folder of outputs, which stops
+        root as well.
+        """
         if self.is_small:
             filler = self.folder / "filler"
             with filler.open("wb", buffering=0) as file, suppress(OSError):
@@ -41,7 +44,7 @@ class Store:
 
 @contextmanager
 def small_store(folder: Path) -> Iterator[Store]:
-    """Mount a file system of `SIZE_MB` megabytes of memory on a new folder, as long as the block lasts."""
+    """Mount a file system of `SIZE_MB` megabytes of memory on a new folder until the block ends."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE_MB}m,mode=700", "chaos", str(folder)]
     is_small = subprocess.run(mount, capture_output=True, check=False).returncode == 0

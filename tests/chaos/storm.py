@@ -1,4 +1,4 @@
-"""The whole storm: a stack under load, fault after fault, and what is left when it is over."""
+"""A storm: a stack under load, one fault after the other, and the checks at the end."""
 
 import random
 import threading
@@ -15,9 +15,9 @@ import orjson
 
 from shared.settings import ModelSettings
 from tests.chaos import promises
-from tests.chaos.backstage import VARIABLE, Backstage
 from tests.chaos.faults import KINDS
 from tests.chaos.load import Load
+from tests.chaos.mailbox import VARIABLE, Mailbox
 from tests.chaos.promises import Broken
 from tests.chaos.receiver import receiving
 from tests.chaos.scene import Hit, Scene
@@ -25,35 +25,35 @@ from tests.chaos.store import small_store
 from tests.stack import running_stack, wait_until
 
 QUIET_S = 120.0
-"""How long everything may take to come to rest when nothing goes wrong any more, besides leases and waits."""
+"""Seconds that all work may take to end after the last fault, beside leases and retry delays."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One storm, repeatable by its seed as far as processes on a busy machine are."""
+    """One storm. Its seed repeats the faults and requests, but not the timing of the processes."""
 
     seed: int
     jobs: int = 500
-    """At least so many are submitted."""
+    """The least number of submitted jobs."""
     faults: int = 25
     kinds: Sequence[str] = tuple(KINDS)
     lease_s: float = 30
     slack_s: float = 0
-    """Added to every bound on recovery: for short leases, beside which starting a process takes long."""
+    """Added to every bound on recovery, because with short leases a process start takes longer than a lease."""
     starter_share: float = 0.03
-    """Of the jobs, how many are drawn by the starter model. 0: it is not even loaded."""
+    """The share of jobs for the starter model. 0: the model is not loaded."""
     generators: int = 2
     durable: bool = True
     webhook_timeout_s: float = 3
     watchdog_s: float = 60
-    """Longer than a frozen worker sleeps: it should come back and be refused, not be ended."""
+    """Longer than a worker stays frozen, so that the watchdog does not end it. Its writes must be refused."""
 
     @property
     def visibility_timeout_s(self) -> int:
         return max(5, int(self.lease_s * 2))
 
     def environment(self) -> dict[str, str]:
-        cheap = {"kind": "cheap", "cost_ms": 200, "max_batch_size": 4}
+        cheap = {"kind": "fake", "cost_ms": 200, "max_batch_size": 4}
         starter = ModelSettings().generators["starter"].model_dump(mode="json", exclude_defaults=True)
         generators = {"cheap": cheap} | ({"starter": starter} if self.starter_share else {})
         settings = {
@@ -78,7 +78,7 @@ class Plan:
         return "--worker-module", "tests.chaos.worker", "--api", "2", "--generate", str(self.generators)
 
     def sequence(self) -> Iterator[str]:
-        """Every kind once, in an order that the seed decides, and again in another one."""
+        """All kinds in random order, again and again. The seed decides the order."""
         order = random.Random(self.seed)
         kinds: list[str] = []
         for _ in range(self.faults):
@@ -88,7 +88,7 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """What a storm has left. `recovery_s` by kind of fault, one number for each time it was played."""
+    """The results of a storm. `recovery_s`: by kind of fault, the seconds of each recovery."""
 
     plan: Plan
     jobs: int = 0
@@ -98,7 +98,7 @@ class Outcome:
     recovery_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     broken: list[Broken] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    """Recoveries beyond their bounds, faults that could not be played to their end, promises broken on the way."""
+    """Recoveries beyond their bounds, faults that could not be injected, and promises broken between faults."""
     took_s: float = 0
 
     @property
@@ -125,16 +125,18 @@ class Outcome:
 
 @contextmanager
 def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> Iterator[tuple[Scene, Outcome]]:
-    """Play the whole plan in `folder` (which holds the stack's logs afterwards), check, and keep the stack until the
-    block ends."""
+    """Run the whole plan in `folder` and check the promises. Keep the stack running until the block ends.
+
+    The logs of the stack stay in `folder`.
+    """
     started = time.monotonic()
 
     def clock(line: str) -> None:
         say(f"{time.monotonic() - started:6.1f} s  {line}")
 
-    backstage = Backstage(folder / "backstage")
-    backstage.folder.mkdir(parents=True)
-    environment = plan.environment() | {VARIABLE: str(backstage.folder)}
+    mailbox = Mailbox(folder / "mailbox")
+    mailbox.folder.mkdir(parents=True)
+    environment = plan.environment() | {VARIABLE: str(mailbox.folder)}
     clock(f"seed {plan.seed}: starting the stack in {folder}")
     with (
         receiving() as receiver,
@@ -152,7 +154,7 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
             load=load,
             receiver=receiver,
             store=store,
-            backstage=backstage,
+            mailbox=mailbox,
             random=random.Random(plan.seed + 1),
             lease_s=plan.lease_s,
             webhook_timeout_s=plan.webhook_timeout_s,
@@ -163,11 +165,11 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
             load.flow(jobs_per_s=0.5, unfinished=lambda: len(scene.unfinished()))
             for number, kind in zip(count(1), plan.sequence()):
                 clock(f"{number:2}/{plan.faults}  {kind} ...")
-                clock(f"{number:2}/{plan.faults}  {kind}: {_play(kind, scene, outcome)}")
+                clock(f"{number:2}/{plan.faults}  {kind}: {_inject(kind, scene, outcome)}")
             load.jobs(max(0, plan.jobs - len(load.submissions)))
             outcome.failures += load.settle()
-            clock(f"the storm is over: {len(load.submissions)} jobs were accepted; waiting for rest")
-            _rest(scene, plan)
+            clock(f"the storm is over: {len(load.submissions)} jobs were accepted; waiting for them to end")
+            _wait_until_idle(scene, plan)
             scene.sweep()
             outcome.broken = promises.broken(scene)
             outcome.jobs, outcome.uploads = len(load.submissions), len(load.uploads)
@@ -179,14 +181,14 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
             scene.engine.dispose()
 
 
-def _play(kind: str, scene: Scene, outcome: Outcome) -> str:
-    """One fault, from the first blow until what it hit has recovered; what to say of it."""
+def _inject(kind: str, scene: Scene, outcome: Outcome) -> str:
+    """Inject one fault and wait for the recovery. Return a line for the console."""
     bound_s = KINDS[kind].bound_s
     limit_s = None if bound_s is None else bound_s(scene) + outcome.plan.slack_s
     outcome.faults[kind] += 1
     threading.Event().wait(scene.random.uniform(0, 2))
     try:
-        hit = KINDS[kind].play(scene)
+        hit = KINDS[kind].inject(scene)
         took_s = _recovery_s(hit, scene, timeout_s=max(limit_s or 0, scene.lease_s * 3) + QUIET_S)
     except AssertionError as error:
         outcome.failures.append(f"{kind}: {error}")
@@ -197,21 +199,21 @@ def _play(kind: str, scene: Scene, outcome: Outcome) -> str:
         outcome.failures.append(f"{kind}: already broken: {early[0].what}")
     if limit_s is not None and took_s > limit_s:
         outcome.failures.append(f"{kind}: recovery took {took_s:.1f} s, allowed are {limit_s:.1f} s")
-    return f"{len(hit.jobs)} jobs hit, recovered in {took_s:.1f} s"
+    return f"{len(hit.jobs)} jobs affected, recovered in {took_s:.1f} s"
 
 
 def _recovery_s(hit: Hit, scene: Scene, *, timeout_s: float) -> float:
-    """Seconds from the fault (of a server: from its return) to the last affected job claimed again or ended."""
-    wait_until(hit.also, timeout_s=timeout_s, what="what was hit to work again")
+    """Seconds until the last affected job was claimed again or ended, from the fault or the return of a server."""
+    wait_until(hit.also, timeout_s=timeout_s, what="the affected process to work again")
     also_s = time.time() - hit.since
-    scene.wait_until_healed(hit.jobs, timeout_s=timeout_s)
-    healed_at = scene.healed_at(hit.jobs)
-    assert healed_at is not None
-    return max(also_s, healed_at - hit.since, 0)
+    scene.wait_until_recovered(hit.jobs, timeout_s=timeout_s)
+    recovered_at = scene.recovered_at(hit.jobs)
+    assert recovered_at is not None
+    return max(also_s, recovered_at - hit.since, 0)
 
 
-def _rest(scene: Scene, plan: Plan) -> None:
-    """Wait until nothing moves any more; what still does then is found by the checks."""
+def _wait_until_idle(scene: Scene, plan: Plan) -> None:
+    """Wait until all work has ended. The checks report the work that has not ended in time."""
     patience_s = QUIET_S + plan.lease_s * 3
     for is_done, what in (
         (lambda: not scene.unfinished(), "every job to end"),

@@ -1,4 +1,4 @@
-"""A worker that fails when it is told to: `python -m tests.chaos.worker`, with the arguments of `worker_service`."""
+"""A worker that fails on orders: `python -m tests.chaos.worker`, with the arguments of `worker_service`."""
 
 import sys
 
@@ -7,7 +7,7 @@ from worker_service.__main__ import main
 if __name__ == "__main__":
     if sys.argv[1] == "generate":
         # Only here: an io worker never loads torch.
-        from tests.chaos import sabotage
+        from tests.chaos import failpoints
 
-        sabotage.install()
+        failpoints.install()
     main()

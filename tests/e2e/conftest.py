@@ -1,6 +1,7 @@
-"""A client for stacks, and the stack with the models that ship."""
+"""A client for stacks, and a stack behind API keys and a content policy."""
 
 import io
+import json
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -9,22 +10,50 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.conftest import TEST_ENVIRONMENT
 from tests.stack import RunningStack, running_stack, wait_until
+
+BATCH_S = {"quick": 0.3, "slow": 3.0}
+"""Seconds per batch of each generator of the guarded stack."""
+BATCH_IMAGES = 4
+CONCEPTS = [
+    {
+        "name": "weapon",
+        "texts": ["a pistol", "a gun"],
+        "prompt": {"threshold": 0.75, "action": "block"},
+        "output": {"threshold": 0.55, "action": "block"},
+    },
+    # Every image reaches this threshold, so each output is flagged.
+    {"name": "image", "texts": ["an image"], "output": {"threshold": -1, "action": "flag"}},
+]
 
 
 @pytest.fixture(scope="session")
-def starter_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
-    """The stack exactly as `make up` runs it."""
-    with running_stack(tmp_path_factory.mktemp("starter"), environment={}) as stack:
+def guarded_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
+    """A stack with API keys, a content policy and one worker for each generator. Its tests need no embed worker."""
+    generators = {
+        name: {"kind": "fake", "cost_ms": seconds * 1000, "max_batch_size": BATCH_IMAGES}
+        for name, seconds in BATCH_S.items()
+    }
+    environment = TEST_ENVIRONMENT | {
+        "AFTERIMAGE_MODEL__GENERATORS": json.dumps(generators),
+        "AFTERIMAGE_MODEL__DEFAULT_GENERATOR": "quick",
+        "AFTERIMAGE_SECURITY__REQUIRE_API_KEYS": "true",
+        "AFTERIMAGE_SAFETY__CONCEPTS": json.dumps(CONCEPTS),
+        "AFTERIMAGE_JOBS__SHUTDOWN_GRACE_S": "1",
+    }
+    folder = tmp_path_factory.mktemp("guarded")
+    with running_stack(folder, environment=environment, options=("--embed", "0")) as stack:
         yield stack
 
 
 class Api:
-    """The product through its public surface."""
+    """A client of the HTTP API of a stack."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url
-        self.http = httpx.Client(base_url=f"{url}/api/v1", timeout=30)
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self.http = httpx.Client(base_url=f"{url}/api/v1", headers=headers, timeout=30)
 
     def __enter__(self) -> Self:
         return self
@@ -41,7 +70,7 @@ class Api:
         return dict(self.http.get(f"/jobs/{job_id}").raise_for_status().json())
 
     def ended(self, job_id: str, *, timeout_s: float = 60) -> dict[str, Any]:
-        """The job once it has ended."""
+        """Wait until the job has ended, and return it."""
         wait_until(
             lambda: self.http.get(f"/jobs/{job_id}", params={"wait": 5}).json().get("finished_at"),
             timeout_s=timeout_s,
@@ -68,7 +97,7 @@ class Api:
 
 
 def disc(colour: str, *, background: str = "white", radius: int = 40) -> bytes:
-    """A PNG of a coloured disc: something that no other test uploads with the same colours."""
+    """A PNG of a coloured disc. Each test uses its own colours, because equal uploads become one image."""
     image = Image.new("RGB", (128, 128), background)
     ImageDraw.Draw(image).ellipse((64 - radius, 64 - radius, 64 + radius, 64 + radius), fill=colour)
     file = io.BytesIO()

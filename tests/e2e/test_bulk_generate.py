@@ -1,4 +1,4 @@
-"""The bulk script as a person runs it: everything exactly once, whatever is killed in between."""
+"""The command `bulk_generate` on a whole stack: every item runs exactly once, also when processes are killed."""
 
 import csv
 import hashlib
@@ -33,7 +33,7 @@ def command(stack: RunningStack, *arguments: str) -> list[str]:
 
 
 def generate(stack: RunningStack, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
-    """The script's exit code, and what it says to programs."""
+    """Run the command. Return its exit code and its JSON events."""
     done = subprocess.run(command(stack, *arguments), cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
@@ -57,12 +57,12 @@ def manifest(out: Path) -> list[dict[str, Any]]:
 
 
 def has_bulk(out: Path) -> bool:
-    """Whether the run has told the service of itself. A run that was killed early has left a plan alone."""
+    """Whether the run has created its bulk. A run that was killed early has left only a plan."""
     run = out / ".run" / "run.json"
     return run.exists() and json.loads(run.read_text())["bulk_id"] is not None
 
 
-def test_every_item_is_made_once_and_every_file_is_whole_whatever_is_killed(
+def test_every_item_is_generated_once_and_every_file_is_complete_despite_kills(
     stack: RunningStack, service: Afterimage, tmp_path: Path
 ) -> None:
     out, marker, count = tmp_path / "out", uuid4().hex, 30
@@ -86,17 +86,17 @@ def test_every_item_is_made_once_and_every_file_is_whole_whatever_is_killed(
 
     records = manifest(out)
     assert [record["row"] for record in records] == list(range(1, count + 1))
-    told = {output["file"]: output["sha256"] for record in records for output in record["outputs"]}
-    assert len(told) == 2 * count
-    assert {str(path.relative_to(out)) for path in images(out)} == told.keys()
-    for name, sha256 in told.items():
+    checksums = {output["file"]: output["sha256"] for record in records for output in record["outputs"]}
+    assert len(checksums) == 2 * count
+    assert {str(path.relative_to(out)) for path in images(out)} == checksums.keys()
+    for name, sha256 in checksums.items():
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == sha256
-    Image.open(out / random.choice([*told])).verify()
+    Image.open(out / random.choice([*checksums])).verify()
     with (out / "manifest.csv").open() as table:
-        assert {row["file"]: row["sha256"] for row in csv.DictReader(table)} == told
+        assert {row["file"]: row["sha256"] for row in csv.DictReader(table)} == checksums
     assert (out / "index.html").read_text().count("<figure>") == 2 * count
-    assert not list(out.rglob("*.part")), "nothing half-written is left"
-    # On the other side too: one bulk, one job for each item, two images for each job, and no more.
+    assert not list(out.rglob("*.part")), "no partly written file is left"
+    # The service, too, has one job for each item and two images for each job, and no more.
     made = Counter(
         str(each.job_id) for each in service.outputs.list() if marker in each.provenance["parameters"]["prompt"]
     )
@@ -104,7 +104,7 @@ def test_every_item_is_made_once_and_every_file_is_whole_whatever_is_killed(
     assert sum(marker in job.prompt for job in service.jobs.list()) == count
 
 
-def test_bad_rows_are_named_with_their_reasons_and_the_others_run(stack: RunningStack, tmp_path: Path) -> None:
+def test_invalid_rows_are_reported_with_their_reasons_and_the_others_run(stack: RunningStack, tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": f"good {number}"}) for number in range(20)]
     lines[3] = '{"prompt": '
     lines[9] = '{"prompt": "too wide", "width": 99999}'
@@ -114,11 +114,11 @@ def test_bad_rows_are_named_with_their_reasons_and_the_others_run(stack: Running
     out = tmp_path / "out"
 
     code, _ = generate(stack, str(prompts), "--out", str(out))
-    assert code == 2, "what can be seen without the service stops it first"
+    assert code == 2, "errors that need no service stop the run first"
     lines[3], lines[9] = '{"prompt": "mended"}', '{"prompt": "mended too"}'
     prompts.write_text("\n".join(lines))
     code, events = generate(stack, str(prompts), "--out", str(out))
-    assert code == 2, "then what only the service knows"
+    assert code == 2, "errors that only the service can find stop it next"
     assert "row 16: model_not_found" in events[-1]["message"]
     assert not images(out)
 
@@ -134,9 +134,8 @@ def test_bad_rows_are_named_with_their_reasons_and_the_others_run(stack: Running
     assert [json.loads(line)["row"] for line in (out / "rejected.jsonl").read_text().splitlines()] == [4, 16]
 
 
-def test_of_a_thousand_rows_the_three_bad_ones_are_named_and_all_others_run(
-    stack: RunningStack, tmp_path: Path
-) -> None:
+@pytest.mark.extended  # 997 jobs
+def test_three_invalid_rows_of_a_thousand_are_reported_and_all_others_run(stack: RunningStack, tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": f"of a thousand {number}", "width": 32, "height": 32}) for number in range(1, 1001)]
     lines[6] = '{"prompt": "cut off'
     lines[499] = json.dumps({"prompt": "far too wide", "width": 99_999})
@@ -156,10 +155,10 @@ def test_of_a_thousand_rows_the_three_bad_ones_are_named_and_all_others_run(
     assert len(images(out)) == 997
 
 
-def test_a_folder_goes_on_with_its_own_run_only(stack: RunningStack, tmp_path: Path) -> None:
+def test_an_output_folder_continues_only_its_own_run(stack: RunningStack, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, _ = generate(stack, "--out", str(out))
-    assert code == 2, "there is nothing to go on with"
+    assert code == 2, "there is no run to continue"
     grid = ["--template", "a {color} cup", "--grid", "color=red,blue", "--out", str(out)]
     name = ["--name", "{color}/{custom_id}-{seed}.{ext}", "--first-seed", "1"]
     assert generate(stack, *grid, *name)[0] == 0
@@ -168,14 +167,14 @@ def test_a_folder_goes_on_with_its_own_run_only(stack: RunningStack, tmp_path: P
     (out / "images" / "red" / "000001-1.png").write_bytes(b"damaged")
     assert generate(stack, "--out", str(out))[0] == 0
     changed = [path for path in images(out) if path.stat().st_mtime_ns != before[path]]
-    assert [path.name for path in changed] == ["000001-1.png"], "what is whole is not fetched again"
+    assert [path.name for path in changed] == ["000001-1.png"], "complete files are not downloaded again"
     Image.open(changed[0]).verify()
     code, events = generate(stack, *grid, *name, "--seeds", "2")
     assert code == 2
     assert "--seeds" in events[-1]["message"]
 
 
-def test_a_canceled_run_keeps_what_was_made_and_says_what_was_not(
+def test_a_canceled_run_keeps_its_images_and_reports_the_canceled_items(
     stack: RunningStack, service: Afterimage, tmp_path: Path
 ) -> None:
     out = tmp_path / "canceled"

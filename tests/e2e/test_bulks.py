@@ -1,4 +1,4 @@
-"""A bulk on the whole stack, through a crash of the API while it is received."""
+"""A bulk on a whole stack whose API is killed while it receives the bulk."""
 
 import hashlib
 import http.client
@@ -37,7 +37,7 @@ def items_of(api: Api, bulk_id: str) -> Iterator[dict[str, Any]]:
 
 
 def kill_api(api: Api, stack: RunningStack) -> None:
-    """SIGKILL, and wait for the one that is started in its place."""
+    """Kill the API with SIGKILL and wait until a new one answers."""
     before = stack.control.pid("api")
     stack.control.kill("api")
 
@@ -58,7 +58,7 @@ def test_every_item_of_a_bulk_runs_once_although_the_api_was_killed_while_receiv
     lines = [line + b"\n" for line in (header, *rows[:150], b'{"prompt": 7}', *rows[150:])]
     key = {"Idempotency-Key": "killed-while-receiving"}
 
-    # 1. A part arrives, and the API dies with the rest of it on the way.
+    # 1. The API receives a part. It is killed while the client sends the rest.
     first = api.http.post(
         "/bulks", params={"complete": False}, content=b"".join(lines[:80]), headers={**JSON_LINES, **key}
     )
@@ -72,7 +72,7 @@ def test_every_item_of_a_bulk_runs_once_although_the_api_was_killed_while_receiv
     kill_api(api, stack)
     connection.close()
 
-    # 2. What it has is asked for, and the rest follows.
+    # 2. The client asks how many lines have arrived, and sends the rest.
     resumed = api.http.get(f"/bulks/{bulk['id']}").raise_for_status().json()
     assert resumed["state"] == "receiving"
     digest = b""
@@ -87,7 +87,7 @@ def test_every_item_of_a_bulk_runs_once_although_the_api_was_killed_while_receiv
     )
     assert (rest.status_code, rest.json()["total"], rest.json()["invalid"]) == (202, ITEMS, 1), rest.text
 
-    # 3. It runs to its end, also when the API dies once more.
+    # 3. The bulk completes, although the API is killed once more.
     kill_api(api, stack)
     wait_until(
         lambda: api.http.get(f"/bulks/{bulk['id']}").json()["state"] == "completed",
@@ -97,7 +97,7 @@ def test_every_item_of_a_bulk_runs_once_although_the_api_was_killed_while_receiv
     again = api.http.post("/bulks", content=b"".join(lines), headers={**JSON_LINES, **key})
     assert (again.json()["id"], again.json()["state"]) == (bulk["id"], "completed")
 
-    # 4. Every item once, every file intact.
+    # 4. Every item has run once, and every file is intact.
     items = list(items_of(api, bulk["id"]))
     assert [item["custom_id"] for item in items] == [f"item-{n}" for n in range(ITEMS)]
     assert {(item["state"], len(item["outputs"])) for item in items} == {("succeeded", 1)}

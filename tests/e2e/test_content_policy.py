@@ -1,4 +1,4 @@
-"""A stack under a content policy, on the models that ship: what it withholds, and that everybody is told."""
+"""A content policy with the CLIP that ships: what it blocks and flags, and where each decision is reported."""
 
 import json
 from collections.abc import Iterator
@@ -7,34 +7,21 @@ import pytest
 
 from shared.imaging import read_record
 from tests.e2e.conftest import Api
-from tests.stack import RunningStack, running_stack, wait_until
-
-CONCEPTS = [
-    {
-        "name": "weapon",
-        "texts": ["a pistol", "a gun"],
-        "prompt": {"threshold": 0.75, "action": "block"},
-        "output": {"threshold": 0.55, "action": "block"},
-    },
-    # Every image has that similarity, so that what follows is seen on each.
-    {"name": "image", "texts": ["an image"], "output": {"threshold": -1, "action": "flag"}},
-]
+from tests.stack import RunningStack, wait_until
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
-    environment = {"AFTERIMAGE_SAFETY__CONCEPTS": json.dumps(CONCEPTS)}
-    with running_stack(tmp_path_factory.mktemp("guarded"), environment=environment) as stack:
-        yield stack
+def key(guarded_stack: RunningStack) -> str:
+    return guarded_stack.new_key("policy", "generate")
 
 
 @pytest.fixture
-def api(guarded: RunningStack) -> Iterator[Api]:
-    with Api(guarded.url) as api:
+def api(guarded_stack: RunningStack, key: str) -> Iterator[Api]:
+    with Api(guarded_stack.url, key) as api:
         yield api
 
 
-def test_a_forbidden_prompt_ends_its_job_and_draws_nothing(api: Api) -> None:
+def test_a_forbidden_prompt_fails_its_job_and_generates_nothing(api: Api) -> None:
     job = api.ended(api.submit(prompt="a man holding a pistol, oil on canvas")["id"])
     assert (job["state"], job["error"]["code"], job["outputs"]) == ("failed", "prompt_blocked", [])
     (decision,) = job["safety"]["decisions"]
@@ -42,12 +29,12 @@ def test_a_forbidden_prompt_ends_its_job_and_draws_nothing(api: Api) -> None:
     assert decision["similarity"] >= decision["threshold"] == 0.75
 
 
-def test_what_is_found_in_an_image_is_told_by_the_job_its_events_and_the_file_itself(api: Api) -> None:
+def test_a_flagged_output_is_reported_in_its_job_its_events_and_its_file(api: Api) -> None:
     job = api.ended(api.submit(prompt="a green heart", seed=4)["id"])
     assert job["state"] == "succeeded"
     (decision,) = job["safety"]["decisions"]
-    told = (decision["concept"], decision["stage"], decision["action"], decision["index"])
-    assert told == ("image", "output", "flag", 0)
+    reported = (decision["concept"], decision["stage"], decision["action"], decision["index"])
+    assert reported == ("image", "output", "flag", 0)
     (output,) = job["outputs"]
     record = read_record(api.http.get(f"{api.url}{output['content_url']}").content)
     assert record is not None
@@ -56,7 +43,7 @@ def test_what_is_found_in_an_image_is_told_by_the_job_its_events_and_the_file_it
         assert "moderated" in events.read().decode()
 
 
-def test_of_a_bulk_only_the_forbidden_item_fails_and_the_manifest_says_why(api: Api) -> None:
+def test_only_the_forbidden_item_of_a_bulk_fails_and_the_manifest_reports_why(api: Api) -> None:
     prompts = {
         "heart": "a green heart",
         "weapon": "a golden gun, trending on artstation, 8k, cinematic lighting",

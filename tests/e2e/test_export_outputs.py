@@ -1,4 +1,4 @@
-"""Outputs into a file and into a corpus, on the whole stack: they are found, and drawn from, at once."""
+"""Outputs are exported into a file and imported into a corpus, where they can be searched and referenced at once."""
 
 import base64
 import json
@@ -35,13 +35,13 @@ def export(stack: RunningStack, *arguments: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_outputs_leave_with_their_vectors_and_are_drawn_from_where_they_arrive(
+def test_exported_outputs_are_imported_with_their_vectors_and_used_as_references(
     stack: RunningStack, service: Afterimage, tmp_path: Path
 ) -> None:
     job = service.jobs.wait(service.jobs.submit(RagGenerateRequest(prompt="a teal kite over export", num_images=2)))
     path = tmp_path / "outputs.parquet"
-    told = export(stack, "outputs", str(path), "--vectors", "--after", job.created_at.isoformat())
-    assert told["without_vector"] == 0
+    summary = export(stack, "outputs", str(path), "--vectors", "--after", job.created_at.isoformat())
+    assert summary["without_vector"] == 0
     rows = {row["id"]: row for row in parquet.read_table(path).to_pylist()}
     for output in job.outputs:
         row = rows[str(output.id)]
@@ -49,18 +49,18 @@ def test_outputs_leave_with_their_vectors_and_are_drawn_from_where_they_arrive(
         assert json.loads(row["provenance"]) == output.provenance
         assert [each["image_id"] for each in row["references"]] == [str(each.image_id) for each in output.references]
 
-    told = export(stack, "import", str(path), "--owner", "local", "--collection", "remembered")
-    assert (told["new"], told["to_embed"]) == (len(rows), 0)
+    summary = export(stack, "import", str(path), "--owner", "local", "--collection", "remembered")
+    assert (summary["new"], summary["to_embed"]) == (len(rows), 0)
     images = {image.id: image for image in service.images.list(collection="remembered")}
     assert {output.id for output in job.outputs} <= images.keys()
     assert {image.state for image in images.values()} == {ImageState.READY}
-    # Each has the vector that its own bytes get here.
+    # Each has the vector that an embedding of its bytes gives.
     for output in job.outputs:
         own = base64.b64encode(rows[str(output.id)]["image"]).decode()
         search = SearchRequest(image=own, k=len(rows), filter=ImageFilter(collection="remembered"))
         similarities = {found.image_id: found.similarity for found in service.search(search).results}
         assert similarities[output.id] > 0.9999
-    # Drawn from, and the record names the output that it was.
+    # A job uses one as its reference, and the record names the id of the output.
     request = RagGenerateRequest(prompt="the kite again", reference_ids=[job.outputs[0].id])
-    drawn = service.jobs.wait(service.jobs.submit(request))
-    assert [each.image_id for each in drawn.outputs[0].references] == [job.outputs[0].id]
+    generated = service.jobs.wait(service.jobs.submit(request))
+    assert [each.image_id for each in generated.outputs[0].references] == [job.outputs[0].id]

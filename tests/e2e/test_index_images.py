@@ -1,6 +1,6 @@
-"""The indexing script as a person runs it: what is brought, what is skipped and why, and how it goes on when killed.
+"""The command `index_images` on a whole stack: which files it uploads or skips, and how it continues after a kill.
 
-The stack is shared by all tests, so each uses a collection of its own.
+All tests share the stack, so each uses a collection of its own.
 """
 
 import io
@@ -25,7 +25,7 @@ from pyarrow import parquet
 
 from afterimage_client import Afterimage
 from ops.local.stack import REPOSITORY
-from scripts.index_images.upload import FILES_AT_ONCE
+from scripts.index_images.upload import FILES_PER_REQUEST
 from tests.integration.conftest import picture
 from tests.stack import RunningStack, wait_until
 
@@ -43,7 +43,7 @@ def collection(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of mixed quality: good, broken, double, huge, mislabelled, animated, with and without sidecars."""
+    """A folder of good, broken, duplicate, huge, mislabelled and animated files, with and without sidecars."""
     folder = tmp_path / "photos"
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "plain.png").write_bytes(picture("red"))
@@ -89,7 +89,7 @@ SKIPPED = {
 
 
 def index(stack: RunningStack, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
-    """The script's exit code, and what it says to programs."""
+    """Run the command. Return its exit code and its JSON events."""
     done = subprocess.run(command(stack, *arguments), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
@@ -104,7 +104,7 @@ def outcomes(events: list[dict[str, Any]]) -> dict[str, str]:
     return {event["file"]: event["code"] or event["outcome"] for event in events if event["event"] == "file"}
 
 
-def test_files_of_other_kinds_beside_images_are_named_and_no_failure(
+def test_files_that_are_not_images_are_reported_and_do_not_fail_the_run(
     stack: RunningStack, collection: str, tmp_path: Path
 ) -> None:
     (tmp_path / "good.png").write_bytes(picture("teal"))
@@ -113,16 +113,16 @@ def test_files_of_other_kinds_beside_images_are_named_and_no_failure(
     assert (code, outcomes(events)) == (0, {"good.png": "created", "Thumbs.db": "not_an_image"})
 
 
-def test_a_folder_is_indexed_and_every_file_that_is_not_is_named_with_its_reason(
+def test_a_folder_is_indexed_and_each_skipped_file_is_reported_with_its_reason(
     stack: RunningStack, service: Afterimage, collection: str, folder: Path
 ) -> None:
     code, events = index(
         stack, str(folder), "--tag", "photo", "--source", "holidays", "--max-file-mb", "1", "--collection", collection
     )
     assert code == 1
-    told = outcomes(events)
-    assert {name: told[name] for name in SKIPPED} == SKIPPED
-    assert sorted(told[name] for name in ("plain.png", "same as plain.png")) == ["created", "duplicate"]
+    reported = outcomes(events)
+    assert {name: reported[name] for name in SKIPPED} == SKIPPED
+    assert sorted(reported[name] for name in ("plain.png", "same as plain.png")) == ["created", "duplicate"]
     assert events[-1] | {"event": "done", "created": 4, "duplicate": 1, "skipped": 10, "existing": 0} == events[-1]
     images = {image.filename: image for image in service.images.list(collection=collection)}
     assert len(images) == 4
@@ -132,7 +132,7 @@ def test_a_folder_is_indexed_and_every_file_that_is_not_is_named_with_its_reason
     assert (field.caption, field.tags, field.licence) == ("a green field", ["photo"], None)
 
 
-def test_a_second_run_sends_nothing_and_with_a_report_reads_nothing(
+def test_a_second_run_uploads_only_files_that_are_new_changed_or_now_allowed(
     stack: RunningStack, service: Afterimage, collection: str, folder: Path, tmp_path: Path
 ) -> None:
     report = tmp_path / "report.jsonl"
@@ -148,20 +148,20 @@ def test_a_second_run_sends_nothing_and_with_a_report_reads_nothing(
         assert uploads() == 0
     assert Counter(outcomes(events).values())["existing"] == 5
     assert sorted(report.read_text().splitlines()) == sorted(first.splitlines())
-    # Names that are hard to write are kept like others.
+    # Names with unusual characters are reported like others.
     (folder / "a\u2028b\x85.png").write_bytes(picture("navy"))
     Path(os.fsdecode(os.fsencode(folder) + b"/no \xff text.png")).write_bytes(picture("maroon"))
     for _ in range(2):
         _, events = index(stack, str(folder), "--report", str(report), "--collection", collection)
-    told = outcomes(events)
-    assert (told["a\u2028b\x85.png"], told["no \\udcff text.png"]) == ("existing", "existing")
-    # What was skipped for a limit of that run is taken by a run with another.
+    reported = outcomes(events)
+    assert (reported["a\u2028b\x85.png"], reported["no \\udcff text.png"]) == ("existing", "existing")
+    # A run with a higher limit takes the files that the limit of an earlier run skipped.
     lenient = ("--report", str(tmp_path / "another.jsonl"), "--collection", collection)
     _, events = index(stack, str(folder), *lenient, "--max-file-mb", "0.00001")
     assert outcomes(events)["plain.png"] == "image_too_large"
     _, events = index(stack, str(folder), *lenient)
     assert outcomes(events)["plain.png"] in ("existing", "duplicate")
-    # A file that changes is looked at again, also when it was skipped.
+    # A changed file is read again, also when it was skipped before.
     (folder / "broken.png").write_bytes(picture("cyan"))
     _, events = index(stack, str(folder), "--report", str(report), "--collection", collection)
     assert outcomes(events)["broken.png"] == "created"
@@ -177,7 +177,7 @@ def uploads_counted(stack: RunningStack) -> Iterator[Any]:
     yield lambda: total() - before
 
 
-def test_a_killed_run_goes_on_without_double_work(
+def test_a_killed_run_continues_where_it_stopped(
     stack: RunningStack, service: Afterimage, collection: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "many"
@@ -194,15 +194,15 @@ def test_a_killed_run_goes_on_without_double_work(
         assert done < count
         code, _ = index(stack, str(folder), "--report", str(report), "--collection", collection)
         assert code == 0
-        # What was on its way when it was killed may have been sent twice, and nothing else.
-        assert count <= uploads() <= count + 4 * FILES_AT_ONCE
+        # Only the requests that were in flight at the kill may have been sent twice.
+        assert count <= uploads() <= count + 4 * FILES_PER_REQUEST
     assert len(list(service.images.list(collection=collection))) == count
     entries = [json.loads(line) for line in report.read_text().splitlines()]
     assert sorted(entry["file"] for entry in entries) == sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_table_names_files_and_what_is_said_of_them(
+def test_a_table_lists_files_and_their_descriptions(
     stack: RunningStack, service: Afterimage, collection: str, tmp_path: Path, kind: str
 ) -> None:
     (tmp_path / "files").mkdir()
@@ -256,7 +256,7 @@ def test_a_tar_is_indexed_with_and_without_descriptions(
     assert code == 2
 
 
-def test_update_brings_what_is_said_up_to_date(
+def test_update_sends_changed_descriptions(
     stack: RunningStack, service: Afterimage, collection: str, tmp_path: Path
 ) -> None:
     (tmp_path / "photos").mkdir()
@@ -271,7 +271,7 @@ def test_update_brings_what_is_said_up_to_date(
     assert image.caption == "a lime"
 
 
-def test_watching_keeps_the_collection_in_step_until_it_is_interrupted(
+def test_watching_mirrors_the_folder_until_it_is_interrupted(
     stack: RunningStack, service: Afterimage, collection: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "watched"
@@ -295,7 +295,7 @@ def test_watching_keeps_the_collection_in_step_until_it_is_interrupted(
         os.rename(folder / "new", folder / "newer")
         (folder / "third.png").write_bytes(picture("blue"))
         wait_until(lambda: "third.png" in captions(), timeout_s=20, what="the third file")
-        assert {"first.png", "second.png"} <= captions().keys(), "what was moved is still there"
+        assert {"first.png", "second.png"} <= captions().keys(), "moved files are still in the collection"
         (folder / "third.png").write_bytes(picture("white"))
         (folder / "newer" / "second.png").unlink()
         wait_until(lambda: "second.png" not in captions(), timeout_s=20, what="the deletion")
@@ -313,7 +313,7 @@ def running(arguments: list[str], log: Path) -> Iterator["subprocess.Popen[bytes
             process.kill()
 
 
-def test_a_service_that_is_away_stops_the_run_with_its_own_exit_code(folder: Path) -> None:
+def test_an_unreachable_service_stops_the_run_with_its_own_exit_code(folder: Path) -> None:
     arguments = ["--url", "http://127.0.0.1:9", "--retry-for", "0", "--quiet"]
     done = subprocess.run(
         [sys.executable, "-m", "scripts.index_images", str(folder), *arguments],
@@ -322,4 +322,4 @@ def test_a_service_that_is_away_stops_the_run_with_its_own_exit_code(folder: Pat
         text=True,
     )
     assert (done.returncode, done.stdout) == (3, "")
-    assert "goes on from here" in done.stderr
+    assert "continues from here" in done.stderr

@@ -1,4 +1,4 @@
-"""The main job on the models that ship: remember, find, generate from it, forget."""
+"""The main job on the models that ship: upload an image, find it, generate from it, delete it."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ from tests.stack import RunningStack
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAME_WITHIN = 2
-"""Levels of 255 by which a pixel drawn in a batch may differ from the same pixel drawn alone."""
+"""Levels of 255 by which a pixel generated in a batch may differ from the same pixel generated alone."""
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def test_the_blocks_of_the_readme_run_as_printed(starter_stack: RunningStack, tm
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out" / "green-heart.png").read_bytes().startswith(b"\x89PNG")
-    assert '"code"' not in done.stdout, "no call was refused"
-    assert done.stdout.count('"caption":"a green heart"') >= 3, "found by words, by its picture, and in the plan"
+    assert '"code"' not in done.stdout, "no call may be refused"
+    assert done.stdout.count('"caption":"a green heart"') >= 3, "found by text, by image, and in the plan"
 
 
-def test_an_upload_is_found_by_text_and_by_image_within_two_seconds_and_never_after_its_deletion(api: Api) -> None:
+def test_an_upload_is_found_within_two_seconds_and_never_after_its_deletion(api: Api) -> None:
     file = disc("darkorange", background="midnightblue")
     image = api.upload(file, caption="an orange disc in the night")
     uploaded = time.monotonic()
@@ -89,7 +89,7 @@ def test_the_example_requests_of_the_first_version_work_as_written(api: Api) -> 
     assert job["outputs"][0]["provenance"]["scaled"] is True
 
 
-def test_jobs_submitted_together_share_batches_and_each_image_is_the_one_its_seed_gives_alone(
+def test_jobs_share_batches_and_each_image_is_the_one_that_its_seed_gives_alone(
     api: Api, starter_stack: RunningStack
 ) -> None:
     images = [
@@ -127,13 +127,13 @@ def test_jobs_submitted_together_share_batches_and_each_image_is_the_one_its_see
 
 
 def batches(stack: RunningStack) -> dict[str, float]:
-    """How many batches the generate worker has run, and of how many images."""
+    """The numbers of batches and of images that the generate worker has run."""
     text = httpx.get(stack.metrics_url("generate-starter")).text
     totals = dict(re.findall(r'^generation_batch_size_(count|sum){model="starter"} (\S+)$', text, re.MULTILINE))
     return {"batches": float(totals.get("count", 0)), "images": float(totals.get("sum", 0))}
 
 
-def test_a_picture_is_drawn_again_from_its_record_and_is_the_same(api: Api) -> None:
+def test_a_replayed_output_is_the_same_image(api: Api) -> None:
     for request in ({"mode": "auto", "similar_examples_count": 3}, {"format": "jpeg", "mode": "none"}):
         job = api.ended(api.submit(prompt="a green pear", seed=21, num_images=2, **request)["id"])
         original = job["outputs"][1]
@@ -149,7 +149,7 @@ def test_a_picture_is_drawn_again_from_its_record_and_is_the_same(api: Api) -> N
         (output,) = again["outputs"]
         assert output["seed"] == 22
         assert output["replay"]["of"] == original["id"]
-        # Then it shared a batch with its sister, now it is alone: of some processors that is not the same to the bit.
+        # The original shared a batch with another image. On some processors the result then differs in some bits.
         assert output["replay"]["verdict"] in ("identical", "within_tolerance")
         assert output["replay"]["max_difference"] <= SAME_WITHIN
         assert output["replay"]["changed"] == []
@@ -158,7 +158,7 @@ def test_a_picture_is_drawn_again_from_its_record_and_is_the_same(api: Api) -> N
         ]
 
 
-def test_a_picture_carries_its_own_record(api: Api) -> None:
+def test_an_output_file_contains_its_own_record(api: Api) -> None:
     job = api.ended(api.submit(prompt="a green pear", format="webp", seed=11)["id"])
     data = httpx.get(api.url + job["outputs"][0]["content_url"]).content
     record = read_record(data)

@@ -1,5 +1,7 @@
-"""One release takes over from another: old workers and reconciler beside the new schema and API, then one new one at a
-time, under load, and nothing is lost."""
+"""A rolling upgrade under load loses no job.
+
+Old workers and an old reconciler run beside the new schema and API. Then they are replaced one at a time.
+"""
 
 import hashlib
 import json
@@ -30,18 +32,20 @@ from tests.release_worker import PREVIOUS, REPLACED
 from tests.stack import RunningStack, clean_environment, running_stack, wait_until
 
 PREVIOUS_RELEASE = "1752a8aa5095390671fea2df26c094ec468c7cc6"
-"""What runs in production when this is deployed. Once a release is out, put its commit here: the next one's migrations,
-API and messages are then tried beside its workers."""
+"""The release in production when this code is deployed. After each release, put its commit here.
+
+The tests then run the next migrations, API and messages beside the workers of that release.
+"""
 NEEDED = ("worker_service", "shared", "starter/__init__.py", "starter/models")
 GENERATORS = ("generate-cheap", "generate-cheap-2")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.extended, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def previous_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The old release's code, from git."""
+    """The folder with the code of the old release, from git."""
     found = subprocess.run(
         ["git", "cat-file", "-e", f"{PREVIOUS_RELEASE}^{{commit}}"], cwd=REPOSITORY, capture_output=True, check=False
     )
@@ -60,7 +64,7 @@ def previous_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def old_reconciler(stack: RunningStack, release: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """The old release's, in place of the stack's own, which is stopped."""
+    """Stop the reconciler of the stack and run the old release's in its place until the block ends."""
     stack.control.stop("reconciler")
     environment = clean_environment() | TEST_ENVIRONMENT | stack.environment()
     with (release / "reconciler.log").open("wb") as log:
@@ -79,11 +83,11 @@ def old_reconciler(stack: RunningStack, release: Path) -> Iterator["subprocess.P
 
 
 class Load:
-    """Jobs of every kind, and uploads, one after the other until told to stop."""
+    """Submit jobs of every kind and uploads, one after the other, until the block ends."""
 
     def __init__(self, api: Api) -> None:
         self.jobs: dict[str, int] = {}
-        """Number of images asked for by job id."""
+        """The number of requested images, by job id."""
         self.uploads: list[str] = []
         self.bulks: list[str] = []
         self._api = api
@@ -102,7 +106,7 @@ class Load:
             raise self._error
 
     def wait_for_more(self, number: int) -> None:
-        """Until so many more jobs were accepted."""
+        """Wait until `number` more jobs have been accepted."""
         goal = len(self.jobs) + number
         wait_until(lambda: len(self.jobs) >= goal or self._error, timeout_s=120, what=f"{number} more jobs")
 
@@ -117,12 +121,12 @@ class Load:
 
     def _submit(self, turn: int) -> None:
         images = 1 + turn % 3
-        asked: dict[str, Any] = {"prompt": f"a {COLOURS[turn % 6]} disc {turn}", "num_images": images}
+        request: dict[str, Any] = {"prompt": f"a {COLOURS[turn % 6]} disc {turn}", "num_images": images}
         match turn % 6:
             case 0:
-                made = self._api.http.post("/generate", json=asked | {"preview_every": 2})
+                made = self._api.http.post("/generate", json=request | {"preview_every": 2})
             case 1:
-                made = self._api.http.post("/rag/generate", json=asked | {"reference_ids": self.uploads[:1]})
+                made = self._api.http.post("/rag/generate", json=request | {"reference_ids": self.uploads[:1]})
             case 2 if turn == 2:
                 made = self._bulk()
                 self.bulks.append(made.raise_for_status().json()["id"])
@@ -131,7 +135,7 @@ class Load:
                 self.uploads.append(self._api.upload(disc(COLOURS[turn % 6], radius=5 + turn % 55))["id"])
                 return
             case _:
-                made = self._api.http.post("/rag/generate", json=asked)
+                made = self._api.http.post("/rag/generate", json=request)
         self.jobs[made.raise_for_status().json()["id"]] = images
 
     def _bulk(self) -> httpx.Response:
@@ -144,7 +148,7 @@ class Load:
 
 
 def runs_in(stack: RunningStack, name: str) -> Path:
-    """The folder of a process, which is that of its release."""
+    """The working directory of a process, which is the folder of its release."""
     pid = stack.control.pid(name)
     assert pid is not None
     return Path(psutil.Process(pid).cwd())
@@ -156,6 +160,7 @@ def test_old_workers_serve_beside_the_new_api_and_are_replaced_without_losing_a_
     replaced = tmp_path / "replaced"
     replaced.mkdir()
     environment = TEST_ENVIRONMENT | {
+        # `cheap` is the former name of `fake`. The previous release knows only that name.
         "AFTERIMAGE_MODEL__GENERATORS": '{"cheap": {"kind": "cheap", "cost_ms": 200, "max_batch_size": 4}}',
         PREVIOUS: str(previous_release),
         REPLACED: str(replaced),
@@ -206,7 +211,7 @@ def test_old_workers_serve_beside_the_new_api_and_are_replaced_without_losing_a_
 
 
 def ends_of_jobs(stack: RunningStack) -> Counter[int]:
-    """How many jobs succeeded once, how many twice, ..., by their event logs."""
+    """How many jobs have each number of `succeeded` events, by that number."""
     engine = build_engine(DatabaseSettings(url=SecretStr(stack.environment()["AFTERIMAGE_DATABASE__URL"])))
     with Session(engine) as session:
         ends = func.count().filter(JobEvent.type == "succeeded")

@@ -1,9 +1,10 @@
-"""The whole OpenAPI document against the real stack, by Schemathesis: `make fuzz`, or
+"""Test a running stack against its whole OpenAPI document with Schemathesis: `make fuzz`, or
 
     python -m tests.fuzz --examples 100 --seed 7
 
-Two passes with every check: as an owner with all scopes, and as nobody. Writes summary.json and Schemathesis' own
-reports into `out/fuzz/`, and ends with 1 when anything failed, or when fewer requests than `--at-least` were made.
+Two passes with every check: with a key that has all scopes, and without a key. The command writes summary.json and the
+reports of Schemathesis into `out/fuzz/`. Its exit code is 1 when a check failed, or when it sent fewer requests than
+`--at-least`.
 """
 
 import argparse
@@ -27,10 +28,10 @@ SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 REQUEST_TIMEOUT_S = 10
 SCOPES = ("generate", "search", "corpus:write", "admin")
 PROFILE = {
-    # Keys are asked for, drawing costs nothing, and whoever waits or streams is answered soon.
+    # Keys are required, generation costs nothing, and waits and streams end soon.
     "AFTERIMAGE_ENVIRONMENT": "test",
     "AFTERIMAGE_SECURITY__REQUIRE_API_KEYS": "true",
-    "AFTERIMAGE_MODEL__GENERATORS": '{"cheap": {"kind": "cheap"}}',
+    "AFTERIMAGE_MODEL__GENERATORS": '{"cheap": {"kind": "fake"}}',
     "AFTERIMAGE_MODEL__DEFAULT_GENERATOR": "cheap",
     "AFTERIMAGE_API__MAX_WAIT_S": "0.5",
     "AFTERIMAGE_API__MAX_STREAM_S": "1",
@@ -42,7 +43,7 @@ SERVER_ERROR, TIMEOUT = "ServerError", "ResponseTimeExceeded"
 
 @dataclass
 class Findings:
-    """What the passes saw, by kind."""
+    """The requests, failures and errors of all passes."""
 
     requests: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)
@@ -75,18 +76,20 @@ def main() -> None:
         "--examples", type=int, default=150, help="per operation and kind of data (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="repeats a run (default: random)")
-    parser.add_argument("--at-least", type=int, default=20_000, help="requests (default: %(default)s)")
+    parser.add_argument(
+        "--at-least", type=int, default=20_000, help="the least number of requests (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/fuzz"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     print(f"seed {arguments.seed}")
     found = Findings()
-    # No io worker: nothing that is made up here may be called as a webhook.
+    # No io worker: the service must not call the webhook URLs that Schemathesis invents.
     with (
         tempfile.TemporaryDirectory() as var,
         running_stack(Path(var), environment=PROFILE, options=("--io", "0")) as stack,
     ):
-        for name, key in (("owner", stack.new_key("fuzz", *SCOPES)), ("nobody", None)):
+        for name, key in (("owner", stack.new_key("fuzz", *SCOPES)), ("anonymous", None)):
             found.add(run_pass(stack, name, key, arguments))
     summary = found.summary(arguments.seed)
     (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -96,7 +99,7 @@ def main() -> None:
 
 
 def run_pass(stack: RunningStack, name: str, key: str | None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Schemathesis' JSON report of one pass over the document."""
+    """Run one pass over the document. Return the JSON report of Schemathesis."""
     report = arguments.out / f"{name}.json"
     command = [
         *(str(SCHEMATHESIS), "--config-file", str(HERE / "schemathesis.toml")),
@@ -109,16 +112,16 @@ def run_pass(stack: RunningStack, name: str, key: str | None, arguments: argpars
     environment = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.fuzz.hooks", SPARED: ",".join(own_ids(stack, key))}
     with open(arguments.out / f"{name}.log", "w") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=environment)
-    if key is not None:  # all that is sent with an ended key is refused, and shows nothing
+    if key is not None:  # the service refuses every request with a revoked key, so such a pass shows nothing
         httpx.get(f"{stack.url}/api/v1/stats", headers={"Authorization": f"Bearer {key}"}).raise_for_status()
     answer: dict[str, Any] = json.loads(report.read_text())
     if not answer["complete"]:
-        raise SystemExit(f"the pass as {name} did not come to its end: see {log.name}")
+        raise SystemExit(f"the pass as {name} did not end: see {log.name}")
     return answer
 
 
 def own_ids(stack: RunningStack, key: str | None) -> list[str]:
-    """The ids of a key, one of the newest, and of its owner."""
+    """The ids of a key and of its owner. The key has to be on the first page of the list."""
     if key is None:
         return []
     answer = httpx.get(f"{stack.url}/api/v1/admin/keys", headers={"Authorization": f"Bearer {key}"})

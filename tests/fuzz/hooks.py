@@ -1,4 +1,4 @@
-"""What Schemathesis cannot know by itself: how a body of JSON Lines is written, and what it must not end."""
+"""Hooks of Schemathesis: how to write a body of JSON Lines, and which key and owner to leave alone."""
 
 import json
 import os
@@ -8,13 +8,13 @@ from uuid import uuid4
 import schemathesis
 
 SPARED = "FUZZ_SPARED"
-"""Names the variable with the ids, separated by commas, of the key and the owner that it works with."""
+"""The environment variable with the ids, separated by commas, of the key and the owner of the run."""
 CHANGING = ("PATCH", "POST", "DELETE")
 
 
 @schemathesis.serializer("application/jsonl", "application/x-ndjson", "application/x-jsonlines")
 def json_lines(_context: Any, value: Any) -> bytes:
-    """A list is one line each; text goes as it is, valid or not; anything else is one line."""
+    """Write each element of a list as a line, text unchanged (valid or not), and other values as one line."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
@@ -25,7 +25,10 @@ def json_lines(_context: Any, value: Any) -> bytes:
 
 @schemathesis.hook
 def before_call(_context: Any, case: Any, _kwargs: dict[str, Any]) -> None:
-    """It takes ids from the lists it has read, and after it has revoked its own key every answer is a 401."""
+    """Replace the ids of the run's own key and owner in changing requests.
+
+    Schemathesis takes ids from the lists that it has read. After it has revoked its own key, every answer is a 401.
+    """
     if case.method.upper() in CHANGING:
         spared = os.environ.get(SPARED, "").split(",")
         for name, value in (case.path_parameters or {}).items():

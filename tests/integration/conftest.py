@@ -7,58 +7,86 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
 import pytest
+from flask import Flask
 from flask.testing import FlaskClient
 from PIL import Image
 from sqlalchemy.orm import Session
 
 from api_service.app import create_app
-from ops.local.stack import REPOSITORY
+from ops.local.stack import REPOSITORY, LocalStack
 from shared.db import keys, owners
+from shared.imaging import UploadDecoder
 from shared.messaging import job_updates, queue
-from shared.messaging.coalesce import close_bells
-from shared.settings import Settings, get_settings
+from shared.messaging.coalesce import close_notifiers
+from shared.settings import APISettings, Settings, get_settings
+from tests.conftest import emptied, fresh_database, process_settings
 from tests.stack import wait_until
 
 API = "/api/v1"
 Client = Any
-"""A FlaskClient, whose answers' `.json` is what a test expects it to be."""
+"""A FlaskClient. It is `Any`, so that tests can use the `.json` of an answer without casts."""
 
 
-class RungOut(FlaskClient):
-    """Answers when everything has been rung for: what a test does not find in the broker then will not come."""
+class FlushingClient(FlaskClient):
+    """A client that sends all coalesced notifications before it returns, so that every message is in the broker."""
 
     def open(self, *args: Any, **kwargs: Any) -> Any:
         answer = super().open(*args, **kwargs)
-        close_bells()
+        close_notifiers()
         return answer
 
 
+@pytest.fixture(scope="session")
+def decoders() -> Iterator[Callable[[APISettings], UploadDecoder]]:
+    """Decoders by their settings. Their child processes take a quarter of a second to start, so tests share them."""
+    started: dict[str, UploadDecoder] = {}
+
+    def decoder(settings: APISettings) -> UploadDecoder:
+        return started.setdefault(settings.model_dump_json(), UploadDecoder(settings))
+
+    yield decoder
+    for each in started.values():
+        each.close()
+
+
+AppFactory = Callable[[Settings], Flask]
+
+
 @pytest.fixture
-def client(settings: Settings) -> Iterator[Client]:
-    """A client of the API in this process, on this test's servers."""
-    app = create_app(settings)
-    app.test_client_class = RungOut
-    yield app.test_client()
+def new_app(decoders: Callable[[APISettings], UploadDecoder]) -> Iterator[AppFactory]:
+    """`new_app(settings)`: the API in this process."""
+
+    def new_app(settings: Settings) -> Flask:
+        app = create_app(settings)
+        app.extensions["decoder"] = decoders(settings.api)
+        return app
+
+    yield new_app
     job_updates.close_subscriber()
-    app.extensions["decoder"].close()
 
 
 @pytest.fixture
-def guarded(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    """The API with keys required."""
+def client(settings: Settings, new_app: AppFactory) -> Client:
+    """A client of the API in this process, on this test's servers."""
+    app = new_app(settings)
+    app.test_client_class = FlushingClient
+    return app.test_client()
+
+
+@pytest.fixture
+def keyed_client(settings: Settings, new_app: AppFactory, monkeypatch: pytest.MonkeyPatch) -> Client:
+    """A client of the API in this process, with API keys required."""
     monkeypatch.setenv("AFTERIMAGE_SECURITY__REQUIRE_API_KEYS", "true")
     get_settings.cache_clear()
-    app = create_app(get_settings())
-    yield app.test_client()
-    job_updates.close_subscriber()
-    app.extensions["decoder"].close()
+    return new_app(get_settings()).test_client()
 
 
 def a_key(session: Session, *scopes: str, owner: str = "team") -> dict[str, str]:
@@ -76,6 +104,30 @@ class Server:
 @pytest.fixture
 def server(settings: Settings) -> Iterator[Server]:
     """`python -m api_service` on a free port, with this test's settings."""
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shared_server(servers: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with default settings and one database, for those tests of a module that leave it running.
+
+    This process has the same settings, in tests without the fixture `settings`.
+    """
+    environment = servers.environment()
+    redis_urls = emptied(environment["AFTERIMAGE_QUEUE__URL"]), emptied(environment["AFTERIMAGE_CACHE__URL"])
+    with (
+        fresh_database(servers) as postgres_url,
+        pytest.MonkeyPatch.context() as patch,
+        process_settings(patch, postgres_url, *redis_urls, tmp_path_factory.mktemp("shared") / "blobs"),
+        running_server() as server,
+    ):
+        yield server
+
+
+@contextmanager
+def running_server() -> Iterator[Server]:
+    """Run `python -m api_service` on a free port, with the settings of this process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -100,7 +152,7 @@ def _answers(url: str) -> bool:
 
 @dataclass
 class Receiver:
-    """A receiver that answers what the test tells it, and keeps what it got."""
+    """An HTTP server for webhooks. It sends the answers that a test sets, and keeps the requests that it received."""
 
     url: str = ""
     answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
@@ -138,7 +190,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 def messages(queue_name: str) -> list[Any]:
-    """What waits in a Celery queue, each of whose priorities is a list of its own."""
+    """The messages in a Celery queue, of all priorities. Each priority is a list of its own in Redis."""
     keys = queue.broker().scan_iter(f"{queue_name}*", _type="list")
     return [json.loads(message) for key in keys for message in queue.broker().lrange(key, 0, -1)]
 

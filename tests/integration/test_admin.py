@@ -1,4 +1,4 @@
-"""What operators do by command: looking at dead jobs, trying them again, sweeping blobs."""
+"""The commands of operators: dead jobs, sweeping blobs, owners and keys."""
 
 import os
 from uuid import UUID
@@ -20,7 +20,7 @@ from tests.integration.test_jobs import claim, let_lease_expire
 
 def dead_job(session: Session, **details: object) -> Job:
     job = make_job(session, **details)  # type: ignore[arg-type]
-    assert jobs.model_started(session, claim(session, job))
+    assert jobs.mark_model_started(session, claim(session, job))
     let_lease_expire(session, job)
     assert jobs.take_back_expired(session, max_crashes=1) == [job.id]
     session.commit()
@@ -35,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     admin()
 
 
-def test_dead_jobs_are_shown_and_tried_again_as_new_jobs_that_are_published(
+def test_dead_jobs_are_listed_and_requeued_as_new_published_jobs(
     session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = dead_job(session, prompt="a poisoned apple", owner="snow"), dead_job(session)
@@ -52,11 +52,11 @@ def test_dead_jobs_are_shown_and_tried_again_as_new_jobs_that_are_published(
     again = session.get_one(Job, UUID(new_id))
     assert (again.state, again.retry_of, again.owner_id) == ("queued", first.id, first.owner_id)
     assert (again.crashes, again.parameters) == (0, first.parameters)
-    assert again.published_at is not None, "it need not wait for the reconciler"
+    assert again.published_at is not None, "it is published without the reconciler"
 
     run(monkeypatch, "requeue", "--all")
     (other_id,) = capsys.readouterr().out.split()
-    assert session.get_one(Job, UUID(other_id)).retry_of == second.id, "the first was tried again already"
+    assert session.get_one(Job, UUID(other_id)).retry_of == second.id, "the first was requeued already"
     run(monkeypatch, "requeue", "--all")
     assert capsys.readouterr().out == ""
 
@@ -75,14 +75,14 @@ def test_only_dead_jobs_are_requeued_all_or_none(
             run(monkeypatch, *wrong)
 
 
-def test_its_owner_may_try_a_dead_job_again_too(session: Session, client: Client) -> None:
+def test_an_owner_may_retry_its_own_dead_job(session: Session, client: Client) -> None:
     job = dead_job(session)
     answer = client.post(f"{API}/jobs/{job.id}/retry")
     assert answer.status_code == 202
     assert (answer.json["state"], answer.json["retry_of"]) == ("queued", str(job.id))
 
 
-def test_a_sweep_by_hand_tells_what_it_would_remove_and_removes_it(
+def test_the_sweep_command_lists_what_it_would_remove_and_removes_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key = thumbnail_key("ab" * 32)
@@ -99,7 +99,7 @@ def test_a_sweep_by_hand_tells_what_it_would_remove_and_removes_it(
     assert not get_blobs().exists(key)
 
 
-def test_a_store_swept_for_another_database_is_refused_in_words(
+def test_the_sweep_command_refuses_a_store_of_another_database(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     get_blobs().put("swept-for", b"another", media_type="text/plain")
@@ -111,17 +111,17 @@ def test_a_store_swept_for_another_database_is_refused_in_words(
 
 
 @pytest.mark.parametrize("name", ["", "bad\x01name", "Team A", "x" * 64])
-def test_an_owner_whom_the_api_could_not_name_is_not_made(
+def test_an_owner_with_an_invalid_name_is_not_created(
     session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, "create-owner", name)
     assert ended.value.code == 2
-    assert "is no name of an owner" in capsys.readouterr().err
+    assert "is not a valid owner name" in capsys.readouterr().err
     assert name not in session.scalars(select(Owner.name)).all()
 
 
-def test_the_ids_of_keys_are_whole_also_in_a_narrow_terminal(
+def test_list_keys_prints_whole_ids_in_a_narrow_terminal(
     session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(monkeypatch, "create-owner", "team-a")

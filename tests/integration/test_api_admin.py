@@ -1,4 +1,4 @@
-"""Owners and keys over HTTP: what `scripts.admin` does on the operator's machine."""
+"""Owners and keys over HTTP, with the operations that `scripts.admin` has on the operator's machine."""
 
 import logging
 from datetime import UTC, datetime, timedelta
@@ -17,19 +17,19 @@ ADMIN = f"{API}/admin"
 
 
 @pytest.fixture
-def operator(guarded: Client, session: Session) -> Client:
+def operator(keyed_client: Client, session: Session) -> Client:
     """A client whose key has the scope `admin` and no other."""
-    guarded.environ_base["HTTP_AUTHORIZATION"] = a_key(session, "admin", owner="operators")["Authorization"]
-    return guarded
+    keyed_client.environ_base["HTTP_AUTHORIZATION"] = a_key(session, "admin", owner="operators")["Authorization"]
+    return keyed_client
 
 
-def made_owner(operator: Client, name: str = "team") -> str:
+def create_owner(operator: Client, name: str = "team") -> str:
     answer = operator.post(f"{ADMIN}/owners", json={"name": name})
     assert answer.status_code == 200
     return str(answer.json["id"])
 
 
-def made_key(operator: Client, owner_id: str, **body: Any) -> tuple[str, dict[str, str]]:
+def create_key(operator: Client, owner_id: str, **body: Any) -> tuple[str, dict[str, str]]:
     body = {"name": "laptop", "scopes": ["generate"], **body}
     answer = operator.post(f"{ADMIN}/owners/{owner_id}/keys", json=body)
     assert answer.status_code == 201, answer.text
@@ -41,10 +41,10 @@ def status(client: Client, key: dict[str, str]) -> int:
     return int(client.get(f"{API}/jobs", headers=key).status_code)
 
 
-def test_a_key_is_made_shown_once_listed_and_revoked(operator: Client, session: Session) -> None:
-    owner_id = made_owner(operator)
-    assert made_owner(operator) == owner_id, "one of that name stays as it is"
-    key_id, key = made_key(operator, owner_id)
+def test_a_key_is_created_shown_once_listed_and_revoked(operator: Client, session: Session) -> None:
+    owner_id = create_owner(operator)
+    assert create_owner(operator) == owner_id, "an owner of that name is not created again"
+    key_id, key = create_key(operator, owner_id)
     assert status(operator, key) == 200
     listed = operator.get(f"{ADMIN}/keys", query_string={"owner_id": owner_id})
     assert [item["id"] for item in listed.json["items"]] == [key_id]
@@ -57,8 +57,8 @@ def test_a_key_is_made_shown_once_listed_and_revoked(operator: Client, session: 
     assert status(operator, key) == 401
 
 
-def test_a_rotated_key_sees_what_the_old_one_saw_and_both_are_valid_for_a_while(operator: Client) -> None:
-    key_id, old = made_key(operator, made_owner(operator))
+def test_a_rotated_key_sees_the_same_jobs_and_both_keys_work_during_the_overlap(operator: Client) -> None:
+    key_id, old = create_key(operator, create_owner(operator))
     job = operator.post(f"{API}/generate", json={"prompt": "x"}, headers=old).json
     answer = operator.post(f"{ADMIN}/keys/{key_id}/rotate", json={"overlap_s": 3600})
     assert answer.status_code == 201
@@ -70,16 +70,16 @@ def test_a_rotated_key_sees_what_the_old_one_saw_and_both_are_valid_for_a_while(
     assert status(operator, new) == 401
 
 
-def test_what_was_revoked_is_not_rotated_into_life(operator: Client) -> None:
-    key_id, _ = made_key(operator, made_owner(operator))
+def test_a_revoked_key_cannot_be_rotated(operator: Client) -> None:
+    key_id, _ = create_key(operator, create_owner(operator))
     operator.post(f"{ADMIN}/keys/{key_id}/revoke")
     answer = operator.post(f"{ADMIN}/keys/{key_id}/rotate", json={})
     assert (answer.status_code, answer.json["code"]) == (404, "not_found")
 
 
-def test_a_key_expires_when_it_was_told_to_and_when_it_is_told_later(operator: Client) -> None:
-    owner_id = made_owner(operator)
-    key_id, key = made_key(operator, owner_id, expires_in_s=3600)
+def test_the_expiry_of_a_key_is_set_when_it_is_created_and_changed_later(operator: Client) -> None:
+    owner_id = create_owner(operator)
+    key_id, key = create_key(operator, owner_id, expires_in_s=3600)
     assert status(operator, key) == 200
     past = (datetime.now(UTC) - timedelta(seconds=5)).isoformat()
     assert operator.patch(f"{ADMIN}/keys/{key_id}", json={"expires_at": past}).status_code == 200
@@ -89,17 +89,17 @@ def test_a_key_expires_when_it_was_told_to_and_when_it_is_told_later(operator: C
 
 
 def test_a_disabled_owner_has_no_valid_key_until_it_is_enabled_again(operator: Client) -> None:
-    owner_id = made_owner(operator)
-    _, key = made_key(operator, owner_id)
+    owner_id = create_owner(operator)
+    _, key = create_key(operator, owner_id)
     assert operator.patch(f"{ADMIN}/owners/{owner_id}", json={"disabled": True}).json["disabled_at"] is not None
     assert status(operator, key) == 401
     operator.patch(f"{ADMIN}/owners/{owner_id}", json={"disabled": False})
     assert status(operator, key) == 200
 
 
-def test_an_owners_quota_is_set_and_what_is_not_named_stays(operator: Client) -> None:
-    owner_id = made_owner(operator)
-    _, key = made_key(operator, owner_id)
+def test_an_owners_quota_is_set_and_fields_that_are_not_sent_stay(operator: Client) -> None:
+    owner_id = create_owner(operator)
+    _, key = create_key(operator, owner_id)
     operator.patch(f"{ADMIN}/owners/{owner_id}", json={"daily_images": 1})
     operator.patch(f"{ADMIN}/owners/{owner_id}", json={})
     assert operator.get(f"{ADMIN}/owners/{owner_id}").json["daily_images"] == 1
@@ -110,7 +110,7 @@ def test_an_owners_quota_is_set_and_what_is_not_named_stays(operator: Client) ->
 
 def test_owners_are_listed_page_by_page(operator: Client, session: Session) -> None:
     for number in range(3):
-        made_owner(operator, f"team-{number}")
+        create_owner(operator, f"team-{number}")
     names, cursor = [], None
     while True:
         page = operator.get(f"{ADMIN}/owners", query_string={"limit": 2} | ({"cursor": cursor} if cursor else {})).json
@@ -123,7 +123,7 @@ def test_owners_are_listed_page_by_page(operator: Client, session: Session) -> N
 
 
 @pytest.mark.parametrize("scope", [scope for scope in keys.SCOPES if scope != "admin"])
-def test_no_other_scope_opens_the_admin_operations(guarded: Client, session: Session, scope: str) -> None:
+def test_no_other_scope_allows_the_admin_operations(keyed_client: Client, session: Session, scope: str) -> None:
     key, some_id = a_key(session, scope), uuid4()
     for method, path in [
         ("GET", "/owners"),
@@ -136,7 +136,7 @@ def test_no_other_scope_opens_the_admin_operations(guarded: Client, session: Ses
         ("POST", f"/keys/{some_id}/rotate"),
         ("POST", f"/keys/{some_id}/revoke"),
     ]:
-        answer = guarded.open(ADMIN + path, method=method, json={}, headers=key)
+        answer = keyed_client.open(ADMIN + path, method=method, json={}, headers=key)
         assert (answer.status_code, answer.json["code"]) == (403, "forbidden")
 
 
@@ -149,8 +149,8 @@ def test_an_admin_key_does_not_act_for_an_owner(operator: Client) -> None:
     "body",
     [{"scopes": ["everything"]}, {"scopes": []}, {"name": ""}, {"name": "a\nb\x00"}, {"expires_in_s": 0}, {"more": 1}],
 )
-def test_a_key_that_makes_no_sense_is_not_made(operator: Client, body: dict[str, Any]) -> None:
-    owner_id = made_owner(operator)
+def test_an_invalid_key_request_creates_no_key(operator: Client, body: dict[str, Any]) -> None:
+    owner_id = create_owner(operator)
     answer = operator.post(
         f"{ADMIN}/owners/{owner_id}/keys", json={"name": "laptop", "scopes": [Scope.GENERATE], **body}
     )
@@ -158,7 +158,7 @@ def test_a_key_that_makes_no_sense_is_not_made(operator: Client, body: dict[str,
     assert operator.get(f"{ADMIN}/keys", query_string={"owner_id": owner_id}).json["items"] == []
 
 
-def test_what_does_not_exist_is_not_found(operator: Client) -> None:
+def test_unknown_owners_and_keys_are_not_found(operator: Client) -> None:
     some_id = uuid4()
     for method, path, body in [
         ("GET", f"/owners/{some_id}", None),
@@ -171,14 +171,14 @@ def test_what_does_not_exist_is_not_found(operator: Client) -> None:
         assert operator.open(ADMIN + path, method=method, json=body).status_code == 404, path
 
 
-def test_changes_are_logged_with_who_made_them_and_without_secrets(
+def test_changes_are_logged_with_the_key_that_made_them_and_without_secrets(
     operator: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="api_service.services.admin"):
-        key_id, key = made_key(operator, made_owner(operator))
+        key_id, key = create_key(operator, create_owner(operator))
         operator.post(f"{ADMIN}/keys/{key_id}/revoke")
-    told = [record for record in caplog.records if record.name == "api_service.services.admin"]
-    assert [record.msg for record in told] == ["owner_made", "key_made", "key_revoked"]
-    assert all(vars(record)["by_key_id"] is not None for record in told)
+    logged = [record for record in caplog.records if record.name == "api_service.services.admin"]
+    assert [record.msg for record in logged] == ["owner_made", "key_made", "key_revoked"]
+    assert all(vars(record)["by_key_id"] is not None for record in logged)
     secret = key["Authorization"].removeprefix("Bearer ")
-    assert not any(secret in str(vars(record)) for record in told)
+    assert not any(secret in str(vars(record)) for record in logged)

@@ -1,4 +1,4 @@
-"""The OpenAPI document and Swagger UI: whole, true, and at hand without a network."""
+"""The OpenAPI document and Swagger UI: complete, correct, and usable without a network."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ ON_EVERY_ANSWER = {
     "X-Content-Type-Options",
     "X-Frame-Options",
 }
-"""For browsers; a client of the API has no use for them."""
+"""Headers for browsers; clients of the API do not need them."""
 METHODS = ("get", "post", "patch", "delete", "put")
 
 
@@ -43,7 +43,7 @@ def test_the_document_is_valid_openapi_3_1(document: dict[str, Any]) -> None:
     validate(document)
 
 
-def test_every_reference_in_it_leads_somewhere(document: dict[str, Any]) -> None:
+def test_every_reference_in_the_document_resolves(document: dict[str, Any]) -> None:
     def references(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
             if isinstance(node.get("$ref"), str):
@@ -68,20 +68,20 @@ def test_operations_have_ids_that_a_generated_client_can_use(document: dict[str,
     assert all(operation["summary"] and operation["tags"] for _, _, operation in operations(document))
 
 
-def test_names_and_texts_are_what_a_generated_client_may_take_over(document: dict[str, Any]) -> None:
+def test_schema_names_and_texts_are_usable_in_a_generated_client(document: dict[str, Any]) -> None:
     assert all(re.fullmatch(r"[A-Z][A-Za-z]+", name) for name in document["components"]["schemas"])
     assert "<br" not in str(document)
 
 
-def test_of_what_only_answers_hold_every_field_is_there(document: dict[str, Any]) -> None:
+def test_every_field_of_a_response_schema_is_required(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     for name in ("JobView", "JobPage", "OutputView", "BulkItemView", "StatsView", "BulkManifestLine"):
         assert set(schemas[name]["required"]) == set(schemas[name]["properties"]), name
     assert schemas["RagGenerateRequest"]["required"] == ["prompt"]
-    assert "required" not in schemas["ImageFilter"], "a request may leave out of it what an answer repeats"
+    assert "required" not in schemas["ImageFilter"], "a request may leave fields of it out"
 
 
-def test_null_is_offered_only_where_it_can_be_sent(document: dict[str, Any]) -> None:
+def test_null_is_allowed_only_where_it_can_be_sent(document: dict[str, Any]) -> None:
     for _, route, operation in operations(document):
         form = operation.get("requestBody", {}).get("content", {}).get("multipart/form-data", {"schema": {}})["schema"]
         as_text = [parameter["schema"] for parameter in operation.get("parameters", [])]
@@ -89,7 +89,7 @@ def test_null_is_offered_only_where_it_can_be_sent(document: dict[str, Any]) -> 
     assert document["components"]["schemas"]["ImagePatch"]["properties"]["caption"]["type"] == ["string", "null"]
 
 
-def test_every_link_leads_from_an_id_in_its_answer_to_an_operation_that_takes_it(document: dict[str, Any]) -> None:
+def test_every_link_passes_an_id_of_its_answer_to_an_operation_on_that_id(document: dict[str, Any]) -> None:
     by_id = {operation["operationId"]: operation for _, _, operation in operations(document)}
     linked = set()
     for source in by_id.values():
@@ -102,10 +102,10 @@ def test_every_link_leads_from_an_id_in_its_answer_to_an_operation_that_takes_it
                 assert {name for name, each in taken.items() if each.get("required")} <= set(link["parameters"]), where
                 for expression in link["parameters"].values():
                     answer = response["content"]["application/json"]["schema"]
-                    assert pointed_at(document, answer, expression.removeprefix("$response.body#")), where
+                    assert schema_at(document, answer, expression.removeprefix("$response.body#")), where
                 linked.add(link["operationId"])
     takes_an_id = {operation["operationId"] for _, route, operation in operations(document) if "{" in route}
-    assert takes_an_id <= linked, "whatever is done with an id is found from where the id comes from"
+    assert takes_an_id <= linked, "each operation on an id is linked from an answer that has the id"
 
 
 def resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -114,15 +114,15 @@ def resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]
     return schema
 
 
-def pointed_at(document: dict[str, Any], schema: dict[str, Any], pointer: str) -> dict[str, Any]:
-    """The schema of what a JSON pointer into an instance of `schema` finds."""
+def schema_at(document: dict[str, Any], schema: dict[str, Any], pointer: str) -> dict[str, Any]:
+    """The schema of the value that a JSON pointer into an instance of `schema` selects."""
     for part in pointer.split("/")[1:]:
         schema = resolved(document, schema)
         schema = schema["items"] if part.isdigit() else schema["properties"][part]
     return schema
 
 
-def test_every_route_of_the_api_is_documented_and_the_other_way_round(client: Client, document: dict[str, Any]) -> None:
+def test_the_document_describes_exactly_the_routes_of_the_api(client: Client, document: dict[str, Any]) -> None:
     served = {
         (method.lower(), re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
         for rule in client.application.url_map.iter_rules()
@@ -132,7 +132,7 @@ def test_every_route_of_the_api_is_documented_and_the_other_way_round(client: Cl
     assert {(method, route) for method, route, _ in operations(document)} == served
 
 
-def test_every_endpoint_that_the_seed_names_is_there(document: dict[str, Any]) -> None:
+def test_every_endpoint_of_the_first_version_is_there(document: dict[str, Any]) -> None:
     wanted = {
         ("get", "/health"),
         ("post", "/search"),
@@ -148,7 +148,7 @@ def test_every_endpoint_that_the_seed_names_is_there(document: dict[str, Any]) -
     assert {(method, API + route) for method, route in wanted} <= {(m, r) for m, r, _ in operations(document)}
 
 
-def test_errors_are_described_once_and_named_by_every_operation(document: dict[str, Any]) -> None:
+def test_errors_are_described_once_and_referenced_by_every_operation(document: dict[str, Any]) -> None:
     described = document["components"]["responses"]
     for method, route, operation in operations(document):
         errors = {status: answer for status, answer in operation["responses"].items() if status[0] in "45d"}
@@ -164,8 +164,8 @@ def test_errors_are_described_once_and_named_by_every_operation(document: dict[s
         assert response["content"]["application/problem+json"]["schema"]["$ref"].endswith("/Problem")
 
 
-def test_every_answer_with_its_headers_is_described(client: Client, document: dict[str, Any]) -> None:
-    plain = {"Content-Type", "Content-Length", "Cache-Control", "Date"}  # described by the answer's content, or by HTTP
+def test_every_answer_is_described_with_its_headers(client: Client, document: dict[str, Any]) -> None:
+    plain = {"Content-Type", "Content-Length", "Cache-Control", "Date"}  # part of the answer's content, or of HTTP
 
     def described(method: str, route: str, status: int) -> set[str]:
         response = document["paths"][API + route][method]["responses"][str(status)]
@@ -196,7 +196,7 @@ def test_every_answer_with_its_headers_is_described(client: Client, document: di
         assert not undescribed, (method, sent, answer.status_code)
 
 
-def test_the_examples_in_it_are_accepted(client: Client, document: dict[str, Any]) -> None:
+def test_the_examples_in_the_document_are_accepted(client: Client, document: dict[str, Any]) -> None:
     for route, status in [("/generate", 202), ("/rag/generate", 202), ("/search", 503)]:
         content = document["paths"][API + route]["post"]["requestBody"]["content"]
         answer = client.post(API + route, json=content["application/json"]["example"])
@@ -223,7 +223,7 @@ def test_without_docs_there_is_no_swagger_ui(settings: Any) -> None:
     assert client.get("/docs/swagger").status_code == 404
 
 
-def test_an_unexpected_fault_shows_nothing_of_itself(client: Client) -> None:
+def test_an_unexpected_error_shows_no_details(client: Client) -> None:
     def crash() -> None:
         raise RuntimeError("secret detail")
 

@@ -1,4 +1,4 @@
-"""The probes: what they wait for, and whom they tell what."""
+"""The health probes: which components they check, and which details they show to which caller."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from shared.db import workers
 from tests.integration.conftest import API, Client, a_key
 
 READY = f"{API}/health/ready"
-STRICTLY = f"{READY}?strict=true"
+STRICT_READY = f"{READY}?strict=true"
 
 
 @pytest.fixture(autouse=True)
@@ -19,9 +19,9 @@ def connections_of_this_test() -> Iterator[None]:
     health._connection.cache_clear()
 
 
-def ready(session: Session, *, besides: str | None = None) -> None:
+def report_ready(session: Session, *, without: str | None = None) -> None:
     for kind, model in (("embed", None), ("io", None), ("generate", "cheap")):
-        if kind != besides:
+        if kind != without:
             workers.heartbeat(session, kind, kind=kind, model=model, state="ready")
     session.commit()
 
@@ -37,26 +37,27 @@ def test_readiness_needs_what_accepting_a_job_needs(client: Client) -> None:
 def test_strict_readiness_needs_a_worker_for_every_queue(
     client: Client, session: Session, absent: str, queue: str
 ) -> None:
-    ready(session, besides=absent)
-    answer = client.get(STRICTLY)
+    report_ready(session, without=absent)
+    answer = client.get(STRICT_READY)
     assert (answer.status_code, answer.json["status"]) == (503, "down")
     assert answer.json["components"]["workers"]["detail"] == f"no worker is ready for {queue}"
     assert int(answer.headers["Retry-After"]) > 0
-    ready(session)
-    assert client.get(STRICTLY).json["status"] == "ok"
+    report_ready(session)
+    assert client.get(STRICT_READY).json["status"] == "ok"
 
 
-def test_a_worker_that_loads_its_model_is_not_ready(client: Client, session: Session) -> None:
-    ready(session, besides="generate")
+def test_a_worker_that_is_loading_its_model_is_not_ready(client: Client, session: Session) -> None:
+    report_ready(session, without="generate")
     workers.heartbeat(session, "slow", kind="generate", model="cheap", state="loading")
     session.commit()
-    assert client.get(STRICTLY).status_code == 503
+    assert client.get(STRICT_READY).status_code == 503
 
 
-def test_only_an_operator_is_told_why_a_part_is_away(guarded: Client, session: Session) -> None:
-    for asker in ({}, {"Authorization": "Bearer aft_wrong"}, a_key(session, "generate")):
-        told = guarded.get(f"{API}/health", headers=asker).json["components"]
-        assert told["workers"] == {"status": "degraded", "detail": None, "latency_ms": None}
-    told = guarded.get(f"{API}/health", headers=a_key(session, "admin", owner="operators")).json["components"]
-    assert "embed" in told["workers"]["detail"]
-    assert told["database"]["latency_ms"] > 0
+def test_only_an_operator_sees_why_a_component_is_down(keyed_client: Client, session: Session) -> None:
+    for headers in ({}, {"Authorization": "Bearer aft_wrong"}, a_key(session, "generate")):
+        components = keyed_client.get(f"{API}/health", headers=headers).json["components"]
+        assert components["workers"] == {"status": "degraded", "detail": None, "latency_ms": None}
+    operator = a_key(session, "admin", owner="operators")
+    components = keyed_client.get(f"{API}/health", headers=operator).json["components"]
+    assert "embed" in components["workers"]["detail"]
+    assert components["database"]["latency_ms"] > 0

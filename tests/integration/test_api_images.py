@@ -1,4 +1,4 @@
-"""The corpus over HTTP: upload, list, look, change, delete."""
+"""The corpus over HTTP: upload, list, show, change and delete images."""
 
 import hashlib
 import io
@@ -14,8 +14,8 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from shared.db import owners, spaces
-from shared.db.images import vector_of
-from shared.db.tables import Collection, Generation, GenerationReference, Image
+from shared.db.images import find_vector
+from shared.db.tables import Collection, Image, Output, OutputReference
 from shared.messaging import queue
 from shared.settings import Settings
 from tests.factories import SHARED_COLLECTION, make_image, make_job
@@ -37,7 +37,7 @@ def uploaded(client: Client, data: bytes, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_an_uploaded_image_comes_back_with_what_was_said_of_it(client: Client, kind: str) -> None:
+def test_an_uploaded_image_is_returned_with_its_description(client: Client, kind: str) -> None:
     data = picture("teal", size=(300, 200), kind=kind)
     image = uploaded(
         client,
@@ -49,7 +49,7 @@ def test_an_uploaded_image_comes_back_with_what_was_said_of_it(client: Client, k
         source="me",
         attributes='{"camera": "x100"}',
     )
-    assert image["caption"] == "123", "a number in a form stays the text that it is"
+    assert image["caption"] == "123", "a number in a form stays text"
     assert image["tags"] == ["sea", "sky"]
     assert (image["licence"], image["source"], image["attributes"]) == ("CC0", "me", {"camera": "x100"})
     assert (image["format"], image["width"], image["height"]) == (kind.lower(), 300, 200)
@@ -67,7 +67,7 @@ def test_an_uploaded_image_comes_back_with_what_was_said_of_it(client: Client, k
     assert max(Picture.open(io.BytesIO(thumbnail.data)).size) <= 256
 
 
-def test_what_never_changes_is_cached_for_good_and_not_sent_twice(client: Client) -> None:
+def test_image_files_are_immutable_and_a_known_etag_gets_304(client: Client) -> None:
     image = uploaded(client, picture())
     for url in (image["content_url"], image["thumbnail_url"]):
         first = client.get(url)
@@ -85,16 +85,16 @@ def test_what_never_changes_is_cached_for_good_and_not_sent_twice(client: Client
     assert not any(etag.startswith("W/") for etag in etags)
 
 
-def test_many_files_of_one_request_are_all_kept_and_their_workers_are_rung(client: Client, settings: Settings) -> None:
+def test_all_files_of_one_upload_are_stored_and_the_embed_workers_are_notified(
+    client: Client, settings: Settings
+) -> None:
     answer = upload(client, *(picture(colour) for colour in ("red", "green", "blue")), tags=["a", "b"])
     assert (answer.status_code, answer.json["created"], answer.json["existing"]) == (201, 3, 0)
     assert {tuple(image["tags"]) for image in answer.json["images"]} == {("a", "b")}
-    wait_until(lambda: len(messages(queue.EMBED_IMAGES_QUEUE)) == 1, timeout_s=10, what="the ring")
+    wait_until(lambda: len(messages(queue.EMBED_IMAGES_QUEUE)) == 1, timeout_s=10, what="the notification")
 
 
-def test_files_that_are_no_images_are_skipped_when_asked_and_what_is_said_of_single_files_stays_with_them(
-    client: Client, session: Session
-) -> None:
+def test_invalid_files_can_be_skipped_and_each_file_keeps_its_own_description(client: Client, session: Session) -> None:
     each = [{"caption": "a red one", "tags": ["own"]}, {"caption": "lost"}, {}, {"caption": "again"}]
     files = (picture("red"), b"no image", picture("green"), picture("red"))
     answer = upload(client, *files, on_invalid="skip", each=json.dumps(each), caption="for all", tags="common")
@@ -103,8 +103,8 @@ def test_files_that_are_no_images_are_skipped_when_asked_and_what_is_said_of_sin
     assert (red["caption"], red["tags"]) == ("a red one", ["own"])
     assert (green["caption"], green["tags"]) == ("for all", ["common"])
     assert again["id"] == red["id"]
-    told = [(file["outcome"], file["image_id"], file["code"]) for file in answer.json["files"]]
-    assert told == [
+    outcomes = [(file["outcome"], file["image_id"], file["code"]) for file in answer.json["files"]]
+    assert outcomes == [
         ("created", red["id"], None),
         ("skipped", None, "unsupported_image_type"),
         ("created", green["id"], None),
@@ -115,19 +115,19 @@ def test_files_that_are_no_images_are_skipped_when_asked_and_what_is_said_of_sin
     assert [file["code"] for file in nothing.json["files"]] == ["unsupported_image_type", "invalid_image"]
     refused = upload(client, picture("blue"), b"no image", each="[{}, {}]")
     assert (refused.status_code, refused.json["code"]) == (415, "unsupported_image_type")
-    assert session.scalar(select(func.count()).select_from(Image)) == 2, "nothing of what was refused was kept"
+    assert session.scalar(select(func.count()).select_from(Image)) == 2, "a refused upload stores nothing"
 
 
 @pytest.mark.parametrize(
     "each", ["[{}]", "{}", "[{}, {}, {}]", "no json", '[{"collection": "mine"}, {}]', '[{"tags": "a"}, {}]', "[1, {}]"]
 )
-def test_what_is_said_of_single_files_must_fit_them(client: Client, each: str) -> None:
+def test_descriptions_of_single_files_must_match_the_files(client: Client, each: str) -> None:
     answer = upload(client, picture("red"), picture("green"), each=each)
     assert answer.status_code == 422
     assert answer.json["errors"][0]["field"].startswith("form.each")
 
 
-def test_the_same_content_again_is_answered_with_the_image_there_is(client: Client) -> None:
+def test_an_upload_of_existing_content_returns_the_existing_image(client: Client) -> None:
     first = uploaded(client, picture(), caption="first")
     again = upload(client, picture(), caption="second")
     assert (again.status_code, again.json["created"], again.json["existing"]) == (200, 0, 1)
@@ -137,15 +137,15 @@ def test_the_same_content_again_is_answered_with_the_image_there_is(client: Clie
     assert twice["images"][0] == twice["images"][1]
 
 
-def test_two_uploads_of_the_same_files_in_another_order_do_not_lock_each_other_out(
-    client: Client, session: Session
-) -> None:
+def test_two_uploads_of_the_same_files_in_another_order_do_not_deadlock(client: Client, session: Session) -> None:
     files = sorted([picture("red"), picture("blue")], key=lambda data: hashlib.sha256(data).hexdigest())
     first, second = (hashlib.sha256(data).hexdigest() for data in files)
     make_image(session, sha256=first)
     with ThreadPoolExecutor(1) as executor:
         answer = executor.submit(upload, client, *reversed(files))
-        wait_until(lambda: _waits_for_a_lock(session), timeout_s=20, what="the upload to meet the other's row")
+        wait_until(
+            lambda: _waits_for_a_lock(session), timeout_s=20, what="the upload to wait for the other transaction"
+        )
         make_image(session, sha256=second)
         session.commit()
         assert answer.result().status_code == 200
@@ -153,12 +153,12 @@ def test_two_uploads_of_the_same_files_in_another_order_do_not_lock_each_other_o
 
 
 def _waits_for_a_lock(session: Session) -> bool:
-    # Not pg_stat_activity, which a transaction reads once.
+    # Not pg_stat_activity: a transaction reads it once and then sees the same rows.
     waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
     return bool(session.scalar(waiting))
 
 
-def test_an_own_collection_is_made_at_first_use_and_holds_its_own_image_of_the_same_content(client: Client) -> None:
+def test_a_collection_is_created_at_first_use_and_has_its_own_copy_of_an_image(client: Client) -> None:
     shared = uploaded(client, picture())
     own = uploaded(client, picture(), collection="holidays")
     assert (own["collection"], own["sha256"]) == ("holidays", shared["sha256"])
@@ -177,7 +177,7 @@ def test_an_own_collection_is_made_at_first_use_and_holds_its_own_image_of_the_s
         ("x" * 300 + ".png", "x" * 196 + ".png"),
     ],
 )
-def test_a_file_name_is_reduced_to_its_harmless_last_part(client: Client, sent: str, kept: str | None) -> None:
+def test_a_file_name_is_reduced_to_its_safe_last_part(client: Client, sent: str, kept: str | None) -> None:
     image = uploaded(client, picture(), name=sent)
     assert image["filename"] == kept
     content = client.get(image["content_url"])
@@ -205,10 +205,12 @@ def test_a_change_touches_only_the_fields_it_names(client: Client, session: Sess
     assert client.patch(image["url"], json={"tags": None, "attributes": None}).json["tags"] == []
     assert client.patch(image["url"], json={}).json["caption"] == "after"
     session.rollback()
-    assert session.get_one(Collection, SHARED_COLLECTION).version > version, "cached searches must not survive it"
+    assert session.get_one(Collection, SHARED_COLLECTION).version > version, (
+        "the change must invalidate cached searches"
+    )
 
 
-def test_a_deleted_image_is_gone_at_once_with_its_vector_while_its_bytes_wait_for_the_sweeper(
+def test_a_delete_removes_image_and_vector_at_once_and_leaves_bytes_to_the_sweeper(
     client: Client, session: Session, settings: Settings
 ) -> None:
     image = uploaded(client, picture())
@@ -222,12 +224,12 @@ def test_a_deleted_image_is_gone_at_once_with_its_vector_while_its_bytes_wait_fo
             assert client.get(f"{API}/images/{deleted}{route}").status_code == 404
         assert client.delete(f"{API}/images/{deleted}").status_code == 404
     session.rollback()
-    assert vector_of(session, space, row.id) is None
+    assert find_vector(session, space, row.id) is None
     blobs = Path(settings.storage.url.removeprefix("file://"))
     assert list(blobs.rglob(f"{image['sha256']}*"))
 
 
-def test_somebody_elses_image_is_as_absent_as_one_that_never_was(client: Client, session: Session) -> None:
+def test_an_image_of_another_owner_is_not_found(client: Client, session: Session) -> None:
     theirs = owners.ensure_collection(session, "theirs", owner_id=owners.ensure(session, "other"))
     image = make_image(session, collection_id=theirs.id)
     session.commit()
@@ -239,14 +241,14 @@ def test_somebody_elses_image_is_as_absent_as_one_that_never_was(client: Client,
     assert session.get(Image, image.id) is not None
 
 
-def test_an_image_whose_bytes_are_lost_is_a_404_and_no_broken_200(client: Client, session: Session) -> None:
+def test_the_content_of_an_image_whose_bytes_are_lost_is_a_404(client: Client, session: Session) -> None:
     image = make_image(session)
     session.commit()
     answer = client.get(f"{API}/images/{image.id}/content")
     assert (answer.status_code, answer.json["code"]) == (404, "not_found")
 
 
-def test_the_outputs_that_used_an_image_are_listed_also_after_its_deletion(client: Client, session: Session) -> None:
+def test_outputs_that_used_an_image_are_listed_even_after_its_deletion(client: Client, session: Session) -> None:
     image = make_image(session)
     outputs = [_output(session, reference=image.id), _output(session, reference=uuid4())]
     session.commit()
@@ -259,7 +261,7 @@ def test_the_outputs_that_used_an_image_are_listed_also_after_its_deletion(clien
 
 def _output(session: Session, *, reference: UUID, owner: str = "local") -> UUID:
     job = make_job(session, owner=owner)
-    generation = Generation(
+    generation = Output(
         id=uuid4(),
         job_id=job.id,
         owner_id=job.owner_id,
@@ -278,7 +280,7 @@ def _output(session: Session, *, reference: UUID, owner: str = "local") -> UUID:
     session.add(generation)
     session.flush()
     session.add(
-        GenerationReference(
+        OutputReference(
             generation_id=generation.id,
             position=0,
             image_id=reference,
@@ -295,7 +297,7 @@ def _output(session: Session, *, reference: UUID, owner: str = "local") -> UUID:
 # --- outputs ------------------------------------------------------------------------------------------------------
 
 
-def test_outputs_are_listed_shown_and_deleted_by_their_owner_alone(client: Client, session: Session) -> None:
+def test_outputs_are_listed_shown_and_deleted_only_by_their_owner(client: Client, session: Session) -> None:
     mine = [_output(session, reference=uuid4()) for _ in range(3)]
     theirs = _output(session, reference=uuid4(), owner="other")
     session.commit()

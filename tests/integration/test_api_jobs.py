@@ -1,4 +1,4 @@
-"""Submitting and following jobs, as far as no worker is needed: what workers do is done through `shared.db`."""
+"""Submitting and following jobs without a worker: the tests take a worker's steps through `shared.db`."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api_service.http.concurrency import Places
+from api_service.http.concurrency import SlotPool
 from shared.cache import get_cache_manager
 from shared.contracts.jobs import JobState
 from shared.contracts.service import Capabilities
@@ -44,7 +44,7 @@ CAPABILITIES = Capabilities(
     dtype="float32",
 )
 
-SEED_EXAMPLE = {
+FIRST_VERSION_EXAMPLE = {
     "prompt": "a cat playing with a ball",
     "num_images": 2,
     "similar_examples_count": 3,
@@ -74,7 +74,7 @@ def job_count(session: Session) -> int:
 # --- submitting ---------------------------------------------------------------------------------------------------
 
 
-def test_a_submitted_job_is_accepted_located_and_rung_under_its_own_id(client: Client, settings: Settings) -> None:
+def test_a_submitted_job_has_a_location_and_is_published_under_its_own_id(client: Client, settings: Settings) -> None:
     answer = client.post(f"{API}/generate", json={"prompt": "a red apple", "num_images": 2, "seed": 2**32 - 1})
     assert answer.status_code == 202
     assert answer.headers["Location"] == answer.json["url"]
@@ -85,15 +85,15 @@ def test_a_submitted_job_is_accepted_located_and_rung_under_its_own_id(client: C
     assert client.get(answer.headers["Location"]).json["state"] == "queued"
 
 
-def test_the_seeds_example_request_is_accepted_whatever_size_the_model_draws(client: Client, session: Session) -> None:
+def test_the_first_versions_example_request_is_accepted_for_any_native_size(client: Client, session: Session) -> None:
     workers.publish_capabilities(session, "cheap", CAPABILITIES)
     session.commit()
-    job = submit(client, "/rag/generate", **SEED_EXAMPLE)
+    job = submit(client, "/rag/generate", **FIRST_VERSION_EXAMPLE)
     assert (job["parameters"]["width"], job["parameters"]["height"], job["parameters"]["k"]) == (512, 512, 3)
     assert len(job["parameters"]["seeds"]) == 2
 
 
-def test_defaults_come_from_the_model_and_every_one_is_resolved(client: Client, settings: Settings) -> None:
+def test_defaults_come_from_the_model_and_are_all_resolved(client: Client, settings: Settings) -> None:
     defaults = settings.model.generators["cheap"].defaults
     parameters = submit(client, "/rag/generate", guidance_scale=0)["parameters"]
     assert parameters["width"] == defaults.width
@@ -101,7 +101,7 @@ def test_defaults_come_from_the_model_and_every_one_is_resolved(client: Client, 
     assert parameters["strength"] == defaults.strength
     assert parameters["k"] == settings.retrieval.default_k
     assert parameters["min_similarity"] == settings.retrieval.min_similarity
-    assert parameters["guidance_scale"] == 0, "a zero that was asked for is no missing value"
+    assert parameters["guidance_scale"] == 0, "a requested zero is not a missing value"
 
 
 def test_a_dry_run_shows_what_would_run_and_queues_nothing(client: Client, session: Session) -> None:
@@ -126,7 +126,7 @@ def test_a_dry_run_shows_what_would_run_and_queues_nothing(client: Client, sessi
         ("/rag/generate", {"filter": {"collection": "made-up"}}, (422, "validation_failed")),
     ],
 )
-def test_what_the_model_or_the_corpus_cannot_do_is_refused_at_submit(
+def test_a_request_that_model_or_corpus_cannot_serve_is_refused_at_submit(
     client: Client, session: Session, route: str, body: dict[str, Any], expected: tuple[int, str]
 ) -> None:
     workers.publish_capabilities(session, "cheap", CAPABILITIES)
@@ -135,13 +135,13 @@ def test_what_the_model_or_the_corpus_cannot_do_is_refused_at_submit(
     assert job_count(session) == 0
 
 
-def test_an_exact_size_that_the_model_draws_is_accepted(client: Client, session: Session) -> None:
+def test_an_exact_size_that_the_model_supports_is_accepted(client: Client, session: Session) -> None:
     workers.publish_capabilities(session, "cheap", CAPABILITIES)
     session.commit()
     assert submit(client, width=32, height=32, exact_size=True)["parameters"]["exact_size"] is True
 
 
-def test_a_mode_is_accepted_while_no_worker_has_told_what_it_can_do(client: Client) -> None:
+def test_a_mode_is_accepted_while_no_worker_has_published_its_capabilities(client: Client) -> None:
     assert submit(client, "/rag/generate", mode="img2img")["parameters"]["mode"] == "img2img"
 
 
@@ -154,7 +154,7 @@ def test_pinned_references_are_kept_in_order_with_their_weights(client: Client, 
     assert [reference["weight"] for reference in parameters["references"]] == [None, 2.5]
 
 
-def test_an_image_without_a_vector_or_of_somebody_else_cannot_be_pinned(client: Client, session: Session) -> None:
+def test_an_image_without_a_vector_or_of_another_owner_cannot_be_pinned(client: Client, session: Session) -> None:
     make_image(session, vector=[1.0] + [0.0] * 15)
     pending = make_image(session)
     theirs = owners.ensure_collection(session, "theirs", owner_id=owners.ensure(session, "other"))
@@ -179,14 +179,14 @@ def test_a_full_queue_refuses_with_retry_after(
     assert job_count(session) == 1
 
 
-def test_an_owner_at_its_cap_is_refused_however_many_ask_at_once_and_others_are_not(
+def test_the_queue_limit_of_an_owner_holds_for_concurrent_requests(
     client: Client, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AFTERIMAGE_QUEUE__MAX_QUEUED_PER_OWNER", "10")
     monkeypatch.setenv("AFTERIMAGE_DATABASE__MAX_OVERFLOW", "50")
     monkeypatch.setenv("AFTERIMAGE_DATABASE__POOL_TIMEOUT_S", "60")
     _reread_settings()
-    bound_waits(60)  # they wait for each other, on a machine that may be busy
+    bound_waits(60)  # the requests wait for each other, and the machine may be busy
     with ThreadPoolExecutor(50) as threads:
         answers = list(
             threads.map(
@@ -201,14 +201,12 @@ def test_an_owner_at_its_cap_is_refused_however_many_ask_at_once_and_others_are_
     accepted = next(answer for answer in answers if answer.status_code == 202)
     with session_scope() as other:
         queue_limits.refuse_when_full(other, owners.ensure(other, "other"), get_settings().queue)
-    # A job that is no longer queued makes room.
+    # A job that is no longer queued does not count.
     client.post(f"{accepted.json['url']}/cancel")
     submit(client)
 
 
-def test_a_count_with_room_to_spare_stands_for_a_moment_and_one_without_is_always_taken_anew(
-    settings: Settings, session: Session
-) -> None:
+def test_a_queue_count_is_cached_only_while_it_is_far_below_its_limit(settings: Settings, session: Session) -> None:
     owner_id = make_job(session).owner_id
     session.commit()
     roomy = settings.queue.model_copy(update={"max_queued": 5000, "max_queued_per_owner": 2000})
@@ -228,7 +226,7 @@ def _reread_settings() -> None:
 # --- following ----------------------------------------------------------------------------------------------------
 
 
-def test_an_unfinished_job_advises_when_to_ask_again_and_an_unchanged_one_is_304(client: Client) -> None:
+def test_an_unfinished_job_has_retry_after_and_an_unchanged_job_gets_304(client: Client) -> None:
     url = submit(client)["url"]
     first = client.get(url)
     assert int(first.headers["Retry-After"]) >= 1
@@ -239,15 +237,13 @@ def test_an_unfinished_job_advises_when_to_ask_again_and_an_unchanged_one_is_304
     assert "Retry-After" not in changed.headers
 
 
-def test_the_queue_position_counts_the_jobs_that_go_first(client: Client) -> None:
+def test_the_queue_position_counts_the_jobs_that_run_first(client: Client) -> None:
     low, high = submit(client, lane="low"), submit(client, lane="high")
     assert client.get(low["url"]).json["queue_position"] == 1
     assert client.get(high["url"]).json["queue_position"] == 0
 
 
-def test_a_start_is_estimated_from_recent_speed_the_images_ahead_and_the_workers_alive(
-    client: Client, session: Session
-) -> None:
+def test_the_estimated_start_uses_recent_speed_images_ahead_and_live_workers(client: Client, session: Session) -> None:
     def estimate(job: dict[str, Any]) -> Any:
         get_cache_manager().invalidate("pace:*")
         return client.get(job["url"]).json["estimated_start_s"]
@@ -259,7 +255,7 @@ def test_a_start_is_estimated_from_recent_speed_the_images_ahead_and_the_workers
     session.commit()
     assert estimate(first) == 0, "nothing is ahead"
     assert estimate(second) is None, "no speed"
-    # Six images in ten seconds of work: two jobs side by side, and one after a rest.
+    # Six images in ten seconds of work: two concurrent jobs, and one job later.
     began = datetime.now(UTC) - timedelta(seconds=600)
     for start_s, end_s in ((0, 6), (2, 8), (100, 102)):
         ended = make_job(session, state=JobState.SUCCEEDED, seeds=[1, 2])
@@ -275,11 +271,11 @@ def test_a_start_is_estimated_from_recent_speed_the_images_ahead_and_the_workers
     assert "estimated_start_s" not in {key for key, value in client.get(first["url"]).json.items() if value is not None}
 
 
-def test_an_estimate_is_remembered_for_a_moment(client: Client, session: Session) -> None:
+def test_an_estimate_is_cached_for_a_moment(client: Client, session: Session) -> None:
     job = submit(client)
     workers.heartbeat(session, "w1", kind="generate", model="cheap", state="ready")
     session.commit()
-    assert client.get(job["url"]).json["estimated_start_s"] is None, "the submit itself has looked"
+    assert client.get(job["url"]).json["estimated_start_s"] is None, "cached by the submit"
     get_cache_manager().invalidate("pace:*")
     assert client.get(job["url"]).json["estimated_start_s"] == 0
 
@@ -289,7 +285,7 @@ def test_metadata_comes_back_with_the_job(client: Client) -> None:
     assert client.get(job["url"]).json["metadata"] == {"order": "42", "note": "für Zoë ✓"}
 
 
-def test_pages_of_jobs_are_newest_first_complete_and_without_repetition(client: Client) -> None:
+def test_pages_of_jobs_are_newest_first_complete_and_without_duplicates(client: Client) -> None:
     submitted = [submit(client)["id"] for _ in range(5)]
     seen, cursor = [], None
     while True:
@@ -318,7 +314,7 @@ def test_jobs_are_listed_by_state_kind_and_time(client: Client, session: Session
     assert job["id"] not in listed(created_before="1999-12-31T23:59:59-23:59")
 
 
-def test_another_owners_job_is_as_absent_as_one_that_never_was(client: Client, session: Session) -> None:
+def test_a_job_of_another_owner_is_not_found(client: Client, session: Session) -> None:
     theirs = make_job(session, owner="other").id
     session.commit()
     for job_id in (theirs, uuid4()):
@@ -346,7 +342,7 @@ def test_a_long_poll_answers_as_soon_as_the_job_ends(client: Client, session: Se
 
     thread = threading.Thread(target=poll)
     thread.start()
-    wait_until(lambda: job_updates.subscriber()._watches, timeout_s=5, what="somebody to wait")
+    wait_until(lambda: job_updates.subscriber()._watches, timeout_s=5, what="a request to wait")
     _finish(job_id)
     thread.join(10)
     answer, seconds = answers[0]
@@ -356,19 +352,21 @@ def test_a_long_poll_answers_as_soon_as_the_job_ends(client: Client, session: Se
 
 def test_a_long_poll_with_after_answers_at_the_next_event(client: Client) -> None:
     job = submit(client)
-    assert client.get(f"{job['url']}?wait=20&after=0").json["seq"] == 1, "one that has happened is not waited for"
+    assert client.get(f"{job['url']}?wait=20&after=0").json["seq"] == 1, (
+        "the call does not wait for an event that has happened"
+    )
     waited: list[Any] = []
     thread = threading.Thread(target=lambda: waited.append(client.get(f"{job['url']}?wait=20&after={job['seq']}")))
     thread.start()
-    wait_until(lambda: job_updates.subscriber()._watches, timeout_s=5, what="somebody to wait")
+    wait_until(lambda: job_updates.subscriber()._watches, timeout_s=5, what="a request to wait")
     with session_scope() as session:
         jobs.claim(session, UUID(job["id"]), worker="w", lease_s=30)
-    job_updates.publish_changed(UUID(job["id"]))
+    job_updates.publish_job_update(UUID(job["id"]))
     thread.join(10)
     assert (waited[0].json["state"], waited[0].json["seq"]) == ("processing", 2)
 
 
-def test_a_preferred_wait_that_is_too_short_gives_the_job_as_it_is(client: Client) -> None:
+def test_a_preferred_wait_that_is_too_short_returns_the_unfinished_job(client: Client) -> None:
     answer = client.post(f"{API}/generate", json={"prompt": "x"}, headers={"Prefer": "respond-async, wait=1"})
     assert answer.status_code == 202
     assert answer.headers["Preference-Applied"] == "wait=1"
@@ -377,7 +375,7 @@ def test_a_preferred_wait_that_is_too_short_gives_the_job_as_it_is(client: Clien
 
 def test_a_preferred_wait_answers_200_with_a_job_that_ended_in_time(client: Client) -> None:
     def work() -> None:
-        wait_until(lambda: job_updates.subscriber()._watches, timeout_s=5, what="somebody to wait")
+        wait_until(lambda: job_updates.subscriber()._watches, timeout_s=5, what="a request to wait")
         _finish(next(iter(job_updates.subscriber()._watches)))
 
     thread = threading.Thread(target=work)
@@ -389,7 +387,7 @@ def test_a_preferred_wait_answers_200_with_a_job_that_ended_in_time(client: Clie
 
 
 @pytest.mark.parametrize("prefer", ["wait=soon", "wait=", "return=minimal", "wait=-1", "await=5"])
-def test_a_preference_that_makes_no_sense_is_ignored(client: Client, prefer: str) -> None:
+def test_an_invalid_preference_is_ignored(client: Client, prefer: str) -> None:
     answer = client.post(f"{API}/generate", json={"prompt": "x"}, headers={"Prefer": prefer})
     assert answer.status_code == 202
     assert "Preference-Applied" not in answer.headers
@@ -409,13 +407,13 @@ def test_beyond_the_cap_of_waiters_a_wait_answers_at_once_and_a_stream_is_refuse
     assert code(client.get(job["events_url"])) == (503, "too_many_streams")
 
 
-def test_one_owner_cannot_take_the_places_of_all_waiters() -> None:
+def test_one_owner_cannot_take_the_slots_of_all_waiters() -> None:
     mine, theirs = uuid4(), uuid4()
-    places = Places(most=3, most_per_owner=2)
-    assert [places.take(mine) for _ in range(3)] == [True, True, False]
-    assert [places.take(theirs) for _ in range(2)] == [True, False], "beside mine there is one left of three"
-    places.give_back(mine)
-    assert [places.take(theirs), places.take(mine)] == [True, False]
+    slots = SlotPool(max_slots=3, max_slots_per_owner=2)
+    assert [slots.take(mine) for _ in range(3)] == [True, True, False]
+    assert [slots.take(theirs) for _ in range(2)] == [True, False], "one slot of three is left"
+    slots.release(mine)
+    assert [slots.take(theirs), slots.take(mine)] == [True, False]
 
 
 def test_beyond_the_cap_of_an_owner_a_wait_answers_at_once_and_a_stream_is_refused(
@@ -435,10 +433,10 @@ def test_beyond_the_cap_of_an_owner_a_wait_answers_at_once_and_a_stream_is_refus
     stream.close()
     client.post(f"{job['url']}/cancel")
     with client.get(job["events_url"]) as again:
-        assert again.status_code == 200, "a stream that ends makes room"
+        assert again.status_code == 200, "a stream that ends frees its slot"
 
 
-def test_the_progress_heard_is_shown_while_the_job_runs(client: Client) -> None:
+def test_published_progress_is_shown_while_the_job_runs(client: Client) -> None:
     job = submit(client)
     job_id = UUID(job["id"])
     client.get(job["url"])
@@ -446,11 +444,11 @@ def test_the_progress_heard_is_shown_while_the_job_runs(client: Client) -> None:
     with session_scope() as session:
         jobs.claim(session, job_id, worker="w", lease_s=30)
     job_updates.publish_progress(job_id, 3, 8)
-    wait_until(lambda: job_updates.subscriber().latest(job_id), timeout_s=5, what="the progress")
+    wait_until(lambda: job_updates.subscriber().latest_progress(job_id), timeout_s=5, what="the progress")
     assert client.get(job["url"]).json["progress"] == {"step": 3, "total_steps": 8}
 
 
-def test_the_events_of_an_ended_job_are_told_in_order_and_resumed(client: Client) -> None:
+def test_the_events_of_an_ended_job_are_streamed_in_order_and_resumed(client: Client) -> None:
     job = submit(client)
     _finish(UUID(job["id"]))
     answer = client.get(job["events_url"])
@@ -479,13 +477,13 @@ def test_a_cancel_ends_a_job_once_and_is_safe_to_repeat(client: Client) -> None:
     assert (again.status_code, again.json["seq"]) == (200, 2)
 
 
-def test_a_job_that_ended_otherwise_cannot_be_canceled(client: Client) -> None:
+def test_a_job_that_succeeded_cannot_be_canceled(client: Client) -> None:
     job = submit(client)
     _finish(UUID(job["id"]))
     assert code(client.post(f"{job['url']}/cancel")) == (409, "job_state_conflict")
 
 
-def test_a_retry_is_a_new_job_that_does_the_same(client: Client) -> None:
+def test_a_retry_is_a_new_job_with_the_same_parameters(client: Client) -> None:
     job = submit(client, seed=9, metadata={"order": "42"})
     assert code(client.post(f"{job['url']}/retry")) == (409, "job_state_conflict")
     client.post(f"{job['url']}/cancel")
@@ -517,4 +515,4 @@ def _finish(job_id: UUID) -> None:
         assert taken is not None
     with session_scope() as session:
         assert jobs.finish(session, taken[0], [], timings={"generate": 0.1})
-    job_updates.publish_changed(job_id)
+    job_updates.publish_job_update(job_id)

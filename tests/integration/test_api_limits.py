@@ -25,7 +25,7 @@ Limited = Callable[..., Client]
 
 
 @pytest.fixture
-def limited(guarded: Client, monkeypatch: pytest.MonkeyPatch) -> Limited:
+def limited(keyed_client: Client, monkeypatch: pytest.MonkeyPatch) -> Limited:
     """`limited(reads_per_minute=3)`: the API with keys and these limits."""
 
     def with_limits(**limits: object) -> Client:
@@ -41,7 +41,7 @@ def statuses(client: Client, key: dict[str, str], *, reads: int) -> list[int]:
     return [client.get(f"{API}/jobs", headers=key).status_code for _ in range(reads)]
 
 
-def test_a_key_beyond_its_budget_is_told_when_to_come_back_and_another_key_is_not_harmed(
+def test_a_key_over_its_rate_limit_gets_retry_after_and_other_keys_still_work(
     limited: Limited, session: Session
 ) -> None:
     client, key, other = limited(reads_per_minute=3), a_key(session, "generate"), a_key(session, "generate")
@@ -55,10 +55,10 @@ def test_a_key_beyond_its_budget_is_told_when_to_come_back_and_another_key_is_no
     assert refused.content_type == "application/problem+json"
     assert 1 <= int(refused.headers["Retry-After"]) <= 60
     assert refused.headers["RateLimit-Remaining"] == "0"
-    assert statuses(client, other, reads=1) == [200], "though both belong to one owner"
+    assert statuses(client, other, reads=1) == [200], "also if both keys belong to one owner"
 
 
-def test_reads_and_writes_have_budgets_of_their_own_and_a_search_is_a_read(limited: Limited, session: Session) -> None:
+def test_reads_and_writes_have_separate_limits_and_a_search_is_a_read(limited: Limited, session: Session) -> None:
     client, key = limited(reads_per_minute=2, writes_per_minute=2), a_key(session, "generate", "search")
     submitted = [client.post(f"{API}/generate", json={"prompt": "x"}, headers=key).status_code for _ in range(3)]
     assert submitted == [202, 202, 429]
@@ -67,7 +67,7 @@ def test_reads_and_writes_have_budgets_of_their_own_and_a_search_is_a_read(limit
     assert client.post(f"{API}/search", json={}, headers=key).status_code == 429
 
 
-def test_what_needs_no_key_is_never_refused(limited: Limited) -> None:
+def test_requests_that_need_no_key_are_never_rate_limited(limited: Limited) -> None:
     client = limited(reads_per_minute=1)
     for path in (f"{API}/health/live", "/health/live", "/metrics", f"{API}/openapi.json"):
         for _ in range(3):
@@ -76,9 +76,9 @@ def test_what_needs_no_key_is_never_refused(limited: Limited) -> None:
             assert "RateLimit-Limit" not in answer.headers
 
 
-def test_all_processes_count_together(limited: Limited, session: Session) -> None:
-    one, other, key = limited(reads_per_minute=3), limited(reads_per_minute=3), a_key(session, "generate")
-    assert statuses(one, key, reads=2) + statuses(other, key, reads=2) == [200, 200, 200, 429]
+def test_all_processes_share_their_counts(limited: Limited, session: Session) -> None:
+    first, second, key = limited(reads_per_minute=3), limited(reads_per_minute=3), a_key(session, "generate")
+    assert statuses(first, key, reads=2) + statuses(second, key, reads=2) == [200, 200, 200, 429]
 
 
 def test_limits_are_off_by_setting_and_where_keys_are_off(
@@ -90,7 +90,7 @@ def test_limits_are_off_by_setting_and_where_keys_are_off(
     assert statuses(limited(reads_per_minute=1, enabled="true"), {}, reads=3) == [200, 200, 200]
 
 
-def test_a_frozen_server_of_the_limits_delays_once_and_memory_counts_on(
+def test_a_frozen_redis_of_the_limits_delays_once_and_then_memory_counts(
     limited: Limited, session: Session, servers: LocalStack
 ) -> None:
     client, key = limited(reads_per_minute=3), a_key(session, "generate")
@@ -103,19 +103,19 @@ def test_a_frozen_server_of_the_limits_delays_once_and_memory_counts_on(
         servers.control.thaw("cache")
 
 
-def test_limits_may_have_a_server_of_their_own(limited: Limited, session: Session) -> None:
+def test_limits_may_use_a_redis_of_their_own(limited: Limited, session: Session) -> None:
     client, key = limited(reads_per_minute=2, url="redis://127.0.0.1:1/0"), a_key(session, "generate")
-    assert statuses(client, key, reads=3) == [200, 200, 429], "it is away, the cache's is not"
-    elsewhere = create_app(get_settings()).test_client()
-    assert statuses(elsewhere, key, reads=1) == [200], "what memory counts is each process's own"
+    assert statuses(client, key, reads=3) == [200, 200, 429], "this Redis is down, the cache's is not"
+    other_process = create_app(get_settings()).test_client()
+    assert statuses(other_process, key, reads=1) == [200], "each process has its own counts in memory"
 
 
 # --- quotas -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def rationed(settings: Settings, client: Client, monkeypatch: pytest.MonkeyPatch) -> Client:
-    """The API with a quota of six images a day."""
+def quota_client(settings: Settings, client: Client, monkeypatch: pytest.MonkeyPatch) -> Client:
+    """A client of the API with a quota of six images a day."""
     monkeypatch.setenv("AFTERIMAGE_LIMITS__DAILY_IMAGES", "6")
     get_settings.cache_clear()
     return client
@@ -130,34 +130,36 @@ def used(client: Client) -> tuple[int, int | None]:
     return usage["images"], usage["daily_images"]
 
 
-def test_beyond_its_quota_an_owner_is_told_to_come_back_tomorrow(rationed: Client, session: Session) -> None:
-    assert [submit(rationed, 4).status_code, submit(rationed, 2).status_code] == [202, 202]
-    refused = submit(rationed, 1)
+def test_an_owner_over_its_quota_gets_retry_after_until_midnight(quota_client: Client, session: Session) -> None:
+    assert [submit(quota_client, 4).status_code, submit(quota_client, 2).status_code] == [202, 202]
+    refused = submit(quota_client, 1)
     assert (refused.status_code, refused.json["code"]) == (429, "quota_exceeded")
     assert refused.json["context"] == {"quota": 6, "used": 6, "asked": 1}
     now = datetime.now(UTC)
     midnight = datetime.combine(now.date() + timedelta(days=1), datetime.min.time(), UTC)
     assert int(refused.headers["Retry-After"]) == pytest.approx((midnight - now).total_seconds(), abs=5)
-    assert used(rationed) == (6, 6)
-    assert datetime.fromisoformat(rationed.get(f"{API}/usage").json["resets_at"]) == midnight
-    # Another day is another quota.
+    assert used(quota_client) == (6, 6)
+    assert datetime.fromisoformat(quota_client.get(f"{API}/usage").json["resets_at"]) == midnight
+    # The next day has a new quota.
     session.execute(text("update image_usage set day = day - 1"))
     session.commit()
-    assert submit(rationed, 1).status_code == 202
+    assert submit(quota_client, 1).status_code == 202
 
 
-def test_more_images_than_a_whole_day_has_are_refused_and_not_counted(rationed: Client, session: Session) -> None:
-    assert submit(rationed, 7).status_code == 429
-    assert used(rationed) == (0, 6)
+def test_a_request_over_the_quota_of_a_whole_day_is_refused_and_not_counted(
+    quota_client: Client, session: Session
+) -> None:
+    assert submit(quota_client, 7).status_code == 429
+    assert used(quota_client) == (0, 6)
     assert session.scalar(select(func.count()).select_from(Job)) == 0
 
 
 @pytest.mark.parametrize("ending", ["canceled", "failed", "expired", "dead", "succeeded"])
-def test_images_that_were_never_drawn_are_given_back_once(rationed: Client, session: Session, ending: str) -> None:
-    job_id = UUID(submit(rationed, 5).json["id"])
+def test_images_that_were_not_generated_are_refunded_once(quota_client: Client, session: Session, ending: str) -> None:
+    job_id = UUID(submit(quota_client, 5).json["id"])
     if ending == "canceled":
         for _ in range(2):
-            rationed.post(f"{API}/jobs/{job_id}/cancel")
+            quota_client.post(f"{API}/jobs/{job_id}/cancel")
     elif ending == "expired":
         session.execute(update(Job).values(expires_at=func.now()))
         jobs.end_expired(session)
@@ -172,32 +174,32 @@ def test_images_that_were_never_drawn_are_given_back_once(rationed: Client, sess
             session.execute(update(Job).values(lease_until=func.now(), model_started=True))
             jobs.take_back_expired(session, max_crashes=1)
     session.commit()
-    assert rationed.get(f"{API}/jobs/{job_id}").json["state"] == ending
-    assert used(rationed) == (5 if ending == "succeeded" else 0, 6)
-    assert rationed.delete(f"{API}/jobs/{job_id}").status_code == 204
-    assert used(rationed)[0] == (5 if ending == "succeeded" else 0), "deleting a job is no way around the quota"
+    assert quota_client.get(f"{API}/jobs/{job_id}").json["state"] == ending
+    assert used(quota_client) == (5 if ending == "succeeded" else 0, 6)
+    assert quota_client.delete(f"{API}/jobs/{job_id}").status_code == 204
+    assert used(quota_client)[0] == (5 if ending == "succeeded" else 0), "deleting a job refunds nothing"
 
 
-def test_a_quota_is_not_exceeded_however_many_ask_at_once(rationed: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_requests_do_not_exceed_a_quota(quota_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_DATABASE__MAX_OVERFLOW", "20")
     monkeypatch.setenv("AFTERIMAGE_DATABASE__POOL_TIMEOUT_S", "60")
     get_settings.cache_clear()
-    bound_waits(60)  # they wait for each other, on a machine that may be busy
+    bound_waits(60)  # the requests wait for each other, and the machine may be busy
     with ThreadPoolExecutor(20) as threads:
-        answers = list(threads.map(lambda _: submit(rationed.application.test_client(), 1).status_code, range(20)))
+        answers = list(threads.map(lambda _: submit(quota_client.application.test_client(), 1).status_code, range(20)))
     assert Counter(answers) == {202: 6, 429: 14}
-    assert used(rationed) == (6, 6)
+    assert used(quota_client) == (6, 6)
 
 
-def test_an_owner_may_have_a_quota_of_its_own_and_replays_and_dry_runs_are_free(
-    rationed: Client, session: Session
+def test_an_owner_may_have_its_own_quota_and_replays_and_dry_runs_are_free(
+    quota_client: Client, session: Session
 ) -> None:
     for own, expected in [(1, 429), (0, 202)]:
         session.execute(update(Owner).where(Owner.name == "local").values(daily_images=own))
         session.commit()
-        assert submit(rationed, 7).status_code == expected
-    assert used(rationed) == (7, None), "0 is no quota at all"
+        assert submit(quota_client, 7).status_code == expected
+    assert used(quota_client) == (7, None), "0 means unlimited"
     for _ in range(2):
-        rationed.post(f"{API}/generate", json={"prompt": "x"}, headers={"Idempotency-Key": "once"})
-    rationed.post(f"{API}/generate", json={"prompt": "x", "dry_run": True})
-    assert used(rationed) == (8, None)
+        quota_client.post(f"{API}/generate", json={"prompt": "x"}, headers={"Idempotency-Key": "once"})
+    quota_client.post(f"{API}/generate", json={"prompt": "x", "dry_run": True})
+    assert used(quota_client) == (8, None)

@@ -1,4 +1,4 @@
-"""Two owners: whatever belongs to one is, for the other, as absent as what never was."""
+"""Two owners: a request for an object of another owner gets the same answer as one for an unknown id."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.generation import Webhook
 from shared.db import jobs, keys, owners
-from shared.db.tables import Generation, WebhookDelivery
+from shared.db.tables import Output, WebhookDelivery
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, a_key
 
@@ -24,12 +24,12 @@ SENT: dict[str, dict[str, Any]] = {
         "query_string": {"from_line": 1},
     },
 }
-"""What an operation with an id needs besides it."""
+"""Data to send to operations that need more than the id in their path."""
 
 
 @pytest.fixture
-def mine(guarded: Client, session: Session) -> dict[str, str]:
-    """One of everything that an owner can have, by the name that paths give its id."""
+def mine(keyed_client: Client, session: Session) -> dict[str, str]:
+    """The id of one object of each kind that an owner can have, by the name of its path parameter."""
     key = a_key(session, *ALL_BUT_ADMIN, owner="mine")
     job = make_job(session, owner="mine", webhook=Webhook(url="https://receiver.example/hook"))
     ended = make_job(session, owner="mine", webhook=Webhook(url="https://receiver.example/hook"))
@@ -41,7 +41,7 @@ def mine(guarded: Client, session: Session) -> dict[str, str]:
     session.flush()
     delivery = session.scalars(select(WebhookDelivery.id).where(WebhookDelivery.job_id == ended.id)).one()
     session.commit()
-    bulk = guarded.post(
+    bulk = keyed_client.post(
         f"{API}/bulks?complete=false",
         data=b'{"prompt": "a secret"}\n',
         content_type="application/jsonl",
@@ -59,24 +59,24 @@ def mine(guarded: Client, session: Session) -> dict[str, str]:
     }
 
 
-def test_no_operation_shows_or_changes_what_belongs_to_another_owner(
-    guarded: Client, session: Session, mine: dict[str, str]
+def test_no_operation_shows_or_changes_objects_of_another_owner(
+    keyed_client: Client, session: Session, mine: dict[str, str]
 ) -> None:
     theirs = a_key(session, *ALL_BUT_ADMIN, owner="theirs")
-    before = _everything(session)
-    paths = guarded.get(f"{API}/openapi.json").json["paths"]
-    walked = 0
+    before = _owned_rows(session)
+    paths = keyed_client.get(f"{API}/openapi.json").json["paths"]
+    called = 0
     for path, methods in paths.items():
         for method, operation in methods.items():
             name = operation["operationId"]
             named = re.findall(r"\{(\w+)\}", path)
             if not named and method != "get":
-                continue  # it makes something new; what it may refer to is another test
+                continue  # it creates something; another test covers its references
             filled = re.sub(r"\{(\w+)\}", lambda match: mine[match[1]], path)
-            with guarded.open(filled, method=method.upper(), headers=theirs, **SENT.get(name, {})) as answer:
+            with keyed_client.open(filled, method=method.upper(), headers=theirs, **SENT.get(name, {})) as answer:
                 if path.startswith(f"{API}/admin"):
                     assert answer.status_code == 403, name
-                elif name == "listGenerationsOfImage":  # it does not ask whether the image is still there
+                elif name == "listGenerationsOfImage":  # it does not check that the image exists
                     assert answer.json["items"] == []
                 elif named:
                     assert (answer.status_code, answer.json["code"]) == (404, "not_found"), name
@@ -84,16 +84,18 @@ def test_no_operation_shows_or_changes_what_belongs_to_another_owner(
                     found = [key for key, value in mine.items() if value in answer.text]
                     assert found == [], name
                     assert "secret" not in answer.text, name
-            walked += 1
-    assert walked >= 40
-    assert _everything(session) == before
+            called += 1
+    assert called >= 40
+    assert _owned_rows(session) == before
 
 
-def test_what_another_owner_has_cannot_be_referred_to(guarded: Client, session: Session, mine: dict[str, str]) -> None:
+def test_a_request_cannot_refer_to_objects_of_another_owner(
+    keyed_client: Client, session: Session, mine: dict[str, str]
+) -> None:
     theirs = a_key(session, *ALL_BUT_ADMIN, owner="theirs")
 
     def refused(method: str, path: str, **sent: Any) -> None:
-        answer = guarded.open(API + path, method=method, headers=theirs, **sent)
+        answer = keyed_client.open(API + path, method=method, headers=theirs, **sent)
         assert answer.status_code in (404, 422), answer.text
         assert "secret" not in answer.text
 
@@ -102,21 +104,21 @@ def test_what_another_owner_has_cannot_be_referred_to(guarded: Client, session: 
     refused("POST", "/search", json={"image_id": mine["image_id"]})
     refused("POST", "/search", json={"query": "x", "filter": {"collection": "private"}})
     refused("GET", "/images", query_string={"collection": "private"})
-    listed = guarded.get(f"{API}/webhooks/deliveries", query_string={"job_id": mine["job_id"]}, headers=theirs)
+    listed = keyed_client.get(f"{API}/webhooks/deliveries", query_string={"job_id": mine["job_id"]}, headers=theirs)
     assert listed.json["items"] == []
 
 
-def test_each_of_two_owners_may_use_the_same_names_and_keys(guarded: Client, session: Session) -> None:
+def test_each_of_two_owners_may_use_the_same_names_and_keys(keyed_client: Client, session: Session) -> None:
     answers = []
     for owner in ("one", "other"):
         key = a_key(session, "generate", owner=owner) | {"Idempotency-Key": "order-1"}
-        answers.append(guarded.post(f"{API}/generate", json={"prompt": owner}, headers=key))
+        answers.append(keyed_client.post(f"{API}/generate", json={"prompt": owner}, headers=key))
     assert [answer.status_code for answer in answers] == [202, 202]
     assert answers[0].json["id"] != answers[1].json["id"]
 
 
-def _output(job_id: UUID, owner_id: UUID) -> Generation:
-    return Generation(
+def _output(job_id: UUID, owner_id: UUID) -> Output:
+    return Output(
         id=uuid4(),
         job_id=job_id,
         owner_id=owner_id,
@@ -134,10 +136,10 @@ def _output(job_id: UUID, owner_id: UUID) -> Generation:
     )
 
 
-def _everything(session: Session) -> dict[str, list[str]]:
-    """Every row that belongs to somebody."""
+def _owned_rows(session: Session) -> dict[str, list[str]]:
+    """Every row that belongs to an owner."""
     session.rollback()
     tables = ("jobs", "job_events", "images", "generations", "bulks", "bulk_items", "webhook_deliveries", "owners")
     rows = {name: list(session.scalars(text(f"select t::text from {name} t order by 1"))) for name in tables}
-    assert all(rows.values()), "one of everything"
+    assert all(rows.values()), "no table is empty"
     return rows

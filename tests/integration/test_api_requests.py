@@ -1,4 +1,4 @@
-"""Bad requests of every kind at every endpoint: a clear problem, and nothing half-made."""
+"""Invalid requests at every endpoint: each gets a clear problem and changes no stored data."""
 
 import base64
 import gc
@@ -13,12 +13,12 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shared.db.tables import Collection, Generation, Image, Job, JobEvent
+from shared.db.tables import Collection, Image, Job, JobEvent, Output
 from shared.settings import Settings
 from tests.factories import make_image, make_space
 from tests.integration.conftest import API, Client, messages, picture
 
-# Werkzeug's test client keeps large bodies in temporary files, and leaves those to the garbage collector.
+# Werkzeug's test client keeps large bodies in temporary files, and the garbage collector closes them.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in.*(FileIO|SpooledTemporaryFile):pytest.PytestUnraisableExceptionWarning"
 )
@@ -43,19 +43,19 @@ ID_ROUTES = [
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(client: Client, session: Session, settings: Settings) -> Iterator[None]:
-    """Every test of this file sends what must be refused, so at its end everything is as it was."""
-    before = _everything(session, settings)
+def _no_change_of_stored_data(client: Client, session: Session, settings: Settings) -> Iterator[None]:
+    """Check that a test changed no stored data. Every request of this file must be refused."""
+    before = _stored_data(session, settings)
     yield
-    assert _everything(session, settings) == before
+    assert _stored_data(session, settings) == before
     gc.collect()
 
 
-def _everything(session: Session, settings: Settings) -> dict[str, Any]:
+def _stored_data(session: Session, settings: Settings) -> dict[str, Any]:
     session.rollback()
     counts: dict[str, Any] = {
         table.__tablename__: session.scalar(select(func.count()).select_from(table))
-        for table in (Collection, Generation, Image, Job, JobEvent)
+        for table in (Collection, Output, Image, Job, JobEvent)
     }
     folder = Path(settings.storage.url.removeprefix("file://"))
     counts["blobs"] = sorted(str(path) for path in folder.rglob("*") if path.is_file())
@@ -64,7 +64,7 @@ def _everything(session: Session, settings: Settings) -> dict[str, Any]:
 
 
 def problem(answer: Any, status: int, code: str) -> Any:
-    """The body of a problem, after checking that it is one and which."""
+    """Check that the answer is this problem, and return its body."""
     assert (answer.status_code, answer.json["code"]) == (status, code), answer.text
     assert answer.content_type == "application/problem+json"
     assert answer.json["status"] == status
@@ -100,7 +100,7 @@ def test_a_body_that_is_not_json_is_malformed(subtests: pytest.Subtests, client:
                 problem(client.post(API + route, data=body, content_type="application/json"), 400, "malformed_body")
 
 
-def test_a_body_of_another_type_is_not_guessed_at(subtests: pytest.Subtests, client: Client) -> None:
+def test_a_body_with_another_content_type_is_refused(subtests: pytest.Subtests, client: Client) -> None:
     for content_type in [None, "text/plain", "application/x-www-form-urlencoded"]:
         for route in JSON_ROUTES:
             with subtests.test(content_type=content_type, route=route):
@@ -108,7 +108,7 @@ def test_a_body_of_another_type_is_not_guessed_at(subtests: pytest.Subtests, cli
                 problem(client.post(API + route, data=body, content_type=content_type), 415, "unsupported_media_type")
 
 
-def test_a_body_that_is_no_object_is_refused(subtests: pytest.Subtests, client: Client) -> None:
+def test_a_body_that_is_not_an_object_is_refused(subtests: pytest.Subtests, client: Client) -> None:
     for body in [[], "text", 3, None, True, [{"prompt": "a"}], '{"prompt": "a", "query": "a"}']:
         for route in JSON_ROUTES:
             with subtests.test(body=body, route=route):
@@ -196,7 +196,7 @@ def test_an_image_cannot_be_pinned_twice(client: Client) -> None:
     assert wrong_fields(client.post(f"{API}/rag/generate", json={"prompt": "a", "reference_ids": twice})) == ["body"]
 
 
-def test_every_mistake_is_told_at_once_and_without_the_values(client: Client) -> None:
+def test_all_wrong_fields_are_named_at_once_without_their_values(client: Client) -> None:
     answer = client.post(f"{API}/generate", json={"width": 7, "seed": -1, "format": "s3cret-value"})
     assert wrong_fields(answer) == ["body.prompt", "body.width", "body.seed", "body.format"]
     assert "s3cret-value" not in answer.text
@@ -207,7 +207,7 @@ def test_every_mistake_is_told_at_once_and_without_the_values(client: Client) ->
     }
 
 
-def test_a_search_that_makes_no_sense_is_refused(subtests: pytest.Subtests, client: Client) -> None:
+def test_an_invalid_search_is_refused(subtests: pytest.Subtests, client: Client) -> None:
     for body in [
         {},
         {"query": "a", "k": 0},
@@ -224,7 +224,7 @@ def test_a_search_that_makes_no_sense_is_refused(subtests: pytest.Subtests, clie
             assert wrong_fields(client.post(f"{API}/search", json=body))
 
 
-def test_a_change_that_makes_no_sense_is_refused(subtests: pytest.Subtests, client: Client, session: Session) -> None:
+def test_an_invalid_change_of_an_image_is_refused(subtests: pytest.Subtests, client: Client, session: Session) -> None:
     for body in [
         {"caption": "\0"},
         {"tags": "red"},
@@ -245,10 +245,10 @@ def test_a_change_that_makes_no_sense_is_refused(subtests: pytest.Subtests, clie
                 session.commit()
 
 
-# --- addresses and queries ----------------------------------------------------------------------------------------
+# --- paths and queries --------------------------------------------------------------------------------------------
 
 
-def test_what_never_was_is_not_found_and_what_is_no_id_is_named(subtests: pytest.Subtests, client: Client) -> None:
+def test_an_unknown_id_is_not_found_and_an_invalid_id_is_named(subtests: pytest.Subtests, client: Client) -> None:
     for method, route in ID_ROUTES:
         with subtests.test(method=method, route=route):
             body: dict[str, Any] = {"json": {}} if method == "PATCH" else {}
@@ -291,7 +291,7 @@ def test_a_wrong_query_parameter_is_named(subtests: pytest.Subtests, client: Cli
             assert wrong_fields(client.get(f"{API}{route}?{query}")) == [field]
 
 
-def test_a_cursor_that_was_not_given_out_is_refused(subtests: pytest.Subtests, client: Client) -> None:
+def test_an_invalid_cursor_is_refused(subtests: pytest.Subtests, client: Client) -> None:
     for cursor in [
         "nonsense",
         "é",
@@ -305,7 +305,7 @@ def test_a_cursor_that_was_not_given_out_is_refused(subtests: pytest.Subtests, c
                 problem(client.get(f"{API}{route}", query_string={"cursor": cursor}), 400, "invalid_cursor")
 
 
-def test_a_last_event_id_that_was_not_given_out_is_refused(subtests: pytest.Subtests, client: Client) -> None:
+def test_an_invalid_last_event_id_is_refused(subtests: pytest.Subtests, client: Client) -> None:
     for last_id in ["x", "-1", "1.5", "9" * 30, "²"]:
         with subtests.test(last_id=last_id):
             answer = client.get(
@@ -314,14 +314,16 @@ def test_a_last_event_id_that_was_not_given_out_is_refused(subtests: pytest.Subt
             assert wrong_fields(answer) == ["header.Last-Event-ID"]
 
 
-def test_an_unknown_address_is_not_found(client: Client) -> None:
+def test_an_unknown_path_is_not_found(client: Client) -> None:
     for route in ("/nothing", f"{API}/nothing", f"{API}/generate/", f"{API}//jobs", "/%00"):
         answer = client.get(route)
         assert answer.status_code in (308, 404), route
     problem(client.get("/nothing"), 404, "not_found")
 
 
-def test_a_method_that_is_not_there_is_told_with_those_that_are(subtests: pytest.Subtests, client: Client) -> None:
+def test_a_method_that_is_not_allowed_gets_405_with_the_allowed_methods(
+    subtests: pytest.Subtests, client: Client
+) -> None:
     for method, route, allowed in [("GET", "/generate", "POST"), ("PUT", "/jobs", "GET"), ("POST", "/stats", "GET")]:
         with subtests.test(method=method, route=route, allowed=allowed):
             answer = client.open(API + route, method=method)
@@ -329,7 +331,7 @@ def test_a_method_that_is_not_there_is_told_with_those_that_are(subtests: pytest
             assert allowed in answer.headers["Allow"]
 
 
-def test_a_sane_request_id_comes_back_and_another_is_replaced(client: Client) -> None:
+def test_a_valid_request_id_is_returned_and_an_invalid_one_is_replaced(client: Client) -> None:
     assert client.get("/nothing", headers={"X-Request-ID": "abc-123"}).headers["X-Request-ID"] == "abc-123"
     for wrong in ("", "a b", "x" * 129, "a\tb", "é"):
         given = client.get("/nothing", headers={"X-Request-ID": wrong}).headers["X-Request-ID"]
@@ -362,10 +364,10 @@ def _bomb() -> bytes:
     return file.getvalue()
 
 
-def test_a_file_that_is_no_acceptable_image_is_refused_with_all_that_came_with_it(
+def test_one_invalid_image_refuses_the_whole_request(
     subtests: pytest.Subtests, client: Client, session: Session
 ) -> None:
-    make_space(session)  # before there is one, nothing can be searched
+    make_space(session)  # a search needs an embedding space
     session.commit()
     for case, (data, status, code) in {
         "empty": (b"", 422, "invalid_image"),
@@ -399,7 +401,7 @@ def test_a_body_over_the_limit_is_refused(client: Client, settings: Settings) ->
     problem(answer, 413, "body_too_large")
 
 
-def test_a_body_without_a_stated_length_is_refused_at_the_limit_too(client: Client, settings: Settings) -> None:
+def test_a_body_without_a_content_length_is_refused_at_the_limit(client: Client, settings: Settings) -> None:
     valid_up_to_the_limit = b'{"prompt": "a"}'.ljust(settings.api.max_body_bytes) + b"and more"
     answer = client.post(
         f"{API}/generate",
@@ -411,7 +413,7 @@ def test_a_body_without_a_stated_length_is_refused_at_the_limit_too(client: Clie
     problem(answer, 413, "body_too_large")
 
 
-def test_text_fields_of_a_form_have_a_limit_of_their_own(client: Client) -> None:
+def test_text_fields_of_a_form_have_their_own_limit(client: Client) -> None:
     problem(upload(client, picture(), caption="x" * 600_000), 413, "body_too_large")
 
 
@@ -445,7 +447,7 @@ def test_a_wrong_field_of_an_upload_is_named(subtests: pytest.Subtests, client: 
             assert wrong_fields(upload(client, picture(), **fields)) == [field]
 
 
-def test_a_file_sent_as_text_is_told_so(client: Client) -> None:
+def test_a_file_sent_as_a_text_field_is_refused(client: Client) -> None:
     answer = client.post(f"{API}/upload", data={"file": "/etc/passwd"}, content_type="multipart/form-data")
     assert wrong_fields(answer) == ["form.file"]
 

@@ -1,4 +1,4 @@
-"""Searching over HTTP. The test is the embed worker: it takes questions from the real queue and answers them."""
+"""Searching over HTTP. The tests act as the embed worker: they take queries from the real queue and answer them."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ Embed = Callable[[Sequence[Any]], Vector]
 
 
 def towards(**axes: float) -> Vector:
-    """A vector of any length by its components: `towards(a0=1, a3=2)`."""
+    """A vector, not normalised, by its non-zero components: `towards(a0=1, a3=2)`. Shape (DIM,), float32."""
     vector = np.zeros(DIM, np.float32)
     for name, value in axes.items():
         vector[int(name[1:])] = value
@@ -39,7 +39,7 @@ def towards(**axes: float) -> Vector:
 
 
 def by_colour(items: Sequence[Any]) -> Vector:
-    """Texts and pictures lie on the axis of their colour, at different lengths."""
+    """Embed texts and pictures as vectors of length 3 on the axis of their colour."""
     colours = ["red", "green", "blue"]
 
     def axis(item: Any) -> int:
@@ -52,7 +52,7 @@ def by_colour(items: Sequence[Any]) -> Vector:
 
 @contextmanager
 def embed_worker(space: Space, embed: Embed = by_colour) -> Iterator[list[dict[str, Any]]]:
-    """Answer questions while the block runs; gives the payloads answered so far."""
+    """Answer queries while the block runs; yields the payloads that were answered so far."""
     answered: list[dict[str, Any]] = []
     stop = threading.Event()
 
@@ -91,7 +91,7 @@ def search(client: Client, **body: Any) -> Any:
     return client.post(f"{API}/search", json=body)
 
 
-def test_the_seeds_example_search_is_answered(client: Client, session: Session, space: Space) -> None:
+def test_the_first_versions_example_search_is_answered(client: Client, session: Session, space: Space) -> None:
     near, far = make_image(session, vector=towards(a0=1)), make_image(session, vector=towards(a1=1))
     session.commit()
     with embed_worker(space, lambda items: np.stack([towards(a0=2, a1=0.5) for _ in items])):
@@ -104,16 +104,16 @@ def test_the_seeds_example_search_is_answered(client: Client, session: Session, 
     assert answer.json["exact"] is True
 
 
-def test_the_vector_of_a_text_is_asked_for_once(client: Client, session: Session, space: Space) -> None:
+def test_the_vector_of_a_text_is_requested_once(client: Client, session: Session, space: Space) -> None:
     make_image(session, vector=towards(a0=1))
     session.commit()
     with embed_worker(space) as answered:
         first = search(client, query="red")
     assert len(answered) == 1
-    assert found(search(client, query="red")) == found(first), "no worker is there any more"
+    assert found(search(client, query="red")) == found(first), "no worker runs any more"
 
 
-def test_an_answer_is_remembered_until_its_collection_changes(client: Client, session: Session, space: Space) -> None:
+def test_an_answer_is_cached_until_its_collection_changes(client: Client, session: Session, space: Space) -> None:
     image = make_image(session, vector=towards(a0=1), caption="before")
     session.commit()
     with embed_worker(space):
@@ -126,7 +126,7 @@ def test_an_answer_is_remembered_until_its_collection_changes(client: Client, se
     assert search(client, query="red").json["results"][0]["caption"] == "after"
 
 
-def test_an_image_is_looked_for_as_base64_and_as_a_file(client: Client, session: Session, space: Space) -> None:
+def test_a_query_image_may_be_sent_as_base64_or_as_a_file(client: Client, session: Session, space: Space) -> None:
     by_axis = [make_image(session, vector=towards(**{f"a{axis}": 1.0})) for axis in range(3)]
     session.commit()
     blue = picture("blue")
@@ -138,7 +138,7 @@ def test_an_image_is_looked_for_as_base64_and_as_a_file(client: Client, session:
     assert queue.broker().exists(*(payload["image_key"] for payload in answered)) == 0
 
 
-def test_a_large_image_travels_small(client: Client, session: Session, space: Space) -> None:
+def test_a_large_query_image_is_scaled_down_for_the_worker(client: Client, session: Session, space: Space) -> None:
     make_image(session, vector=towards(a1=1))
     session.commit()
     sizes: list[tuple[int, int]] = []
@@ -153,7 +153,7 @@ def test_a_large_image_travels_small(client: Client, session: Session, space: Sp
     assert sizes == [(512, 256)]
 
 
-def test_text_and_image_together_are_the_sum_of_their_directions(
+def test_a_query_of_text_and_image_is_the_sum_of_their_directions(
     client: Client, session: Session, space: Space
 ) -> None:
     between = make_image(session, vector=towards(a0=1, a2=1))
@@ -166,7 +166,7 @@ def test_text_and_image_together_are_the_sum_of_their_directions(
     assert answer.json["results"][0]["similarity"] == pytest.approx(1, abs=1e-3)
 
 
-def test_an_image_of_the_corpus_needs_no_worker(client: Client, session: Session, space: Space) -> None:
+def test_a_search_by_an_image_of_the_corpus_needs_no_worker(client: Client, session: Session, space: Space) -> None:
     first, second = (make_image(session, vector=towards(a0=1, a1=tilt)) for tilt in (0.0, 0.5))
     pending = make_image(session)
     session.commit()
@@ -177,7 +177,7 @@ def test_an_image_of_the_corpus_needs_no_worker(client: Client, session: Session
     assert (absent.status_code, absent.json["code"]) == (404, "not_found")
 
 
-def test_diversity_prefers_what_is_different(client: Client, session: Session, space: Space) -> None:
+def test_diversity_prefers_different_images(client: Client, session: Session, space: Space) -> None:
     best = make_image(session, vector=towards(a0=1, a1=0.1))
     twin = make_image(session, vector=towards(a0=1, a1=0.11))
     other = make_image(session, vector=towards(a0=1, a2=0.8))
@@ -187,7 +187,7 @@ def test_diversity_prefers_what_is_different(client: Client, session: Session, s
         assert found(search(client, query="red", k=2, diversity=0.9)) == [best.id, other.id]
 
 
-def test_a_filter_holds_and_a_deleted_image_is_never_met_again(client: Client, session: Session, space: Space) -> None:
+def test_a_filter_is_applied_and_a_deleted_image_is_not_found(client: Client, session: Session, space: Space) -> None:
     tagged, other = (make_image(session, vector=towards(a0=1), tags=tags) for tags in (["x"], []))
     session.commit()
     with embed_worker(space):
@@ -197,13 +197,13 @@ def test_a_filter_holds_and_a_deleted_image_is_never_met_again(client: Client, s
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Searches wait for their vector for a moment only."""
+def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches wait at most 0.3 s for their vector."""
     monkeypatch.setenv("AFTERIMAGE_RETRIEVAL__TEXT_TIMEOUT_S", "0.3")
 
 
 def test_without_a_worker_a_search_is_refused_in_time_with_retry_after(
-    impatient: None, client: Client, session: Session
+    short_timeout: None, client: Client, session: Session
 ) -> None:
     nothing_yet = search(client, query="red")
     assert (nothing_yet.status_code, nothing_yet.json["code"]) == (503, "embedding_unavailable")
@@ -216,17 +216,17 @@ def test_without_a_worker_a_search_is_refused_in_time_with_retry_after(
     assert int(silent.headers["Retry-After"]) >= 1
 
 
-def test_a_worker_of_another_space_does_not_count(client: Client, session: Session, space: Space) -> None:
+def test_an_answer_from_another_embedding_space_is_not_used(client: Client, session: Session, space: Space) -> None:
     make_image(session, vector=towards(a0=1))
     session.commit()
     with embed_worker(Space(id=99, digest="another", model="x", dim=DIM)):
         answer = search(client, query="red")
     assert (answer.status_code, answer.json["code"]) == (503, "embedding_unavailable")
     with embed_worker(space):
-        assert found(search(client, query="red")), "the wrong answer was not remembered"
+        assert found(search(client, query="red")), "the wrong answer was not cached"
 
 
-def test_a_worker_that_cannot_says_so_at_once(client: Client, space: Space) -> None:
+def test_an_error_of_the_worker_fails_the_search_at_once(client: Client, space: Space) -> None:
     def embed(items: Sequence[Any]) -> Vector:
         raise EmbeddingError("The model fell over.")
 
@@ -241,10 +241,10 @@ def test_a_worker_that_cannot_says_so_at_once(client: Client, space: Space) -> N
     assert time.monotonic() - asked < 3
 
 
-# --- what a generation would use ----------------------------------------------------------------------------------
+# --- retrieval plans ----------------------------------------------------------------------------------------------
 
 
-def test_the_plan_shows_what_would_be_used_and_why(client: Client, session: Session, space: Space) -> None:
+def test_the_plan_shows_which_references_would_be_used_and_why(client: Client, session: Session, space: Space) -> None:
     used = make_image(session, vector=towards(a0=1, a1=0.2), caption="used")
     also = make_image(session, vector=towards(a0=1, a2=0.7), caption="also used")
     gated = make_image(session, vector=towards(a0=1, a3=3), caption="too far")
@@ -261,7 +261,7 @@ def test_the_plan_shows_what_would_be_used_and_why(client: Client, session: Sess
     assert plan["mode_reason"]
 
 
-def test_a_plan_can_be_pinned(client: Client, session: Session, space: Space) -> None:
+def test_the_references_of_a_plan_can_be_pinned(client: Client, session: Session, space: Space) -> None:
     image = make_image(session, vector=towards(a0=1))
     session.commit()
     with embed_worker(space):
@@ -271,7 +271,7 @@ def test_a_plan_can_be_pinned(client: Client, session: Session, space: Space) ->
     assert [reference["image_id"] for reference in job["parameters"]["references"]] == [str(image.id)]
 
 
-def test_without_anything_relevant_the_plan_is_to_use_nothing(client: Client, session: Session, space: Space) -> None:
+def test_without_relevant_images_the_plan_uses_no_references(client: Client, session: Session, space: Space) -> None:
     make_image(session, vector=towards(a1=1))
     workers.publish_capabilities(session, "cheap", CAPABILITIES)
     session.commit()

@@ -1,4 +1,4 @@
-"""The sweeper on a real store and database: it takes what nothing needs, and never what somebody is about to need."""
+"""The sweeper on a real store and database: it deletes unneeded blobs and keeps those of uploads in progress."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from shared import blob_sweeper, storage
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
-from shared.db import blobs as needs
+from shared.db import blobs as blob_rows
 from shared.db import images, jobs, owners
 from shared.db.session import session_scope
 from shared.db.tables import BlobClaim, Image, Job
@@ -38,7 +38,7 @@ def folder(settings: Settings) -> Path:
 
 
 def put(*keys: str, age_s: float = 2 * DAY_S) -> None:
-    """Blobs of that age."""
+    """Store blobs of that age."""
     for key in keys:
         get_blobs().put(key, b"12345", media_type="image/png")
         then = datetime.now(UTC).timestamp() - age_s
@@ -50,7 +50,7 @@ def stored() -> set[str]:
     return {info.key for info in get_blobs().list("") if info.key != blob_sweeper.OWNER_KEY}
 
 
-def sweep(*, older_than_s: float = DAY_S) -> blob_sweeper.Swept:
+def sweep(*, older_than_s: float = DAY_S) -> blob_sweeper.SweepResult:
     return blob_sweeper.sweep(get_blobs(), older_than_s=older_than_s)
 
 
@@ -75,7 +75,7 @@ def keys_of_attempt(job_id: UUID, attempt: int) -> set[str]:
     }
 
 
-def test_a_deleted_images_blobs_go_unless_another_collection_has_the_same_content(session: Session) -> None:
+def test_blobs_of_a_deleted_image_go_unless_another_collection_has_the_content(session: Session) -> None:
     other = owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "somebody"))
     kept, gone, shared = "aa" * 32, "bb" * 32, "cc" * 32
     corpus_image(session, kept)
@@ -90,18 +90,18 @@ def test_a_deleted_images_blobs_go_unless_another_collection_has_the_same_conten
     assert (swept.blobs, swept.size_bytes) == (2, 10)
 
 
-def test_young_blobs_and_what_the_product_never_wrote_are_left_alone(session: Session) -> None:
+def test_young_blobs_and_foreign_files_are_kept(session: Session) -> None:
     put(*keys_of("aa" * 32), age_s=DAY_S - 60)
-    strange = {"images/notes.txt", "outputs/readme.md", "backup/everything.tar", f"images/aa/{'A' * 64}.png"}
-    put(*strange)
+    foreign = {"images/notes.txt", "outputs/readme.md", "backup/everything.tar", f"images/aa/{'A' * 64}.png"}
+    put(*foreign)
     sweep()
-    assert stored() == strange | keys_of("aa" * 32)
+    assert stored() == foreign | keys_of("aa" * 32)
 
 
-def test_outputs_stay_while_a_row_names_them_or_their_attempt_lives_and_go_after_that(session: Session) -> None:
+def test_output_blobs_are_kept_while_a_row_names_them_or_their_attempt_runs(session: Session) -> None:
     running, finished, retried, canceled = (make_job(session, state=JobState.PROCESSING) for _ in range(4))
     output = an_output(finished)
-    output.generation.blob_key, output.generation.thumbnail_key = sorted(
+    output.output.blob_key, output.output.thumbnail_key = sorted(
         keys_of_attempt(finished.id, 1), key=lambda key: "thumbnail" in key
     )
     assert jobs.finish(session, jobs.Claim(finished.id, 1), [output], timings={})
@@ -120,9 +120,9 @@ def test_outputs_stay_while_a_row_names_them_or_their_attempt_lives_and_go_after
     assert stored() == keys_of_attempt(running.id, 1) | keys_of_attempt(retried.id, 2)
 
 
-def test_a_store_larger_than_a_page_is_swept_whole(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blob_sweeper, "PAGE", 5)
-    monkeypatch.setattr(blob_sweeper, "BATCH", 3)
+def test_a_store_larger_than_a_page_is_swept_completely(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blob_sweeper, "KEYS_PER_QUERY", 5)
+    monkeypatch.setattr(blob_sweeper, "BLOBS_PER_DELETE", 3)
     contents = [f"{number:064x}" for number in range(20)]
     for content in contents[::2]:
         corpus_image(session, content)
@@ -132,13 +132,13 @@ def test_a_store_larger_than_a_page_is_swept_whole(session: Session, monkeypatch
     assert stored() == {key for content in contents[::2] for key in keys_of(content)}
 
 
-def test_what_is_swept_can_be_seen_before(session: Session) -> None:
+def test_unneeded_blobs_can_be_listed_without_deleting_them(session: Session) -> None:
     put(*keys_of("aa" * 32))
-    assert {info.key for info in blob_sweeper.unneeded(get_blobs(), older_than_s=DAY_S)} == keys_of("aa" * 32)
+    assert {info.key for info in blob_sweeper.list_unneeded(get_blobs(), older_than_s=DAY_S)} == keys_of("aa" * 32)
     assert stored() == keys_of("aa" * 32)
 
 
-def test_half_written_files_of_killed_processes_go_with_age(settings: Settings, folder: Path) -> None:
+def test_old_half_written_files_of_killed_processes_are_deleted(settings: Settings, folder: Path) -> None:
     put("images/a.png")
     for name, age_s in (("old#1", 2 * DAY_S), ("young#2", 0.0)):
         (folder / "images" / name).write_bytes(b"half")
@@ -148,7 +148,7 @@ def test_half_written_files_of_killed_processes_go_with_age(settings: Settings, 
     assert {path.name for path in (folder / "images").iterdir()} == {"a.png", "young#2"}
 
 
-def test_a_store_that_another_database_sweeps_is_not_touched_until_it_is_adopted(session: Session) -> None:
+def test_a_store_of_another_database_is_not_swept_until_it_is_adopted(session: Session) -> None:
     put(*keys_of("aa" * 32))
     get_blobs().put(blob_sweeper.OWNER_KEY, b"some other database", media_type="text/plain")
     with pytest.raises(ForeignStorageError):
@@ -160,18 +160,18 @@ def test_a_store_that_another_database_sweeps_is_not_touched_until_it_is_adopted
 
 def test_the_grace_is_never_shorter_than_the_longest_job(settings: Settings) -> None:
     short = load_settings(
-        retention={"blob_grace_s": 0}, jobs={"timeout_s": 500, "lease_s": 40}, queue={"starving_s": 60}
+        retention={"blob_grace_s": 0}, jobs={"timeout_s": 500, "lease_s": 40}, queue={"starvation_timeout_s": 60}
     )
-    held_up_s = 60 + 4 * 500
-    assert blob_sweeper.grace_s(short) == 500 + held_up_s + 2 * 40
+    longest_delay_s = 60 + 4 * 500
+    assert blob_sweeper.grace_s(short) == 500 + longest_delay_s + 2 * 40
     assert blob_sweeper.grace_s(load_settings()) == DAY_S
 
 
-# --- beside uploads ----------------------------------------------------------------------------------------------
+# --- concurrent uploads -------------------------------------------------------------------------------------------
 
 
 class PausedBlobs(Blobs):
-    """Stops where a test wants to look."""
+    """A blob store that pauses in the method that the test names."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.storage)
@@ -223,7 +223,7 @@ def blobs_of(answer: Any) -> set[str]:
         return {row.blob_key, row.thumbnail_key}
 
 
-def test_an_upload_between_its_blobs_and_its_rows_keeps_them_however_old_they_look(
+def test_an_upload_that_has_no_rows_yet_keeps_its_blobs_even_if_they_look_old(
     client: Client, paused: PausedBlobs, folder: Path, background: ThreadPoolExecutor
 ) -> None:
     paused.at = "put"
@@ -239,7 +239,7 @@ def test_an_upload_between_its_blobs_and_its_rows_keeps_them_however_old_they_lo
         assert session.scalar(select(func.count()).select_from(BlobClaim)) == 0
 
 
-def test_an_upload_of_what_is_being_swept_waits_and_stores_it_again(
+def test_an_upload_of_content_that_is_being_swept_waits_and_stores_it_again(
     client: Client, paused: PausedBlobs, folder: Path, background: ThreadPoolExecutor
 ) -> None:
     first = upload(client, picture("red"))
@@ -258,7 +258,7 @@ def test_an_upload_of_what_is_being_swept_waits_and_stores_it_again(
     assert blobs_of(again.result()) <= stored()
 
 
-def test_an_upload_whose_claim_ran_out_is_refused_instead_of_naming_what_may_be_gone(
+def test_an_upload_whose_claim_has_expired_is_refused(
     client: Client, paused: PausedBlobs, folder: Path, background: ThreadPoolExecutor
 ) -> None:
     paused.at = "put"
@@ -270,10 +270,10 @@ def test_an_upload_whose_claim_ran_out_is_refused_instead_of_naming_what_may_be_
     paused.go.set()
     answer = sent.result(20)
     assert (answer.status_code, answer.json["code"]) == (503, "upload_interrupted")
-    assert upload(client, picture("red")).status_code == 201, "as it says"
+    assert upload(client, picture("red")).status_code == 201, "as its error advises"
 
 
-def test_uploads_deletes_and_sweeps_of_the_same_content_at_once_leave_no_row_without_its_blob(
+def test_concurrent_uploads_deletes_and_sweeps_leave_no_row_without_its_blob(
     client: Client, settings: Settings, background: ThreadPoolExecutor
 ) -> None:
     data = picture("red")
@@ -297,9 +297,9 @@ def test_uploads_deletes_and_sweeps_of_the_same_content_at_once_leave_no_row_wit
     both = [background.submit(upload_and_delete, range(25)) for _ in range(2)]
     statuses = {status for each in both for status in each.result(60)}
     deadline = time.monotonic() + 60
-    while not any(removed) and time.monotonic() < deadline:  # the sweeps may have met none without a row yet
+    while not any(removed) and time.monotonic() < deadline:  # until a sweep has found a blob without a row
         statuses |= upload_and_delete(range(1))
-    # A grace of nothing ends claims at once, so some are told to come again.
+    # A grace of 0 s ends claims at once, so some uploads get 503.
     assert statuses <= {200, 201, 503}
     assert 201 in statuses
     last = upload(client, data)
@@ -312,14 +312,14 @@ def test_uploads_deletes_and_sweeps_of_the_same_content_at_once_leave_no_row_wit
     assert blobs_of(last) <= stored()
 
 
-def test_claims_wait_for_no_claim(settings: Settings) -> None:
-    with session_scope() as one, session_scope() as other:
-        assert needs.claim(one, ["a", "b"]) != needs.claim(other, ["b", "a"])
+def test_claims_of_the_same_blobs_do_not_wait_for_each_other(settings: Settings) -> None:
+    with session_scope() as first, session_scope() as second:
+        assert blob_rows.claim(first, ["a", "b"]) != blob_rows.claim(second, ["b", "a"])
 
 
-def test_keys_tell_what_they_are() -> None:
+def test_a_key_is_parsed_to_its_content_or_its_attempt() -> None:
     job_id = uuid4()
     for key in keys_of("ab" * 32):
-        assert (storage.content_of(key), storage.attempt_of(key)) == ("ab" * 32, None)
+        assert (storage.parse_content_key(key), storage.parse_output_key(key)) == ("ab" * 32, None)
     for key in keys_of_attempt(job_id, 12):
-        assert (storage.content_of(key), storage.attempt_of(key)) == (None, (job_id, 12))
+        assert (storage.parse_content_key(key), storage.parse_output_key(key)) == (None, (job_id, 12))

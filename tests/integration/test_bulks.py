@@ -1,4 +1,4 @@
-"""Bulks through the API: what is sent, resumed, refused, followed, steered and fetched."""
+"""Bulks through the API: sending, resuming, limiting, controlling and reading them."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
 from shared.db import bulks, jobs, owners
 from shared.db.session import session_scope
-from shared.db.tables import Bulk, BulkItem, Generation, ImageUsage, Job, WebhookDelivery
+from shared.db.tables import Bulk, BulkItem, ImageUsage, Job, Output, WebhookDelivery
 from shared.errors import ImageGenerationError
 from shared.messaging import queue
 from shared.settings import get_settings
@@ -29,7 +29,7 @@ from worker_service.maintenance.reconciler import Reconciler
 JSON_LINES = "application/jsonl"
 KEY = {"Idempotency-Key": "bulk-17"}
 WINDOW = 16
-"""`queue.window` as it is by default."""
+"""`queue.published_jobs_per_lane` as it is by default."""
 
 
 def lines(*rows: Any) -> bytes:
@@ -68,7 +68,7 @@ def items_of(client: Client, bulk_id: str, **query: Any) -> list[dict[str, Any]]
     return list(answer.json["items"])
 
 
-def chain(rows: Sequence[bytes]) -> str:
+def chained_digest(rows: Sequence[bytes]) -> str:
     digest = b""
     for row in rows:
         digest = hashlib.sha256(digest + row).digest()
@@ -82,7 +82,10 @@ def queued_jobs(session: Session, bulk_id: str) -> list[Job]:
 
 
 def run_one(bulk_id: str, *, fails: bool = False) -> UUID | None:
-    """Do what a worker does with the bulk's next published job, the drawing left out; None when there is none."""
+    """Take a worker's steps, except the model, for the bulk's next published job; return its id.
+
+    `None`: the bulk has no published job that can be claimed.
+    """
     with session_scope() as session:
         published = select(Job.id).where(
             Job.bulk_id == UUID(bulk_id), Job.state == JobState.QUEUED, Job.published_at.is_not(None)
@@ -97,7 +100,7 @@ def run_one(bulk_id: str, *, fails: bool = False) -> UUID | None:
     with session_scope() as session:
         ended = jobs.fail(session, taken[0], ImageGenerationError()) if fails else finish(session, taken)
     assert ended
-    queue.feed("cheap")
+    queue.dispatch_jobs("cheap")
     return job_id
 
 
@@ -106,7 +109,7 @@ def finish(session: Session, taken: tuple[jobs.Claim, Job]) -> bool:
     image = b"image of " + job.parameters["prompt"].encode()
     key = output_key(job.id, attempt=claim.attempt, index=0, image_format=ImageFormat.PNG)
     get_blobs().put(key, image, media_type="image/png")
-    generation = Generation(
+    generation = Output(
         id=job.id,
         job_id=job.id,
         owner_id=job.owner_id,
@@ -122,7 +125,7 @@ def finish(session: Session, taken: tuple[jobs.Claim, Job]) -> bool:
         pixels_sha256="",
         provenance={"everything": "that decided the pixels"},
     )
-    return jobs.finish(session, claim, [jobs.Output(generation, [])], timings={})
+    return jobs.finish(session, claim, [jobs.StoredOutput(generation, [])], timings={})
 
 
 def run_all(bulk_id: str, *, fails: bool = False) -> int:
@@ -141,14 +144,14 @@ def test_a_bulk_runs_when_it_is_complete(client: Client) -> None:
     bulk = answer.json
     assert answer.headers["Location"] == f"{API}/bulks/{bulk['id']}"
     assert (bulk["state"], bulk["total"], bulk["received_lines"], bulk["lane"]) == ("running", 20, 20, "bulk")
-    assert len(messages("generate.cheap")) == WINDOW, "the broker holds a window of it, not all"
+    assert len(messages("generate.cheap")) == WINDOW, "only a window of its jobs is published"
     assert run_all(bulk["id"]) == 20
     ended = bulk_of(client, bulk["id"])
     assert (ended["state"], ended["counts"]["succeeded"]) == ("completed", 20)
     assert ended["finished_at"] is not None
 
 
-def test_the_planner_knows_of_many_items_when_their_first_page_is_read(client: Client, session: Session) -> None:
+def test_many_received_items_update_the_statistics_of_the_planner(client: Client, session: Session) -> None:
     known = text("select reltuples from pg_class where relname = 'bulk_items'")
     accepted(client, *prompts(1))
     assert session.scalar(known) < 1
@@ -172,7 +175,7 @@ def test_nothing_runs_before_the_bulk_is_complete(client: Client, session: Sessi
     assert len(queued_jobs(session, bulk["id"])) == 3
 
 
-def test_header_and_defaults_hold_for_all_items_and_an_item_may_say_otherwise(client: Client, session: Session) -> None:
+def test_header_and_defaults_apply_to_all_items_and_an_item_may_override_them(client: Client, session: Session) -> None:
     defaults = {"kind": "generate", "width": 64, "seed": 5}
     options = header(name="fruit", lane="low", defaults=defaults, metadata={"order": "17"})
     bulk = accepted(client, options, {"prompt": "an apple", "custom_id": "a"}, {"prompt": "a pear", "seed": 6})
@@ -183,7 +186,7 @@ def test_header_and_defaults_hold_for_all_items_and_an_item_may_say_otherwise(cl
     assert [(item["line"], item["custom_id"]) for item in items_of(client, bulk["id"])] == [(2, "a"), (3, None)]
 
 
-def test_items_without_a_seed_get_one_each_when_they_are_received(client: Client, session: Session) -> None:
+def test_each_item_without_a_seed_gets_its_own_when_it_is_received(client: Client, session: Session) -> None:
     accepted(client, *prompts(5, num_images=2))
     seeds = [tuple(item.parameters["seeds"]) for item in session.scalars(select(BulkItem))]
     assert len(set(seeds)) == 5
@@ -226,7 +229,7 @@ BAD_LINES = [
 ]
 
 
-def test_invalid_lines_are_named_each_with_its_reason_and_the_others_run(client: Client) -> None:
+def test_invalid_lines_are_reported_with_their_reasons_and_the_others_run(client: Client) -> None:
     rows: list[Any] = [header(on_invalid="skip"), b"\n", {"prompt": "first", "custom_id": "same"}]
     for text_of_line, _ in BAD_LINES:
         rows += [text_of_line, *prompts(1)]
@@ -249,7 +252,7 @@ def test_invalid_lines_are_named_each_with_its_reason_and_the_others_run(client:
     assert run_all(bulk["id"]) == 1 + len(BAD_LINES)
 
 
-def test_one_invalid_line_refuses_the_whole_where_that_is_wanted(client: Client, session: Session) -> None:
+def test_one_invalid_line_refuses_the_whole_bulk_unless_it_may_be_skipped(client: Client, session: Session) -> None:
     answer = send(client, *prompts(30), {"prompt": "a", "width": 1}, *prompts(3), headers=KEY)
     problem = answer.json
     assert (answer.status_code, problem["code"]) == (422, "bulk_invalid")
@@ -266,7 +269,7 @@ def test_one_invalid_line_refuses_the_whole_where_that_is_wanted(client: Client,
     again = send(client, *prompts(30), {"prompt": "a", "width": 1}, *prompts(3), headers=KEY)
     assert (again.status_code, again.json["code"]) == (422, "bulk_invalid")
     Reconciler(get_settings().jobs).tick()
-    assert session.scalar(select(func.count()).select_from(BulkItem)) == 0, "what never runs is swept"
+    assert session.scalar(select(func.count()).select_from(BulkItem)) == 0, "items that never run are deleted"
 
 
 @pytest.mark.parametrize("rows", [[b"\n\n"], [header(on_invalid="skip")], [header(on_invalid="skip"), b"no\n"]])
@@ -275,7 +278,7 @@ def test_a_bulk_without_a_valid_item_is_refused(client: Client, rows: list[Any])
     assert (answer.status_code, answer.json["code"]) == (422, "bulk_invalid")
 
 
-def test_a_last_line_without_a_line_feed_counts_when_the_body_is_whole(client: Client) -> None:
+def test_a_last_line_without_a_line_feed_counts_if_the_body_is_complete(client: Client) -> None:
     bulk = accepted(client, *prompts(2), b'{"prompt": "last"}')
     assert (bulk["total"], bulk["received_lines"]) == (3, 3)
 
@@ -299,20 +302,20 @@ def test_pinned_references_are_looked_up(client: Client, session: Session) -> No
 def test_a_bulk_is_resumed_by_line(client: Client) -> None:
     rows = [json.dumps(row).encode() for row in prompts(10)]
     bulk = accepted(client, *(row + b"\n" for row in rows[:4]), query="?complete=false")
-    assert (bulk["received_lines"], bulk["digest"]) == (4, chain(rows[:4]))
+    assert (bulk["received_lines"], bulk["digest"]) == (4, chained_digest(rows[:4]))
     url = f"{API}/bulks/{bulk['id']}/lines"
     rest = b"\n".join(rows[4:])
     wrong = client.post(f"{url}?from_line=3", data=rest, content_type=JSON_LINES)
     assert (wrong.status_code, wrong.json["code"]) == (409, "bulk_offset_mismatch")
-    assert wrong.json["context"] == {"received_lines": 4, "digest": chain(rows[:4])}
+    assert wrong.json["context"] == {"received_lines": 4, "digest": chained_digest(rows[:4])}
     done = client.post(f"{url}?from_line=4", data=rest, content_type=JSON_LINES)
     assert (done.status_code, done.json["state"], done.json["total"]) == (202, "running", 10)
-    assert done.json["digest"] == chain(rows)
+    assert done.json["digest"] == chained_digest(rows)
     late = client.post(f"{url}?from_line=10", data=rest, content_type=JSON_LINES)
     assert (late.status_code, late.json["code"]) == (409, "bulk_state_conflict")
 
 
-def test_the_whole_sent_again_with_the_same_key_goes_on_where_it_stopped(client: Client, session: Session) -> None:
+def test_a_bulk_sent_again_with_the_same_key_continues_where_it_stopped(client: Client, session: Session) -> None:
     rows = [header(name="n"), *prompts(9)]
     first = send(client, *rows[:4], query="?complete=false", headers=KEY)
     assert "Idempotent-Replayed" not in first.headers
@@ -325,7 +328,7 @@ def test_the_whole_sent_again_with_the_same_key_goes_on_where_it_stopped(client:
     assert session.scalar(select(func.count()).select_from(Bulk)) == 1
 
 
-def test_a_key_alone_finds_its_bulk(client: Client) -> None:
+def test_a_header_with_the_same_key_finds_the_bulk(client: Client) -> None:
     rows = [header(name="n"), *prompts(5)]
     first = send(client, *rows, query="?complete=false", headers=KEY).json
     found = send(client, rows[0], query="?complete=false", headers=KEY).json
@@ -348,13 +351,13 @@ def test_other_lines_with_the_same_key_are_refused(client: Client, complete: str
     assert bulk_of(client, first.json["id"])["total"] == 5
 
 
-def test_more_lines_for_a_key_whose_bulk_runs_are_refused(client: Client) -> None:
+def test_more_lines_with_the_key_of_a_running_bulk_are_refused(client: Client) -> None:
     send(client, *prompts(5), headers=KEY)
     refused = send(client, *prompts(6), headers=KEY)
     assert (refused.status_code, refused.json["code"]) == (422, "idempotency_key_reused")
 
 
-def test_a_bulk_whose_lines_stopped_coming_is_given_up(client: Client, session: Session) -> None:
+def test_a_bulk_that_receives_no_more_lines_is_abandoned(client: Client, session: Session) -> None:
     bulk = send(client, *prompts(3), query="?complete=false", headers=KEY).json
     reconciler = Reconciler(get_settings().jobs)
     reconciler.tick()
@@ -379,15 +382,15 @@ def test_a_bulk_with_too_many_items_is_refused(client: Client, monkeypatch: pyte
     monkeypatch.setenv("AFTERIMAGE_BULKS__MAX_ITEMS", "5")
     monkeypatch.setenv("AFTERIMAGE_BULKS__CHUNK_LINES", "2")
     get_settings.cache_clear()
-    told = send(client, header(items=6))
-    assert (told.status_code, told.json["code"]) == (413, "bulk_too_large")
+    announced = send(client, header(items=6))
+    assert (announced.status_code, announced.json["code"]) == (413, "bulk_too_large")
     found = send(client, *prompts(6))
     assert (found.status_code, found.json["code"]) == (413, "bulk_too_large")
     assert bulk_of(client, found.json["context"]["bulk_id"])["state"] == "receiving"
     assert send(client, *prompts(5)).status_code == 202
 
 
-def test_a_custom_id_is_unique_in_the_bulk_however_far_apart(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_id_is_unique_in_the_whole_bulk(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_BULKS__CHUNK_LINES", "2")
     get_settings.cache_clear()
     same = {"prompt": "a", "custom_id": "same"}
@@ -397,7 +400,7 @@ def test_a_custom_id_is_unique_in_the_bulk_however_far_apart(client: Client, mon
     assert send(client, same).status_code == 202, "another bulk may use it"
 
 
-def test_room_is_reserved_for_what_was_announced(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_announced_items_count_towards_the_limit_of_open_items(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_BULKS__MAX_OPEN_ITEMS", "10")
     monkeypatch.setenv("AFTERIMAGE_BULKS__MAX_OPEN", "2")
     get_settings.cache_clear()
@@ -409,7 +412,7 @@ def test_room_is_reserved_for_what_was_announced(client: Client, monkeypatch: py
     assert (unannounced.status_code, unannounced.json["code"]) == (429, "bulk_quota_exceeded")
     assert send(client, *prompts(1)).status_code == 429, "two are open: the second is still receiving"
     assert client.post(f"{API}/bulks/{first['id']}/cancel").status_code == 200
-    assert send(client, header(items=10), *prompts(2)).status_code == 202, "what has ended takes no room"
+    assert send(client, header(items=10), *prompts(2)).status_code == 202, "an ended bulk does not count"
 
 
 def test_items_wait_outside_of_the_jobs_table(client: Client, session: Session) -> None:
@@ -418,11 +421,11 @@ def test_items_wait_outside_of_the_jobs_table(client: Client, session: Session) 
     assert counts_of(client, bulk["id"]) == {"queued": 200}
     for _ in range(WINDOW + 1):
         run_one(bulk["id"])
-    assert len(queued_jobs(session, bulk["id"])) == 2 * WINDOW, "topped up again"
+    assert len(queued_jobs(session, bulk["id"])) == 2 * WINDOW, "filled up again"
     assert counts_of(client, bulk["id"]) == {"queued": 200 - WINDOW - 1, "succeeded": WINDOW + 1}
 
 
-def test_two_owners_bulks_progress_side_by_side(client: Client, session: Session) -> None:
+def test_bulks_of_two_owners_progress_at_the_same_rate(client: Client, session: Session) -> None:
     mine = accepted(client, *prompts(100))
     bulk = session.get_one(Bulk, UUID(accepted(client, *prompts(100))["id"]))
     other = owners.ensure(session, "other")
@@ -437,10 +440,10 @@ def test_two_owners_bulks_progress_side_by_side(client: Client, session: Session
     assert abs(done[0] - done[1]) <= 4
 
 
-# --- steering -----------------------------------------------------------------------------------------------------
+# --- controlling --------------------------------------------------------------------------------------------------
 
 
-def test_a_paused_bulk_starts_nothing_more_and_goes_on_after(client: Client, session: Session) -> None:
+def test_a_paused_bulk_starts_no_job_until_it_is_resumed(client: Client, session: Session) -> None:
     bulk = accepted(client, *prompts(50))
     run_one(bulk["id"])
     published = {message["headers"]["id"] for message in messages("generate.cheap")}
@@ -449,13 +452,15 @@ def test_a_paused_bulk_starts_nothing_more_and_goes_on_after(client: Client, ses
         assert client.post(f"{API}/bulks/{bulk['id']}/pause").json["state"] == "paused"
     with session_scope() as other:
         for job_id in published:
-            assert jobs.claim(other, UUID(job_id), worker="w", lease_s=30) is None, "a message that is under way"
-    queue.feed("cheap")
+            assert jobs.claim(other, UUID(job_id), worker="w", lease_s=30) is None, (
+                "also if its message is already published"
+            )
+    queue.dispatch_jobs("cheap")
     Reconciler(get_settings().jobs).tick()
     assert messages("generate.cheap") == []
     single = make_job(session)
     session.commit()
-    queue.feed("cheap")
+    queue.dispatch_jobs("cheap")
     assert [message["headers"]["id"] for message in messages("generate.cheap")] == [str(single.id)]
     for _ in range(2):
         assert client.post(f"{API}/bulks/{bulk['id']}/resume").json["state"] == "running"
@@ -482,7 +487,7 @@ def test_a_bulk_may_be_canceled_while_it_receives_runs_or_is_paused(client: Clie
             assert (answer.status_code, answer.json["state"]) == (200, "canceled")
         assert counts_of(client, bulk["id"]) == counts
         assert queued_jobs(session, bulk["id"]) == []
-    assert client.get(f"{API}/jobs/{job_id}").json["state"] == "canceled", "the one that ran as well"
+    assert client.get(f"{API}/jobs/{job_id}").json["state"] == "canceled", "the running job, too"
     assert {item["state"] for item in items_of(client, running["id"], state="canceled")} == {"canceled"}
     for verb in ("pause", "resume", "retry-failed"):
         refused = client.post(f"{API}/bulks/{running['id']}/{verb}")
@@ -496,7 +501,7 @@ def test_a_completed_bulk_cannot_be_canceled_or_paused(client: Client) -> None:
         assert client.post(f"{API}/bulks/{bulk['id']}/{verb}").json["code"] == "bulk_state_conflict"
 
 
-def test_failed_items_are_tried_again_as_new_jobs(client: Client, session: Session) -> None:
+def test_failed_items_are_retried_as_new_jobs(client: Client, session: Session) -> None:
     bulk = accepted(client, *prompts(20))
     failed = {run_one(bulk["id"], fails=True) for _ in range(6)}
     assert run_all(bulk["id"]) == 14
@@ -529,8 +534,8 @@ where bulk_id = :bulk_id and bulk_line between :first and :last
 """
 
 
-def with_failed(client: Client, session: Session, count: int) -> str:
-    """A completed bulk of that many failed items."""
+def bulk_of_failed_items(client: Client, session: Session, count: int) -> str:
+    """A completed bulk of `count` failed items."""
     bulk = accepted(client, *prompts(1))
     template = run_one(bulk["id"], fails=True)
     for first in range(1, count, 2000):
@@ -545,8 +550,8 @@ def with_failed(client: Client, session: Session, count: int) -> str:
     return str(bulk["id"])
 
 
-def test_trying_again_touches_no_more_of_many_failed_items_than_come_next(client: Client, session: Session) -> None:
-    bulk_id = with_failed(client, session, 20_000)
+def test_a_retry_of_many_failed_items_changes_only_those_that_run_next(client: Client, session: Session) -> None:
+    bulk_id = bulk_of_failed_items(client, session, 20_000)
     assert counts_of(client, bulk_id) == {"failed": 20_000}
     answer = client.post(f"{API}/bulks/{bulk_id}/retry-failed")
     assert (answer.json["state"], answer.json["counts"]["queued"]) == ("running", 20_000)
@@ -556,20 +561,18 @@ def test_trying_again_touches_no_more_of_many_failed_items_than_come_next(client
     items = items_of(client, bulk_id, state="queued", limit=500)
     assert [item["line"] for item in items] == list(range(1, 501))
     assert sum(item["job_id"] is None for item in items) >= 500 - 2 * WINDOW
-    # What is fed frees the next; those that fail again are no part of it.
+    # Each ended job lets the next item become a job. Items that fail again are not retried.
     assert run_one(bulk_id, fails=True)
     assert {run_one(bulk_id) is not None for _ in range(2 * WINDOW)} == {True}
     session.rollback()
     ended = 1 + 2 * WINDOW
     assert 20_000 - ended - 2 * WINDOW <= (session.scalar(left) or 0) - 1 < 20_000 - ended
-    drawn = select(func.count()).where(Job.bulk_id == UUID(bulk_id), Job.state == JobState.SUCCEEDED)
-    assert session.scalar(drawn) == 2 * WINDOW
+    generated = select(func.count()).where(Job.bulk_id == UUID(bulk_id), Job.state == JobState.SUCCEEDED)
+    assert session.scalar(generated) == 2 * WINDOW
 
 
-def test_a_bulk_that_is_tried_again_ends_when_the_last_failed_item_has_had_its_turn(
-    client: Client, session: Session
-) -> None:
-    bulk_id = with_failed(client, session, 3 * WINDOW)
+def test_a_retried_bulk_ends_when_its_last_failed_item_has_run(client: Client, session: Session) -> None:
+    bulk_id = bulk_of_failed_items(client, session, 3 * WINDOW)
     client.post(f"{API}/bulks/{bulk_id}/retry-failed")
     assert run_one(bulk_id, fails=True)
     assert client.post(f"{API}/bulks/{bulk_id}/retry-failed").json["counts"]["queued"] == 3 * WINDOW, "once more"
@@ -577,10 +580,10 @@ def test_a_bulk_that_is_tried_again_ends_when_the_last_failed_item_has_had_its_t
     assert (bulk_of(client, bulk_id)["state"], counts_of(client, bulk_id)) == ("completed", {"succeeded": 3 * WINDOW})
 
 
-def test_canceled_before_their_turn_failed_items_stay_failed_and_their_images_are_given_back(
+def test_a_cancel_leaves_items_failed_that_have_no_new_job_and_refunds_their_images(
     client: Client, session: Session
 ) -> None:
-    bulk_id = with_failed(client, session, 4 * WINDOW)
+    bulk_id = bulk_of_failed_items(client, session, 4 * WINDOW)
 
     def counted() -> int:
         session.rollback()
@@ -594,7 +597,7 @@ def test_canceled_before_their_turn_failed_items_stay_failed_and_their_images_ar
     assert counts_of(client, bulk_id) == {"failed": 2 * WINDOW, "canceled": 2 * WINDOW}
 
 
-def test_items_that_wait_longer_than_the_bulk_allows_expire_and_can_be_tried_again(
+def test_items_that_wait_longer_than_the_bulk_allows_expire_and_can_be_retried(
     client: Client, session: Session
 ) -> None:
     bulk = accepted(client, header(expires_in_s=3600), *prompts(60))
@@ -611,7 +614,7 @@ def test_items_that_wait_longer_than_the_bulk_allows_expire_and_can_be_tried_aga
     assert counts_of(client, bulk["id"]) == {"succeeded": 60}
 
 
-def test_an_item_whose_job_was_deleted_is_not_made_again(client: Client) -> None:
+def test_an_item_whose_job_was_deleted_gets_no_new_job(client: Client) -> None:
     bulk = accepted(client, *prompts(3))
     run_all(bulk["id"])
     deleted = items_of(client, bulk["id"])[0]["job_id"]
@@ -621,7 +624,9 @@ def test_an_item_whose_job_was_deleted_is_not_made_again(client: Client) -> None
     assert items_of(client, bulk["id"], state="deleted")[0]["job_id"] == deleted
 
 
-def test_the_end_of_a_bulk_is_told_once(client: Client, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_bulk_enqueues_one_webhook_delivery(
+    client: Client, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AFTERIMAGE_WEBHOOKS__ALLOW_PRIVATE", "true")
     monkeypatch.setenv("AFTERIMAGE_WEBHOOKS__ALLOW_HTTP", "true")
     get_settings.cache_clear()
@@ -637,12 +642,12 @@ def test_the_end_of_a_bulk_is_told_once(client: Client, session: Session, monkey
     assert delivery.body["data"]["metadata"] == {"order": "17"}
 
 
-def test_a_webhook_that_may_not_be_called_refuses_the_bulk(client: Client) -> None:
+def test_a_bulk_with_a_forbidden_webhook_is_refused(client: Client) -> None:
     answer = send(client, header(webhook={"url": "http://127.0.0.1/hook"}), *prompts(1))
     assert (answer.status_code, answer.json["code"]) == (422, "forbidden_target")
 
 
-def test_a_bulk_completes_although_the_last_finish_did_not_feed(client: Client, session: Session) -> None:
+def test_the_reconciler_completes_a_bulk_whose_worker_dispatched_no_more_jobs(client: Client, session: Session) -> None:
     bulk = accepted(client, *prompts(1))
     (job,) = queued_jobs(session, bulk["id"])
     with session_scope() as other:
@@ -657,7 +662,7 @@ def test_a_bulk_completes_although_the_last_finish_did_not_feed(client: Client, 
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def test_somebody_elses_bulk_is_not_there(client: Client, session: Session) -> None:
+def test_a_bulk_of_another_owner_is_not_found(client: Client, session: Session) -> None:
     bulk = accepted(client, *prompts(2))
     session.execute(text("update bulks set owner_id = :o"), {"o": owners.ensure(session, "other")})
     session.commit()
@@ -680,7 +685,7 @@ def test_bulks_are_listed_newest_first(client: Client) -> None:
     assert [bulk["id"] for bulk in client.get(f"{API}/bulks?state=canceled").json["items"]] == [ids[1]]
 
 
-def test_items_come_in_pages_in_the_order_of_lines(client: Client) -> None:
+def test_items_are_paged_in_the_order_of_their_lines(client: Client) -> None:
     bulk = accepted(client, *prompts(7))
     run_one(bulk["id"])
     url = f"{API}/bulks/{bulk['id']}/items"
@@ -695,7 +700,7 @@ def test_items_come_in_pages_in_the_order_of_lines(client: Client) -> None:
     assert len(items_of(client, bulk["id"], state="queued")) == 6
 
 
-def test_rate_and_estimated_end_are_told_while_it_runs(client: Client) -> None:
+def test_rate_and_estimated_end_are_shown_while_a_bulk_runs(client: Client) -> None:
     bulk = accepted(client, *prompts(50))
     for _ in range(10):
         run_one(bulk["id"])
@@ -706,7 +711,7 @@ def test_rate_and_estimated_end_are_told_while_it_runs(client: Client) -> None:
     assert bulk_of(client, bulk["id"])["estimated_end"] is None
 
 
-def test_the_manifest_has_every_item_and_says_that_it_is_whole(client: Client) -> None:
+def test_the_manifest_has_every_item_and_an_end_line(client: Client) -> None:
     bulk = accepted(client, header(), *prompts(250, custom_id=None))
     for _ in range(3):
         run_one(bulk["id"])
@@ -723,12 +728,12 @@ def test_the_manifest_has_every_item_and_says_that_it_is_whole(client: Client) -
     assert [json.loads(line).get("line") for line in rest] == [250, 251, None]
 
 
-def test_the_archive_holds_every_image_and_says_that_it_is_whole(client: Client) -> None:
+def test_the_archive_has_every_image_and_an_end_file(client: Client) -> None:
     bulk = accepted(client, *prompts(5))
     run_all(bulk["id"])
     gone = items_of(client, bulk["id"])[1]
     with session_scope() as session:
-        get_blobs().delete(session.get_one(Generation, UUID(gone["outputs"][0]["id"])).blob_key)
+        get_blobs().delete(session.get_one(Output, UUID(gone["outputs"][0]["id"])).blob_key)
     answer = client.get(f"{API}/bulks/{bulk['id']}/archive")
     with tarfile.open(fileobj=io.BytesIO(answer.data)) as tar:
         files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
@@ -739,14 +744,14 @@ def test_the_archive_holds_every_image_and_says_that_it_is_whole(client: Client)
     assert len(files) == 4 + 5 + 1
 
 
-def test_transfers_are_bounded_per_process(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transfers_are_limited_per_process(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     bulk = accepted(client, *prompts(1))
     monkeypatch.setenv("AFTERIMAGE_BULKS__MAX_TRANSFERS", "1")
     get_settings.cache_clear()
-    from api_service.services import bulks as verbs
+    from api_service.services import bulks as bulk_service
 
-    verbs._places.cache_clear()
-    with verbs.transfer():
+    bulk_service._transfer_slots.cache_clear()
+    with bulk_service.transfer_slot():
         refused = client.get(f"{API}/bulks/{bulk['id']}/manifest")
         assert (refused.status_code, refused.json["code"]) == (503, "too_many_streams")
         assert send(client, *prompts(1)).status_code == 503
@@ -756,7 +761,7 @@ def test_transfers_are_bounded_per_process(client: Client, monkeypatch: pytest.M
         answer.close()
 
 
-def test_jobs_say_which_bulk_they_are_of(client: Client, session: Session) -> None:
+def test_jobs_name_their_bulk(client: Client, session: Session) -> None:
     bulk = accepted(client, *prompts(3))
     make_job(session)
     session.commit()
@@ -765,12 +770,12 @@ def test_jobs_say_which_bulk_they_are_of(client: Client, session: Session) -> No
     assert len(listed) == 3
 
 
-def test_counting_sees_each_item_once_while_it_becomes_a_job(client: Client, session: Session) -> None:
+def test_an_item_is_counted_once_while_it_becomes_a_job(client: Client, session: Session) -> None:
     bulk = accepted(client, *prompts(2 * WINDOW + 2))
     row = session.get_one(Bulk, UUID(bulk["id"]))
     session.expunge(row)
     run_all(bulk["id"])
-    counts = bulks.progress(session, [row])[row.id].counts.model_dump()
+    counts = bulks.get_progress(session, [row])[row.id].counts.model_dump()
     assert min(counts.values()) == 0
     assert sum(counts.values()) == 2 * WINDOW + 2, "although the row was read before"
 
@@ -795,21 +800,21 @@ def test_images_of_a_bulk_count_towards_the_quota_when_it_is_complete(
     assert used() == 78
     run_one(bulk["id"])
     client.post(f"{API}/bulks/{bulk['id']}/cancel")
-    assert used() == 2, "what was not made is given back"
-    assert send(client, *prompts(11, num_images=2), headers=KEY).json["state"] == "running", "there is room now"
+    assert used() == 2, "images that were not generated are refunded"
+    assert send(client, *prompts(11, num_images=2), headers=KEY).json["state"] == "running", "the quota allows it now"
 
 
-def test_an_archive_that_cannot_go_on_has_no_end(client: Client, session: Session) -> None:
+def test_an_archive_that_cannot_be_completed_has_no_end_file(client: Client, session: Session) -> None:
     bulk = accepted(client, *prompts(3))
     run_all(bulk["id"])
     broken = items_of(client, bulk["id"])[1]["outputs"][0]["id"]
-    get_blobs().put(session.get_one(Generation, UUID(broken)).blob_key, b"short", media_type="image/png")
+    get_blobs().put(session.get_one(Output, UUID(broken)).blob_key, b"short", media_type="image/png")
     answer = client.get(f"{API}/bulks/{bulk['id']}/archive")
     assert b"000001.json" in answer.data
     assert b"end.json" not in answer.data
 
 
-def test_jobs_of_a_paused_bulk_are_no_queue_that_does_not_move(client: Client, session: Session) -> None:
+def test_jobs_of_a_paused_bulk_do_not_count_as_queue_depth(client: Client, session: Session) -> None:
     bulk = accepted(client, *prompts(100))
     Reconciler(get_settings().jobs).tick()
     assert REGISTRY.get_sample_value("queue_depth", {"queue": "cheap"}) == 2 * WINDOW

@@ -1,4 +1,4 @@
-"""Finding images: what comes back, in which order, and what never does."""
+"""The corpus in the database: nearest images, filters, deletion, claims of images, and the choice of references."""
 
 from datetime import timedelta
 from uuid import uuid4
@@ -53,14 +53,14 @@ def nearest(
 
 
 @pytest.mark.parametrize("exact_below", [10_000, 0])
-def test_the_nearest_come_first_with_their_cosine_similarity(session: Session, exact_below: int) -> None:
+def test_the_nearest_images_come_first_with_their_cosine_similarity(session: Session, exact_below: int) -> None:
     space = make_space(session)
     by = {angle: make_image(session, vector=5 * axis(0, 1, angle)) for angle in (0.9, 0.1, 0.5)}
     found = nearest(session, space, axis(0), exact_below=exact_below)
     assert found.exact == bool(exact_below)
-    assert [f.image.id for f in found.found] == [by[angle].id for angle in (0.1, 0.5, 0.9)]
-    assert [f.similarity for f in found.found] == pytest.approx(np.cos([0.1, 0.5, 0.9]), abs=2e-3)
-    assert found.found[0].norm == pytest.approx(5, rel=1e-3)
+    assert [f.image.id for f in found.images] == [by[angle].id for angle in (0.1, 0.5, 0.9)]
+    assert [f.similarity for f in found.images] == pytest.approx(np.cos([0.1, 0.5, 0.9]), abs=2e-3)
+    assert found.images[0].norm == pytest.approx(5, rel=1e-3)
 
 
 def test_an_image_without_a_vector_or_of_another_collection_is_not_found(session: Session) -> None:
@@ -68,7 +68,7 @@ def test_an_image_without_a_vector_or_of_another_collection_is_not_found(session
     other = owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "somebody"))
     make_image(session)
     make_image(session, vector=axis(0), collection_id=other.id)
-    assert nearest(session, space, axis(0)).found == []
+    assert nearest(session, space, axis(0)).images == []
 
 
 def test_every_condition_of_a_filter_must_hold(session: Session) -> None:
@@ -87,39 +87,39 @@ def test_every_condition_of_a_filter_must_hold(session: Session) -> None:
         {"attributes": {"style": "flat"}},
         {"tags": ["fruit"], "source": "noto", "licence": "MIT", "attributes": {"set": "a"}},
     ):
-        assert [f.image.id for f in nearest(session, space, axis(0), **where).found] == [wanted.id]
-    assert nearest(session, space, axis(0), source="elsewhere").found == []
+        assert [f.image.id for f in nearest(session, space, axis(0), **where).images] == [wanted.id]
+    assert nearest(session, space, axis(0), source="elsewhere").images == []
 
 
 def test_a_filter_on_time_includes_its_start_and_excludes_its_end(session: Session) -> None:
     space = make_space(session)
     image = make_image(session, vector=axis(0))
     at = image.created_at
-    assert nearest(session, space, axis(0), created_after=at).found
-    assert not nearest(session, space, axis(0), created_before=at).found
-    assert nearest(session, space, axis(0), created_before=at + timedelta(seconds=1)).found
+    assert nearest(session, space, axis(0), created_after=at).images
+    assert not nearest(session, space, axis(0), created_before=at).images
+    assert nearest(session, space, axis(0), created_before=at + timedelta(seconds=1)).images
 
 
-def test_a_selective_filter_does_not_leave_an_indexed_search_short(session: Session) -> None:
-    """Without an iterative scan HNSW looks at ef_search rows, of which the filter would leave almost none."""
+def test_an_indexed_search_with_a_selective_filter_finds_enough_images(session: Session) -> None:
+    """Without an iterative scan HNSW reads `ef_search` rows, and the filter removes almost all of them."""
     space = make_space(session)
     random = np.random.default_rng(0)
     for number in range(300):
         make_image(session, vector=random.normal(size=DIM), tags=["rare"] if number % 50 == 0 else ["common"])
-    # So few rows would be sorted; what matters is what the index finds when it is used.
+    # For so few rows the planner would sort. The test needs the index.
     for setting in ("enable_seqscan", "enable_bitmapscan", "enable_sort"):
         session.execute(text(f"set local {setting} = off"))
     found = nearest(session, space, axis(0), k=6, exact_below=0, ef_search=10, tags=["rare"])
     assert not found.exact
-    assert len(found.found) == 6
+    assert len(found.images) == 6
 
 
-def test_a_deleted_image_is_never_found_again_and_its_vector_is_gone(session: Session) -> None:
+def test_a_deleted_image_is_not_found_again_and_its_vector_is_deleted(session: Session) -> None:
     space = make_space(session)
     image = make_image(session, vector=axis(0))
     version = session.scalars(select(Collection.version).where(Collection.id == SHARED_COLLECTION)).one()
     images.remove(session, image)
-    assert nearest(session, space, axis(0)).found == []
+    assert nearest(session, space, axis(0)).images == []
     assert session.scalar(select(func.count()).select_from(space.table)) == 0
     assert session.scalars(select(Collection.version).where(Collection.id == SHARED_COLLECTION)).one() == version + 1
 
@@ -128,7 +128,7 @@ def test_a_vector_that_arrives_after_its_image_was_deleted_is_dropped(session: S
     space = make_space(session)
     image = make_image(session)
     images.remove(session, image)
-    assert images.embedded(session, space, [ImageClaim.of(image)], axis(0)[None], np.ones(1, np.float32)) == []
+    assert images.store_embeddings(session, space, [ImageClaim.of(image)], axis(0)[None], np.ones(1, np.float32)) == []
     assert session.scalar(select(func.count()).select_from(space.table)) == 0
 
 
@@ -139,30 +139,30 @@ def test_equal_content_is_one_image_per_collection(session: Session) -> None:
     assert make_image(session, sha256="ab" * 32, collection_id=other.id).id != first.id
 
 
-def test_an_image_deleted_while_its_content_is_added_again_is_added_anew(session: Session) -> None:
+def test_an_image_that_is_deleted_while_its_content_is_added_again_is_added(session: Session) -> None:
     old = make_image(session, sha256="ab" * 32).id
     session.commit()
 
-    def delete_it_meanwhile(*_: object) -> None:
+    def delete_it(*_: object) -> None:
         with session_scope() as other:
             images.remove(other, other.get_one(Image, old))
 
-    # Between the statement that finds the content taken and the one that looks who has it.
+    # Between the insert, which finds the content in the table, and the select of that row.
     connection = session.connection()
-    event.listen(connection, "after_cursor_execute", delete_it_meanwhile, once=True)
+    event.listen(connection, "after_cursor_execute", delete_it, once=True)
     assert make_image(session, sha256="ab" * 32).id != old
 
 
-def test_an_image_that_failed_is_tried_again_when_it_is_uploaded_again(session: Session) -> None:
+def test_a_failed_image_becomes_pending_when_it_is_uploaded_again(session: Session) -> None:
     image = make_image(session, sha256="ab" * 32)
     session.execute(update(Image).values(crashes=3))
-    assert images.embedding_failed(session, ImageClaim.of(image), code="invalid_image")
+    assert images.mark_embedding_failed(session, ImageClaim.of(image), code="invalid_image")
     again = make_image(session, sha256="ab" * 32)
     assert (again.id, again.state, again.error_code, again.crashes) == (image.id, "pending", None, 0)
     assert images.any_pending(session)
 
 
-def test_a_waiting_image_is_claimed_once_and_again_when_it_was_taken_back_from_a_silent_worker(
+def test_a_pending_image_is_claimed_once_and_again_after_its_lease_has_expired(
     session: Session,
 ) -> None:
     image = make_image(session)
@@ -178,7 +178,7 @@ def test_a_waiting_image_is_claimed_once_and_again_when_it_was_taken_back_from_a
     assert claim(session, image).attempt == first.attempt + 1
 
 
-def test_an_attempt_at_an_image_that_was_taken_over_can_write_nothing(session: Session) -> None:
+def test_an_attempt_that_lost_its_image_can_write_nothing(session: Session) -> None:
     space, image = make_space(session), make_image(session)
     first = claim(session, image)
     let_leases_expire(session)
@@ -186,24 +186,24 @@ def test_an_attempt_at_an_image_that_was_taken_over_can_write_nothing(session: S
     second = claim(session, image)
 
     assert images.renew(session, [first], lease_s=30) == set()
-    assert images.model_started(session, [first]) == set()
-    assert not images.embedding_failed(session, first, code="embedding_failed")
-    assert images.embedded(session, space, [first], axis(0)[None], np.ones(1, np.float32)) == []
+    assert images.mark_model_started(session, [first]) == set()
+    assert not images.mark_embedding_failed(session, first, code="embedding_failed")
+    assert images.store_embeddings(session, space, [first], axis(0)[None], np.ones(1, np.float32)) == []
     assert images.hand_back(session, [first]) == 0
-    assert images.embedded(session, space, [second], axis(0)[None], np.ones(1, np.float32)) == [image.id]
+    assert images.store_embeddings(session, space, [second], axis(0)[None], np.ones(1, np.float32)) == [image.id]
 
 
-def test_only_crashes_during_model_work_count_and_the_third_fails_the_image(session: Session) -> None:
+def test_only_crashes_in_the_model_count_and_the_third_fails_the_image(session: Session) -> None:
     image = make_image(session)
     for crashed_in_model, expected in [(False, 0), (True, 1), (True, 2)]:
-        held = claim(session, image)
+        claimed = claim(session, image)
         if crashed_in_model:
-            assert images.model_started(session, [held]) == {image.id}
+            assert images.mark_model_started(session, [claimed]) == {image.id}
         let_leases_expire(session)
         assert images.take_back_expired(session, max_crashes=3) == [(image.id, "pending")]
         session.refresh(image)
         assert image.crashes == expected
-    images.model_started(session, [claim(session, image)])
+    images.mark_model_started(session, [claim(session, image)])
     let_leases_expire(session)
     assert images.take_back_expired(session, max_crashes=3) == [(image.id, "failed")]
     session.refresh(image)
@@ -211,7 +211,7 @@ def test_only_crashes_during_model_work_count_and_the_third_fails_the_image(sess
     assert not images.any_pending(session)
 
 
-def test_an_image_that_crashed_a_process_is_claimed_alone_in_its_turn(session: Session) -> None:
+def test_an_image_that_crashed_a_process_is_claimed_in_isolation_and_in_order(session: Session) -> None:
     some = [make_image(session) for _ in range(4)]
     for position, image in enumerate(some):
         session.execute(
@@ -225,9 +225,9 @@ def test_an_image_that_crashed_a_process_is_claimed_alone_in_its_turn(session: S
 
 def test_images_handed_back_can_be_claimed_at_once_and_did_not_crash(session: Session) -> None:
     image = make_image(session)
-    held = claim(session, image)
-    images.model_started(session, [held])
-    assert images.hand_back(session, [held]) == 1
+    claimed = claim(session, image)
+    images.mark_model_started(session, [claimed])
+    assert images.hand_back(session, [claimed]) == 1
     claim(session, image)
     let_leases_expire(session)
     images.take_back_expired(session, max_crashes=3)
@@ -269,7 +269,7 @@ def test_a_collection_is_found_by_its_own_owner_and_the_shared_one_by_all(sessio
 # --- choosing references ------------------------------------------------------------------------------------------
 
 
-def plan(session: Session, space: Space, **changes: object) -> list[retrieval.Reference]:
+def plan(session: Session, space: Space, **changes: object) -> list[retrieval.Candidate]:
     arguments: dict[str, object] = {
         "k": 3,
         "min_similarity": 0.5,
@@ -280,11 +280,11 @@ def plan(session: Session, space: Space, **changes: object) -> list[retrieval.Re
     return retrieval.plan(session, space, axis(0), **(arguments | changes))  # type: ignore[arg-type]
 
 
-def test_references_below_the_gate_are_shown_but_not_used(session: Session) -> None:
+def test_references_below_min_similarity_are_listed_but_not_used(session: Session) -> None:
     space = make_space(session)
     near, far = make_image(session, vector=axis(0, 1, 0.2)), make_image(session, vector=axis(0, 2, 1.3))
     references = plan(session, space)
-    assert [(r.found.image.id, r.used) for r in references] == [(near.id, True), (far.id, False)]
+    assert [(r.scored.image.id, r.used) for r in references] == [(near.id, True), (far.id, False)]
     assert [r.weight for r in references] == [1.0, 0.0]
     assert "below 0.5" in references[1].reason
 
@@ -299,13 +299,13 @@ def test_weights_rise_with_similarity_and_sum_to_one(session: Session) -> None:
     assert min(weights) > 0
 
 
-def test_near_duplicates_take_one_place_and_others_move_up(session: Session) -> None:
+def test_only_one_of_near_duplicates_is_used_and_other_images_move_up(session: Session) -> None:
     space = make_space(session)
     kept = make_image(session, vector=axis(0, 1, 0.10))
     make_image(session, vector=axis(0, 1, 0.11))
     make_image(session, vector=axis(0, 1, 0.12))
     others = [make_image(session, vector=axis(0, number, 0.6)) for number in (2, 3)]
-    found = {reference.found.image.id for reference in plan(session, space)}
+    found = {reference.scored.image.id for reference in plan(session, space)}
     assert found == {kept.id, *(other.id for other in others)}
 
 
@@ -322,14 +322,14 @@ def test_pinned_references_are_used_in_their_order_with_their_weights(session: S
     first, second = make_image(session, vector=axis(5)), make_image(session, vector=axis(0))
     pinned = [PinnedReference(image_id=first.id, weight=3), PinnedReference(image_id=second.id)]
     references = retrieval.plan_pinned(session, space, pinned, axis(0))
-    assert [(r.found.image.id, r.weight, r.used) for r in references] == [
+    assert [(r.scored.image.id, r.weight, r.used) for r in references] == [
         (first.id, 0.75, True),
         (second.id, 0.25, True),
     ]
-    assert [r.found.similarity for r in references] == pytest.approx([0, 1], abs=2e-3)
+    assert [r.scored.similarity for r in references] == pytest.approx([0, 1], abs=2e-3)
 
 
-def test_a_pinned_reference_that_is_gone_or_not_embedded_is_refused_by_name(session: Session) -> None:
+def test_a_pinned_reference_that_is_unknown_or_not_embedded_is_refused_by_name(session: Session) -> None:
     space = make_space(session)
     waiting, gone = make_image(session).id, uuid4()
     for missing in (waiting, gone):
@@ -338,11 +338,11 @@ def test_a_pinned_reference_that_is_gone_or_not_embedded_is_refused_by_name(sess
         assert refused.value.context == {"image_ids": [str(missing)]}
 
 
-def test_diversity_prefers_something_else_over_more_of_the_same(session: Session) -> None:
+def test_diversity_prefers_different_images_over_similar_ones(session: Session) -> None:
     space = make_space(session)
     best = make_image(session, vector=axis(0, 1, 0.1))
     alike = make_image(session, vector=axis(0, 1, 0.2))
     different = make_image(session, vector=axis(0, 2, 0.4))
-    found = nearest(session, space, axis(0)).found
+    found = nearest(session, space, axis(0)).images
     chosen = {d: [f.image.id for f in retrieval.diversify(found, k=2, diversity=d)] for d in (0.0, 0.6)}
     assert chosen == {0.0: [best.id, alike.id], 0.6: [best.id, different.id]}

@@ -1,4 +1,4 @@
-"""Embedding waiting images: what becomes of them when their worker, their bytes or a place beside others is bad."""
+"""Embedding pending images, also when a worker crashes, a file cannot be read, or the model rejects an image."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,19 +25,17 @@ from tests.integration.conftest import picture
 from tests.stack import wait_until
 from worker_service.indexing.embed_images import ImageEmbedding
 from worker_service.indexing.image_leases import ImageLeases
-from worker_service.models.clip import Picture
+from worker_service.models.clip import ImageInput
 from worker_service.models.embedder import Embedder
 
 TOO_LARGE = (48, 48)
 """Size of an image that does not fit in memory."""
-
-
-NOT_TO_BE_SHOWN = (47, 48)
-"""Size of an image that the preprocessing cannot take."""
+UNPREPARABLE = (47, 48)
+"""Size of an image that the preprocessing rejects."""
 
 
 class SlowEmbedder(Embedder):
-    """Answers when told to, and remembers how many calls ran at the same time."""
+    """Returns when the test sets `go`. Records the batch sizes, and how many calls ran at the same time."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
@@ -49,21 +47,21 @@ class SlowEmbedder(Embedder):
         self._lock = threading.Lock()
 
     def prepare(self, image: Image.Image) -> Image.Image:
-        if image.size == NOT_TO_BE_SHOWN:
+        if image.size == UNPREPARABLE:
             raise EmbeddingError
         return image
 
-    def embed(self, items: Sequence[str] | Sequence[Picture], *, lane: int = 0) -> np.ndarray:
+    def embed_corpus_images(self, images: Sequence[ImageInput]) -> np.ndarray:
         with self._lock:
-            self.sizes.append(len(items))
+            self.sizes.append(len(images))
             self.running += 1
             self.most_running = max(self.most_running, self.running)
         assert self.go.wait(30)
         with self._lock:
             self.running -= 1
-        if any(isinstance(item, Image.Image) and item.size == TOO_LARGE for item in items):
+        if any(isinstance(picture, Image.Image) and picture.size == TOO_LARGE for picture in images):
             raise ModelOutOfMemoryError
-        return np.ones((len(items), DIM), np.float32)
+        return np.ones((len(images), DIM), np.float32)
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def leases(settings: Settings) -> Iterator[ImageLeases]:
         yield leases
 
 
-def waiting_image(session: Session, *, crashes: int = 0, size: tuple[int, int] = (32, 32)) -> ImageRow:
+def pending_image(session: Session, *, crashes: int = 0, size: tuple[int, int] = (32, 32)) -> ImageRow:
     image = make_image(session)
     get_blobs().put(image.blob_key, picture(size=size), media_type="image/png")
     session.execute(
@@ -90,14 +88,15 @@ def waiting_image(session: Session, *, crashes: int = 0, size: tuple[int, int] =
 
 
 def start(work: ImageEmbedding) -> threading.Thread:
-    """Drain the table in a thread, as a ring makes a worker do."""
-    thread = threading.Thread(target=work.drain, kwargs={"stopping": lambda: False})
+    """Embed in a thread until no image is pending."""
+    thread = threading.Thread(target=work.embed_until_empty, kwargs={"stopping": lambda: False})
     thread.start()
     return thread
 
 
-def rung(work: ImageEmbedding) -> threading.Thread:
-    thread = threading.Thread(target=work.ring, kwargs={"stopping": lambda: False})
+def start_notified(work: ImageEmbedding) -> threading.Thread:
+    """Embed in a thread, as a worker does after a notification."""
+    thread = threading.Thread(target=work.embed_pending, kwargs={"stopping": lambda: False})
     thread.start()
     return thread
 
@@ -107,10 +106,10 @@ def states() -> dict[UUID, str]:
         return {row.id: row.state for row in session.execute(select(ImageRow.id, ImageRow.state))}
 
 
-def test_an_image_is_held_as_long_as_its_model_call_takes(
+def test_the_lease_of_an_image_is_renewed_during_its_model_call(
     session: Session, embedder: SlowEmbedder, leases: ImageLeases
 ) -> None:
-    image = waiting_image(session)
+    image = pending_image(session)
     thread = start(ImageEmbedding(embedder, leases))
     wait_until(lambda: embedder.running, timeout_s=20, what="the model to work")
 
@@ -128,19 +127,19 @@ def test_an_image_is_held_as_long_as_its_model_call_takes(
     assert leases.wait_until_empty(0)
 
 
-def test_an_image_that_crashed_a_process_is_embedded_beside_no_other(
+def test_an_image_that_crashed_a_process_is_embedded_in_isolation(
     session: Session, embedder: SlowEmbedder, leases: ImageLeases
 ) -> None:
-    innocent = [waiting_image(session) for _ in range(2)]
-    suspect = waiting_image(session, crashes=1)
-    innocent += [waiting_image(session) for _ in range(2)]
+    others = [pending_image(session) for _ in range(2)]
+    crashed = pending_image(session, crashes=1)
+    others += [pending_image(session) for _ in range(2)]
     work = ImageEmbedding(embedder, leases)
     threads = [start(work)]
-    wait_until(lambda: embedder.running, timeout_s=20, what="the innocent to be in the model")
+    wait_until(lambda: embedder.running, timeout_s=20, what="the other images to be in the model")
     threads.append(start(work))
-    wait_until(lambda: claimed(suspect.id), timeout_s=20, what="the suspect to be claimed")
+    wait_until(lambda: claimed(crashed.id), timeout_s=20, what="the image to be claimed")
     with session_scope() as scope:
-        assert not scope.get_one(ImageRow, suspect.id).model_started, "a crash of the others is not its own"
+        assert not scope.get_one(ImageRow, crashed.id).model_started, "a crash of the others does not count against it"
     embedder.go.set()
     for thread in threads:
         thread.join(20)
@@ -154,33 +153,33 @@ def claimed(image_id: UUID) -> bool:
         return session.get_one(ImageRow, image_id).lease_until is not None
 
 
-def test_an_image_whose_process_dies_in_the_model_every_time_ends_failed_and_its_first_neighbours_do_not(
+def test_an_image_that_crashes_every_process_fails_and_its_neighbours_do_not(
     session: Session, settings: Settings
 ) -> None:
-    """A killed process is one whose leases nobody renews or hands back: here, claims that are simply dropped."""
-    poison, *others = (waiting_image(session) for _ in range(3))
+    """The test drops claims without renewing them or handing them back, like a killed process."""
+    poison, *others = (pending_image(session) for _ in range(3))
     for _ in range(10):
         with session_scope() as scope:
             rows = images.claim_pending(scope, limit=5, lease_s=30)
             claims = [images.ImageClaim.of(row) for row in rows]
-            images.model_started(scope, claims)
+            images.mark_model_started(scope, claims)
             if poison.id not in {claim.image_id for claim in claims}:
                 vectors = np.ones((len(claims), DIM), np.float32)
-                images.embedded(scope, make_space(scope), claims, vectors, vectors[:, 0])
+                images.store_embeddings(scope, make_space(scope), claims, vectors, vectors[:, 0])
             scope.execute(update(ImageRow).where(ImageRow.lease_until.is_not(None)).values(lease_until=func.now()))
         with session_scope() as scope:
             images.take_back_expired(scope, max_crashes=settings.jobs.max_crashes)
     assert states() == {poison.id: "failed", **{other.id: "ready" for other in others}}
 
 
-def test_images_of_a_worker_that_could_not_reach_the_database_are_handed_back_and_did_not_crash(
+def test_images_of_a_worker_without_database_are_handed_back_and_count_no_crash(
     session: Session, leases: ImageLeases
 ) -> None:
-    image = waiting_image(session)
+    image = pending_image(session)
     with session_scope() as scope:
         (row,) = images.claim_pending(scope, limit=1, lease_s=60)
         claim = images.ImageClaim.of(row)
-        images.model_started(scope, [claim])
+        images.mark_model_started(scope, [claim])
     with pytest.raises(DatabaseConnectionError), leases.holding([claim]):
         raise DatabaseConnectionError
     wait_until(lambda: not claimed(image.id), timeout_s=10, what="the image to be handed back")
@@ -188,10 +187,24 @@ def test_images_of_a_worker_that_could_not_reach_the_database_are_handed_back_an
         assert scope.get_one(ImageRow, image.id).crashes == 0
 
 
-def test_an_image_that_the_store_cannot_give_waits_for_its_lease_and_holds_up_no_other(
+def test_an_image_that_was_handed_back_is_not_leased_again_by_a_late_renewal(
+    session: Session, leases: ImageLeases
+) -> None:
+    pending_image(session)
+    with session_scope() as scope:
+        (row,) = images.claim_pending(scope, limit=1, lease_s=60)
+        claim = images.ImageClaim.of(row)
+    with leases.holding([claim]):
+        assert leases.hand_back() == 1
+        leases._renew_due([claim])
+        with session_scope() as scope:
+            assert images.any_pending(scope)
+
+
+def test_an_image_that_cannot_be_read_keeps_its_lease_and_delays_no_other(
     session: Session, settings: Settings, embedder: SlowEmbedder, leases: ImageLeases
 ) -> None:
-    unreadable, other = waiting_image(session), waiting_image(session)
+    unreadable, other = pending_image(session), pending_image(session)
     blob = Path(settings.storage.url.removeprefix("file://")) / unreadable.blob_key
     blob.unlink()
     blob.symlink_to(blob)
@@ -202,34 +215,36 @@ def test_an_image_that_the_store_cannot_give_waits_for_its_lease_and_holds_up_no
     with session_scope() as scope:
         scope.execute(update(ImageRow).where(ImageRow.id == unreadable.id).values(lease_until=func.now()))
     with session_scope() as scope:
-        assert images.take_back_expired(scope, max_crashes=1) == [(unreadable.id, ImageState.PENDING)], "not its fault"
+        assert images.take_back_expired(scope, max_crashes=1) == [(unreadable.id, ImageState.PENDING)], (
+            "an unreadable file is not a crash"
+        )
 
 
-@pytest.mark.parametrize(("size", "code"), [(TOO_LARGE, "out_of_memory"), (NOT_TO_BE_SHOWN, "embedding_failed")])
-def test_an_image_that_the_model_cannot_take_fails_alone(
+@pytest.mark.parametrize(("size", "code"), [(TOO_LARGE, "out_of_memory"), (UNPREPARABLE, "embedding_failed")])
+def test_an_image_that_the_model_rejects_fails_and_the_others_do_not(
     session: Session, embedder: SlowEmbedder, leases: ImageLeases, size: tuple[int, int], code: str
 ) -> None:
-    strange, others = waiting_image(session, size=size), [waiting_image(session) for _ in range(3)]
+    rejected, others = pending_image(session, size=size), [pending_image(session) for _ in range(3)]
     embedder.go.set()
     start(ImageEmbedding(embedder, leases)).join(20)
-    assert states() == {strange.id: "failed", **{other.id: "ready" for other in others}}
+    assert states() == {rejected.id: "failed", **{other.id: "ready" for other in others}}
     with session_scope() as scope:
-        assert scope.get_one(ImageRow, strange.id).error_code == code
+        assert scope.get_one(ImageRow, rejected.id).error_code == code
 
 
-def test_an_image_whose_ring_came_while_all_hands_were_full_is_embedded_after_them(
+def test_an_image_that_arrives_while_all_workers_are_busy_is_embedded_later(
     session: Session, embedder: SlowEmbedder, leases: ImageLeases
 ) -> None:
     work = ImageEmbedding(embedder, leases)
-    busy: list[threading.Thread] = []
+    threads: list[threading.Thread] = []
     for _ in range(embedder.chunks_at_once):
-        waiting_image(session)
-        busy.append(rung(work))
-        wait_until(lambda: embedder.running == len(busy), timeout_s=20, what="another chunk in the model")
-    late = waiting_image(session)
-    assert work.ring(stopping=lambda: False) == 0, "this ring leaves the work to those who are at it"
+        pending_image(session)
+        threads.append(start_notified(work))
+        wait_until(lambda: embedder.running == len(threads), timeout_s=20, what="another chunk in the model")
+    late = pending_image(session)
+    assert work.embed_pending(stopping=lambda: False) == 0, "the busy workers look for images again"
     embedder.go.set()
-    for thread in busy:
+    for thread in threads:
         thread.join(20)
     assert states()[late.id] == "ready"
     assert set(states().values()) == {"ready"}

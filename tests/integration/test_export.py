@@ -1,10 +1,12 @@
-"""A corpus out of an installation and into one: nothing is embedded again, and searches answer as before."""
+"""Export and import of a corpus: nothing is embedded again, and searches return the same results."""
 
+import io
 import json
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from uuid import UUID
 
 import numpy as np
@@ -13,7 +15,7 @@ from pyarrow import parquet
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from ops.local.stack import REPOSITORY
+from scripts.export import __main__ as export
 from shared.contracts.common import ImageFormat
 from shared.contracts.search import ImageFilter
 from shared.db import images, owners, spaces
@@ -25,12 +27,12 @@ from tests.factories import SHARED_COLLECTION, make_image, make_space
 from tests.integration.conftest import picture
 
 COUNT = 70
-"""More than one group of rows."""
+"""More than one page of rows."""
 
 
 @pytest.fixture
 def corpus(session: Session, settings: Settings) -> None:
-    """70 images with bytes, vectors and descriptions, and one that waits for its vector."""
+    """70 images with bytes, vectors and descriptions, and one without a vector."""
     random = np.random.default_rng(7)
     limits = get_settings().api
     for number in range(COUNT + 1):
@@ -54,11 +56,12 @@ def corpus(session: Session, settings: Settings) -> None:
 
 
 def run(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.export", *arguments, "--json"], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return {"code": done.returncode, **json.loads(done.stdout.splitlines()[-1])}
+    """Run the script in this process: its exit code and its last event. An e2e test runs it as a command."""
+    stdout = io.StringIO()
+    command = ["export", *arguments, "--json"]
+    with patch.object(sys, "argv", command), redirect_stdout(stdout), pytest.raises(SystemExit) as ended:
+        export.main()
+    return {"code": ended.value.code, **json.loads(stdout.getvalue().splitlines()[-1])}
 
 
 def answers(session: Session, collection_id: UUID = SHARED_COLLECTION) -> list[tuple[str, str | None, float, float]]:
@@ -77,7 +80,7 @@ def answers(session: Session, collection_id: UUID = SHARED_COLLECTION) -> list[t
         ef_search=200,
         exact_below=10_000,
     )
-    return [(each.image.sha256, each.image.caption, each.similarity, each.norm) for each in nearest.found]
+    return [(each.image.sha256, each.image.caption, each.similarity, each.norm) for each in nearest.images]
 
 
 def wipe(session: Session) -> None:
@@ -88,44 +91,44 @@ def wipe(session: Session) -> None:
 
 
 @pytest.mark.usefixtures("corpus")
-def test_exported_wiped_and_imported_the_corpus_answers_with_the_same_scores(session: Session, tmp_path: Path) -> None:
+def test_an_exported_and_imported_corpus_returns_the_same_scores(session: Session, tmp_path: Path) -> None:
     before = answers(session)
     columns = (Image.id, Image.sha256, Image.tags, Image.attributes, Image.created_at, Image.perceptual_hash)
     rows = session.execute(select(*columns).order_by(Image.id)).all()
     some = session.scalars(select(Image).limit(1)).one()
     content = get_blobs().get(some.blob_key)
-    told = run("corpus", str(tmp_path / "corpus.parquet"))
-    assert told == {"code": 0, "event": "done", "images": COUNT + 1, "without_vector": 1, "missing": 0}
+    report = run("corpus", str(tmp_path / "corpus.parquet"))
+    assert report == {"code": 0, "event": "done", "images": COUNT + 1, "without_vector": 1, "missing": 0}
     assert parquet.read_table(tmp_path / "corpus.parquet", columns=["caption"]).num_rows == COUNT + 1
 
     wipe(session)
     assert answers(session) == []
-    told = run("import", str(tmp_path / "corpus.parquet"))
-    assert told == {"code": 0, "event": "done", "new": COUNT + 1, "existing": 0, "to_embed": 1}
+    report = run("import", str(tmp_path / "corpus.parquet"))
+    assert report == {"code": 0, "event": "done", "new": COUNT + 1, "existing": 0, "to_embed": 1}
     assert answers(session) == before
     assert len(before) == COUNT
     assert session.execute(select(*columns).order_by(Image.id)).all() == rows
     assert get_blobs().get(some.blob_key) == content
 
-    assert run("import", str(tmp_path / "corpus.parquet"))["existing"] == COUNT + 1, "again is harmless"
+    assert run("import", str(tmp_path / "corpus.parquet"))["existing"] == COUNT + 1, "a second import changes nothing"
     assert answers(session) == before
 
 
 @pytest.mark.usefixtures("corpus")
-def test_a_corpus_comes_into_the_collection_of_another_owner_beside_the_first(session: Session, tmp_path: Path) -> None:
+def test_a_corpus_can_be_imported_into_a_collection_of_another_owner(session: Session, tmp_path: Path) -> None:
     before = answers(session)
     run("corpus", str(tmp_path / "corpus.parquet"))
     owners.ensure(session, "team-b")
     session.commit()
-    told = run("import", str(tmp_path / "corpus.parquet"), "--owner", "team-b", "--collection", "copy")
-    assert told["new"] == COUNT + 1
+    report = run("import", str(tmp_path / "corpus.parquet"), "--owner", "team-b", "--collection", "copy")
+    assert report["new"] == COUNT + 1
     copy = session.scalars(select(Collection.id).where(Collection.name == "copy")).one()
     assert answers(session, copy) == before
     assert answers(session) == before
 
 
 @pytest.mark.usefixtures("corpus")
-def test_vectors_of_another_space_are_not_mixed_in(session: Session, tmp_path: Path) -> None:
+def test_vectors_of_another_embedding_space_are_not_imported(session: Session, tmp_path: Path) -> None:
     run("corpus", str(tmp_path / "corpus.parquet"))
     wipe(session)
     session.execute(delete(EmbeddingSpace))

@@ -1,4 +1,4 @@
-"""What was generated, out of an installation with its record, and its images into a corpus."""
+"""Export of outputs with their records, and their import as images of a corpus."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ from shared.contracts.bulks import BulkOptions
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
 from shared.db import bulks, images, jobs, owners
-from shared.db.jobs import Output
-from shared.db.tables import BulkItem, Generation, GenerationReference, Image, Job
+from shared.db.jobs import StoredOutput
+from shared.db.tables import BulkItem, Image, Job, Output, OutputReference
 from shared.imaging import encode_image, open_image, perceptual_hash, pixels_sha256, thumbnail
 from shared.storage import get_blobs, output_key, output_thumbnail_key
 from tests.factories import make_image, make_job, make_space
@@ -28,8 +28,8 @@ COUNT = 70
 """More than one page of rows."""
 
 
-def generate(session: Session, number: int, *, owner: str = "local") -> Generation:
-    """An output as a worker leaves it, drawn from one image."""
+def make_output(session: Session, number: int, *, owner: str = "local") -> Output:
+    """Store an output with one reference, as a worker does."""
     job = make_job(session, state=JobState.PROCESSING, owner=owner, prompt=f"apfel „{number}“", seeds=[number])
     pixels = np.full((24, 24, 3), number, np.uint8)
     pixels[:, number % 24 :] = 255
@@ -49,7 +49,7 @@ def generate(session: Session, number: int, *, owner: str = "local") -> Generati
     thumbnail_key = output_thumbnail_key(job.id, attempt=1, index=0)
     get_blobs().put(key, data, media_type="image/png")
     get_blobs().put(thumbnail_key, thumbnail(pixels), media_type="image/webp")
-    generation = Generation(
+    generation = Output(
         id=uuid4(),
         job_id=job.id,
         owner_id=job.owner_id,
@@ -65,14 +65,14 @@ def generate(session: Session, number: int, *, owner: str = "local") -> Generati
         pixels_sha256=pixels_sha256(pixels),
         provenance=record,
     )
-    used = GenerationReference(
+    used = OutputReference(
         **{**reference, "image_id": UUID(str(reference["image_id"]))},
         generation_id=generation.id,
         position=0,
         caption="an apple",
     )
     claim = jobs.Claim(job.id, job.attempt)
-    assert jobs.finish(session, claim, [Output(generation=generation, references=[used])], timings={})
+    assert jobs.finish(session, claim, [StoredOutput(output=generation, references=[used])], timings={})
     session.commit()
     return generation
 
@@ -83,10 +83,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("settings")
-def test_every_output_leaves_with_its_bytes_and_its_whole_record(session: Session, tmp_path: Path) -> None:
-    made = [generate(session, number) for number in range(COUNT)]
-    told = run("outputs", str(tmp_path / "outputs.parquet"))
-    assert told == {"code": 0, "event": "done", "images": COUNT, "without_vector": COUNT, "missing": 0}
+def test_every_output_is_exported_with_its_bytes_and_its_whole_record(session: Session, tmp_path: Path) -> None:
+    made = [make_output(session, number) for number in range(COUNT)]
+    report = run("outputs", str(tmp_path / "outputs.parquet"))
+    assert report == {"code": 0, "event": "done", "images": COUNT, "without_vector": COUNT, "missing": 0}
     rows = read(tmp_path / "outputs.parquet")
     assert [row["id"] for row in rows] == [str(each.id) for each in made], "the oldest first"
     for row, output in zip(rows, made, strict=True):
@@ -109,12 +109,12 @@ def test_every_output_leaves_with_its_bytes_and_its_whole_record(session: Sessio
 
 
 @pytest.mark.usefixtures("settings")
-def test_outputs_are_chosen_by_owner_and_time(session: Session, tmp_path: Path) -> None:
-    first, second = generate(session, 1), generate(session, 2)
-    other = generate(session, 3, owner="other")
+def test_outputs_are_selected_by_owner_and_time(session: Session, tmp_path: Path) -> None:
+    first, second = make_output(session, 1), make_output(session, 2)
+    other = make_output(session, 3, owner="other")
     noon = datetime(2026, 1, 1, 12, tzinfo=UTC)
     for hour, output in enumerate((first, second, other)):
-        moved = update(Generation).where(Generation.id == output.id).values(created_at=noon + timedelta(hours=hour))
+        moved = update(Output).where(Output.id == output.id).values(created_at=noon + timedelta(hours=hour))
         session.execute(moved)
     session.commit()
 
@@ -129,8 +129,8 @@ def test_outputs_are_chosen_by_owner_and_time(session: Session, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("settings")
-def test_an_item_of_a_bulk_says_which(session: Session, tmp_path: Path) -> None:
-    output = generate(session, 1)
+def test_an_output_of_a_bulk_names_the_bulk_and_its_custom_id(session: Session, tmp_path: Path) -> None:
+    output = make_output(session, 1)
     job = session.get_one(Job, output.job_id)
     bulk = bulks.create(session, BulkOptions(), owner_id=job.owner_id, received_lines=0, digest=b"")
     item = BulkItem(
@@ -153,20 +153,20 @@ def test_an_item_of_a_bulk_says_which(session: Session, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("settings")
-def test_an_output_whose_file_is_gone_or_damaged_is_named_and_the_others_leave(
+def test_outputs_with_a_missing_or_damaged_file_are_counted_and_the_others_exported(
     session: Session, tmp_path: Path
 ) -> None:
-    gone, damaged, whole = (generate(session, number) for number in range(3))
+    gone, damaged, whole = (make_output(session, number) for number in range(3))
     get_blobs().delete(gone.blob_key)
     get_blobs().put(damaged.blob_key, b"no image", media_type="image/png")
-    told = run("outputs", str(tmp_path / "outputs.parquet"))
-    assert (told["code"], told["images"], told["missing"]) == (1, 1, 2)
+    report = run("outputs", str(tmp_path / "outputs.parquet"))
+    assert (report["code"], report["images"], report["missing"]) == (1, 1, 2)
     assert [row["id"] for row in read(tmp_path / "outputs.parquet")] == [str(whole.id)]
 
 
 @pytest.mark.usefixtures("settings")
-def test_outputs_become_images_of_the_collection_that_is_named_and_no_jobs(session: Session, tmp_path: Path) -> None:
-    made = [generate(session, number) for number in range(3)]
+def test_outputs_are_imported_as_images_of_a_named_collection_without_jobs(session: Session, tmp_path: Path) -> None:
+    made = [make_output(session, number) for number in range(3)]
     content = get_blobs().get(made[0].blob_key)
     path = str(tmp_path / "outputs.parquet")
     run("outputs", path)
@@ -174,7 +174,9 @@ def test_outputs_become_images_of_the_collection_that_is_named_and_no_jobs(sessi
     owners.ensure(session, "team-b")
     session.commit()
 
-    assert run("import", path, "--owner", "team-b")["code"] == 2, "never mixed with what they were drawn from unasked"
+    assert run("import", path, "--owner", "team-b")["code"] == 2, (
+        "the collection must be named, so that outputs do not mix with references"
+    )
     into = ("--owner", "team-b", "--collection", "best")
     assert run("import", path, *into) == {"code": 0, "event": "done", "new": 3, "existing": 0, "to_embed": 3}
     rows = {image.id: image for image in session.scalars(select(Image))}
@@ -182,13 +184,13 @@ def test_outputs_become_images_of_the_collection_that_is_named_and_no_jobs(sessi
     image = rows[made[0].id]
     assert (image.caption, image.tags, image.state) == ("apfel „0“", ["generated"], "pending")
     assert image.attributes == {"job_id": str(made[0].job_id), "seed": "0", "model": "cheap"}
-    assert get_blobs().get(image.blob_key) == content, "the record in the file stays"
+    assert get_blobs().get(image.blob_key) == content, "the file keeps its record"
     assert session.scalar(select(func.count()).select_from(Job)) == 0
-    assert run("import", path, *into)["existing"] == 3, "again is harmless"
+    assert run("import", path, *into)["existing"] == 3, "a second import changes nothing"
 
 
 @pytest.mark.usefixtures("settings")
-def test_a_corpus_file_from_before_outputs_is_still_read(session: Session, tmp_path: Path) -> None:
+def test_a_corpus_file_that_names_no_kind_is_still_read(session: Session, tmp_path: Path) -> None:
     make_space(session)
     image = make_image(session, vector=np.ones(16), blob_key="images/x.png", thumbnail_key="thumbnails/x.webp")
     data = encode_image(np.zeros((8, 8, 3), np.uint8), image_format=ImageFormat.PNG)
@@ -203,5 +205,5 @@ def test_a_corpus_file_from_before_outputs_is_still_read(session: Session, tmp_p
     parquet.write_table(table.replace_schema_metadata({b"afterimage.corpus": json.dumps(described)}), path)
     images.remove(session, image)
     session.commit()
-    told = run("import", str(path))
-    assert (told["code"], told["new"], told["to_embed"]) == (0, 1, 0)
+    report = run("import", str(path))
+    assert (report["code"], report["new"], report["to_embed"]) == (0, 1, 0)

@@ -1,4 +1,4 @@
-"""News of jobs over a real pub/sub, and without it."""
+"""Updates of jobs over a real pub/sub, and without it."""
 
 import io
 import time
@@ -19,7 +19,7 @@ from shared.messaging.job_updates import (
     PreviewStream,
     Subscriber,
     close_subscriber,
-    publish_changed,
+    publish_job_update,
     publish_progress,
     subscriber,
 )
@@ -35,18 +35,18 @@ def listening(settings: Settings) -> Iterator[Subscriber]:
     close_subscriber()
 
 
-def test_news_reach_every_watch_of_that_job_and_no_other(listening: Subscriber) -> None:
+def test_updates_reach_every_watch_of_that_job_and_no_other(listening: Subscriber) -> None:
     job, other = uuid4(), uuid4()
-    with listening.watch(job) as one, listening.watch(job) as two, listening.watch(other) as elsewhere:
+    with listening.watch(job) as first, listening.watch(job) as second, listening.watch(other) as other_watch:
         publish_progress(job, 3, 8)
-        for watch in (one, two):
+        for watch in (first, second):
             assert watch.wait(5) == (False, Progress(step=3, total_steps=8), [])
-        assert listening.latest(job) == Progress(step=3, total_steps=8)
-        publish_changed(job)
-        for watch in (one, two):
+        assert listening.latest_progress(job) == Progress(step=3, total_steps=8)
+        publish_job_update(job)
+        for watch in (first, second):
             assert watch.wait(5) == (True, None, [])
-        assert listening.latest(job) is None, "an old step says nothing of the next attempt"
-        assert elsewhere.wait(0) == (False, None, [])
+        assert listening.latest_progress(job) is None, "an old step is not a step of the next attempt"
+        assert other_watch.wait(0) == (False, None, [])
 
 
 def test_a_slow_listener_gets_the_latest_step_only(listening: Subscriber) -> None:
@@ -54,11 +54,13 @@ def test_a_slow_listener_gets_the_latest_step_only(listening: Subscriber) -> Non
     with listening.watch(job) as watch:
         for step in range(1, 9):
             publish_progress(job, step, 8)
-        wait_until(lambda: listening.latest(job) == Progress(step=8, total_steps=8), timeout_s=5, what="the last step")
+        wait_until(
+            lambda: listening.latest_progress(job) == Progress(step=8, total_steps=8), timeout_s=5, what="the last step"
+        )
         assert watch.wait(5) == (False, Progress(step=8, total_steps=8), [])
 
 
-def test_while_redis_is_silent_a_watch_asks_for_a_look_each_second_and_news_come_again_after_the_thaw(
+def test_while_redis_is_silent_a_watch_polls_each_second_and_updates_resume_later(
     listening: Subscriber, servers: LocalStack
 ) -> None:
     job = uuid4()
@@ -66,25 +68,27 @@ def test_while_redis_is_silent_a_watch_asks_for_a_look_each_second_and_news_come
         servers.control.freeze("queue")
         try:
             wait_until(lambda: not listening.connected, timeout_s=10, what="the silence to be noticed")
-            watch.wait(0)  # the one look that losing the connection is worth
+            watch.wait(0)  # takes the change that the lost connection itself reports
             for _ in range(2):
                 asked = time.monotonic()
                 assert watch.wait(30) == (True, None, [])
                 assert time.monotonic() - asked < 3
-            told = time.monotonic()
-            publish_changed(job)
+            started = time.monotonic()
+            publish_job_update(job)
             publish_progress(job, 1, 8)
-            assert time.monotonic() - told < 0.1, "telling waits for nobody"
+            assert time.monotonic() - started < 0.1, "publishing does not wait"
         finally:
             servers.control.thaw("queue")
         wait_until(lambda: listening.connected, timeout_s=10, what="the subscription to come back")
         publish_progress(job, 7, 8)
         wait_until(
-            lambda: listening.latest(job) == Progress(step=7, total_steps=8), timeout_s=10, what="news to come again"
+            lambda: listening.latest_progress(job) == Progress(step=7, total_steps=8),
+            timeout_s=10,
+            what="updates to resume",
         )
 
 
-def test_a_message_that_makes_no_sense_is_passed_over(listening: Subscriber) -> None:
+def test_an_invalid_message_is_ignored(listening: Subscriber) -> None:
     from shared.messaging.job_updates import CHANNEL_PREFIX, channel
     from shared.messaging.queue import broker
 
@@ -92,7 +96,9 @@ def test_a_message_that_makes_no_sense_is_passed_over(listening: Subscriber) -> 
     for where, what in [(f"{CHANNEL_PREFIX}nonsense", "null"), (channel(job), "nonsense"), (channel(job), "[-1, 2]")]:
         broker().publish(where, what)
     publish_progress(job, 2, 8)
-    wait_until(lambda: listening.latest(job) == Progress(step=2, total_steps=8), timeout_s=5, what="the good one")
+    wait_until(
+        lambda: listening.latest_progress(job) == Progress(step=2, total_steps=8), timeout_s=5, what="the valid message"
+    )
 
 
 def picture(side: int = 64, *, red: int = 255) -> np.ndarray:
@@ -103,19 +109,21 @@ def opened(preview: Preview) -> Image.Image:
     return Image.open(io.BytesIO(b64decode(preview.image.removeprefix("data:image/jpeg;base64,"))))
 
 
-def test_previews_reach_who_watches_and_are_due_as_often_as_asked_but_not_too_often(listening: Subscriber) -> None:
+def test_previews_reach_a_watch_and_are_due_as_requested_but_not_too_often(listening: Subscriber) -> None:
     job = uuid4()
     first, second = PreviewStream(job, 0, every=2), PreviewStream(job, 1, every=2)
-    assert [step for step in range(1, 9) if first.is_due(step, 8)] == [2, 4, 6], "the image itself follows the last"
+    assert [step for step in range(1, 9) if first.is_due(step, 8)] == [2, 4, 6], (
+        "the image itself follows the last step"
+    )
     with listening.watch(job) as watch:
         first.show(picture(), 2, 8)
         second.show(picture(red=0), 2, 8)
         assert not first.is_due(4, 8), "at most a few per second"
         seen: dict[int, Preview] = {}
         while len(seen) < 2:
-            news = watch.wait(5)
-            assert news.previews, "in time"
-            seen |= {preview.index: preview for preview in news.previews}
+            update = watch.wait(5)
+            assert update.previews, "in time"
+            seen |= {preview.index: preview for preview in update.previews}
     assert (seen[0].step, seen[0].total_steps) == (2, 8)
     assert opened(seen[0]).size == (64, 64)
     assert opened(seen[0]).getpixel((9, 9)) != opened(seen[1]).getpixel((9, 9))
@@ -130,12 +138,14 @@ def test_the_largest_and_least_compressible_preview_fits_into_its_message(listen
         assert [preview.index for preview in watch.wait(5).previews] == [0]
 
 
-def test_what_is_no_picture_ends_no_telling(listening: Subscriber) -> None:
+def test_a_preview_that_is_not_uint8_is_rejected(listening: Subscriber) -> None:
     with pytest.raises(ValueError, match="uint8"):
         PreviewStream(uuid4(), 0, every=1).show(np.zeros((4, 4)), 1, 2)
 
 
-def test_a_stream_tells_previews_without_a_number_and_the_table_keeps_none(client: Any, listening: Subscriber) -> None:
+def test_a_stream_sends_previews_without_an_id_and_the_table_stores_no_preview(
+    client: Any, listening: Subscriber
+) -> None:
     submitted = client.post("/api/v1/generate", json={"prompt": "a red apple", "preview_every": 2}).json
     assert submitted["parameters"]["preview_every"] == 2
     job = UUID(submitted["id"])
@@ -143,12 +153,12 @@ def test_a_stream_tells_previews_without_a_number_and_the_table_keeps_none(clien
     assert b"retry" in next(stream)
     assert b"event: queued" in next(stream)
     PreviewStream(job, 0, every=2).show(picture(), 2, 8)
-    told = next(stream).decode()
-    assert told.startswith("event: preview\ndata: ")
-    assert opened(Preview.model_validate_json(told.partition("data: ")[2])).size == (64, 64)
+    sent = next(stream).decode()
+    assert sent.startswith("event: preview\ndata: ")
+    assert opened(Preview.model_validate_json(sent.partition("data: ")[2])).size == (64, 64)
     stream.close()
     with session_scope() as session:
-        assert [event.type for event in jobs.events(session, job, after=0)] == ["queued"]
+        assert [event.type for event in jobs.list_events(session, job, after=0)] == ["queued"]
 
 
 def test_closing_ends_every_wait_at_once(settings: Settings) -> None:

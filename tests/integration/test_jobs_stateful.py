@@ -1,12 +1,13 @@
 """The job table under random interleavings of two workers, a user and the reconciler, on real Postgres.
 
-A plain model of the promises runs beside it; after every step both must tell the same.
+The test updates a simple model of the expected rows in parallel. After every step, table and model must agree.
 """
 
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID, uuid4
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -15,20 +16,26 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
 from shared.db import jobs
-from shared.db.dispatch import next_jobs
-from shared.db.jobs import Claim, Output
-from shared.db.tables import Generation, Job
+from shared.db.dispatch import mark_next_published
+from shared.db.jobs import Claim, StoredOutput
+from shared.db.tables import Job, Output
 from shared.errors import ImageGenerationError, StorageError
 from tests.factories import make_job
 
 MAX_CRASHES = 3
 MAX_RETRIES = 2
+
+
+def _delay_s(retries: int) -> float | None:
+    return 60 if retries < MAX_RETRIES else None
+
+
 WINDOW = 2
 
 
 @dataclass
 class Expected:
-    """What must be true of one job."""
+    """The expected state of one job."""
 
     owner_id: UUID
     state: JobState = JobState.QUEUED
@@ -51,7 +58,7 @@ class Expected:
 
 
 class JobTable(RuleBasedStateMachine):
-    """Rules are what may happen; a claim stays in the bundle when its worker is gone, as a late worker's would."""
+    """Each rule is an event that may happen. A claim stays in the bundle after its end, like that of a late worker."""
 
     ids = Bundle("ids")
     claims = Bundle("claims")
@@ -78,25 +85,25 @@ class JobTable(RuleBasedStateMachine):
         return job.id
 
     @rule()
-    def feed(self) -> None:
-        out = self.session.scalar(
+    def dispatch(self) -> None:
+        in_broker = self.session.scalar(
             select(func.count()).where(Job.state == JobState.QUEUED, Job.published_at.is_not(None))
         )
-        published = next_jobs(self.session, "cheap", window=WINDOW, starving_s=1e6)
-        assert (out or 0) + len(published) <= WINDOW
+        published = mark_next_published(self.session, "cheap", window=WINDOW, starvation_timeout_s=1e6)
+        assert (in_broker or 0) + len(published) <= WINDOW
         for each in published:
             assert self.expected[each.job_id].state is JobState.QUEUED
             assert not self.expected[each.job_id].waiting_until_due
 
     @rule(target=claims, job_id=ids, worker=st.sampled_from(["w1", "w2"]))
-    def delivered(self, job_id: UUID, worker: str) -> Claim:
+    def deliver(self, job_id: UUID, worker: str) -> Claim:
         """A message arrives, for the first time or again."""
         expected = self.expected[job_id]
         taken = jobs.claim(self.session, job_id, worker=worker, lease_s=30)
-        may = expected.state is JobState.QUEUED and not expected.waiting_until_due
-        assert (taken is not None) == may
+        claimable = expected.state is JobState.QUEUED and not expected.waiting_until_due
+        assert (taken is not None) == claimable
         if taken is None:
-            return Claim(job_id, -1)  # the claim of nobody: nothing may ever succeed with it
+            return Claim(job_id, -1)  # a claim of no attempt, with which no call may succeed
         expected.moves(JobState.PROCESSING)
         expected.attempt += 1
         expected.in_model = False
@@ -113,16 +120,16 @@ class JobTable(RuleBasedStateMachine):
             expected.lease_over = False
 
     @rule(claim=claims)
-    def model_begins(self, claim: Claim) -> None:
+    def start_model(self, claim: Claim) -> None:
         expected = self.expected[claim.job_id]
-        assert jobs.model_started(self.session, claim) == expected.owned_by(claim)
+        assert jobs.mark_model_started(self.session, claim) == expected.owned_by(claim)
         expected.in_model |= expected.owned_by(claim)
 
     @rule(claim=claims)
     def finish(self, claim: Claim) -> None:
         expected = self.expected[claim.job_id]
         generation = self._generation(claim)
-        done = jobs.finish(self.session, claim, [Output(generation, [])], timings={})
+        done = jobs.finish(self.session, claim, [StoredOutput(generation, [])], timings={})
         assert done == expected.owned_by(claim)
         if done:
             expected.moves(JobState.SUCCEEDED)
@@ -137,9 +144,9 @@ class JobTable(RuleBasedStateMachine):
             expected.moves(JobState.FAILED)
 
     @rule(claim=claims)
-    def meet_a_passing_fault(self, claim: Claim) -> None:
+    def meet_a_temporary_error(self, claim: Claim) -> None:
         expected = self.expected[claim.job_id]
-        changed = bool(jobs.retry_later(self.session, claim, StorageError(), delay_s=60, most=MAX_RETRIES))
+        changed = bool(jobs.retry_later(self.session, claim, StorageError(), delay_s=_delay_s))
         assert changed == expected.owned_by(claim)
         if changed and expected.retries == MAX_RETRIES:
             expected.moves(JobState.FAILED)
@@ -169,7 +176,7 @@ class JobTable(RuleBasedStateMachine):
             expected.moves(JobState.CANCELED)
 
     @rule(job_id=ids)
-    def fall_silent(self, job_id: UUID) -> None:
+    def lose_contact(self, job_id: UUID) -> None:
         past = func.clock_timestamp() - timedelta(seconds=1)
         lapsed = update(Job).where(Job.id == job_id, Job.state == JobState.PROCESSING).values(lease_until=past)
         self.session.execute(lapsed)
@@ -185,19 +192,19 @@ class JobTable(RuleBasedStateMachine):
             expected.moves(JobState.DEAD if expected.crashes >= MAX_CRASHES else JobState.QUEUED)
 
     @invariant()
-    def the_table_is_as_promised(self) -> None:
+    def table_and_model_agree(self) -> None:
         self.session.expire_all()
         for job_id, expected in self.expected.items():
             job = self.session.get_one(Job, job_id)
             assert (job.state, job.attempt, job.crashes) == (expected.state, expected.attempt, expected.crashes)
             assert (job.finished_at is not None) == expected.state.is_final
-            events = jobs.events(self.session, job_id, after=0)
+            events = jobs.list_events(self.session, job_id, after=0)
             assert [event.seq for event in events] == list(range(1, expected.events + 1))
-            made = self.session.scalars(select(Generation.blob_key).where(Generation.job_id == job_id)).all()
+            made = self.session.scalars(select(Output.blob_key).where(Output.job_id == job_id)).all()
             assert made == ([] if expected.outputs_of is None else [f"attempt {expected.outputs_of}"])
 
-    def _generation(self, claim: Claim) -> Generation:
-        return Generation(
+    def _generation(self, claim: Claim) -> Output:
+        return Output(
             id=uuid4(),
             job_id=claim.job_id,
             owner_id=self.expected[claim.job_id].owner_id,
@@ -215,18 +222,12 @@ class JobTable(RuleBasedStateMachine):
         )
 
 
-def test_the_promises_hold_under_any_interleaving(session: Session) -> None:
+@pytest.mark.hypothesis  # `make test-all` selects by it
+def test_the_guarantees_hold_under_any_interleaving(session: Session) -> None:
     class OnThisDatabase(JobTable):
         def __init__(self) -> None:
             super().__init__(session)
 
     run_state_machine_as_test(
-        OnThisDatabase,
-        settings=settings(
-            max_examples=40,
-            stateful_step_count=30,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=[HealthCheck.too_slow],
-        ),
+        OnThisDatabase, settings=settings(derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     )

@@ -1,4 +1,4 @@
-"""Which lanes a worker reads, by how much it has in hand and of what: on a real broker."""
+"""The lanes that a worker reads depend on the number and the lanes of its unfinished jobs. On a real broker."""
 
 import time
 from collections.abc import Iterator
@@ -14,20 +14,22 @@ from shared.messaging import queue
 from worker_service.workers import lane_transport
 
 NAME = "generate.any"
-SEATS = [4, 3, 2, 1]
+LIMITS = [4, 3, 2, 1]
 PAUSE_S = 0.2
+QUIET_S = 0.4
+"""When no message arrives for this long, the consumer has taken all messages that it may take."""
 
 
-class InHand:
-    """Stands for what Celery has taken and not ended; of its set it keeps weak references only."""
+class UnfinishedJob:
+    """Stands for a job that Celery has received and not finished. Celery's set has only weak references to it."""
 
     def __init__(self, lane: Lane = Lane.BULK) -> None:
         self.delivery_info = {"priority": lane.rank}
 
 
 @pytest.fixture
-def in_hand() -> Iterator[list[InHand]]:
-    jobs: list[InHand] = []
+def unfinished() -> Iterator[list[UnfinishedJob]]:
+    jobs: list[UnfinishedJob] = []
     yield jobs
     state.reserved_requests.clear()
     state.requests.clear()
@@ -39,23 +41,25 @@ def connection(redis_url: str) -> Iterator[Connection]:
         "priority_steps": list(queue.LANES),
         "sep": queue.LANE_SEPARATOR,
         "queue_order_strategy": "priority",
-        "lane_seats": SEATS,
+        "lane_limits": LIMITS,
         "bulk_pause_s": PAUSE_S,
     }
     with Connection(
         redis_url, transport="worker_service.workers.lane_transport:Transport", transport_options=options
     ) as connection:
+        transport: Any = connection.transport
+        transport.brpop_timeout = 0.2  # closing a channel waits for the end of its BRPOP
         yield connection
 
 
 def taken(connection: Connection) -> list[int]:
-    """The lanes of the messages that a consumer takes now."""
+    """The lanes of the messages that a consumer takes at present."""
     with connection.channel() as channel:
         return [lane for lane, _ in taken_at(connection, channel)]
 
 
 def taken_at(connection: Connection, channel: Any) -> list[tuple[int, float]]:
-    """The same, each with its time."""
+    """The lane of each message that a consumer takes, and its time on the monotonic clock."""
     lanes: list[tuple[int, float]] = []
 
     def take(lane: int, message: Message) -> None:
@@ -65,66 +69,72 @@ def taken_at(connection: Connection, channel: Any) -> list[tuple[int, float]]:
     with Consumer(channel, [Queue(NAME)], callbacks=[take]):
         try:
             while True:
-                connection.drain_events(timeout=0.5)
+                connection.drain_events(timeout=QUIET_S)
         except TimeoutError:
             return lanes
 
 
-def test_a_lane_is_read_while_it_has_a_seat_and_the_best_first(connection: Connection, in_hand: list[InHand]) -> None:
+def test_a_lane_is_read_while_it_is_below_its_limit_and_the_highest_first(
+    connection: Connection, unfinished: list[UnfinishedJob]
+) -> None:
     producer = Producer(connection)
     for jobs in range(5):
-        in_hand[:] = [InHand() for _ in range(jobs)]
-        for job in in_hand:
+        unfinished[:] = [UnfinishedJob() for _ in range(jobs)]
+        for job in unfinished:
             state.reserved_requests.add(job)
         for lane in reversed(range(len(Lane))):
             producer.publish(lane, routing_key=NAME, priority=lane, declare=[Queue(NAME)])
-        expected = [lane for lane, seats in enumerate(SEATS) if jobs < seats]
+        expected = [lane for lane, limit in enumerate(LIMITS) if jobs < limit]
         assert taken(connection) == expected
         state.reserved_requests.clear()
-        assert len(taken(connection)) == len(Lane) - len(expected), "what was left waits for a seat"
+        assert len(taken(connection)) == len(Lane) - len(expected), (
+            "the other messages wait until their lane is below its limit"
+        )
 
 
 def pauses_of_a_bulk(connection: Connection, channel: Any) -> list[float]:
-    """Between five of its jobs, but for the first pause: a read that has waited for long takes one ahead of it."""
+    """Seconds between five jobs of a bulk, without the first pause: a read that began earlier takes one job at once."""
     for _ in range(5):
         Producer(connection).publish(
             lane_transport.BULK, routing_key=NAME, priority=lane_transport.BULK, declare=[Queue(NAME)]
         )
     times = [at for _, at in taken_at(connection, channel)]
-    assert len(times) == 5, "whatever it waits for, it is taken in the end"
+    assert len(times) == 5, "each job is taken in the end"
     return [after - before for before, after in pairwise(times[1:])]
 
 
-def test_a_bulk_pauses_between_its_jobs_while_a_better_lane_is_in_use(
-    connection: Connection, monkeypatch: pytest.MonkeyPatch, in_hand: list[InHand]
+def test_a_bulk_pauses_between_jobs_while_a_higher_priority_lane_is_in_use(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, unfinished: list[UnfinishedJob]
 ) -> None:
     with connection.channel() as channel:
-        state.requests["of another bulk"] = InHand()
+        state.requests["a job of another bulk"] = UnfinishedJob()
         assert max(pauses_of_a_bulk(connection, channel)) < PAUSE_S / 2
 
-        state.requests["somebody waits"] = InHand(Lane.LOW)
+        state.requests["an interactive job"] = UnfinishedJob(Lane.LOW)
         assert min(pauses_of_a_bulk(connection, channel)) > PAUSE_S * 0.9
         state.requests.clear()
-        assert min(pauses_of_a_bulk(connection, channel)) > PAUSE_S * 0.9, "who has waited will want another"
+        assert min(pauses_of_a_bulk(connection, channel)) > PAUSE_S * 0.9, "its lane counts as in use for a while"
 
-        monkeypatch.setattr(lane_transport, "IN_USE_S", 0.0)
+        monkeypatch.setattr(lane_transport, "LANE_IN_USE_S", 0.0)
         assert max(pauses_of_a_bulk(connection, channel)) < PAUSE_S / 2
 
 
-def test_better_lanes_are_read_while_a_bulk_pauses(connection: Connection, in_hand: list[InHand]) -> None:
-    state.requests["somebody waits"] = InHand(Lane.HIGH)
-    better, bulk = [Lane.NORMAL.rank] * 5, [Lane.BULK.rank] * 2
-    for lane in bulk + better:
+def test_higher_priority_lanes_are_read_while_a_bulk_pauses(
+    connection: Connection, unfinished: list[UnfinishedJob]
+) -> None:
+    state.requests["an interactive job"] = UnfinishedJob(Lane.HIGH)
+    higher, bulk = [Lane.NORMAL.rank] * 5, [Lane.BULK.rank] * 2
+    for lane in bulk + higher:
         Producer(connection).publish(lane, routing_key=NAME, priority=lane, declare=[Queue(NAME)])
     began = time.monotonic()
     with connection.channel() as channel:
         messages = taken_at(connection, channel)
-    assert [lane for lane, _ in messages] == better + bulk
+    assert [lane for lane, _ in messages] == higher + bulk
     assert messages[4][1] - began < PAUSE_S
 
 
-def test_a_message_that_is_given_back_goes_where_it_came_from(connection: Connection) -> None:
+def test_a_returned_message_goes_back_to_its_own_lane(connection: Connection) -> None:
     channel: Any
     with connection.channel() as channel:
-        channel.priority_steps = [0]  # as another thread sees it while only the best lane is read
+        channel.priority_steps = [0]  # as another thread sees it while only the highest lane is read
         assert [channel.priority(lane) for lane in (-1, *queue.LANES, 99)] == [0, *queue.LANES, len(Lane) - 1]

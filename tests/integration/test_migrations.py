@@ -1,4 +1,4 @@
-"""The migrations: up from empty, down to empty, and equal to the models."""
+"""The migrations: upgrade from empty, downgrade to empty, and the same tables as in `shared.db.tables`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_upgrade_from_empty_and_downgrade_to_empty(empty_database_url: str) -> N
     command.upgrade(config, "head")
 
 
-def test_models_equal_migrations_also_beside_a_vector_table(empty_database_url: str) -> None:
+def test_migrations_create_the_declared_tables_also_with_a_vector_table(empty_database_url: str) -> None:
     config = alembic(empty_database_url)
     command.upgrade(config, "head")
     engine = create_engine(empty_database_url)

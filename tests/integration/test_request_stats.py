@@ -1,10 +1,10 @@
-"""Requests of the last minutes, over a real Redis and without one."""
+"""Statistics of the requests of the last minutes, with a real Redis and without one."""
 
 import pytest
 from redis import Redis
 
 from ops.local.stack import LocalStack
-from shared.request_stats import RequestWindows
+from shared.request_stats import RequestStats
 from tests.integration.conftest import API, Client
 from tests.stack import wait_until
 
@@ -26,69 +26,71 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def replicas(cache_url: str, clock: Clock) -> list[RequestWindows]:
-    """The counts of two processes."""
-    return [RequestWindows(Redis.from_url(cache_url, socket_timeout=0.5), clock=clock) for _ in range(2)]
+def replicas(cache_url: str, clock: Clock) -> list[RequestStats]:
+    """The statistics of two processes."""
+    return [RequestStats(Redis.from_url(cache_url, socket_timeout=0.5), clock=clock) for _ in range(2)]
 
 
-def test_every_replica_tells_of_the_requests_of_all(replicas: list[RequestWindows]) -> None:
-    one, other = replicas
+def test_every_replica_reports_the_requests_of_all_replicas(replicas: list[RequestStats]) -> None:
+    first, second = replicas
     for _ in range(98):
-        one.add(status=200, seconds=0.004)
-    other.add(status=404, seconds=0.2)
-    other.add(status=503, seconds=2)
+        first.add(status=200, seconds=0.004)
+    second.add(status=404, seconds=0.2)
+    second.add(status=503, seconds=2)
     for replica in replicas:
-        replica.hand_over()
-    minute, _, hour = one.read()
-    assert one.read() == other.read()
+        replica.flush()
+    minute, _, hour = first.read()
+    assert first.read() == second.read()
     assert (minute.seconds, minute.requests, minute.client_errors, minute.server_errors) == (90, 100, 1, 1)
     assert minute.rate_per_s == pytest.approx(100 / 90, abs=0.001)
-    assert minute.p50_s == pytest.approx(0.0025 + 0.0025 * 50 / 98, abs=1e-5), "interpolated within its step"
-    assert minute.p99_s == pytest.approx(0.25), "the upper end of the step that the 99th request fills"
+    assert minute.p50_s == pytest.approx(0.0025 + 0.0025 * 50 / 98, abs=1e-5), "interpolated within its bucket"
+    assert minute.p99_s == pytest.approx(0.25), "the upper end of the bucket of the 99th request"
     assert hour.requests == 100
     assert hour.seconds == 3630
 
 
-def test_what_is_counted_is_told_at_once_and_once(replicas: list[RequestWindows]) -> None:
-    one = replicas[0]
-    one.add(status=200, seconds=0.01)
-    assert one.read()[0].requests == 1, "before it was handed over"
-    one.hand_over()
-    one.hand_over()
-    assert one.read()[0].requests == 1, "after it was handed over"
+def test_a_request_is_reported_at_once_and_counted_once(replicas: list[RequestStats]) -> None:
+    replica = replicas[0]
+    replica.add(status=200, seconds=0.01)
+    assert replica.read()[0].requests == 1, "before the flush"
+    replica.flush()
+    replica.flush()
+    assert replica.read()[0].requests == 1, "after the flush"
 
 
-def test_requests_leave_each_window_when_their_minute_does(replicas: list[RequestWindows], clock: Clock) -> None:
-    one = replicas[0]
-    one.add(status=200, seconds=0.01)
-    one.hand_over()
+def test_requests_leave_each_window_when_their_minute_does(replicas: list[RequestStats], clock: Clock) -> None:
+    replica = replicas[0]
+    replica.add(status=200, seconds=0.01)
+    replica.flush()
     for minutes, expected in ((1, [1, 1, 1]), (2, [0, 1, 1]), (5, [0, 1, 1]), (6, [0, 0, 1]), (61, [0, 0, 0])):
         clock.now = HALF_PAST + minutes * 60
-        assert [window.requests for window in one.read()] == expected, f"after {minutes} minutes"
+        assert [window.requests for window in replica.read()] == expected, f"after {minutes} minutes"
 
 
-def test_without_redis_a_process_tells_of_its_own_requests_and_nothing_is_counted_twice_later(
-    replicas: list[RequestWindows], servers: LocalStack
+def test_without_redis_a_process_reports_its_own_requests_and_counts_none_twice(
+    replicas: list[RequestStats], servers: LocalStack
 ) -> None:
-    one, other = replicas
-    one.add(status=200, seconds=0.01)
-    one.hand_over()
+    first, second = replicas
+    first.add(status=200, seconds=0.01)
+    first.flush()
     servers.control.freeze("cache")
     try:
         for _ in range(3):
-            one.add(status=200, seconds=0.01)
-            one.hand_over()
-        minute = one.read()[0]
+            first.add(status=200, seconds=0.01)
+            first.flush()
+        minute = first.read()[0]
         assert (minute.requests, minute.everyones) == (4, False)
     finally:
         servers.control.thaw("cache")
-    wait_until(lambda: other.read()[0].everyones, timeout_s=10, what="Redis to answer")
-    one.add(status=200, seconds=0.01)
-    one.hand_over()
-    assert 2 <= other.read()[0].requests <= 5, "the two that were told, and at most the three that were not answered"
+    wait_until(lambda: second.read()[0].everyones, timeout_s=10, what="Redis to answer")
+    first.add(status=200, seconds=0.01)
+    first.flush()
+    assert 2 <= second.read()[0].requests <= 5, (
+        "the two flushed requests, and at most the three whose flush got no answer"
+    )
 
 
-def test_statistics_tell_of_recent_requests_and_jobs(client: Client) -> None:
+def test_statistics_contain_recent_requests_and_jobs(client: Client) -> None:
     # Buffered: a request counts when its answer is closed.
     submitted = client.post(f"{API}/generate", json={"prompt": "a cat"}, buffered=True).json
     client.post(f"{API}/jobs/{submitted['id']}/cancel", buffered=True)

@@ -23,8 +23,8 @@ from tests.stack import wait_until
 from worker_service.workers import revoke as revocation
 
 
-class Running:
-    """The jobs that the worker runs, each until it finds that it is not its own any more."""
+class JobRunner:
+    """Runs each job until the worker does not own it any more."""
 
     def __init__(self) -> None:
         self.started: set[str] = set()
@@ -45,33 +45,33 @@ class Running:
 
 
 @pytest.fixture
-def running() -> Running:
-    return Running()
+def runner() -> JobRunner:
+    return JobRunner()
 
 
 @pytest.fixture
-def celery_worker(settings: Settings, running: Running) -> Iterator[Celery]:
-    """A worker as a generate worker is set up, in this process."""
+def celery_worker(settings: Settings, runner: JobRunner) -> Iterator[Celery]:
+    """A Celery worker in this process, configured as a generate worker."""
     app = queue.configure(Celery("afterimage"), settings.queue)
-    app.task(name=queue.GENERATE, shared=False)(running.run)
-    revocation.treat_as_cancel()
+    app.task(name=queue.GENERATE, shared=False)(runner.run)
+    revocation.cancel_revoked_jobs()
     worker_state.revoked.clear()
     with start_worker(
         app, pool="threads", concurrency=2, perform_ping_check=False, queues=[queue.generate_queue("cheap")]
     ):
         yield app
-        running.stop.set()
+        runner.stop.set()
     worker_state.revoked.clear()
     app.close()
 
 
 def state_of(job: Job) -> str | None:
     with session_scope() as session:
-        return jobs.state_of(session, job.id)
+        return jobs.find_state(session, job.id)
 
 
 def revoke(app: Celery, ids: str | list[str], *, terminate: bool = False) -> dict[str, str]:
-    """As Flower does; the worker's answer."""
+    """Revoke as Flower does; return the worker's answer."""
     answers = app.control.revoke(ids, terminate=terminate, reply=True, timeout=5, limit=1)
     assert answers
     ((answer,),) = [list(each.values()) for each in answers]
@@ -80,47 +80,47 @@ def revoke(app: Celery, ids: str | list[str], *, terminate: bool = False) -> dic
 
 @pytest.mark.parametrize("terminate", [False, True])
 def test_revoking_a_running_job_cancels_it(
-    session: Session, celery_worker: Celery, running: Running, terminate: bool
+    session: Session, celery_worker: Celery, runner: JobRunner, terminate: bool
 ) -> None:
     job, other = make_job(session), make_job(session)
     session.commit()
-    queue.feed("cheap")
-    wait_until(lambda: len(running.started) == 2, timeout_s=20, what="both jobs to run")
+    queue.dispatch_jobs("cheap")
+    wait_until(lambda: len(runner.started) == 2, timeout_s=20, what="both jobs to run")
     assert revoke(celery_worker, str(job.id), terminate=terminate) == {"ok": f"canceled: {job.id}"}
     assert (state_of(job), state_of(other)) == (JobState.CANCELED, JobState.PROCESSING)
-    wait_until(lambda: running.discarded == {str(job.id)}, timeout_s=20, what="its worker to notice")
-    told = session.scalars(select(JobEvent).where(JobEvent.job_id == job.id).order_by(JobEvent.seq.desc())).first()
-    assert told is not None
-    assert (told.type, told.data) == ("canceled", {"reason": "revoked"})
+    wait_until(lambda: runner.discarded == {str(job.id)}, timeout_s=20, what="its worker to notice")
+    latest = session.scalars(select(JobEvent).where(JobEvent.job_id == job.id).order_by(JobEvent.seq.desc())).first()
+    assert latest is not None
+    assert (latest.type, latest.data) == ("canceled", {"reason": "revoked"})
 
 
-def test_celerys_terminate_command_cancels_too(session: Session, celery_worker: Celery) -> None:
+def test_celerys_terminate_command_cancels_a_job(session: Session, celery_worker: Celery) -> None:
     job = make_job(session)
     session.commit()
     celery_worker.control.terminate(str(job.id), signal="SIGKILL", reply=True, timeout=5, limit=1)
     assert state_of(job) == JobState.CANCELED
 
 
-def test_revoking_a_job_that_was_not_delivered_yet_cancels_it_and_it_never_runs(
-    session: Session, celery_worker: Celery, running: Running
+def test_revoking_an_undelivered_job_cancels_it_and_it_never_runs(
+    session: Session, celery_worker: Celery, runner: JobRunner
 ) -> None:
     job, other, ended = make_job(session), make_job(session), make_job(session, state=JobState.SUCCEEDED)
     session.commit()
     ids = [str(job.id), str(ended.id), "not-a-job"]
     assert revoke(celery_worker, ids) == {"ok": f"canceled: {job.id}"}
-    queue.feed("cheap")
-    wait_until(lambda: running.started == {str(other.id)}, timeout_s=20, what="the other job to run")
+    queue.dispatch_jobs("cheap")
+    wait_until(lambda: runner.started == {str(other.id)}, timeout_s=20, what="the other job to run")
     assert (state_of(job), state_of(ended)) == (JobState.CANCELED, JobState.SUCCEEDED)
 
 
-def test_a_job_whose_message_a_worker_discards_because_of_an_earlier_revoke_is_canceled(
-    session: Session, celery_worker: Celery, running: Running
+def test_a_job_whose_message_is_discarded_after_an_earlier_revoke_is_canceled(
+    session: Session, celery_worker: Celery, runner: JobRunner
 ) -> None:
-    """So it is when the database was away at the time of the revoke."""
+    """This happens when the database was down at the time of the revoke."""
     job = make_job(session)
     session.commit()
     worker_state.revoked.add(str(job.id))
-    queue.feed("cheap")
+    queue.dispatch_jobs("cheap")
     wait_until(lambda: state_of(job) == JobState.CANCELED, timeout_s=20, what="the job to be canceled")
-    assert running.started == set()
+    assert runner.started == set()
     wait_until(lambda: messages(queue.generate_queue("cheap")) == [], timeout_s=20, what="the message to be gone")

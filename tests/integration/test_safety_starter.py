@@ -1,4 +1,4 @@
-"""The content policy with the CLIP that ships, on prompts as people write them and on real pictures of its corpus."""
+"""The content policy with the CLIP of the starter, on realistic prompts and on pictures of its corpus."""
 
 import io
 import json
@@ -16,19 +16,20 @@ from shared.db import outputs, spaces
 from shared.db.tables import Job
 from shared.settings import STARTER, ModelSettings, SafetySettings, Settings
 from tests.factories import make_job
+from worker_service.execution.steps import OnStep
 from worker_service.execution.watchdog import Watchdog
-from worker_service.jobs import run
-from worker_service.jobs.leases import Leases
+from worker_service.jobs.leases import JobLeases
+from worker_service.jobs.run import run_job
 from worker_service.models.clip import Clip
 from worker_service.models.embedder import Embedder
-from worker_service.models.fake import CheapGenerator
-from worker_service.models.generate_batch import Drawn
-from worker_service.models.interface import ImageRequest, OnStep
-from worker_service.models.loaded import Models
+from worker_service.models.fake import FakeGenerator
+from worker_service.models.generate_batch import GeneratedImage
+from worker_service.models.interface import ImageRequest
+from worker_service.models.worker_models import Models
 
 SIDE = 128
 PICTURES = ["water pistol", "kite", "pencil", "green heart"]
-"""What the images of a job show, by their seeds."""
+"""The subjects of a job's images, by seed."""
 # As docs/operations.md prints it.
 POLICY = SafetySettings.model_validate(
     {
@@ -44,11 +45,11 @@ POLICY = SafetySettings.model_validate(
 )
 
 
-class Remembering(CheapGenerator):
-    """Draws pictures of the corpus, whatever the prompt is."""
+class CorpusGenerator(FakeGenerator):
+    """Returns pictures of the corpus for any prompt."""
 
     def __init__(self, settings: ModelSettings, pictures: Sequence[np.ndarray]) -> None:
-        super().__init__(**vars(CheapGenerator.load("cheap", settings)))
+        super().__init__(**vars(FakeGenerator.load("cheap", settings)))
         self.pictures = pictures
         self.capabilities = self.capabilities.model_copy(update={"native_width": SIDE, "native_height": SIDE})
 
@@ -84,7 +85,7 @@ def models(settings: Settings, session: Session, clip: Clip, pictures: Sequence[
     watchdog = Watchdog(settings.watchdog)
     generator = settings.model.generators["cheap"]
     embedder = Embedder(clip, space, watchdog)
-    models = Models.of(embedder, Remembering(settings.model, pictures), generator, watchdog, safety=POLICY)
+    models = Models.of(embedder, CorpusGenerator(settings.model, pictures), generator, watchdog, safety=POLICY)
     yield models
     models.close(5)
 
@@ -105,46 +106,42 @@ def models(settings: Settings, session: Session, clip: Clip, pictures: Sequence[
         ("a man in a saloon, oil on canvas, trending on artstation, highly detailed", False),
     ],
 )
-def test_a_prompt_is_blocked_for_what_it_asks_however_it_is_decorated(
-    models: Models, prompt: str, blocked: bool
-) -> None:
-    assert [each.concept for each in models.policy.of_prompt(prompt)] == (["weapon"] if blocked else [])
+def test_a_prompt_is_blocked_by_its_subject_whatever_else_it_says(models: Models, prompt: str, blocked: bool) -> None:
+    assert [each.concept for each in models.policy.decide_on_prompt(prompt)] == (["weapon"] if blocked else [])
 
 
-def test_an_image_is_recognised_by_what_it_shows(models: Models, pictures: Sequence[np.ndarray]) -> None:
-    found = models.policy.of_images([Drawn(picture) for picture in pictures])
+def test_an_image_is_recognised_by_its_content(models: Models, pictures: Sequence[np.ndarray]) -> None:
+    found = models.policy.decide_on_images([GeneratedImage(picture) for picture in pictures])
     assert [[each.concept for each in decisions] for decisions in found] == [["weapon"], [], [], []]
 
 
-def test_an_image_is_recognised_at_the_end_of_a_long_picture_too(
-    models: Models, pictures: Sequence[np.ndarray]
-) -> None:
+def test_a_concept_is_recognised_at_the_end_of_a_long_image(models: Models, pictures: Sequence[np.ndarray]) -> None:
     for end in (np.hstack, np.vstack):
         strip = end([pictures[3], pictures[1], pictures[2], pictures[0]])
-        (decisions,) = models.policy.of_images([Drawn(strip)])
+        (decisions,) = models.policy.decide_on_images([GeneratedImage(strip)])
         assert [each.concept for each in decisions] == ["weapon"]
 
 
-def test_a_harmless_prompt_whose_image_shows_the_concept_succeeds_without_that_image(
+def test_a_job_with_a_harmless_prompt_succeeds_without_its_blocked_image(
     session: Session, settings: Settings, models: Models
 ) -> None:
     job = make_job(session, prompt="summer toys", seeds=[0, 1, 2, 3], mode=Mode.NONE, width=SIDE, height=SIDE)
     session.commit()
-    with Leases(settings.jobs) as leases:
-        run.run(job.id, models=models, leases=leases, settings=settings, worker="test")
+    with JobLeases(settings.jobs) as leases:
+        run_job(job.id, models=models, leases=leases, settings=settings, worker="test")
     session.expire_all()
     ended = session.get_one(Job, job.id)
     assert ended.state == JobState.SUCCEEDED
-    assert [output.index for output in outputs.of_jobs(session, [job.id])[job.id]] == [1, 2, 3]
+    assert [output.index for output in outputs.list_by_job(session, [job.id])[job.id]] == [1, 2, 3]
     assert ended.safety is not None
     (decision,) = ended.safety["decisions"]
     assert (decision["concept"], decision["action"], decision["index"]) == ("weapon", "block", 0)
 
 
-def test_a_worker_that_starts_under_a_policy_applies_it(session: Session, settings: Settings) -> None:
+def test_a_worker_that_starts_with_a_policy_applies_it(session: Session, settings: Settings) -> None:
     under_policy = settings.model_copy(update={"safety": POLICY})
     models = Models.load("cheap", under_policy, Watchdog(settings.watchdog))
     try:
-        assert [each.action for each in models.policy.of_prompt("a pistol")] == ["block"]
+        assert [each.action for each in models.policy.decide_on_prompt("a pistol")] == ["block"]
     finally:
         models.close(5)

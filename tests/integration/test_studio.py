@@ -1,4 +1,4 @@
-"""Studio's pages as a browser without scripts uses them; `tests/browser` drives them with one."""
+"""Studio's pages as a browser without scripts uses them. `tests/browser` tests them with scripts."""
 
 import io
 import re
@@ -15,14 +15,14 @@ from api_service.services import jobs
 from shared.contracts.jobs import Change, Replay, ReplayVerdict
 from shared.db import images
 from shared.db.spaces import Space
-from shared.db.tables import GenerationReference, Image, Job
+from shared.db.tables import Image, Job, OutputReference
 from shared.settings import Settings, get_settings
 from tests.factories import make_image, make_job, make_space
 from tests.integration.conftest import API, Client, a_key, picture
 from tests.integration.test_api_search import embed_worker, towards
-from tests.integration.test_export_outputs import generate
+from tests.integration.test_export_outputs import make_output
 
-OWN = {"Origin": "http://localhost"}
+SAME_ORIGIN = {"Origin": "http://localhost"}
 FRAGMENT = {"X-Fragment": "1"}
 PAGES = ("/", "/gallery", "/memory", "/search", "/queue")
 
@@ -34,8 +34,8 @@ def space(session: Session) -> Space:
     return space
 
 
-def names(answer: Any, field: str) -> list[str]:
-    """Values of a page's fields of that name, those of ticked boxes only."""
+def checked_values(answer: Any, field: str) -> list[str]:
+    """The values of the page's checked checkboxes with this name."""
     found = re.findall(rf'<input type="checkbox" name="{field}" value="([^"]*)" checked', answer.text)
     return list(found)
 
@@ -48,16 +48,18 @@ def submitted(session: Session) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_every_page_is_there_on_a_service_that_knows_nothing_yet(client: Client, path: str) -> None:
+def test_every_page_is_served_on_an_empty_service(client: Client, path: str) -> None:
     answer = client.get(path)
     assert (answer.status_code, answer.mimetype) == (200, "text/html")
     assert "<h1>" in answer.text
     assert answer.headers["Cache-Control"] == "no-store"
     assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
-    assert not re.search(r"<script(?![^>]*\ssrc=)|\son\w+=|\sstyle=", answer.text), "its own policy would refuse it"
+    assert not re.search(r"<script(?![^>]*\ssrc=)|\son\w+=|\sstyle=", answer.text), (
+        "the page's own policy would block it"
+    )
 
 
-def test_the_files_of_the_pages_are_served_and_renewed_only_when_they_change(client: Client) -> None:
+def test_files_of_the_pages_are_served_and_a_known_etag_gets_304(client: Client) -> None:
     for address in re.findall(r'(?:src|href)="(/studio/[^"]+)"', client.get("/").text):
         with client.get(address) as answer:
             assert answer.status_code == 200
@@ -65,25 +67,23 @@ def test_the_files_of_the_pages_are_served_and_renewed_only_when_they_change(cli
             assert known.status_code == 304
 
 
-def test_a_prompt_shows_what_it_would_be_drawn_from_and_why(client: Client, session: Session, space: Space) -> None:
+def test_a_prompt_shows_its_references_and_the_reasons(client: Client, session: Session, space: Space) -> None:
     near = make_image(session, vector=towards(a0=1), caption="a <b>red</b> apple")
     far = make_image(session, vector=towards(a0=0.3, a1=1), caption="a pear")
     session.commit()
     with embed_worker(space):
         answer = client.get("/", query_string={"prompt": "something red"})
-    assert names(answer, "use") == [str(near.id)]
+    assert checked_values(answer, "use") == [str(near.id)]
     assert str(far.id) in answer.text
     assert "reaches 0.42" in answer.text
     assert "is below 0.42" in answer.text
-    assert "a &lt;b&gt;red&lt;/b&gt; apple" in answer.text, "what users write is no markup"
+    assert "a &lt;b&gt;red&lt;/b&gt; apple" in answer.text, "text from users is escaped"
     part = client.get("/references", query_string={"prompt": "something red"}, headers=FRAGMENT)
-    assert names(part, "use") == [str(near.id)]
+    assert checked_values(part, "use") == [str(near.id)]
     assert "<html" not in part.text
 
 
-def test_a_plan_that_is_left_as_it_was_is_left_to_the_jobs_own_search(
-    client: Client, session: Session, space: Space
-) -> None:
+def test_an_unchanged_plan_is_left_to_the_search_of_the_job(client: Client, session: Session, space: Space) -> None:
     for shift in (0.0, 0.6):
         make_image(session, vector=towards(a0=1, a3=shift))
     session.commit()
@@ -91,58 +91,58 @@ def test_a_plan_that_is_left_as_it_was_is_left_to_the_jobs_own_search(
         shown = client.get("/references", query_string={"prompt": "red"}, headers=FRAGMENT)
     fields = re.findall(r'name="([^"]+)"[^>]*? value="([^"]*)"', shown.text)
     form = {"prompt": "red", **{name: value for name, value in fields if name not in ("use", "pin")}}
-    form["use"] = names(shown, "use")
+    form["use"] = checked_values(shown, "use")
     assert len(form["use"]) == 2
-    client.post("/", data=form, headers=OWN)
+    client.post("/", data=form, headers=SAME_ORIGIN)
     assert (submitted(session)["mode"], submitted(session)["references"]) == ("auto", [])
     form[f"weight.{form['use'][0]}"] = "0.9"
-    client.post("/", data=form, headers=OWN)
+    client.post("/", data=form, headers=SAME_ORIGIN)
     assert [each["weight"] for each in submitted(session)["references"]] == [0.9, pytest.approx(0.2, abs=0.1)]
 
 
-def test_a_form_that_is_sent_again_makes_no_second_job(client: Client, session: Session, space: Space) -> None:
+def test_a_form_that_is_sent_twice_creates_one_job(client: Client, session: Session, space: Space) -> None:
     once = re.findall(r'name="once" value="(\w+)"', client.get("/").text)
     form = {"prompt": "red", "once": once}
-    first, again = (client.post("/", data=form, headers=OWN).location for _ in range(2))
+    first, again = (client.post("/", data=form, headers=SAME_ORIGIN).location for _ in range(2))
     assert again == first
-    changed = client.post("/", data={**form, "prompt": "blue"}, headers=OWN).location
-    anew = client.post("/", data={**form, "once": "another\0page"}, headers=OWN).location
-    assert len({first, changed, anew}) == 3
+    changed = client.post("/", data={**form, "prompt": "blue"}, headers=SAME_ORIGIN).location
+    other_page = client.post("/", data={**form, "once": "another\0page"}, headers=SAME_ORIGIN).location
+    assert len({first, changed, other_page}) == 3
     assert re.findall(r'name="once" value="(\w+)"', client.get("/").text) != once
 
 
-def test_exactly_what_was_chosen_is_drawn_from(client: Client, session: Session, space: Space) -> None:
-    one, two = (make_image(session, vector=towards(a0=1, a3=shift)) for shift in (0.0, 0.5))
+def test_the_chosen_references_are_used_exactly(client: Client, session: Session, space: Space) -> None:
+    first, second = (make_image(session, vector=towards(a0=1, a3=shift)) for shift in (0.0, 0.5))
     session.commit()
-    planned = {"planned": f"{two.id}=0.25", f"weight.{two.id}": "0.25"}
-    form = {"prompt": "red", "use": [str(two.id)], "pin": [str(one.id)], **planned}
-    answer = client.post("/", data=form, headers=OWN)
+    planned = {"planned": f"{second.id}=0.25", f"weight.{second.id}": "0.25"}
+    form = {"prompt": "red", "use": [str(second.id)], "pin": [str(first.id)], **planned}
+    answer = client.post("/", data=form, headers=SAME_ORIGIN)
     assert answer.status_code == 303
     assert answer.location.startswith("/jobs/")
     assert [(each["image_id"], each["weight"]) for each in submitted(session)["references"]] == [
-        (str(one.id), None),
-        (str(two.id), 0.25),
+        (str(first.id), None),
+        (str(second.id), 0.25),
     ]
     page = client.get(answer.location)
     assert "queued" in page.text
-    client.post("/", data={"prompt": "red", **planned}, headers=OWN)
-    assert submitted(session)["mode"] == "none", "nothing was left ticked"
-    client.post("/", data={"prompt": "red", "num_images": "2", "seed": "", "width": ""}, headers=OWN)
-    assert submitted(session)["mode"] == "auto", "nothing was shown"
+    client.post("/", data={"prompt": "red", **planned}, headers=SAME_ORIGIN)
+    assert submitted(session)["mode"] == "none", "no box was checked"
+    client.post("/", data={"prompt": "red", "num_images": "2", "seed": "", "width": ""}, headers=SAME_ORIGIN)
+    assert submitted(session)["mode"] == "auto", "no plan was shown"
     assert len(submitted(session)["seeds"]) == 2
 
 
-def test_a_prompt_of_several_lines_comes_as_browsers_send_it(client: Client, session: Session) -> None:
-    assert client.post("/", data={"prompt": "a red\r\napple"}, headers=OWN).status_code == 303
+def test_line_breaks_of_a_prompt_are_normalised(client: Client, session: Session) -> None:
+    assert client.post("/", data={"prompt": "a red\r\napple"}, headers=SAME_ORIGIN).status_code == 303
     assert submitted(session)["prompt"] == "a red\napple"
 
 
-def test_what_found_nothing_relevant_is_left_to_the_jobs_own_search(client: Client, session: Session) -> None:
-    client.post("/", data={"prompt": "red", "planned": "", "mode": "caption"}, headers=OWN)
+def test_a_plan_without_references_is_left_to_the_search_of_the_job(client: Client, session: Session) -> None:
+    client.post("/", data={"prompt": "red", "planned": "", "mode": "caption"}, headers=SAME_ORIGIN)
     assert submitted(session)["mode"] == "caption"
 
 
-def test_what_is_pinned_takes_the_room_of_what_is_found(client: Client, session: Session, space: Space) -> None:
+def test_pinned_references_take_the_slots_of_found_ones(client: Client, session: Session, space: Space) -> None:
     most = get_settings().model.generators["cheap"].max_references
     pinned = make_image(session, vector=towards(a1=1))
     for shift in range(most):
@@ -151,44 +151,44 @@ def test_what_is_pinned_takes_the_room_of_what_is_found(client: Client, session:
     asked = {"prompt": "red", "pin": str(pinned.id), "similar_examples_count": str(most)}
     with embed_worker(space):
         shown = client.get("/references", query_string=asked, headers=FRAGMENT)
-    assert len(names(shown, "use")) == most
-    assert shown.text.count("no room beside what is pinned") == 1
-    form = {"prompt": "red", "pin": [str(pinned.id)], "use": names(shown, "use")}
-    assert client.post("/", data=form, headers=OWN).status_code == 303
+    assert len(checked_values(shown, "use")) == most
+    assert shown.text.count("no room beside the pinned references") == 1
+    form = {"prompt": "red", "pin": [str(pinned.id)], "use": checked_values(shown, "use")}
+    assert client.post("/", data=form, headers=SAME_ORIGIN).status_code == 303
 
 
-def test_a_weight_that_is_none_is_told_once(client: Client) -> None:
+def test_an_invalid_weight_is_reported_once(client: Client) -> None:
     image_id = str(uuid4())
-    answer = client.post("/", data={"prompt": "x", "use": image_id, f"weight.{image_id}": "heavy"}, headers=OWN)
+    answer = client.post("/", data={"prompt": "x", "use": image_id, f"weight.{image_id}": "heavy"}, headers=SAME_ORIGIN)
     assert answer.status_code == 422
     assert re.findall(r"<p>([^<]*)</p>", answer.text) == [
         "weight: Input should be a valid number, unable to parse string as a number"
     ]
 
 
-def test_a_person_who_is_lost_is_told_so_on_a_page(client: Client) -> None:
+def test_an_unknown_path_gets_an_html_page_in_a_browser(client: Client) -> None:
     html = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
     for path in ("/nothing", "/memory/nope"):
-        lost = client.get(path, headers=html)
-        assert (lost.status_code, lost.mimetype) == (404, "text/html")
-        assert "default-src 'self'" in lost.headers["Content-Security-Policy"]
+        answer = client.get(path, headers=html)
+        assert (answer.status_code, answer.mimetype) == (404, "text/html")
+        assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
         assert client.get(path).mimetype == "application/problem+json"
     assert client.get(f"{API}/nothing", headers=html).mimetype == "application/problem+json"
 
 
-def test_a_pinned_memory_stays_when_the_prompt_changes(client: Client, session: Session, space: Space) -> None:
+def test_a_pinned_reference_stays_when_the_prompt_changes(client: Client, session: Session, space: Space) -> None:
     pinned = make_image(session, vector=towards(a1=1), caption="a green thing")
     make_image(session, vector=towards(a0=1))
     session.commit()
     asked = {"prompt": "red", "pin": [str(pinned.id), str(uuid4()), "nonsense"]}
     with embed_worker(space):
         answer = client.get("/references", query_string=asked, headers=FRAGMENT)
-    assert names(answer, "pin") == [str(pinned.id)]
-    assert len(names(answer, "use")) == 2
+    assert checked_values(answer, "pin") == [str(pinned.id)]
+    assert len(checked_values(answer, "use")) == 2
 
 
-def test_a_mistake_in_the_form_is_told_in_words_and_queues_nothing(client: Client, session: Session) -> None:
-    answer = client.post("/", data={"prompt": "x", "num_images": "99"}, headers=OWN | FRAGMENT)
+def test_an_error_in_the_form_is_shown_and_queues_nothing(client: Client, session: Session) -> None:
+    answer = client.post("/", data={"prompt": "x", "num_images": "99"}, headers=SAME_ORIGIN | FRAGMENT)
     assert answer.status_code == 422
     assert "num images: Input should be less than or equal to 16" in answer.text
     assert "<html" not in answer.text
@@ -198,7 +198,7 @@ def test_a_mistake_in_the_form_is_told_in_words_and_queues_nothing(client: Clien
     assert session.scalar(select(Job)) is None
 
 
-def test_an_embed_worker_that_is_away_is_told_where_the_memories_would_be(client: Client, session: Session) -> None:
+def test_a_missing_embed_worker_is_reported_in_place_of_the_references(client: Client, session: Session) -> None:
     answer = client.get("/references", query_string={"prompt": "red"}, headers=FRAGMENT)
     assert answer.status_code == 503
     assert "No embed worker has started yet" in answer.text
@@ -208,26 +208,28 @@ def test_an_embed_worker_that_is_away_is_told_where_the_memories_would_be(client
     answer = client.get("/", query_string={"prompt": "red", "pin": str(pinned.id)})
     assert answer.status_code == 200
     assert "No embed worker has started yet" in answer.text
-    assert names(answer, "pin") == [str(pinned.id)]
-    assert client.post("/", data={"prompt": "red"}, headers=OWN).status_code == 303, "it runs when there is one"
+    assert checked_values(answer, "pin") == [str(pinned.id)]
+    assert client.post("/", data={"prompt": "red"}, headers=SAME_ORIGIN).status_code == 303, (
+        "the job runs when a worker has started"
+    )
 
 
-def test_a_job_is_canceled_tried_again_and_deleted(client: Client, session: Session) -> None:
+def test_a_job_is_canceled_retried_and_deleted(client: Client, session: Session) -> None:
     job = make_job(session)
     session.commit()
     assert 'data-events="' in client.get(f"/jobs/{job.id}").text
-    assert client.post(f"/jobs/{job.id}/cancel", headers=OWN).status_code == 303
+    assert client.post(f"/jobs/{job.id}/cancel", headers=SAME_ORIGIN).status_code == 303
     canceled = client.get(f"/jobs/{job.id}")
     assert "canceled" in canceled.text
     assert 'data-events="' not in canceled.text
-    again = client.post(f"/jobs/{job.id}/retry", headers=OWN)
+    again = client.post(f"/jobs/{job.id}/retry", headers=SAME_ORIGIN)
     assert str(job.id) in client.get(again.location).text
-    assert client.post(f"/jobs/{job.id}/delete", headers=OWN).location == "/queue"
+    assert client.post(f"/jobs/{job.id}/delete", headers=SAME_ORIGIN).location == "/queue"
     assert client.get(f"/jobs/{job.id}").status_code == 404
 
 
-def test_an_output_is_shown_beside_what_shaped_it(client: Client, session: Session) -> None:
-    output = generate(session, 7)
+def test_an_output_is_shown_with_its_references(client: Client, session: Session) -> None:
+    output = make_output(session, 7)
     session.commit()
     for path in ("/gallery", f"/gallery/{output.id}", f"/jobs/{output.job_id}", "/queue"):
         assert f"/gallery/{output.id}" in client.get(path).text or path.endswith(str(output.id))
@@ -236,22 +238,22 @@ def test_an_output_is_shown_beside_what_shaped_it(client: Client, session: Sessi
     assert output.sha256 in page.text
     assert "apfel „7“" in page.text.split("<pre>")[1]
     assert client.get(page.text.split('figure class="large"><img src="')[1].split('"')[0]).status_code == 200
-    assert client.post(f"/gallery/{output.id}/delete", headers=OWN).status_code == 303
+    assert client.post(f"/gallery/{output.id}/delete", headers=SAME_ORIGIN).status_code == 303
     assert client.get(f"/gallery/{output.id}").status_code == 404
 
 
-def test_an_output_is_drawn_again_exactly(client: Client, session: Session, space: Space) -> None:
-    memory = make_image(session, vector=towards(a0=1))
-    output = generate(session, 7)
-    session.execute(update(GenerationReference).values(image_id=memory.id, weight=0.25))
+def test_an_output_is_replayed(client: Client, session: Session, space: Space) -> None:
+    image = make_image(session, vector=towards(a0=1))
+    output = make_output(session, 7)
+    session.execute(update(OutputReference).values(image_id=image.id, weight=0.25))
     session.commit()
-    assert "Draw exactly this again" in client.get(f"/gallery/{output.id}").text
-    answer = client.post(f"/gallery/{output.id}/replay", headers=OWN)
+    assert ">Replay</button>" in client.get(f"/gallery/{output.id}").text
+    answer = client.post(f"/gallery/{output.id}/replay", headers=SAME_ORIGIN)
     assert answer.status_code == 303
     assert f"/gallery/{output.id}" in client.get(answer.location).text
     parameters = submitted(session)
     assert (parameters["seeds"], parameters["k"]) == ([output.seed], 0)
-    assert parameters["references"] == [{"image_id": str(memory.id), "weight": 0.25}]
+    assert parameters["references"] == [{"image_id": str(image.id), "weight": 0.25}]
 
     change = Change(what="versions.torch", was="1", now="2")
     output.replay = Replay(
@@ -262,27 +264,29 @@ def test_an_output_is_drawn_again_exactly(client: Client, session: Session, spac
     assert "<b>different</b>: up to 99 of 255 levels, 12.2 dB," in page
     assert "versions.torch" in page
 
-    images.remove(session, memory)
+    images.remove(session, image)
     session.commit()
-    assert client.post(f"/gallery/{output.id}/replay", headers=OWN).status_code == 422
+    assert client.post(f"/gallery/{output.id}/replay", headers=SAME_ORIGIN).status_code == 422
 
 
-def test_images_are_added_found_looked_at_and_forgotten(client: Client, session: Session, space: Space) -> None:
+def test_images_are_added_found_shown_and_deleted(client: Client, session: Session, space: Space) -> None:
     form = {"file": (io.BytesIO(picture("red")), "red.png"), "caption": "", "tags": "fruit, red", "collection": "mine"}
-    answer = client.post("/memory", data=form, headers=OWN)
+    answer = client.post("/memory", data=form, headers=SAME_ORIGIN)
     assert answer.location == "/memory?collection=mine"
     image = session.scalars(select(Image)).one()
     assert (image.caption, image.tags) == (None, ["fruit", "red"])
     assert f"/memory/{image.id}" in client.get(answer.location).text
     assert f"/memory/{image.id}" not in client.get("/memory", query_string={"collection": "mine", "tag": "blue"}).text
     assert "fruit" in client.get(f"/memory/{image.id}").text
-    assert client.post(f"/memory/{image.id}/forget", headers=OWN).status_code == 303
+    assert client.post(f"/memory/{image.id}/forget", headers=SAME_ORIGIN).status_code == 303
     assert client.get(f"/memory/{image.id}").status_code == 404
     broken = {"file": (io.BytesIO(b"no image"), "x.png")}
-    assert client.post("/memory", data=broken, headers=OWN).status_code == 415
+    assert client.post("/memory", data=broken, headers=SAME_ORIGIN).status_code == 415
 
 
-def test_searching_by_words_by_a_picture_and_by_an_image(client: Client, session: Session, space: Space) -> None:
+def test_searching_by_text_by_a_file_and_by_an_image_of_the_corpus(
+    client: Client, session: Session, space: Space
+) -> None:
     red, blue = (make_image(session, vector=towards(**{f"a{axis}": 1.0})) for axis in (0, 2))
     session.commit()
 
@@ -292,10 +296,10 @@ def test_searching_by_words_by_a_picture_and_by_an_image(client: Client, session
     with embed_worker(space):
         assert first(client.get("/search", query_string={"query": "red", "threshold": ""})) == red.id
         sent = {"image": (io.BytesIO(picture("blue")), "b.png"), "query": ""}
-        assert first(client.post("/search", data=sent, headers=OWN)) == blue.id
+        assert first(client.post("/search", data=sent, headers=SAME_ORIGIN)) == blue.id
     assert first(client.get("/search", query_string={"image_id": str(blue.id), "k": "1"})) == blue.id
     empty = {"image": (io.BytesIO(b""), ""), "query": " "}
-    assert "Write what you look for" in client.post("/search", data=empty, headers=OWN).text
+    assert "Write words" in client.post("/search", data=empty, headers=SAME_ORIGIN).text
 
 
 def test_long_lists_have_pages(client: Client, session: Session) -> None:
@@ -313,33 +317,33 @@ def test_long_lists_have_pages(client: Client, session: Session) -> None:
 
 
 @pytest.fixture
-def browser(guarded: FlaskClient) -> FlaskClient:
-    return guarded
+def browser(keyed_client: FlaskClient) -> FlaskClient:
+    return keyed_client
 
 
 def sign_in(browser: FlaskClient, session: Session, *scopes: str) -> Any:
     secret = a_key(session, *scopes)["Authorization"].split()[1]
-    return browser.post("/sign-in", data={"key": f" {secret} "}, headers=OWN)
+    return browser.post("/sign-in", data={"key": f" {secret} "}, headers=SAME_ORIGIN)
 
 
-def test_with_keys_every_page_leads_to_signing_in(browser: FlaskClient) -> None:
+def test_with_keys_every_page_redirects_to_sign_in(browser: FlaskClient) -> None:
     rules = [rule for rule in browser.application.url_map.iter_rules() if rule.endpoint.startswith("studio")]
     assert len(rules) == 21
     open_to_all = set()
     for rule in rules:
         address = re.sub(r"<uuid:\w+>", str(uuid4()), rule.rule)
         for method in {"GET", "POST"}.intersection(rule.methods or ()):
-            answer = browser.open(address, method=method, headers=OWN)
+            answer = browser.open(address, method=method, headers=SAME_ORIGIN)
             if answer.location != "/sign-in":
                 open_to_all.add((method, rule.rule))
             else:
-                assert browser.open(address, method=method, headers=OWN | FRAGMENT).status_code in (303, 401)
+                assert browser.open(address, method=method, headers=SAME_ORIGIN | FRAGMENT).status_code in (303, 401)
     assert open_to_all == {("GET", "/sign-in"), ("POST", "/sign-in"), ("GET", "/studio/<path:filename>")}
-    assert browser.post("/sign-in", data={"key": "aft_wrong"}, headers=OWN).status_code == 401
+    assert browser.post("/sign-in", data={"key": "aft_wrong"}, headers=SAME_ORIGIN).status_code == 401
     assert browser.get_cookie("afterimage_key") is None
 
 
-def test_a_key_opens_the_pages_until_signing_out_or_its_end(browser: FlaskClient, session: Session) -> None:
+def test_a_key_allows_the_pages_until_sign_out_or_its_revocation(browser: FlaskClient, session: Session) -> None:
     answer = sign_in(browser, session, "generate", "search")
     assert answer.location == "/"
     (cookie,) = answer.headers.getlist("Set-Cookie")
@@ -349,8 +353,8 @@ def test_a_key_opens_the_pages_until_signing_out_or_its_end(browser: FlaskClient
     assert over_tls.startswith("__Host-afterimage_key=")
     assert "Secure" in over_tls
     assert browser.get("/").status_code == 200
-    assert browser.get(f"{API}/jobs").status_code == 200, "what the pages show comes from there"
-    browser.post("/sign-out", headers=OWN)
+    assert browser.get(f"{API}/jobs").status_code == 200, "the pages show images of the API"
+    browser.post("/sign-out", headers=SAME_ORIGIN)
     assert browser.get("/").status_code == 303
     sign_in(browser, session, "generate", "search")
     session.execute(text("update api_keys set revoked_at = now()"))
@@ -364,7 +368,7 @@ def sign_in_over_tls(browser: FlaskClient, session: Session) -> str:
     return str(browser.post("/sign-in", data={"key": secret}, headers=behind_proxies).headers["Set-Cookie"])
 
 
-def test_pages_may_do_what_their_key_may(browser: FlaskClient, session: Session) -> None:
+def test_pages_have_the_scopes_of_their_key(browser: FlaskClient, session: Session) -> None:
     sign_in(browser, session, "search")
     assert browser.get("/memory").status_code == 200
     for path in ("/", "/gallery", "/queue"):
@@ -372,11 +376,11 @@ def test_pages_may_do_what_their_key_may(browser: FlaskClient, session: Session)
         assert answer.status_code == 403, path
         assert "lacks the scope" in answer.text
     file = {"file": (io.BytesIO(picture()), "a.png")}
-    assert browser.post("/memory", data=file, headers=OWN).status_code == 403
+    assert browser.post("/memory", data=file, headers=SAME_ORIGIN).status_code == 403
     assert session.scalar(select(Image)) is None
 
 
-def test_a_key_that_may_not_search_sees_nothing_of_the_corpus(browser: FlaskClient, session: Session) -> None:
+def test_a_key_without_the_scope_search_sees_nothing_of_the_corpus(browser: FlaskClient, session: Session) -> None:
     image = make_image(session, caption="not for this key")
     session.commit()
     assert sign_in(browser, session, "search").location == "/memory"
@@ -384,7 +388,7 @@ def test_a_key_that_may_not_search_sees_nothing_of_the_corpus(browser: FlaskClie
     sign_in(browser, session, "generate")
     answer = browser.get("/", query_string={"prompt": "red", "pin": str(image.id)})
     assert answer.status_code == 200
-    assert "may not look" in answer.text
+    assert "cannot read the corpus" in answer.text
     assert "not for this key" not in answer.text
     assert browser.get("/references", query_string={"prompt": "red"}).status_code == 403
 
@@ -393,7 +397,7 @@ def test_a_key_that_may_not_search_sees_nothing_of_the_corpus(browser: FlaskClie
     "origin", [{}, {"Origin": "null"}, {"Origin": "https://elsewhere.example"}, {"Origin": "ftp://localhost"}]
 )
 @pytest.mark.parametrize("path", ["/", f"{API}/generate"])
-def test_a_cookie_changes_nothing_for_pages_of_others(
+def test_a_cookie_does_not_authorize_requests_of_other_origins(
     browser: FlaskClient, session: Session, origin: dict[str, str], path: str
 ) -> None:
     sign_in(browser, session, "generate", "search")
@@ -402,29 +406,29 @@ def test_a_cookie_changes_nothing_for_pages_of_others(
     for way in ("/sign-in", "/sign-out"):
         assert browser.post(way, data={"key": "aft_x"}, headers=origin).status_code == 403
     assert session.scalar(select(Job)) is None
-    assert browser.post("/", data={"prompt": "x"}, headers=OWN).status_code == 303
+    assert browser.post("/", data={"prompt": "x"}, headers=SAME_ORIGIN).status_code == 303
 
 
-def test_a_key_in_the_header_counts_before_the_cookie(browser: FlaskClient, session: Session) -> None:
+def test_a_key_in_the_header_takes_precedence_over_the_cookie(browser: FlaskClient, session: Session) -> None:
     sign_in(browser, session, "generate")
     assert browser.get(f"{API}/jobs", headers={"Authorization": "Bearer aft_wrong"}).status_code == 401
     assert browser.get(f"{API}/jobs", headers={"Authorization": "Basic x"}).status_code == 401
 
 
-def test_studio_can_be_left_out(settings: Settings) -> None:
+def test_studio_can_be_disabled(settings: Settings) -> None:
     closed = settings.model_copy(update={"security": settings.security.model_copy(update={"studio_enabled": False})})
     client = create_app(closed).test_client()
     assert [client.get(path).status_code for path in ("/", "/sign-in", "/studio/studio.js")] == [404] * 3
 
 
-def test_what_ends_a_request_anywhere_is_told_in_words(
-    guarded: FlaskClient, session: Session, monkeypatch: pytest.MonkeyPatch
+def test_internal_errors_and_rate_limits_are_shown_as_pages(
+    keyed_client: FlaskClient, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AFTERIMAGE_LIMITS__READS_PER_MINUTE", "2")
     get_settings.cache_clear()
     browser = create_app(get_settings()).test_client()
     sign_in(browser, session, "generate")
-    monkeypatch.setattr(jobs, "page", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(jobs, "list_page", lambda *_, **__: 1 / 0)
     for path, status in (("/queue", 500), ("/gallery", 200), ("/gallery", 429)):
         answer = browser.get(path)
         assert (answer.status_code, answer.mimetype) == (status, "text/html")

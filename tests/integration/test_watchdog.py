@@ -1,4 +1,4 @@
-"""The watchdog on real processes: which ones it ends, and what becomes of their jobs."""
+"""The watchdog on real processes: the processes that it ends, and the state of their jobs afterwards."""
 
 import json
 import os
@@ -26,16 +26,16 @@ from worker_service.execution.watchdog import EXIT_CODE
 
 SETTINGS = {
     "AFTERIMAGE_LOGGING__FORMAT": "json",
-    # A batch takes long enough that a line forms behind it.
-    "AFTERIMAGE_MODEL__GENERATORS": '{"cheap": {"kind": "cheap", "cost_ms": 800, "max_batch_size": 4}}',
+    # A batch takes long enough that other batches wait for it.
+    "AFTERIMAGE_MODEL__GENERATORS": '{"cheap": {"kind": "fake", "cost_ms": 480, "max_batch_size": 4}}',
 }
-LIMIT_S = 2.5
-"""Of the stage in which something hangs: long for one of four steps of a batch, short for a line of batches."""
+LIMIT_S = 1.5
+"""Limit of the stage that hangs: longer than one of the four steps of a batch, shorter than several batches."""
 END_WAIT_S = 180
 
 
 class Workers:
-    """One process after another; see `tests.failing_worker`."""
+    """Starts one worker process after another; see `tests.failing_worker`."""
 
     def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
         self._process = process
@@ -57,10 +57,10 @@ class Workers:
         return int(self._process.stdout.readline())
 
     def log(self) -> str:
-        """What was logged since the last time."""
+        """The log since the last call."""
         text = self._log.read_text()
-        news, self._read = text[self._read :], len(text)
-        return news
+        new, self._read = text[self._read :], len(text)
+        return new
 
 
 @pytest.fixture(scope="module")
@@ -88,55 +88,55 @@ def submit(session: Session, prompt: str) -> Job:
 
 
 def take_back(session: Session) -> None:
-    """What the reconciler does when the leases of an ended process are over."""
+    """Take back the jobs of an ended process, as the reconciler does after their leases."""
     session.execute(text("update jobs set lease_until = clock_timestamp() where state = 'processing'"))
     jobs.take_back_expired(session, max_crashes=3)
     session.commit()
     session.expire_all()
 
 
-def test_a_job_that_hangs_its_process_three_times_ends_dead_and_harms_its_neighbours_once(
+def test_a_job_that_hangs_three_times_ends_dead_and_other_jobs_crash_at_most_once(
     workers: Workers, session: Session
 ) -> None:
     first = submit(session, "first")
     faulty = submit(session, FAULTY)
     others = [submit(session, f"beside {number}") for number in range(6)]
-    everybody = [first, faulty, *others]
+    all_jobs = [first, faulty, *others]
 
     crashes_of_others = []
     for _ in range(3):
-        waiting = [job.id for job in everybody if job.state == JobState.QUEUED]
+        waiting = [job.id for job in all_jobs if job.state == JobState.QUEUED]
         workers.start("hang", *waiting)
         assert workers.end() == EXIT_CODE
         line = next(line for line in workers.log().splitlines() if "model_stuck" in line)
         assert '"stage": "step"' in line
         assert str(faulty.id) in line
-        assert "Event().wait()" in line, "the line says where it hangs"
+        assert "Event().wait()" in line, "the line contains the stack"
         take_back(session)
         crashes_of_others.append(sum(job.crashes for job in others))
     assert faulty.state == JobState.DEAD
-    assert crashes_of_others[0] <= 3, "those of its batch, not those who waited in line"
-    assert crashes_of_others == [crashes_of_others[0]] * 3, "from its first crash on it was alone"
+    assert crashes_of_others[0] <= 3, "the jobs of its batch, not those that waited"
+    assert crashes_of_others == [crashes_of_others[0]] * 3, "after its first crash it ran in isolation"
 
-    left = [job.id for job in everybody if job.state == JobState.QUEUED]
-    assert left, "those who were in line"
+    left = [job.id for job in all_jobs if job.state == JobState.QUEUED]
+    assert left, "the jobs that waited"
     workers.start("hang", *left)
-    assert workers.end() == 0, "neither a line longer than the limit nor idling after it is a hang"
+    assert workers.end() == 0, "neither waiting batches nor an idle process are a hang"
     session.expire_all()
     assert {job.state for job in [first, *others]} == {JobState.SUCCEEDED}
 
 
-def test_whatever_stands_still_ends_its_process(workers: Workers, session: Session, servers: LocalStack) -> None:
-    def ends_of(fault: str, *, stage: str = "step", exit_code: int = EXIT_CODE) -> str:
+def test_a_stuck_model_call_ends_its_process(workers: Workers, session: Session, servers: LocalStack) -> None:
+    def log_of(fault: str, *, stage: str = "step", exit_code: int = EXIT_CODE) -> str:
         workers.start(fault, submit(session, FAULTY).id, stage=stage)
         assert workers.end() == exit_code, fault
         return workers.log()
 
     for stage, fault in (("load", "hang-loading"), ("embed", "hang-embedding"), ("decode", "hang-decoding")):
-        assert f'"stage": "{stage}"' in ends_of(fault, stage=stage)
-    assert "illegal memory access" in ends_of("lose")
-    # Nothing of Python can run any more, the watchdog's own thread included.
-    assert "Timeout" in ends_of("hold", exit_code=1)
+        assert f'"stage": "{stage}"' in log_of(fault, stage=stage)
+    assert "illegal memory access" in log_of("lose")
+    # No Python code can run any more, not even the thread of the watchdog.
+    assert "Timeout" in log_of("hold", exit_code=1)
 
     session.execute(delete(Job))
     workers.start("hang", submit(session, FAULTY).id)

@@ -1,4 +1,4 @@
-"""A folder that is watched again after a while: no embed worker is needed to see what is there."""
+"""Watching a folder again after a pause. No embed worker is needed to compare the files."""
 
 import hashlib
 import signal
@@ -21,20 +21,20 @@ def service(server: Server) -> Iterator[Afterimage]:
         yield service
 
 
-def test_what_was_deleted_or_changed_while_nobody_watched_is_deleted_at_the_next_start(
+def test_files_deleted_or_changed_between_two_runs_are_deleted_at_the_next_start(
     server: Server, service: Afterimage, tmp_path: Path
 ) -> None:
     folder, report, log = tmp_path / "watched", tmp_path / "report.jsonl", tmp_path / "log"
     folder.mkdir()
     for name in ("stays", "goes", "changes", "twin", "other twin"):
         (folder / f"{name}.png").write_bytes(picture("navy" if "twin" in name else f"#{len(name)}0{len(name)}0f0"))
-    # Nobody's business: it came from elsewhere.
+    # An image that is not from the folder stays.
     upload = [ImageFile("foreign.png", picture("orange"))]
     service.images.upload(upload, UploadFields(collection="watched"))
     options = ["--watch", "--delete", "--report", str(report), "--collection", "watched", "--url", server.url, "--json"]
     command = [sys.executable, "-m", "scripts.index_images", str(folder), *options]
 
-    def watched() -> set[str]:
+    def watch_once() -> set[str]:
         with log.open("w") as output, subprocess.Popen(command, cwd=REPOSITORY, stdout=output) as watching:
             try:
                 wait_until(
@@ -51,18 +51,20 @@ def test_what_was_deleted_or_changed_while_nobody_watched_is_deleted_at_the_next
     def sha256(data: bytes) -> str:
         return hashlib.sha256(data).hexdigest()
 
-    first = watched()
+    first = watch_once()
     assert len(first) == 5
     gone = {sha256((folder / name).read_bytes()) for name in ("goes.png", "changes.png")}
     (folder / "goes.png").unlink()
     (folder / "twin.png").unlink()
     (folder / "changes.png").write_bytes(picture("olive"))
-    assert watched() == first - gone | {sha256(picture("olive"))}, "what another file, or nobody, has stays"
+    assert watch_once() == first - gone | {sha256(picture("olive"))}, (
+        "content of a twin file and of other sources stays"
+    )
     (folder / "other twin.png").unlink()
-    assert watched() == first - gone - {sha256(picture("navy"))} | {sha256(picture("olive"))}
-    # An empty folder is no folder from which everything was deleted, but one that is not mounted.
-    before = watched()
+    assert watch_once() == first - gone - {sha256(picture("navy"))} | {sha256(picture("olive"))}
+    # The command takes an empty folder for one that is not mounted, and deletes nothing.
+    before = watch_once()
     for path in folder.iterdir():
         path.unlink()
-    assert watched() == before
-    assert "none of the 2 files" in log.read_text()
+    assert watch_once() == before
+    assert "all 2 files of the report are missing" in log.read_text()

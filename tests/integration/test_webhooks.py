@@ -24,7 +24,7 @@ from tests.integration.conftest import API, Client, Receiver, messages
 from tests.stack import wait_until
 from worker_service.maintenance.deliver_webhooks import deliver_due
 
-HERE = WebhookSettings(allow_http=True, allow_private=True, timeout_s=2)
+ALLOW_LOCAL = WebhookSettings(allow_http=True, allow_private=True, timeout_s=2)
 
 
 def ended_job(session: Session, url: str, **webhook: Any) -> Job:
@@ -37,37 +37,37 @@ def ended_job(session: Session, url: str, **webhook: Any) -> Job:
     return job
 
 
-def deliver(settings: WebhookSettings = HERE) -> int:
+def deliver(settings: WebhookSettings = ALLOW_LOCAL) -> int:
     return deliver_due(settings, stopping=lambda: False)
 
 
-def only(session: Session) -> WebhookDelivery:
+def only_delivery(session: Session) -> WebhookDelivery:
     session.expire_all()
     return session.scalars(select(WebhookDelivery)).one()
 
 
-def test_the_end_of_a_job_is_told_once_thin_and_signed(session: Session, receiver: Receiver) -> None:
+def test_the_end_of_a_job_is_delivered_once_thin_and_signed(session: Session, receiver: Receiver) -> None:
     job = ended_job(session, receiver.url)
     assert deliver() == 1
     assert deliver() == 0
     ((headers, body),) = receiver.got
     (secret,) = webhooks.signing_secrets(session, job.owner_id)
-    told = Verifier(secret).verify(body, headers)
-    assert told["type"] == "job.failed"
-    assert told["data"]["job_id"] == str(job.id)
-    assert headers["host"].startswith("localhost:"), "connected by address, in the name of the host"
-    assert only(session).state == "delivered"
+    sent = Verifier(secret).verify(body, headers)
+    assert sent["type"] == "job.failed"
+    assert sent["data"]["job_id"] == str(job.id)
+    assert headers["host"].startswith("localhost:"), "it connects to the address and sends the name of the host"
+    assert only_delivery(session).state == "delivered"
     with pytest.raises(WebhookVerificationError):
         Verifier("whsec_" + "A" * 43 + "=").verify(body, headers)
 
 
-def test_only_the_events_asked_for_are_told_in_order(session: Session, receiver: Receiver) -> None:
+def test_only_the_requested_events_are_delivered_in_order(session: Session, receiver: Receiver) -> None:
     ended_job(session, receiver.url, events=[EventType.STARTED, EventType.FAILED])
     deliver()
     assert [json.loads(body)["type"] for _, body in receiver.got] == ["job.started", "job.failed"]
 
 
-def test_while_a_secret_is_rotated_both_sign(session: Session, receiver: Receiver) -> None:
+def test_during_the_overlap_of_a_rotation_both_secrets_sign(session: Session, receiver: Receiver) -> None:
     job = ended_job(session, receiver.url)
     (old,) = webhooks.signing_secrets(session, job.owner_id)
     new, _ = webhooks.rotate_secret(session, job.owner_id, overlap_s=3600)
@@ -78,7 +78,7 @@ def test_while_a_secret_is_rotated_both_sign(session: Session, receiver: Receive
         Verifier(secret).verify(body, headers)
 
 
-def test_a_secret_signs_no_more_once_its_overlap_is_over(session: Session, receiver: Receiver) -> None:
+def test_a_secret_does_not_sign_after_its_overlap(session: Session, receiver: Receiver) -> None:
     job = ended_job(session, receiver.url)
     (old,) = webhooks.signing_secrets(session, job.owner_id)
     webhooks.rotate_secret(session, job.owner_id, overlap_s=0)
@@ -89,56 +89,60 @@ def test_a_secret_signs_no_more_once_its_overlap_is_over(session: Session, recei
         Verifier(old).verify(body, headers)
 
 
-def test_a_refused_delivery_is_tried_again_later_under_the_same_id(session: Session, receiver: Receiver) -> None:
+def test_a_refused_delivery_is_retried_later_with_the_same_id(session: Session, receiver: Receiver) -> None:
     ended_job(session, receiver.url)
     receiver.answers = [(500, {}), (302, {"location": "http://localhost/elsewhere"})]
     for wait_s in webhooks.RETRY_AFTER_S[:2]:
         deliver()
         assert deliver() == 0, "not due yet"
-        delivery = only(session)
+        delivery = only_delivery(session)
         assert (delivery.due_at - delivery.created_at).total_seconds() == pytest.approx(wait_s, abs=5)
         session.execute(text("update webhook_deliveries set due_at = now()"))
         session.commit()
     deliver()
-    assert only(session).state == "delivered"
+    assert only_delivery(session).state == "delivered"
     assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
     assert len(receiver.got) == 3
 
 
-def test_a_receiver_may_ask_for_more_time_or_for_no_more(session: Session, receiver: Receiver) -> None:
+def test_a_receiver_may_delay_or_stop_the_retries(session: Session, receiver: Receiver) -> None:
     ended_job(session, receiver.url)
     receiver.answers = [(429, {"retry-after": "1000"}), (410, {})]
     deliver()
-    delivery = only(session)
+    delivery = only_delivery(session)
     assert (delivery.due_at - delivery.created_at).total_seconds() == pytest.approx(1000, abs=5)
     session.execute(text("update webhook_deliveries set due_at = now()"))
     session.commit()
     deliver()
-    assert only(session).state == "failed"
+    assert only_delivery(session).state == "failed"
 
 
-def test_a_delivery_fails_after_the_last_try_and_can_be_made_due_by_hand(session: Session, receiver: Receiver) -> None:
+def test_a_delivery_fails_after_the_last_retry_and_can_be_redelivered(session: Session, receiver: Receiver) -> None:
     job = ended_job(session, receiver.url)
     for _ in range(len(webhooks.RETRY_AFTER_S) + 1):
         receiver.answers = [(500, {})]
         session.execute(text("update webhook_deliveries set due_at = now()"))
         session.commit()
         deliver()
-    assert only(session).state == "failed"
-    webhooks.redeliver(session, only(session).id, owner_id=job.owner_id)
+    assert only_delivery(session).state == "failed"
+    webhooks.redeliver(session, only_delivery(session).id, owner_id=job.owner_id)
     session.commit()
     deliver()
-    assert only(session).state == "delivered"
+    assert only_delivery(session).state == "delivered"
 
 
 @pytest.mark.usefixtures("settings")
-def test_a_receiver_that_hangs_holds_at_most_its_share_and_slows_nobody(session: Session, receiver: Receiver) -> None:
+def test_a_hanging_receiver_takes_at_most_its_share_and_delays_no_other_host(
+    session: Session, receiver: Receiver
+) -> None:
     receiver.hanging = True
     for _ in range(3):
         ended_job(session, receiver.url)
     other = ended_job(session, "http://127.0.0.1:1/closed")
     session.commit()
-    workers = [threading.Thread(target=deliver, args=(HERE.model_copy(update={"timeout_s": 10}),)) for _ in range(4)]
+    workers = [
+        threading.Thread(target=deliver, args=(ALLOW_LOCAL.model_copy(update={"timeout_s": 10}),)) for _ in range(4)
+    ]
     for worker in workers:
         worker.start()
     wait_until(lambda: len(receiver.got) == 2, timeout_s=10, what="two deliveries in flight")
@@ -167,10 +171,10 @@ def test_a_target_that_is_not_allowed_is_never_called(
     ended_job(session, receiver.url)
     deliver(settings_of_operator)
     assert receiver.got == []
-    assert only(session).last_error is not None
+    assert only_delivery(session).last_error is not None
 
 
-def test_an_unknown_secret_is_never_logged(
+def test_a_signing_secret_is_never_logged(
     session: Session, receiver: Receiver, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = ended_job(session, receiver.url)
@@ -180,13 +184,13 @@ def test_an_unknown_secret_is_never_logged(
         assert secret not in caplog.text
 
 
-def test_only_the_newest_secrets_sign_however_often_they_were_rotated(session: Session, receiver: Receiver) -> None:
+def test_only_the_newest_secrets_sign_after_many_rotations(session: Session, receiver: Receiver) -> None:
     job = ended_job(session, receiver.url)
-    for _ in range(webhooks.SIGN_AT_ONCE + 2):
+    for _ in range(webhooks.MAX_SIGNATURES + 2):
         webhooks.rotate_secret(session, job.owner_id, overlap_s=3600)
         session.commit()
     deliver()
-    assert len(receiver.got[0][0]["webhook-signature"].split()) == webhooks.SIGN_AT_ONCE
+    assert len(receiver.got[0][0]["webhook-signature"].split()) == webhooks.MAX_SIGNATURES
 
 
 # --- over HTTP ----------------------------------------------------------------------------------------------------
@@ -198,7 +202,7 @@ def log(client: Client, **query: Any) -> list[dict[str, Any]]:
     return list(answer.json["items"])
 
 
-def test_the_log_tells_of_every_try_and_a_delivery_is_told_again_by_hand(
+def test_the_log_shows_each_attempt_and_a_delivery_can_be_redelivered(
     client: Client, session: Session, receiver: Receiver
 ) -> None:
     job = ended_job(session, receiver.url)
@@ -218,7 +222,7 @@ def test_the_log_tells_of_every_try_and_a_delivery_is_told_again_by_hand(
     answer = client.post(f"{API}/webhooks/deliveries/{failed['id']}/redeliver")
     assert answer.status_code == 202
     assert (answer.json["state"], answer.json["attempts"]) == ("pending", 0)
-    assert len(messages(queue.IO_QUEUE)) == 1, "the io workers are told"
+    assert len(messages(queue.IO_QUEUE)) == 1, "the io workers are notified"
     deliver()
     (delivered,) = log(client, job_id=str(job.id), state="delivered")
     assert delivered["delivered_at"] is not None
@@ -226,7 +230,7 @@ def test_the_log_tells_of_every_try_and_a_delivery_is_told_again_by_hand(
     assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
 
 
-def test_the_log_is_paged_newest_first_and_holds_what_is_about_no_job(client: Client, session: Session) -> None:
+def test_the_log_is_paged_newest_first_and_contains_deliveries_of_no_job(client: Client, session: Session) -> None:
     first = ended_job(session, "http://127.0.0.1:1/closed")
     second = ended_job(session, "http://127.0.0.1:1/closed")
     webhooks.enqueue_body(session, {"type": "bulk.completed"}, owner_id=first.owner_id, url="http://127.0.0.1:1/closed")
@@ -241,12 +245,12 @@ def test_the_log_is_paged_newest_first_and_holds_what_is_about_no_job(client: Cl
     assert log(client, job_id=str(uuid4())) == []
 
 
-def test_nobody_sees_or_repeats_what_another_owner_is_told(client: Client, session: Session) -> None:
+def test_deliveries_of_another_owner_can_be_neither_seen_nor_redelivered(client: Client, session: Session) -> None:
     job = make_job(session, owner="other", webhook=Webhook(url="http://127.0.0.1:1/closed"))
     jobs.cancel(session, job.id, owner_id=job.owner_id)
     session.commit()
     assert log(client) == log(client, job_id=str(job.id)) == []
-    for delivery_id in (only(session).id, uuid4()):
+    for delivery_id in (only_delivery(session).id, uuid4()):
         answer = client.post(f"{API}/webhooks/deliveries/{delivery_id}/redeliver")
         assert (answer.status_code, answer.json["code"]) == (404, "not_found")
 

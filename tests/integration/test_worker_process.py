@@ -1,4 +1,4 @@
-"""Worker processes that are told to stop: while they load, while they idle, in the middle of a batch."""
+"""Worker processes that get a SIGTERM while they load, while they are idle, or during a batch."""
 
 import os
 import signal
@@ -30,13 +30,13 @@ GRACE_S = 1
 
 @pytest.fixture
 def environment(settings: Settings, tmp_path: Path) -> dict[str, str]:
-    """A model of 40 steps of 0.25 s: far more than the time that a stopped worker has to finish."""
+    """A model of 40 steps of 0.25 s, which is far longer than a stopped worker waits for its jobs."""
     save_clip(tmp_path / "clip")
-    cheap = '{"cheap": {"kind": "cheap", "cost_ms": 10000}}'
+    generators = '{"cheap": {"kind": "fake", "cost_ms": 10000}}'
     return {
         **os.environ,
         "AFTERIMAGE_MODEL__CLIP__MODEL": f"local-dir:{tmp_path / 'clip'}",
-        "AFTERIMAGE_MODEL__GENERATORS": cheap,
+        "AFTERIMAGE_MODEL__GENERATORS": generators,
         "AFTERIMAGE_JOBS__SHUTDOWN_GRACE_S": str(GRACE_S),
         "PYTHONWARNINGS": "ignore",
     }
@@ -57,41 +57,41 @@ def states(session: Session) -> list[str]:
     return list(session.scalars(select(Worker.state)))
 
 
-def told_to_stop(process: "subprocess.Popen[bytes]", session: Session) -> int:
-    """Its exit status; it must have taken its name off the list."""
+def stop(process: "subprocess.Popen[bytes]", session: Session) -> int:
+    """Stop a worker; return its exit status. It must have deleted its row in the table of workers."""
     process.send_signal(signal.SIGTERM)
     status = process.wait(30)
     assert states(session) == []
     return status
 
 
-def test_a_worker_that_loads_leaves_at_once(environment: dict[str, str], session: Session) -> None:
+def test_a_worker_that_loads_its_models_ends_at_once(environment: dict[str, str], session: Session) -> None:
     with worker("embed", environment) as process:
         wait_until(lambda: states(session) == ["loading"], timeout_s=START_S, what="the worker to load")
-        assert told_to_stop(process, session) == 0
+        assert stop(process, session) == 0
 
 
-def test_a_worker_that_idles_just_ends(environment: dict[str, str], session: Session) -> None:
+def test_an_idle_worker_ends(environment: dict[str, str], session: Session) -> None:
     with worker("io", environment) as process:
         wait_until(lambda: states(session) == ["ready"], timeout_s=START_S, what="the worker to be ready")
-        assert told_to_stop(process, session) == 0
+        assert stop(process, session) == 0
 
 
 def test_a_worker_in_the_middle_of_a_batch_hands_its_jobs_back(environment: dict[str, str], session: Session) -> None:
-    drawing = make_job(session, mode=Mode.NONE, num_inference_steps=40)
+    running = make_job(session, mode=Mode.NONE, num_inference_steps=40)
     waiting = make_job(session, mode=Mode.NONE, num_inference_steps=50)  # another batch
     session.commit()
-    queue.feed("cheap")
-    with worker("generate", environment) as busy:
-        wait_until(lambda: started(session) == 1, timeout_s=START_S, what="the model to draw")
+    queue.dispatch_jobs("cheap")
+    with worker("generate", environment) as process:
+        wait_until(lambda: started(session) == 1, timeout_s=START_S, what="the model to start")
         wait_until(lambda: processing(session) == 2, timeout_s=START_S, what="both jobs to be claimed")
         asked = time.monotonic()
-        assert told_to_stop(busy, session) == 0
-        assert time.monotonic() - asked < GRACE_S + 15, "before it is ended hard"
+        assert stop(process, session) == 0
+        assert time.monotonic() - asked < GRACE_S + 15, "before it is killed"
     session.expire_all()
-    for job in (drawing, waiting):
+    for job in (running, waiting):
         assert (job.state, job.crashes) == (JobState.QUEUED, 0)
-        assert [event.data.get("reason") for event in jobs.events(session, job.id, after=0)][-1] == "shutdown"
+        assert [event.data.get("reason") for event in jobs.list_events(session, job.id, after=0)][-1] == "shutdown"
 
 
 def started(session: Session) -> int:

@@ -1,8 +1,9 @@
-"""`make soak`: thousands of jobs and requests, and whether any process keeps more than it should.
+"""`make soak`: run thousands of jobs and requests, and find processes that leak.
 
 Cheap jobs go through one worker with requests of every kind beside them, then jobs of the starter model. Every few
-seconds each process is measured (memory, open files, threads, connections). Writes summary.json and the stack's logs
-into `out/soak/`, and ends with 1 when a job or request failed, when a process died or grew, or when jobs did not flow.
+seconds each process is measured (memory, open files, threads, connections). The command writes summary.json and the
+stack's logs into `out/soak/`. Its exit code is 1 when a job or request failed, or when a process died or grew. It is
+also 1 when jobs did not run at a steady rate.
 
 SOAK="--cheap 1000 --requests 500 --starter 30" makes it short.
 """
@@ -22,7 +23,7 @@ from tests.soak.run import Plan, soak
 
 def main() -> int:
     arguments = _parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is stopped
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it stops the stack
     plan = Plan(
         cheap=arguments.cheap,
         requests=arguments.requests,

@@ -1,4 +1,4 @@
-"""How steadily jobs went through a worker, by the database's own clock."""
+"""The rate of jobs through a worker, and the gaps between them, by the clock of the database."""
 
 import statistics
 from bisect import bisect_left
@@ -13,25 +13,27 @@ TENTHS = 10
 class Flow:
     jobs: int
     per_s: list[float]
-    """Jobs per second in each tenth of the jobs, in the order of their ends."""
+    """Jobs per second in each tenth of the jobs, in the order in which they ended."""
     gap_median_s: float
     gap_p99_s: float
     gap_most_s: float
-    """From the end of a job to the next start of one, while there were jobs left to start."""
+    """The gaps are seconds from the end of a job to the next start of a job, until the last start."""
 
     @property
     def slowest(self) -> float:
-        """The slowest tenth, as a share of the median."""
+        """The rate of the slowest tenth, as a share of the median rate."""
         return min(self.per_s) / statistics.median(self.per_s)
 
-    def is_fed_by_ticks(self, period_s: float) -> bool:
-        """Whether ends are followed by starts so late that it takes a tick for that; on a busy machine everything is
-        slow, so the pace of the jobs counts as well."""
+    def starts_on_ticks(self, period_s: float) -> bool:
+        """Whether jobs start on the ticks of the reconciler instead of when another job ends.
+
+        The limit also follows the rate of the jobs, because on a busy machine all jobs are slow.
+        """
         return self.gap_median_s > max(period_s / 4, 2 / statistics.median(self.per_s))
 
     @classmethod
     def of(cls, starts_s: Sequence[float], ends_s: Sequence[float]) -> "Flow":
-        """starts_s, ends_s: seconds, in any order; at least ten of each."""
+        """Build a flow from starts and ends in seconds, in any order, at least ten of each."""
         starts, ends = sorted(starts_s), sorted(ends_s)
         gaps = sorted(starts[bisect_left(starts, end)] - end for end in ends if end < starts[-1])
         return cls(

@@ -1,4 +1,4 @@
-"""What each process of a stack holds, again and again, and whether it grows."""
+"""Regular measurements of each process of a stack, and whether they grow."""
 
 import statistics
 import threading
@@ -17,16 +17,16 @@ from tests.stack import RunningStack
 
 MIB = 2**20
 WARM_UP = 0.25
-"""Of the samples, those that do not count: pools fill, caches fill, libraries are loaded at first use."""
+"""The share of the samples, at the start, that do not count: pools and caches fill, libraries are loaded."""
 LEAST_SAMPLES = 12
 SLACK = {"uss_mib": 12.0, "rss_mib": 24.0, "files": 6.0, "threads": 6.0, "connections": 4.0}
-"""What the median of the last quarter may be above that of the first, beside a twentieth of it."""
+"""How far the median of the last quarter may exceed that of the first, beside `SHARE` of the first."""
 SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One process, with those it has started, at one moment."""
+    """One process and its descendants at one moment."""
 
     at_s: float
     rss_mib: float
@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Trend:
-    """How a number developed after the warm-up."""
+    """How a value developed after the warm-up. `first` and `last`: medians of the first and last quarter."""
 
     first: float
     last: float
@@ -57,7 +57,7 @@ class Trend:
 
     @classmethod
     def of(cls, points: Sequence[tuple[float, float]], *, slack: float) -> "Trend":
-        """points: seconds and value."""
+        """Build a trend from pairs of seconds and value."""
         counted = points[int(len(points) * WARM_UP) :]
         quarter = max(1, len(counted) // 4)
         first = statistics.median(value for _, value in counted[:quarter])
@@ -74,7 +74,7 @@ class Trend:
 
 
 class Gauges:
-    """Samples of all processes, and of the connections that the servers count."""
+    """Samples of all processes, and of the numbers of connections that the servers report."""
 
     def __init__(self, stack: RunningStack, engine: Engine) -> None:
         self._stack = stack
@@ -118,12 +118,12 @@ class Gauges:
                 self.connections[name].append((at_s, float(server.info("clients")["connected_clients"])))
 
     def trends(self) -> dict[str, dict[str, Trend]]:
-        """By process, or server whose connections were counted, and by what was measured."""
+        """The trends by process (or server, for connections) and by measured value."""
         found: dict[str, dict[str, Trend]] = defaultdict(dict)
         for name, samples in self.processes.items():
             for what in ("uss_mib", "rss_mib", "files", "threads"):
                 if (name, what) == ("postgres", "files"):
-                    continue  # each of its processes keeps up to a thousand open, and that on purpose
+                    continue  # by design each Postgres process keeps up to a thousand files open
                 points = [(sample.at_s, float(getattr(sample, what))) for sample in samples]
                 found[name][what] = Trend.of(points, slack=SLACK[what])
         for name, points in self.connections.items():
@@ -131,7 +131,7 @@ class Gauges:
         return dict(found)
 
     def series(self) -> dict[str, Any]:
-        """All samples: per process its seconds, MiB, files and threads."""
+        """All samples by process: seconds, MiB, files and threads."""
         processes = {
             name: [[round(s.at_s, 1), round(s.rss_mib, 1), round(s.uss_mib, 1), s.files, s.threads] for s in samples]
             for name, samples in self.processes.items()

@@ -1,4 +1,4 @@
-"""Everything that clients ask of the API, in turn, spread over a run."""
+"""Requests of every kind to the API, in turn, spread over a run."""
 
 import io
 import threading
@@ -13,14 +13,14 @@ from PIL import Image
 
 CLIENTS = 4
 PATIENCE = 20
-"""How often a client comes again who was told to: a busy machine may take long to decode an upload."""
+"""How often a client retries after a 503: a busy machine may take long to decode an upload."""
 PROMPTS = ("a red apple", "a green pear", "a blue cup", "a yellow taxi", "a small dog", "a wooden chair")
 
 
 class Requests:
-    """Clients that have made `total` requests when the run is through: as large a part of them as is done of the work.
+    """Clients that send `total` requests over a run, in step with `done`, the share of finished work in [0, 1].
 
-    `statuses` counts the answers, `failures` says what was no success.
+    `statuses` counts the answers by status. `failures` lists the requests that failed.
     """
 
     def __init__(self, url: str, bulk_id: str, *, total: int, done: Callable[[], float]) -> None:
@@ -42,13 +42,15 @@ class Requests:
         self.wait()
 
     def wait(self) -> None:
-        """Until all requests were made."""
+        """Wait until all clients have ended."""
         for thread in self._threads:
             thread.join()
 
     def _client(self, number: int) -> None:
         with httpx.Client(base_url=f"{self._url}/api/v1", timeout=60) as http:
-            kinds = cycle([self._read, self._search, self._read, self._draw, self._read, self._stream, self._upload])
+            kinds = cycle(
+                [self._read, self._search, self._read, self._generate, self._read, self._stream, self._upload]
+            )
             for turn, kind in enumerate(kinds):
                 mine = self._next()
                 if mine is None:
@@ -87,8 +89,8 @@ class Requests:
     def _search(self, http: httpx.Client, turn: int) -> httpx.Response:
         return http.post("/search", json={"query": f"{PROMPTS[turn % len(PROMPTS)]} {turn % 50}", "k": 5})
 
-    def _draw(self, http: httpx.Client, turn: int) -> httpx.Response:
-        """A job that goes before the bulk, waited for, and its image."""
+    def _generate(self, http: httpx.Client, turn: int) -> httpx.Response:
+        """Submit an interactive job, which runs before the bulk. Wait for it and download its image."""
         answer = http.post("/generate", json={"prompt": f"now {turn}"}, headers={"Prefer": "wait=20"})
         outputs: list[dict[str, Any]] = answer.json().get("outputs", [])
         return httpx.get(self._url + outputs[0]["content_url"], timeout=60) if outputs else answer
@@ -97,7 +99,7 @@ class Requests:
         job = http.post("/generate", json={"prompt": f"told {turn}"}).json()
         with http.stream("GET", f"/jobs/{job['id']}/events") as answer:
             for _ in answer.iter_lines():
-                pass  # to its end, which is the job's
+                pass  # until the job ends, and with it the stream
         return answer
 
     def _upload(self, http: httpx.Client, turn: int) -> httpx.Response:

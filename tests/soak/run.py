@@ -1,4 +1,4 @@
-"""One soak: a stack, thousands of jobs and requests, and what its processes hold meanwhile."""
+"""One soak: a stack, thousands of jobs and requests, and measurements of its processes."""
 
 import statistics
 import time
@@ -23,7 +23,7 @@ from tests.soak.requests import Requests
 from tests.stack import RunningStack, running_stack, wait_until
 
 STALLED_S = 180
-"""A run in which no job ends for so long is given up."""
+"""A run fails when no job ends for this long."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Plan:
     durable: bool = True
 
     def environment(self) -> dict[str, str]:
-        generators: dict[str, Any] = {"cheap": {"kind": "cheap", "cost_ms": 20, "max_batch_size": 4}}
+        generators: dict[str, Any] = {"cheap": {"kind": "fake", "cost_ms": 20, "max_batch_size": 4}}
         if self.starter:
             generators["starter"] = ModelSettings().generators["starter"].model_dump(mode="json", exclude_defaults=True)
         return {
             "AFTERIMAGE_ENVIRONMENT": "test",
             "AFTERIMAGE_MODEL__GENERATORS": orjson.dumps(generators).decode(),
             "AFTERIMAGE_MODEL__DEFAULT_GENERATOR": "cheap",
-            # Flower grows until it has as many, which should be over before the first measurement that counts.
+            # Flower grows until it has this many tasks. That should happen before the first measurement that counts.
             "FLOWER_MAX_TASKS": "500",
         }
 
@@ -65,23 +65,25 @@ class Part:
     """Processes that had more than one process id: they died and were started again."""
 
     def wrong(self, *, reconcile_s: float) -> list[str]:
-        """What a soak must not show. Whether anything grew is judged by enough samples only."""
-        told = [f"{self.jobs - self.succeeded} of {self.jobs} jobs did not succeed"] * (self.succeeded != self.jobs)
-        told += [f"request failed: {failure}" for failure in self.failures[:10]]
-        told += [f"{name} died" for name in self.reborn]
-        if self.flow is not None and self.flow.is_fed_by_ticks(reconcile_s):
-            told.append(f"the next job started {self.flow.gap_median_s} s (median) after the end of one: on a tick?")
+        """The problems that make a soak fail. Growth and rates are judged only when there are enough samples."""
+        problems = [f"{self.jobs - self.succeeded} of {self.jobs} jobs did not succeed"] * (self.succeeded != self.jobs)
+        problems += [f"request failed: {failure}" for failure in self.failures[:10]]
+        problems += [f"{name} died" for name in self.reborn]
+        if self.flow is not None and self.flow.starts_on_ticks(reconcile_s):
+            problems.append(
+                f"the next job started {self.flow.gap_median_s} s (median) after the end of one: on a tick?"
+            )
         if self.samples < LEAST_SAMPLES:
-            return [f"{self.name}: {each}" for each in told]
+            return [f"{self.name}: {each}" for each in problems]
         if self.flow is not None and self.flow.slowest < 0.5:
-            told.append(f"not a steady rate: {self.flow.per_s} jobs/s")
-        told += [
+            problems.append(f"not a steady rate: {self.flow.per_s} jobs/s")
+        problems += [
             f"{process}: {what} grew from {trend.first} to {trend.last}"
             for process, trends in self.trends.items()
             for what, trend in trends.items()
-            if trend.grew and what != "rss_mib"  # of Postgres it is mostly the buffers that its processes share
+            if trend.grew and what != "rss_mib"  # most of it in Postgres is shared buffers
         ]
-        return [f"{self.name}: {each}" for each in told]
+        return [f"{self.name}: {each}" for each in problems]
 
     def summary(self) -> dict[str, Any]:
         return asdict(self) | {"median_per_s": self.flow and statistics.median(self.flow.per_s)}
@@ -136,12 +138,12 @@ def _part(
     gauges = Gauges(stack, engine)
     bulk_id = _begin(stack.url, model, jobs)
     succeeded = _Progress(engine, bulk_id)
-    asked = Requests(stack.url, bulk_id, total=requests, done=lambda: succeeded.count / jobs)
-    with gauges.watching(sample_s), asked:
-        told = 0
+    clients = Requests(stack.url, bulk_id, total=requests, done=lambda: succeeded.count / jobs)
+    with gauges.watching(sample_s), clients:
+        tenths_reported = 0
         while not succeeded.over:
-            if succeeded.count * 10 // jobs > told:
-                told = succeeded.count * 10 // jobs
+            if succeeded.count * 10 // jobs > tenths_reported:
+                tenths_reported = succeeded.count * 10 // jobs
                 say(f"{model}: {succeeded.count} of {jobs} jobs after {time.monotonic() - started:.0f} s")
             before = succeeded.count
             wait_until(
@@ -149,10 +151,10 @@ def _part(
                 timeout_s=STALLED_S,
                 what=f"the next of the {model} jobs to end",
             )
-        asked.wait()
+        clients.wait()
     part.succeeded, part.took_s = succeeded.count, round(time.monotonic() - started, 1)
     part.flow = Flow.of(*succeeded.times()) if jobs >= 20 else None
-    part.statuses, part.failures = dict(asked.statuses), asked.failures
+    part.statuses, part.failures = dict(clients.statuses), clients.failures
     part.samples = len(gauges.connections["database"])
     part.trends, part.series = gauges.trends(), gauges.series()
     part.reborn = [name for name, pids in gauges.pids.items() if len(pids) > 1]
@@ -160,7 +162,7 @@ def _part(
 
 
 def _begin(url: str, model: str, jobs: int) -> str:
-    """Send the jobs as one bulk."""
+    """Send the jobs as one bulk. Return its id."""
     lines: list[Any] = [{"bulk": {"defaults": {"kind": "generate", "model": model}}}]
     lines += [{"prompt": f"one of many {number}"} for number in range(jobs)]
     answer = httpx.post(
@@ -173,7 +175,7 @@ def _begin(url: str, model: str, jobs: int) -> str:
 
 
 class _Progress:
-    """How many jobs of a bulk have ended, asked of the database so that the API is asked for nothing unplanned."""
+    """How many jobs of a bulk have ended. It asks the database, so that the API gets only planned requests."""
 
     def __init__(self, engine: Engine, bulk_id: str) -> None:
         self._engine = engine
@@ -184,7 +186,7 @@ class _Progress:
         self._read_at = 0.0
 
     def read(self) -> int:
-        """Succeeded so far; counts at most twice a second."""
+        """Return the number of succeeded jobs. Query the database at most twice a second."""
         if time.monotonic() - self._read_at < 0.5:
             return self.count
         self._read_at = time.monotonic()
@@ -197,7 +199,7 @@ class _Progress:
         return self.count
 
     def times(self) -> tuple[list[float], list[float]]:
-        """When each started and ended, in seconds."""
+        """The Unix times at which the ended jobs started and ended."""
         started, finished = (func.extract("epoch", column) for column in (Job.started_at, Job.finished_at))
         with self._engine.connect() as connection:
             ended = select(started, finished).where(Job.id.in_(self._jobs), Job.finished_at.is_not(None))

@@ -1,4 +1,4 @@
-"""The short version of `make soak`, and that its judgement can fail."""
+"""The short version of `make soak`, and tests of its checks."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from tests.soak.run import Part, Plan, soak
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.extended
 def test_a_few_hundred_jobs_and_requests_flow_and_leave_nothing_behind(tmp_path: Path) -> None:
     outcome = soak(Plan(cheap=200, requests=120, starter=0, sample_s=1, durable=False), tmp_path / "stack")
     (part,) = outcome.parts
@@ -20,15 +21,15 @@ def test_a_few_hundred_jobs_and_requests_flow_and_leave_nothing_behind(tmp_path:
     assert sum(part.statuses.values()) - part.statuses.get(503, 0) == 120
     assert part.reborn == []
     assert part.flow is not None
-    assert not part.flow.is_fed_by_ticks(JobSettings().reconcile_s), "the next starts when one ends, not on a tick"
+    assert not part.flow.starts_on_ticks(JobSettings().reconcile_s), "a job starts when another ends, not on a tick"
     assert {"api", "embed", "generate-cheap", "io", "reconciler", "postgres", "queue", "cache"} <= set(part.trends)
     for name, trends in part.trends.items():
         for what in {"files", "threads", "connections"} & set(trends):
-            # So short a run is half warm-up; a leak by job or request would still be a hundred.
+            # Half of this short run is warm-up. A leak of one for each job or request would still exceed a hundred.
             assert trends[what].last - trends[what].first < 40, f"{name}: {what}"
 
 
-def test_what_grows_is_told_and_what_wavers_is_not() -> None:
+def test_growth_is_reported_and_a_wavering_value_is_not() -> None:
     grows = [(float(at), 200 + at * 0.5) for at in range(120)]
     wavers = [(float(at), 200 + 5 * (at % 2)) for at in range(120)]
     filled = [(float(at), 100.0 if at < 20 else 200.0) for at in range(120)]
@@ -38,13 +39,13 @@ def test_what_grows_is_told_and_what_wavers_is_not() -> None:
     assert not Trend.of(filled, slack=12).grew, "the warm-up does not count"
 
 
-def test_a_worker_that_is_fed_by_a_tick_is_told_from_one_that_is_fed_by_ends() -> None:
+def test_jobs_that_start_on_reconciler_ticks_are_reported() -> None:
     steady = Flow.of([n * 0.1 for n in range(200)], [n * 0.1 + 0.09 for n in range(200)])
-    # Ten at a time every five seconds.
+    # Ten jobs start at a time, every five seconds.
     ticked = Flow.of([n // 10 * 5 for n in range(200)], [n // 10 * 5 + 0.09 for n in range(200)])
     assert steady.gap_p99_s == pytest.approx(0.01, abs=0.002)
     assert steady.per_s == pytest.approx([10] * 10, rel=0.02)
     assert Part("steady", 200, succeeded=200, flow=steady).wrong(reconcile_s=5) == []
     assert ticked.gap_p99_s > 4
-    (told,) = Part("ticked", 200, succeeded=200, flow=ticked).wrong(reconcile_s=5)
-    assert "on a tick" in told
+    (problem,) = Part("ticked", 200, succeeded=200, flow=ticked).wrong(reconcile_s=5)
+    assert "on a tick" in problem

@@ -1,4 +1,4 @@
-"""Small models for unit tests: saved once, loaded once, by the code that loads the real ones."""
+"""Small models for unit tests: saved once per session, and loaded once by the product's own code."""
 
 from __future__ import annotations  # worker_service is imported only by the tests that need torch
 
@@ -31,7 +31,7 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_settings(small_models: Path) -> ModelSettings:
-    """Every small pipeline, as an operator would configure its big sister."""
+    """Every small pipeline, configured as an operator configures the full-size model."""
     sdxl = str(small_models / "sdxl")
     sd15 = str(small_models / "sd15")
 
@@ -73,7 +73,7 @@ def model_settings(small_models: Path) -> ModelSettings:
 
 @pytest.fixture(scope="session")
 def loaded(model_settings: ModelSettings) -> Callable[[str], Diffusion]:
-    """`loaded("sd15")`: that generator of `model_settings`, loaded when a test first asks for it."""
+    """`loaded("sd15")` gives that generator of `model_settings`. Its first call loads it."""
     from worker_service.models.diffusion import Diffusion
 
     return cache(lambda name: Diffusion.load(name, model_settings))

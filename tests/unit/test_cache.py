@@ -1,4 +1,4 @@
-"""The cache on a real server that is killed, restarted and frozen; and the decorator on top of it."""
+"""The cache on a real Valkey server that is killed, restarted and frozen, and the decorator `cache_result`."""
 
 import asyncio
 import os
@@ -70,7 +70,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def raw(server: Server) -> Iterator["redis.Redis"]:
-    """The server as someone else sees it."""
+    """A direct client of the same server, which is empty at the start."""
     with redis.Redis.from_url(server.url) as client:
         client.flushall()
         yield client
@@ -89,7 +89,7 @@ def in_redis(server: Server, raw: "redis.Redis") -> Iterator[Cache]:
 
 @pytest.fixture
 def in_memory() -> Iterator[Cache]:
-    """A cache whose server is not there."""
+    """A cache whose server does not run, so that it uses memory."""
     cache = Cache(settings_for(f"redis://127.0.0.1:{free_port()}/0"))
     yield cache
     cache.close()
@@ -109,7 +109,7 @@ def probes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def eventually(condition: Callable[[], bool], timeout_s: float = 10) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "it never happened"
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for a condition"
 
 
 # --- values -------------------------------------------------------------------------------------------------------
@@ -139,17 +139,17 @@ def test_an_array_comes_back_with_its_shape_and_type_and_can_be_changed(cache: C
     assert cache.get("vector")[0, 0] == 0  # type: ignore[index]
 
 
-def test_what_cannot_be_encoded_is_refused(cache: Cache) -> None:
+def test_a_value_that_cannot_be_encoded_is_refused(cache: Cache) -> None:
     for value in (object(), {1, 2}, np.array([object()])):
         with pytest.raises(TypeError):
             cache.set("key", value)
 
 
-def test_a_missing_key_is_none(cache: Cache) -> None:
+def test_a_missing_key_gives_none(cache: Cache) -> None:
     assert cache.get("never") is None
 
 
-def test_delete_forgets_one_key(cache: Cache) -> None:
+def test_delete_removes_one_key(cache: Cache) -> None:
     cache.set("a", 1)
     cache.set("b", 2)
     assert cache.delete("a") is True
@@ -157,31 +157,31 @@ def test_delete_forgets_one_key(cache: Cache) -> None:
     assert (cache.get("a"), cache.get("b")) == (None, 2)
 
 
-def test_a_pattern_forgets_what_matches_and_nothing_else(cache: Cache) -> None:
+def test_invalidating_a_pattern_removes_only_matching_keys(cache: Cache) -> None:
     keys = ["search:1", "search:22", "research:1", "search", "se[a]rch:1", "x*y", "xay"]
     for key in keys:
         cache.set(key, key)
 
-    def left() -> set[str]:
+    def remaining() -> set[str]:
         return {key for key in keys if cache.get(key) is not None}
 
     assert cache.invalidate("search:?") == 1
-    assert left() == set(keys) - {"search:1"}
+    assert remaining() == set(keys) - {"search:1"}
     assert cache.invalidate("search:*") == 1
     assert cache.invalidate("se[a]*") == 1
-    assert left() == {"research:1", "search", "x*y", "xay"}
+    assert remaining() == {"research:1", "search", "x*y", "xay"}
     assert cache.invalidate("*") == 4
-    assert left() == set()
+    assert remaining() == set()
 
 
-def test_a_pattern_spares_keys_of_others(in_redis: Cache, raw: "redis.Redis") -> None:
+def test_invalidating_a_pattern_keeps_keys_of_other_programs(in_redis: Cache, raw: "redis.Redis") -> None:
     raw.set("celery-queue", "not ours")
     in_redis.set("a", 1)
     assert in_redis.invalidate("*") == 1
     assert raw.get("celery-queue") == b"not ours"
 
 
-def test_many_keys_are_forgotten_without_the_keys_command(in_redis: Cache, raw: "redis.Redis") -> None:
+def test_many_keys_are_removed_without_the_keys_command(in_redis: Cache, raw: "redis.Redis") -> None:
     for number in range(1300):
         in_redis.set(f"many:{number}", number)
     raw.config_resetstat()
@@ -191,21 +191,21 @@ def test_many_keys_are_forgotten_without_the_keys_command(in_redis: Cache, raw: 
     assert "cmdstat_keys" not in commands
 
 
-def test_a_value_ends_after_its_ttl(cache: Cache) -> None:
+def test_a_value_expires_after_its_ttl(cache: Cache) -> None:
     cache.set("short", 1, ttl=0.05)
     cache.set("long", 1, ttl=50)
     eventually(lambda: cache.get("short") is None)
     assert cache.get("long") == 1
 
 
-def test_the_server_is_told_the_ttl(in_redis: Cache, raw: "redis.Redis") -> None:
+def test_the_ttl_is_set_on_the_server(in_redis: Cache, raw: "redis.Redis") -> None:
     in_redis.set("key", 1, ttl=50)
     in_redis.set("other", 1)
     assert 48_000 < raw.pttl(NAMESPACE + "key") <= 50_000
     assert 3_590 < raw.ttl(NAMESPACE + "other") <= 3600
 
 
-def test_memory_keeps_no_more_items_than_it_may() -> None:
+def test_memory_keeps_at_most_memory_max_items() -> None:
     cache = Cache(settings_for(f"redis://127.0.0.1:{free_port()}/0", memory_max_items=10))
     for number in range(50):
         cache.set(str(number), number)
@@ -213,13 +213,13 @@ def test_memory_keeps_no_more_items_than_it_may() -> None:
     assert cache.get("49") == 49
 
 
-def test_memory_keeps_nothing_for_long() -> None:
+def test_the_ttl_in_memory_is_limited() -> None:
     cache = Cache(settings_for(f"redis://127.0.0.1:{free_port()}/0"))
     cache.set("key", 1, ttl=10 * MEMORY_TTL_S)
     assert cache._memory["key"].ttl_s == MEMORY_TTL_S
 
 
-def test_statistics_tell_hits_misses_and_backend(cache: Cache, request: pytest.FixtureRequest) -> None:
+def test_statistics_count_hits_and_misses_and_name_the_backend(cache: Cache, request: pytest.FixtureRequest) -> None:
     cache.set("a", 1)
     for key in ("a", "a", "a", "b"):
         cache.get(key)
@@ -229,7 +229,7 @@ def test_statistics_tell_hits_misses_and_backend(cache: Cache, request: pytest.F
     assert (stats["fallbacks"] == 0) == (stats["backend"] == "redis")
 
 
-# --- Redis goes and comes -----------------------------------------------------------------------------------------
+# --- outages of the server ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_a_killed_server_is_replaced_by_memory_until_it_is_back(own_server: Serv
     cache.close()
 
 
-def test_a_restart_between_two_calls_is_not_noticed(own_server: Server) -> None:
+def test_a_restart_between_two_calls_causes_no_fallback(own_server: Server) -> None:
     cache = Cache(settings_for(own_server.url))
     cache.set("a", 1)
     own_server.kill()
@@ -269,7 +269,7 @@ def test_a_restart_between_two_calls_is_not_noticed(own_server: Server) -> None:
     cache.close()
 
 
-def test_a_frozen_server_costs_one_caller_a_short_wait_and_the_others_nothing(own_server: Server) -> None:
+def test_a_frozen_server_delays_one_call_briefly_and_the_next_calls_not_at_all(own_server: Server) -> None:
     cache = Cache(settings_for(own_server.url))
     cache.set("a", 1)
     own_server.signal(signal.SIGSTOP)
@@ -277,7 +277,7 @@ def test_a_frozen_server_costs_one_caller_a_short_wait_and_the_others_nothing(ow
         started = time.monotonic()
         cache.set("a", 2)
         assert time.monotonic() - started < 1.5
-        cache._away_until = time.monotonic() + 60
+        cache._next_probe = time.monotonic() + 60
         started = time.monotonic()
         assert [cache.get("a") for _ in range(100)] == [2] * 100
         assert time.monotonic() - started < 0.2
@@ -287,7 +287,7 @@ def test_a_frozen_server_costs_one_caller_a_short_wait_and_the_others_nothing(ow
 
 
 @pytest.mark.usefixtures("probes_at_once")
-def test_after_a_thaw_no_value_from_before_the_freeze_is_seen(own_server: Server) -> None:
+def test_keys_that_change_during_a_freeze_never_show_their_old_values(own_server: Server) -> None:
     cache = Cache(settings_for(own_server.url))
     for key in ("written", "deleted", "search:1", "untouched"):
         cache.set(key, "old")
@@ -304,32 +304,30 @@ def test_after_a_thaw_no_value_from_before_the_freeze_is_seen(own_server: Server
 
 
 @pytest.mark.usefixtures("probes_at_once")
-def test_more_changes_than_can_be_remembered_empty_the_cache(
-    own_server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache_module, "MAX_REMEMBERED_CHANGES", 3)
+def test_more_changes_than_can_be_tracked_empty_the_cache(own_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "MAX_TRACKED_CHANGES", 3)
     cache = Cache(settings_for(own_server.url))
     for number in range(10):
         cache.set(f"k{number}", "old")
     own_server.signal(signal.SIGSTOP)
     cache.set("k0", "x")
-    cache._away_until = time.monotonic() + 60
+    cache._next_probe = time.monotonic() + 60
     for number in range(1, 6):
         cache.delete(f"k{number}")
-    cache._away_until = 0.0
+    cache._next_probe = 0.0
     own_server.signal(signal.SIGCONT)
     eventually(lambda: cache.get("x") is None and cache.stats()["backend"] == "redis")
     assert [cache.get(f"k{number}") for number in range(10)] == [None] * 10
     cache.close()
 
 
-def test_a_full_server_loses_the_new_value_and_shows_no_old_one(in_redis: Cache, raw: "redis.Redis") -> None:
+def test_a_full_server_loses_the_new_value_and_never_returns_the_old_one(in_redis: Cache, raw: "redis.Redis") -> None:
     in_redis.set("a", "old")
     raw.config_set("maxmemory", "1")
     try:
         in_redis.set("a", "new")
         assert in_redis.get("a") == "new"
-        in_redis._away_until = 0.0
+        in_redis._next_probe = 0.0
         assert in_redis.get("a") is None
     finally:
         raw.config_set("maxmemory", "0")
@@ -409,15 +407,15 @@ def test_equal_arguments_run_the_function_once() -> None:
 
 
 @pytest.mark.usefixtures("shared_cache")
-def test_an_async_function_is_remembered_too() -> None:
-    async def story() -> list[int]:
+def test_an_async_function_is_cached_too() -> None:
+    async def scenario() -> list[int]:
         return [await add_slowly(1, 2), await add_slowly(1, b=2), await add_slowly(2, 1)]
 
-    assert asyncio.run(story()) == [3, 3, 3]
+    assert asyncio.run(scenario()) == [3, 3, 3]
     assert calls == [(1, 2), (2, 1)]
 
 
-def test_invalidating_the_prefix_forgets_results(shared_cache: Cache) -> None:
+def test_invalidating_the_prefix_removes_results(shared_cache: Cache) -> None:
     add(1)
     shared_cache.invalidate("search:*")
     add(1)
@@ -464,7 +462,7 @@ def embed(text: str, base: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 @pytest.mark.usefixtures("shared_cache")
-def test_vectors_are_arguments_and_results() -> None:
+def test_vectors_can_be_arguments_and_results() -> None:
     base = np.array([1, 2], dtype=np.float32)
     for _ in range(2):
         result = embed("abc", base)
@@ -500,7 +498,7 @@ def test_different_arguments_never_share_a_result(values: list[Any]) -> None:
     assert len(calls) == len(values)
 
 
-def test_keys_tell_types_functions_and_prefixes_apart() -> None:
+def test_keys_differ_by_type_function_and_prefix() -> None:
     def key(prefix: str, function: Callable[..., Any], value: Any) -> str:
         return cache_module._CachedCall(function, prefix).key(value)
 
@@ -510,13 +508,13 @@ def test_keys_tell_types_functions_and_prefixes_apart() -> None:
 
 
 @pytest.mark.usefixtures("shared_cache")
-def test_none_is_remembered_too() -> None:
+def test_none_is_cached_too() -> None:
     assert [untyped("none"), untyped("none")] == [None, None]
     assert len(calls) == 1
 
 
 @pytest.mark.usefixtures("shared_cache")
-def test_an_argument_that_cannot_be_told_apart_is_refused() -> None:
+def test_an_argument_that_cannot_be_part_of_a_key_is_refused() -> None:
     with pytest.raises(TypeError):
         untyped(object())
 
@@ -534,7 +532,7 @@ def fail(value: int) -> int:
 
 
 @pytest.mark.usefixtures("shared_cache")
-def test_an_exception_is_not_remembered() -> None:
+def test_an_exception_is_not_cached() -> None:
     for _ in range(2):
         with pytest.raises(LookupError):
             fail(1)
@@ -562,16 +560,16 @@ def gated(value: int) -> list[int]:
 
 
 def run_together(store: Cache, value: int, count: int) -> list[Any]:
-    """`count` threads call at once; the function is held until all of them have asked."""
+    """The results of `count` threads that call at once. The function is blocked until all of them have called."""
     gate.clear()
     results: list[Any] = []
-    asked = 0
-    join = store.join
+    joined_count = 0
+    join = store.join_call
 
     def counting_join(key: str) -> Any:
-        nonlocal asked
+        nonlocal joined_count
         joined = join(key)
-        asked += 1
+        joined_count += 1
         return joined
 
     def call() -> None:
@@ -580,25 +578,25 @@ def run_together(store: Cache, value: int, count: int) -> list[Any]:
         except LookupError as error:
             results.append(error)
 
-    store.join = counting_join  # type: ignore[method-assign]
+    store.join_call = counting_join  # type: ignore[method-assign]
     threads = [threading.Thread(target=call) for _ in range(count)]
     for thread in threads:
         thread.start()
-    eventually(lambda: asked == count)
+    eventually(lambda: joined_count == count)
     gate.set()
     for thread in threads:
         thread.join(10)
     return results
 
 
-def test_threads_asking_at_once_run_the_function_once_and_share_no_object(shared_cache: Cache) -> None:
+def test_threads_that_call_at_once_run_the_function_once_and_share_no_object(shared_cache: Cache) -> None:
     results = run_together(shared_cache, 7, 8)
     assert results == [[7]] * 8
     assert len({id(result) for result in results}) == 8
     assert calls == [7]
 
 
-def test_threads_asking_at_once_share_a_failure(shared_cache: Cache) -> None:
+def test_threads_that_call_at_once_share_a_failure(shared_cache: Cache) -> None:
     results = run_together(shared_cache, -1, 4)
     assert [type(result) for result in results] == [LookupError] * 4
     assert calls == [-1]
@@ -606,7 +604,7 @@ def test_threads_asking_at_once_share_a_failure(shared_cache: Cache) -> None:
 
 @pytest.mark.usefixtures("shared_cache")
 def test_a_cancelled_first_caller_does_not_fail_the_others() -> None:
-    async def story() -> int:
+    async def scenario() -> int:
         entered, release = asyncio.Event(), asyncio.Event()
 
         @cache_result(key_prefix="cancelled")
@@ -630,14 +628,14 @@ def test_a_cancelled_first_caller_does_not_fail_the_others() -> None:
         release.set()
         return await second
 
-    assert asyncio.run(story()) == 1
+    assert asyncio.run(scenario()) == 1
     assert calls == [1, 1]
 
 
 @pytest.mark.usefixtures("shared_cache")
-def test_coroutines_asking_at_once_run_the_function_once() -> None:
-    async def story() -> list[int]:
+def test_coroutines_that_call_at_once_run_the_function_once() -> None:
+    async def scenario() -> list[int]:
         return await asyncio.gather(*(add_slowly(20, 22) for _ in range(10)))
 
-    assert asyncio.run(story()) == [42] * 10
+    assert asyncio.run(scenario()) == [42] * 10
     assert calls == [(20, 22)]

@@ -1,4 +1,4 @@
-"""What a model can do, decided from its declared capabilities."""
+"""Sizes, modes and parameters of a request, checked against the declared capabilities of a model."""
 
 from typing import Any
 
@@ -36,35 +36,37 @@ def capabilities(**overrides: Any) -> Capabilities:
 
 
 @pytest.mark.parametrize(
-    ("asked", "drawn"),
+    ("requested", "generated"),
     [
         ((512, 512), (512, 512)),
         ((640, 448), (640, 448)),
-        ((500, 500), (512, 512)),  # the nearest that the model's layers divide evenly
-        ((1024, 1024), (704, 704)),  # too large to hold together: about twice the native area
+        ((500, 500), (512, 512)),  # the nearest size that the model's layers divide evenly
+        ((1024, 1024), (704, 704)),  # too large for a coherent picture: about twice the native area
         ((64, 64), (384, 384)),
-        ((2048, 256), (1280, 448)),  # too wide: 3:1 is drawn
+        ((2048, 256), (1280, 448)),  # too wide: about 3:1
     ],
 )
-def test_a_size_is_drawn_as_asked_where_the_model_is_trusted(asked: tuple[int, int], drawn: tuple[int, int]) -> None:
-    assert drawable_size(capabilities(), *asked) == drawn
+def test_a_size_is_kept_if_the_model_can_generate_it_and_adapted_otherwise(
+    requested: tuple[int, int], generated: tuple[int, int]
+) -> None:
+    assert drawable_size(capabilities(), *requested) == generated
 
 
-def test_a_model_of_one_size_draws_that_size() -> None:
+def test_a_model_with_one_size_generates_that_size() -> None:
     one_size = capabilities(any_size=False, native_width=64, native_height=96)
     assert drawable_size(one_size, 512, 512) == (64, 96)
 
 
 @given(width=st.integers(16, 2048), height=st.integers(16, 2048), multiple=st.sampled_from([1, 8, 16, 64]))
-def test_any_size_asked_for_gives_one_that_can_be_drawn(width: int, height: int, multiple: int) -> None:
+def test_every_requested_size_gives_a_size_that_can_be_generated(width: int, height: int, multiple: int) -> None:
     model = capabilities(size_multiple=multiple)
-    drawn = drawable_size(model, width, height)
-    assert all(side > 0 and side % multiple == 0 for side in drawn)
-    assert 0.3 < drawn[0] * drawn[1] / (512 * 512) < 2.6
+    generated = drawable_size(model, width, height)
+    assert all(side > 0 and side % multiple == 0 for side in generated)
+    assert 0.3 < generated[0] * generated[1] / (512 * 512) < 2.6
 
 
 @given(width=st.integers(6, 12), height=st.integers(6, 10))
-def test_a_size_near_the_native_one_that_the_layers_divide_is_never_changed(width: int, height: int) -> None:
+def test_a_divisible_size_near_the_native_one_is_never_changed(width: int, height: int) -> None:
     assert drawable_size(capabilities(), 64 * width, 64 * height) == (64 * width, 64 * height)
 
 
@@ -75,14 +77,14 @@ def test_auto_prefers_the_image_prompt() -> None:
 
 
 def test_auto_uses_captions_where_the_model_takes_no_images() -> None:
-    textual = capabilities(modes=["none", "caption", "img2img"])
-    assert resolve_mode(textual, Mode.AUTO, references=2, captions=1)[0] is Mode.CAPTION
-    assert resolve_mode(textual, Mode.AUTO, references=2)[0] is Mode.CAPTION
-    assert resolve_mode(textual, Mode.AUTO, references=2, captions=0)[0] is Mode.NONE
+    without_image_prompts = capabilities(modes=["none", "caption", "img2img"])
+    assert resolve_mode(without_image_prompts, Mode.AUTO, references=2, captions=1)[0] is Mode.CAPTION
+    assert resolve_mode(without_image_prompts, Mode.AUTO, references=2)[0] is Mode.CAPTION
+    assert resolve_mode(without_image_prompts, Mode.AUTO, references=2, captions=0)[0] is Mode.NONE
 
 
 @pytest.mark.parametrize("mode", list(Mode))
-def test_without_references_every_mode_draws_the_prompt_alone(mode: Mode) -> None:
+def test_without_references_every_mode_becomes_none(mode: Mode) -> None:
     assert resolve_mode(capabilities(), mode, references=0)[0] is Mode.NONE
 
 
@@ -92,11 +94,11 @@ def test_an_explicit_mode_is_kept(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("references", [0, 2])
-def test_an_impossible_explicit_mode_is_refused(references: int) -> None:
-    textual = capabilities(modes=["none", "caption"])
-    assert not supports(textual, Mode.IMG2IMG)
+def test_an_unsupported_explicit_mode_is_refused(references: int) -> None:
+    without_image_prompts = capabilities(modes=["none", "caption"])
+    assert not supports(without_image_prompts, Mode.IMG2IMG)
     with pytest.raises(UnsupportedModeError, match=r"'img2img'.*none, caption"):
-        resolve_mode(textual, Mode.IMG2IMG, references=references)
+        resolve_mode(without_image_prompts, Mode.IMG2IMG, references=references)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_an_impossible_explicit_mode_is_refused(references: int) -> None:
         ({"references": 5}, "reference_ids"),
     ],
 )
-def test_what_the_model_does_not_know_is_refused(request_: dict[str, Any], parameter: str) -> None:
+def test_a_parameter_that_the_model_does_not_support_is_refused(request_: dict[str, Any], parameter: str) -> None:
     with pytest.raises(UnsupportedParameterError) as refused:
         check_parameters(capabilities(), **request_)
     assert refused.value.context["parameter"] == parameter

@@ -1,4 +1,4 @@
-"""The client against a server that misbehaves on command: what it repeats, what it does not, what it raises."""
+"""The client against a server with scripted answers: retries, errors, streams and downloads."""
 
 import hashlib
 import json
@@ -42,7 +42,10 @@ JOB = UUID(int=1)
 
 @dataclass
 class Answer:
-    """One answer of the server. `cut`: the connection breaks after so many bytes of the body; -1: before any answer."""
+    """One answer of the server.
+
+    cut: the connection breaks after this many bytes of the body; with -1, before any answer.
+    """
 
     status: int = 200
     body: bytes = b"{}"
@@ -83,12 +86,12 @@ class Request:
     at: float
 
 
-class Scripted:
-    """A real HTTP server that gives prepared answers in turn and remembers what it was asked."""
+class ScriptedServer:
+    """A real HTTP server that gives prepared answers in turn and records the requests."""
 
     def __init__(self, answers: list[Answer]) -> None:
-        self.asked: list[Request] = []
-        remaining, asked, lock = iter(answers), self.asked, threading.Lock()
+        self.requests: list[Request] = []
+        remaining, requests, lock = iter(answers), self.requests, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -96,7 +99,9 @@ class Scripted:
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 with lock:
-                    asked.append(Request(self.command, self.path, dict(self.headers.items()), body, time.monotonic()))
+                    requests.append(
+                        Request(self.command, self.path, dict(self.headers.items()), body, time.monotonic())
+                    )
                     answer = next(remaining)
                 self.close_connection = True
                 if answer.cut == -1:
@@ -131,21 +136,21 @@ Script = Callable[..., tuple[Afterimage, list[Request]]]
 
 @pytest.fixture
 def script() -> Iterator[Script]:
-    """`script(answer, ...)`: a client of a server that gives these answers, and what the server was asked."""
+    """`script(answer, ...)` gives a client of a server with these answers, and the list of requests that it gets."""
     opened: list[Any] = []
 
     def start(*answers: Answer, **options: Any) -> tuple[Afterimage, list[Request]]:
-        server = Scripted(list(answers))
+        server = ScriptedServer(list(answers))
         client = Afterimage(server.url, **({"retry_for_s": 10} | options))
         opened.extend((client, server))
-        return client, server.asked
+        return client, server.requests
 
     yield start
     for each in opened:
         each.close()
 
 
-# --- trying again -------------------------------------------------------------------------------------------------
+# --- retries ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -159,66 +164,68 @@ def script() -> Iterator[Script]:
     ],
     ids=["503", "429", "proxy", "no answer", "half an answer"],
 )
-def test_a_submit_is_sent_again_with_the_same_key(script: Script, failure: Answer) -> None:
-    client, asked = script(failure, Answer(202, job_body()))
+def test_a_submit_is_repeated_with_the_same_idempotency_key(script: Script, failure: Answer) -> None:
+    client, requests = script(failure, Answer(202, job_body()))
     assert client.jobs.submit(RagGenerateRequest(prompt="p", seed=7)).id == JOB
-    keys = {request.headers["Idempotency-Key"] for request in asked}
-    assert len(asked) == 2
+    keys = {request.headers["Idempotency-Key"] for request in requests}
+    assert len(requests) == 2
     assert len(keys) == 1
-    assert {request.path for request in asked} == {"/api/v1/rag/generate"}
-    assert {request.body for request in asked} == {b'{"prompt":"p","seed":7}'}, "only what was said, the same each time"
+    assert {request.path for request in requests} == {"/api/v1/rag/generate"}
+    assert {request.body for request in requests} == {b'{"prompt":"p","seed":7}'}, (
+        "only the given fields, the same each time"
+    )
 
 
-def test_two_submits_have_two_keys_and_your_own_is_kept(script: Script) -> None:
-    client, asked = script(*[Answer(202, job_body())] * 3)
+def test_two_submits_have_two_keys_and_a_given_key_is_kept(script: Script) -> None:
+    client, requests = script(*[Answer(202, job_body())] * 3)
     for key in (None, None, "mine"):
         client.jobs.submit(GenerateRequest(prompt="p"), idempotency_key=key)
-    keys = [request.headers["Idempotency-Key"] for request in asked]
+    keys = [request.headers["Idempotency-Key"] for request in requests]
     assert len(set(keys)) == 3
     assert keys[2] == "mine"
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_the_time_that_the_service_asks_for_is_waited(script: Script, as_date: bool) -> None:
+def test_the_client_waits_for_the_time_in_retry_after(script: Script, as_date: bool) -> None:
     # A date has whole seconds: 2 s from now may be little more than one.
     advice = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True) if as_date else "1"
-    client, asked = script(problem(503, "queue_full", Retry_After=advice), Answer(202, job_body()))
+    client, requests = script(problem(503, "queue_full", Retry_After=advice), Answer(202, job_body()))
     client.jobs.submit(GenerateRequest(prompt="p"))
-    assert asked[1].at - asked[0].at >= 0.9
+    assert requests[1].at - requests[0].at >= 0.9
 
 
-def test_what_would_have_to_wait_too_long_fails_at_once(script: Script) -> None:
-    client, asked = script(problem(503, "queue_full", Retry_After="30"))
+def test_a_retry_after_beyond_retry_for_s_fails_at_once(script: Script) -> None:
+    client, requests = script(problem(503, "queue_full", Retry_After="30"))
     with pytest.raises(QueueFullError) as failed:
         client.jobs.submit(GenerateRequest(prompt="p"))
     assert failed.value.retry_after_s == 30
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
 @pytest.mark.parametrize("status", [400, 409, 422, 500])
-def test_what_will_not_change_is_not_sent_again(script: Script, status: int) -> None:
-    client, asked = script(problem(status, "some_code"))
+def test_a_permanent_error_is_not_retried(script: Script, status: int) -> None:
+    client, requests = script(problem(status, "some_code"))
     with pytest.raises(ServerError if status == 500 else AfterimageError):
         client.jobs.submit(GenerateRequest(prompt="p"))
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
-def test_a_second_job_is_never_made_by_repeating_a_retry(script: Script) -> None:
-    client, asked = script(Answer(cut=-1), problem(503, "database_unavailable", Retry_After="0"))
+def test_the_retry_of_a_job_is_never_sent_twice(script: Script) -> None:
+    client, requests = script(Answer(cut=-1), problem(503, "database_unavailable", Retry_After="0"))
     with pytest.raises(UnreachableError):
         client.jobs.retry(JOB)
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
-def test_a_delete_that_was_done_by_its_first_try_has_succeeded(script: Script) -> None:
+def test_a_repeated_delete_that_finds_nothing_has_succeeded(script: Script) -> None:
     client, _ = script(Answer(cut=-1), problem(404, "not_found"), problem(404, "not_found"))
     client.jobs.delete(JOB)
     with pytest.raises(NotFoundError):
         client.jobs.delete(JOB)
 
 
-def test_closing_ends_the_pauses_of_other_threads(script: Script) -> None:
-    client, asked = script(*[problem(503, "database_unavailable", Retry_After="20")] * 2, retry_for_s=60)
+def test_closing_ends_the_retry_pauses_of_other_threads(script: Script) -> None:
+    client, requests = script(*[problem(503, "database_unavailable", Retry_After="20")] * 2, retry_for_s=60)
     failed: list[BaseException] = []
 
     def ask() -> None:
@@ -229,7 +236,7 @@ def test_closing_ends_the_pauses_of_other_threads(script: Script) -> None:
 
     thread = threading.Thread(target=ask)
     thread.start()
-    while not asked:
+    while not requests:
         thread.join(0.01)
     client.close()
     thread.join(5)
@@ -240,7 +247,7 @@ def test_closing_ends_the_pauses_of_other_threads(script: Script) -> None:
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
-def test_a_problem_tells_its_code_and_its_fields(script: Script) -> None:
+def test_an_error_has_the_code_and_the_fields_of_the_problem(script: Script) -> None:
     body = json.loads(problem(422, "validation_failed").body)
     body |= {"errors": [{"field": "body.width", "code": "int", "message": "too wide"}], "new_member": 1}
     client, _ = script(Answer(422, json.dumps(body).encode()))
@@ -249,48 +256,48 @@ def test_a_problem_tells_its_code_and_its_fields(script: Script) -> None:
     assert (failed.value.code, failed.value.errors[0].field) == ("validation_failed", "body.width")
 
 
-def test_an_answer_that_is_no_problem_document_is_named_by_its_status(script: Script) -> None:
+def test_an_answer_without_a_problem_document_gets_a_code_from_its_status(script: Script) -> None:
     client, _ = script(Answer(418, b"<html>teapot</html>"))
     with pytest.raises(InvalidRequestError) as failed:
         client.jobs.get(JOB)
     assert failed.value.code == "http_418"
 
 
-def test_fields_that_a_newer_service_adds_are_passed_over(script: Script) -> None:
+def test_unknown_fields_of_a_newer_service_are_ignored(script: Script) -> None:
     client, _ = script(Answer(200, job_body(brand_new="field", progress={"step": 1, "total_steps": 2, "eta": 3})))
     assert client.jobs.get(JOB).progress is not None
 
 
-# --- the key ------------------------------------------------------------------------------------------------------
+# --- the API key --------------------------------------------------------------------------------------------------
 
 
-def test_the_key_is_sent_and_shown_nowhere(script: Script, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_api_key_is_sent_and_never_shown(script: Script, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    client, asked = script(problem(401, "authentication_required"), api_key="ai_very_secret")
+    client, requests = script(problem(401, "authentication_required"), api_key="ai_very_secret")
     with pytest.raises(AfterimageError) as failed:
         client.jobs.get(JOB)
-    assert asked[0].headers["Authorization"] == "Bearer ai_very_secret"
+    assert requests[0].headers["Authorization"] == "Bearer ai_very_secret"
     shown = [repr(client), repr(vars(client)), repr(vars(client._connection.http)), str(failed.value), caplog.text]
     assert "very_secret" not in "".join(shown)
 
 
 def test_address_and_key_come_from_the_environment(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, asked = script(Answer(200, job_body()))
+    here, requests = script(Answer(200, job_body()))
     monkeypatch.setenv("AFTERIMAGE_URL", here.url)
     monkeypatch.setenv("AFTERIMAGE_API_KEY", "from-outside")
     with Afterimage() as client:
         client.jobs.get(JOB)
-    assert asked[0].headers["Authorization"] == "Bearer from-outside"
+    assert requests[0].headers["Authorization"] == "Bearer from-outside"
 
 
 @pytest.mark.parametrize("options", [{"url": "localhost:8000"}, {"url": "ftp://host"}, {"api_key": "two words"}])
-def test_what_can_never_work_is_refused_at_once_without_repeating_the_key(options: dict[str, str]) -> None:
+def test_invalid_options_are_refused_at_once_without_showing_the_key(options: dict[str, str]) -> None:
     with pytest.raises(ValueError) as refused:  # noqa: PT011
         Afterimage(**options)  # type: ignore[arg-type]
     assert "two words" not in str(refused.value)
 
 
-# --- following ----------------------------------------------------------------------------------------------------
+# --- following a job ----------------------------------------------------------------------------------------------
 
 
 def stream(*events: tuple[int, str], cut: bool = False) -> Answer:
@@ -306,8 +313,8 @@ def stream(*events: tuple[int, str], cut: bool = False) -> Answer:
     return Answer(200, body + b" " * 9, {"Content-Type": "text/event-stream"}, cut=len(body) if cut else None)
 
 
-def test_a_broken_stream_is_resumed_after_what_was_heard(script: Script) -> None:
-    client, asked = script(
+def test_a_broken_stream_is_resumed_after_the_last_event(script: Script) -> None:
+    client, requests = script(
         stream((1, "queued"), (2, "started"), (0, "progress"), cut=True),
         Answer(cut=-1),
         problem(503, "database_unavailable", Retry_After="0"),
@@ -317,29 +324,29 @@ def test_a_broken_stream_is_resumed_after_what_was_heard(script: Script) -> None
     assert [update.seq for update in updates] == [1, 2, 2, 3]
     assert [update.progress is not None for update in updates] == [False, False, True, False]
     assert updates[-1].state is JobState.SUCCEEDED
-    assert [request.headers["Last-Event-ID"] for request in asked] == ["0", "2", "2", "2"]
+    assert [request.headers["Last-Event-ID"] for request in requests] == ["0", "2", "2", "2"]
 
 
-def test_previews_are_told_and_what_a_newer_service_tells_is_passed_over(script: Script) -> None:
-    def told(seq: int, kind: str, **more: Any) -> str:
+def test_previews_are_reported_and_unknown_events_are_ignored(script: Script) -> None:
+    def event_text(seq: int, kind: str, **more: Any) -> str:
         data = {"seq": seq, "type": kind, "at": NOW, "data": {}, **more}
         return f"id: {seq}\nevent: {kind}\ndata: {json.dumps(data)}\n\n"
 
     preview = {"index": 0, "step": 1, "total_steps": 4, "image": "data:image/jpeg;base64,"}
-    text = told(1, "queued", new_field=1)
+    text = event_text(1, "queued", new_field=1)
     text += f"event: preview\ndata: {json.dumps(preview)}\n\n"
-    text += told(2, "teleported") + told(3, "succeeded")
+    text += event_text(2, "teleported") + event_text(3, "succeeded")
     body = text.encode()
     client, _ = script(Answer(200, body, {"Content-Type": "text/event-stream"}))
     updates = list(client.jobs.follow(JOB))
     assert [(update.seq, update.preview is not None) for update in updates] == [(1, False), (1, True), (3, False)]
 
 
-def test_without_a_stream_it_polls(script: Script) -> None:
-    client, asked = script(
+def test_without_a_stream_the_client_polls(script: Script) -> None:
+    client, requests = script(
         problem(503, "too_many_streams", Retry_After="30"),
         Answer(200, job_body("queued", 1), {"Preference-Applied": "wait=10"}),
-        Answer(200, job_body("processing", 2)),  # no place to wait was left: the next is asked after a pause
+        Answer(200, job_body("processing", 2)),  # the server did not wait: the client pauses before the next request
         Answer(200, job_body("succeeded", 3), {"Preference-Applied": "wait=10"}),
     )
     updates = list(client.jobs.follow(JOB))
@@ -348,17 +355,17 @@ def test_without_a_stream_it_polls(script: Script) -> None:
         ("processing", 2),
         ("succeeded", 3),
     ]
-    assert [request.path.partition("?")[2] for request in asked] == ["", "after=0", "after=1", "after=2"]
-    assert asked[3].at - asked[2].at >= 0.9
+    assert [request.path.partition("?")[2] for request in requests] == ["", "after=0", "after=1", "after=2"]
+    assert requests[3].at - requests[2].at >= 0.9
 
 
-def test_a_job_that_had_ended_needs_no_stream(script: Script) -> None:
-    client, asked = script(Answer(204, b""), Answer(200, job_body("failed", 4)), Answer(200, job_body("failed", 4)))
+def test_an_ended_job_needs_no_stream(script: Script) -> None:
+    client, requests = script(Answer(204, b""), Answer(200, job_body("failed", 4)), Answer(200, job_body("failed", 4)))
     assert client.jobs.wait(JOB).state is JobState.FAILED
-    assert asked[0].path == f"/api/v1/jobs/{JOB}/events"
+    assert requests[0].path == f"/api/v1/jobs/{JOB}/events"
 
 
-def test_a_wait_ends_in_time(script: Script) -> None:
+def test_a_wait_ends_at_its_time_limit(script: Script) -> None:
     client, _ = script(*[Answer(200, job_body("processing", 2))] * 5)
     started = time.monotonic()
     with pytest.raises(WaitTimeoutError):
@@ -390,17 +397,17 @@ def output(content: bytes = CONTENT) -> OutputView:
     )
 
 
-def test_a_download_that_broke_or_was_changed_on_its_way_is_fetched_again(script: Script, tmp_path: Path) -> None:
+def test_a_broken_or_corrupt_download_is_fetched_again(script: Script, tmp_path: Path) -> None:
     wrong = b"THE bytes of an image"
-    client, asked = script(Answer(200, CONTENT, cut=5), Answer(200, wrong), Answer(200, CONTENT))
+    client, requests = script(Answer(200, CONTENT, cut=5), Answer(200, wrong), Answer(200, CONTENT))
     target = tmp_path / "new" / "image.png"
     client.outputs.download(output(), target)
     assert target.read_bytes() == CONTENT
-    assert len(asked) == 3
+    assert len(requests) == 3
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_failed_download_leaves_what_was_there(script: Script, tmp_path: Path) -> None:
+def test_a_failed_download_keeps_the_existing_file(script: Script, tmp_path: Path) -> None:
     client, _ = script(Answer(200, b"other"), retry_for_s=0)
     target = tmp_path / "image.png"
     target.write_bytes(b"before")
@@ -410,7 +417,7 @@ def test_a_failed_download_leaves_what_was_there(script: Script, tmp_path: Path)
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_the_client_loads_nothing_of_the_server() -> None:
+def test_the_client_imports_nothing_of_the_server() -> None:
     heavy = ["torch", "sqlalchemy", "celery", "redis", "flask", "numpy", "PIL", "pydantic_settings", "api_service"]
     program = f"import sys, afterimage_client; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The retrieval model, on a small open_clip folder loaded by the code that loads the real ones."""
+"""The retrieval model `Clip`, on a small open_clip folder that the product's own code loads."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from worker_service.models.clip import MAX_ASPECT, Clip
 
 
 def close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-4) -> bool:
-    """Batches of other sizes run other kernels: vectors of a float32 model agree to about 1e-6."""
+    """Whether vectors agree. Batches of different sizes run different kernels: float32 results agree to about 1e-6."""
     return np.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -53,16 +53,16 @@ def test_a_vector_does_not_depend_on_its_batch(clip: Clip) -> None:
     assert close(clip.encode_image(images), np.concatenate([clip.encode_image([image]) for image in images]))
 
 
-def test_other_texts_and_images_have_other_vectors(clip: Clip) -> None:
+def test_different_texts_and_images_have_different_vectors(clip: Clip) -> None:
     assert not close(*clip.encode_text(["a cat", "a dog"]))
     assert not close(*clip.encode_image([picture(1), picture(2)]))
 
 
-def test_nothing_to_encode_gives_no_vectors(clip: Clip) -> None:
+def test_an_empty_list_gives_no_vectors(clip: Clip) -> None:
     assert clip.encode_text([]).shape == clip.encode_image([]).shape == (0, clip.dim)
 
 
-def test_text_beyond_the_context_is_cut(clip: Clip) -> None:
+def test_text_longer_than_the_context_is_truncated(clip: Clip) -> None:
     assert close(clip.encode_text(["ab" * 500]), clip.encode_text(["ab" * 400]))
 
 
@@ -74,20 +74,20 @@ def test_images_of_every_mode_are_encoded_as_their_colours(clip: Clip, mode: str
 
 def test_the_space_is_the_same_in_every_process(clip: Clip, model_settings: ModelSettings) -> None:
     program = (
-        "import sys; from shared.settings import ModelSettings; from worker_service.clip import Clip;"
+        "import sys; from shared.settings import ModelSettings; from worker_service.models.clip import Clip;"
         "print(Clip.load(ModelSettings.model_validate_json(sys.argv[1])).space_digest)"
     )
-    there = subprocess.run(
+    other_process = subprocess.run(
         [sys.executable, "-c", program, model_settings.model_dump_json()],
         capture_output=True,
         text=True,
         check=True,
         timeout=120,
     )
-    assert there.stdout.split()[-1] == clip.space_digest
+    assert other_process.stdout.split()[-1] == clip.space_digest
 
 
-def test_the_space_is_the_same_wherever_the_folder_lies_and_in_every_dtype(
+def test_the_space_depends_neither_on_the_folders_path_nor_on_the_dtype(
     clip: Clip, small_models: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(small_models / "clip", tmp_path / "moved")
@@ -98,7 +98,7 @@ def test_the_space_is_the_same_wherever_the_folder_lies_and_in_every_dtype(
     assert close(moved.encode_text(["a cat"]), clip.encode_text(["a cat"]), tolerance=0.1)
 
 
-def test_other_weights_and_other_preprocessing_are_other_spaces(clip: Clip, tmp_path: Path) -> None:
+def test_different_weights_or_preprocessing_make_different_spaces(clip: Clip, tmp_path: Path) -> None:
     small_pipelines.save_clip(tmp_path / "other_weights", seed=1)
     other_weights = Clip.load(settings_for(f"local-dir:{tmp_path / 'other_weights'}"))
     assert other_weights.space_digest != clip.space_digest
@@ -124,15 +124,15 @@ def test_an_open_clip_name_loads_with_weights_from_a_file(tmp_path: Path) -> Non
     assert clip.name == f"tiny-of-this-test/{tmp_path / 'weights.pt'}"
 
 
-def test_numbers_gone_wrong_are_an_error_not_a_vector(model_settings: ModelSettings) -> None:
+def test_a_vector_that_is_not_finite_or_has_length_0_is_an_error(model_settings: ModelSettings) -> None:
     broken = Clip.load(model_settings)
     with torch.no_grad():
         broken.model.text_projection.fill_(float("nan"))
-    with pytest.raises(EmbeddingError, match="not numbers"):
+    with pytest.raises(EmbeddingError, match="not finite numbers"):
         broken.encode_text(["a cat"])
     with torch.no_grad():
         broken.model.text_projection.fill_(0)
-    with pytest.raises(EmbeddingError, match="without a direction"):
+    with pytest.raises(EmbeddingError, match="length 0"):
         broken.encode_text(["a cat"])
 
 
@@ -146,7 +146,7 @@ def test_numbers_gone_wrong_are_an_error_not_a_vector(model_settings: ModelSetti
         ("hf-hub:nobody/no-such-clip", None, "nobody/no-such-clip"),
     ],
 )
-def test_a_model_that_cannot_be_loaded_says_which_and_why(model: str, pretrained: str | None, cause: str) -> None:
+def test_a_load_error_names_the_model_and_the_cause(model: str, pretrained: str | None, cause: str) -> None:
     with pytest.raises(ModelLoadError, match=cause):
         Clip.load(settings_for(model, pretrained=pretrained))
 
@@ -159,7 +159,7 @@ def test_a_model_without_weights_is_not_loaded_with_random_ones(small_models: Pa
 
 
 @pytest.mark.parametrize("size", [(2000, 8), (8, 2000), (5000, 1)])
-def test_of_a_strip_the_middle_is_seen(clip: Clip, size: tuple[int, int]) -> None:
+def test_only_the_middle_of_a_very_long_image_is_encoded(clip: Clip, size: tuple[int, int]) -> None:
     strip = Image.linear_gradient("L").resize(size).convert("RGB")
     width, height = size
     longest = min(size) * MAX_ASPECT

@@ -1,4 +1,4 @@
-"""What is loaded, what it says it can do, and how it refuses."""
+"""Loading of diffusion pipelines: declared capabilities, load errors and refused requests."""
 
 import json
 import shutil
@@ -22,13 +22,22 @@ from shared.errors import (
 )
 from shared.settings import GeneratorDefaults, GeneratorSettings, IPAdapterSettings, ModelSettings
 from tests import small_pipelines
-from tests.unit.test_diffusion_batches import DIFFERENT, PIPELINES, REQUEST, ROUNDING, distance, draw, reference
+from tests.unit.test_diffusion_batches import (
+    DIFFERENT,
+    PIPELINES,
+    REQUEST,
+    ROUNDING,
+    distance,
+    generate_images,
+    reference,
+)
 from worker_service.models import loading, schedulers
 from worker_service.models.diffusion import Diffusion
 
 Loaded = Callable[[str], Diffusion]
-TEXTUAL = [Mode.NONE, Mode.CAPTION, Mode.IMG2IMG]
-ADAPTED = [*TEXTUAL, Mode.IMAGE_PROMPT, Mode.IMAGE_PROMPT_IMG2IMG]
+WITHOUT_ADAPTER = [Mode.IMG2IMG, Mode.CAPTION, Mode.NONE]
+WITH_ADAPTER = [Mode.IMAGE_PROMPT, Mode.IMG2IMG, Mode.IMAGE_PROMPT_IMG2IMG, Mode.CAPTION, Mode.NONE]
+"""In the order of `Mode`."""
 
 
 def load(**generator: Any) -> Diffusion:
@@ -41,16 +50,16 @@ def load(**generator: Any) -> Diffusion:
 @pytest.mark.parametrize(
     ("pipeline", "declared"),
     [
-        ("sd15", {"pipeline": "StableDiffusionPipeline", "modes": ADAPTED, "native_width": 64}),
-        ("sd15_plain", {"pipeline": "StableDiffusionPipeline", "modes": TEXTUAL, "loras": []}),
+        ("sd15", {"pipeline": "StableDiffusionPipeline", "modes": WITH_ADAPTER, "native_width": 64}),
+        ("sd15_plain", {"pipeline": "StableDiffusionPipeline", "modes": WITHOUT_ADAPTER, "loras": []}),
         ("sd15_lora", {"loras": ["ink", "neon"]}),
-        ("sdxl", {"pipeline": "StableDiffusionXLPipeline", "modes": ADAPTED, "supports_negative_prompt": True}),
-        ("sdxl_turbo", {"modes": TEXTUAL, "supports_guidance": True, "size_multiple": 16}),
+        ("sdxl", {"pipeline": "StableDiffusionXLPipeline", "modes": WITH_ADAPTER, "supports_negative_prompt": True}),
+        ("sdxl_turbo", {"modes": WITHOUT_ADAPTER, "supports_guidance": True, "size_multiple": 16}),
         (
             "flux",
             {
                 "pipeline": "FluxPipeline",
-                "modes": TEXTUAL,
+                "modes": WITHOUT_ADAPTER,
                 "native_width": 1024,
                 "schedulers": [],
                 "supports_negative_prompt": False,
@@ -59,36 +68,36 @@ def load(**generator: Any) -> Diffusion:
         ),
     ],
 )
-def test_a_pipeline_says_what_it_can_do(loaded: Loaded, pipeline: str, declared: dict[str, Any]) -> None:
+def test_a_pipeline_declares_its_capabilities(loaded: Loaded, pipeline: str, declared: dict[str, Any]) -> None:
     assert declared.items() <= loaded(pipeline).capabilities.model_dump().items()
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_every_mode_that_a_pipeline_declares_is_drawn(loaded: Loaded, pipeline: str) -> None:
+def test_every_declared_mode_generates_an_image(loaded: Loaded, pipeline: str) -> None:
     model = loaded(pipeline)
     for mode in map(Mode, model.capabilities.modes):
-        drawn = draw(model, replace(REQUEST, mode=mode, references=(reference(1),)))[0]
-        assert drawn.shape == (64, 64, 3)
+        generated = generate_images(model, replace(REQUEST, mode=mode, references=(reference(1),)))[0]
+        assert generated.shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("pipeline", ["sd15", "sd15_plain", "sd15_lora", "sdxl", "sdxl_plus", "sdxl_turbo"])
 def test_a_model_warms_up(loaded: Loaded, pipeline: str) -> None:
     model = loaded(pipeline)
-    before = draw(model, REQUEST)[0]
+    before = generate_images(model, REQUEST)[0]
     model.warm_up()
-    assert distance(draw(model, REQUEST)[0], before) == 0
+    assert distance(generate_images(model, REQUEST)[0], before) == 0
 
 
-def test_guidance_is_off_up_to_one(loaded: Loaded) -> None:
+def test_guidance_is_off_up_to_a_scale_of_1(loaded: Loaded) -> None:
     model = loaded("sdxl_turbo")
     off, one, on = (
-        draw(model, replace(REQUEST, guidance_scale=scale, num_inference_steps=1))[0] for scale in (0, 1, 3)
+        generate_images(model, replace(REQUEST, guidance_scale=scale, num_inference_steps=1))[0] for scale in (0, 1, 3)
     )
     assert distance(off, one) == 0
     assert distance(off, on) > 0
 
 
-def test_the_digest_names_the_weights(loaded: Loaded, tmp_path: Path) -> None:
+def test_the_weights_digest_changes_with_the_weights(loaded: Loaded, tmp_path: Path) -> None:
     digest = loaded("sd15_plain").capabilities.weights_digest
     small_pipelines.save_sd15(tmp_path / "same")
     small_pipelines.save_sd15(tmp_path / "other", seed=1)
@@ -97,7 +106,7 @@ def test_the_digest_names_the_weights(loaded: Loaded, tmp_path: Path) -> None:
     assert loaded("sd15").capabilities.weights_digest != digest
 
 
-def test_half_precision_is_drawn_too(model_settings: ModelSettings, loaded: Loaded) -> None:
+def test_half_precision_generates_a_similar_image(model_settings: ModelSettings, loaded: Loaded) -> None:
     settings = model_settings.generators["sd15_lora"].model_copy(update={"dtype": "bfloat16"})
     half = load(**settings.model_dump())
     assert half.capabilities.dtype == "bfloat16"
@@ -106,24 +115,25 @@ def test_half_precision_is_drawn_too(model_settings: ModelSettings, loaded: Load
     request = replace(
         REQUEST, mode=Mode.IMAGE_PROMPT_IMG2IMG, references=(reference(1), reference(2)), loras=(("ink", 0.5),)
     )
-    drawn, expected = draw(half, request)[0].astype(float), draw(loaded("sd15_lora"), request)[0].astype(float)
-    assert abs(drawn - expected).mean() < 10
+    generated = generate_images(half, request)[0].astype(float)
+    expected = generate_images(loaded("sd15_lora"), request)[0].astype(float)
+    assert abs(generated - expected).mean() < 10
 
 
-def test_a_lora_acts_only_in_the_calls_that_name_it(loaded: Loaded) -> None:
+def test_a_lora_changes_only_the_calls_that_name_it(loaded: Loaded) -> None:
     model, plain = loaded("sd15_lora"), loaded("sd15")
     request = replace(REQUEST, mode=Mode.IMAGE_PROMPT, references=(reference(1),))
-    bare = draw(plain, request)[0]
-    assert distance(draw(model, request)[0], bare) <= ROUNDING
-    ink, neon, both, none = (
-        draw(model, replace(request, loras=loras))[0]
+    bare = generate_images(plain, request)[0]
+    assert distance(generate_images(model, request)[0], bare) <= ROUNDING
+    ink, neon, both, scale_0 = (
+        generate_images(model, replace(request, loras=loras))[0]
         for loras in [(("ink", 1.0),), (("neon", 1.0),), (("ink", 1.0), ("neon", 1.0)), (("ink", 0.0),)]
     )
     images = [bare, ink, neon, both]
     assert all(distance(a, b) > DIFFERENT for i, a in enumerate(images) for b in images[:i])
-    assert distance(none, bare) <= ROUNDING
-    assert distance(draw(model, request)[0], bare) <= ROUNDING
-    assert distance(draw(model, replace(request, loras=(("ink", 1.0),)))[0], ink) == 0
+    assert distance(scale_0, bare) <= ROUNDING
+    assert distance(generate_images(model, request)[0], bare) <= ROUNDING
+    assert distance(generate_images(model, replace(request, loras=(("ink", 1.0),)))[0], ink) == 0
 
 
 @pytest.mark.parametrize(
@@ -137,25 +147,25 @@ def test_a_lora_acts_only_in_the_calls_that_name_it(loaded: Loaded) -> None:
         ("flux", {"negative_prompt": "blurry"}, UnsupportedParameterError),
     ],
 )
-def test_what_was_accepted_before_the_model_was_known_fails_with_the_same_error(
+def test_the_model_refuses_an_unsupported_request_with_the_error_of_the_api(
     loaded: Loaded, pipeline: str, change: dict[str, Any], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        draw(loaded(pipeline), replace(REQUEST, **change))
+        generate_images(loaded(pipeline), replace(REQUEST, **change))
 
 
-def test_pixels_that_are_not_numbers_are_an_error(model_settings: ModelSettings) -> None:
+def test_pixels_that_are_not_finite_are_an_error(model_settings: ModelSettings) -> None:
     broken = Diffusion.load("sd15_plain", model_settings)
     with torch.no_grad():
         broken.text_to_image.vae.decoder.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(InvalidOutputError, match="not numbers"):
-        draw(broken, REQUEST)
+    with pytest.raises(InvalidOutputError, match="not finite numbers"):
+        generate_images(broken, REQUEST)
 
 
-def test_a_generator_that_the_settings_do_not_name_is_unknown(model_settings: ModelSettings) -> None:
+def test_a_generator_that_is_not_in_the_settings_is_not_found(model_settings: ModelSettings) -> None:
     with pytest.raises(ModelNotFoundError) as refused:
         Diffusion.load("nobody", model_settings)
-    assert refused.value.context == {"model": "nobody"}
+    assert refused.value.context == {"model": "nobody", "models": sorted(model_settings.generators)}
 
 
 def sd15_adapter(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -195,7 +205,7 @@ def sd15_adapter(folder: Path, **changes: Any) -> dict[str, Any]:
                 "source": str(models / "sd15"),
                 "ip_adapter": sd15_adapter(models / "sd15", conditions_on="image"),
             },
-            "brings an image encoder",
+            "has an image encoder",
         ),
         (
             lambda models: {
@@ -206,7 +216,7 @@ def sd15_adapter(folder: Path, **changes: Any) -> dict[str, Any]:
         ),
         (
             lambda models: {"source": str(models / "flux"), "ip_adapter": sd15_adapter(models / "sd15")},
-            "FluxPipeline takes no IP-Adapter",
+            "FluxPipeline supports no IP-Adapter",
         ),
         (
             lambda models: {
@@ -221,7 +231,7 @@ def sd15_adapter(folder: Path, **changes: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_what_cannot_be_loaded_is_named_with_its_cause(
+def test_a_load_error_names_the_cause_in_one_line(
     small_models: Path, generator: Callable[[Path], dict[str, Any]], cause: str
 ) -> None:
     with pytest.raises(ModelLoadError, match=cause) as refused:
@@ -240,15 +250,15 @@ def test_a_pickle_is_never_read(small_models: Path, tmp_path: Path, part: str) -
         load(source=str(tmp_path / "sd15"))
 
 
-def test_a_scheduler_with_noise_of_its_own_is_refused(small_models: Path, tmp_path: Path) -> None:
+def test_a_scheduler_that_adds_unseeded_noise_is_refused(small_models: Path, tmp_path: Path) -> None:
     shutil.copytree(small_models / "flux", tmp_path / "flux")
     config = tmp_path / "flux" / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"stochastic_sampling": false', '"stochastic_sampling": true'))
-    with pytest.raises(ModelLoadError, match="seeds do not decide"):
+    with pytest.raises(ModelLoadError, match="does not depend on the images' seeds"):
         load(source=str(tmp_path / "flux"))
 
 
-def name_part(pipeline: Path, part: str, library: str, class_name: str) -> None:
+def set_class_of_part(pipeline: Path, part: str, library: str, class_name: str) -> None:
     index = pipeline / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {part: [library, class_name]}))
 
@@ -258,15 +268,13 @@ def test_code_that_comes_with_a_model_is_never_run(small_models: Path, tmp_path:
     ran = tmp_path / "ran"
     code = f"open({str(ran)!r}, 'w')\nfrom diffusers import UNet2DConditionModel as MyUNet\n"
     (tmp_path / "sd15" / "unet" / "my_unet.py").write_text(code)
-    name_part(tmp_path / "sd15", "unet", "my_unet", "MyUNet")
+    set_class_of_part(tmp_path / "sd15", "unet", "my_unet", "MyUNet")
     with pytest.raises(ModelLoadError):
         load(source=str(tmp_path / "sd15"))
     assert not ran.exists()
 
 
-def test_a_model_trained_from_pure_noise_is_offered_only_schedulers_that_start_there(
-    small_models: Path, tmp_path: Path
-) -> None:
+def test_a_zero_snr_model_offers_only_schedulers_that_start_from_pure_noise(small_models: Path, tmp_path: Path) -> None:
     shutil.copytree(small_models / "sd15", tmp_path / "sd15")
     own = DDIMScheduler(
         rescale_betas_zero_snr=True,
@@ -276,19 +284,19 @@ def test_a_model_trained_from_pure_noise_is_offered_only_schedulers_that_start_t
         clip_sample=False,
     )
     own.save_pretrained(tmp_path / "sd15" / "scheduler")
-    name_part(tmp_path / "sd15", "scheduler", "diffusers", "DDIMScheduler")
+    set_class_of_part(tmp_path / "sd15", "scheduler", "diffusers", "DDIMScheduler")
     model = load(source=str(tmp_path / "sd15"))
     assert {"ddim", "euler", "dpm++_2m"} <= set(model.capabilities.schedulers)
     assert {"pndm", "heun", "dpm++_2m_karras"}.isdisjoint(model.capabilities.schedulers)
     for scheduler in model.capabilities.schedulers:
-        assert draw(model, replace(REQUEST, scheduler=scheduler, num_inference_steps=12))[0].std() > 0
+        assert generate_images(model, replace(REQUEST, scheduler=scheduler, num_inference_steps=12))[0].std() > 0
 
 
-def test_no_scheduler_to_choose_from_draws_noise_of_its_own() -> None:
+def test_no_offered_scheduler_adds_unseeded_noise() -> None:
     assert "DPMSolverSDEScheduler" not in {class_name for class_name, _ in schedulers.ALLOWED.values()}
 
 
-def test_a_process_that_loads_offline_asks_no_hub_again(loaded: Loaded) -> None:
+def test_a_process_that_loads_offline_sets_the_hub_to_offline_mode(loaded: Loaded) -> None:
     loaded("sd15")
     assert huggingface_hub.is_offline_mode()
 
@@ -302,6 +310,6 @@ def test_the_settings_decide_the_threads_of_a_model_process(model_settings: Mode
     torch.set_num_threads(before)
 
 
-def test_a_request_that_says_nothing_gets_the_settings_defaults(small_models: Path) -> None:
+def test_a_generator_has_the_defaults_of_its_settings(small_models: Path) -> None:
     model = load(source=str(small_models / "sd15"), defaults=GeneratorDefaults(num_inference_steps=7).model_dump())
     assert model.defaults.num_inference_steps == 7

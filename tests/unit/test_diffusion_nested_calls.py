@@ -1,4 +1,4 @@
-"""A call between two steps of another one changes no bit of either: on small pipelines of the real classes."""
+"""A model call between two steps of another call changes no bit of either. Small pipelines of the real classes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,126 +7,126 @@ import numpy as np
 import pytest
 
 from shared.contracts.generation import Mode
-from tests.unit.test_diffusion_batches import DIFFERENT, REQUEST, Looking, distance, draw, reference
-from worker_service.models.diffusion import Conditions, Diffusion
-from worker_service.models.generate_batch import Drawn
-from worker_service.models.generate_batch import draw as draw_in_little_memory
-from worker_service.models.interface import ImageRequest, Interrupted
+from tests.unit.test_diffusion_batches import DIFFERENT, REQUEST, PreviewRecorder, distance, generate_images, reference
+from worker_service.execution.steps import CallStopped
+from worker_service.models.diffusion import Diffusion, PipelineState
+from worker_service.models.generate_batch import GeneratedImage, generate_batch
+from worker_service.models.interface import ImageRequest
 
 Loaded = Callable[[str], Diffusion]
 
 
-def several(**common: object) -> list[ImageRequest]:
+def two_requests(**common: object) -> list[ImageRequest]:
     return [replace(REQUEST, seed=seed, **common) for seed in (1, 2)]  # type: ignore[arg-type]
 
 
-OUTER = several(mode=Mode.IMAGE_PROMPT, references=(reference(1), reference(2, weight=2)), num_inference_steps=4)
+OUTER = two_requests(mode=Mode.IMAGE_PROMPT, references=(reference(1), reference(2, weight=2)))
 INNER = {
     "bare": [replace(REQUEST, prompt="a dog")],
-    "unguided": several(guidance_scale=0.0),
-    "another scheduler, more steps": several(scheduler="dpm++_2m", num_inference_steps=6),
-    "another scale, other references": several(
+    "unguided": two_requests(guidance_scale=0.0),
+    "another scheduler, more steps": two_requests(scheduler="dpm++_2m", num_inference_steps=4),
+    "another scale, other references": two_requests(
         mode=Mode.IMAGE_PROMPT, references=(reference(3),), ip_adapter_scale=0.3, width=96
     ),
-    "from an image": several(mode=Mode.IMAGE_PROMPT_IMG2IMG, references=(reference(4),), strength=0.5),
+    "from an image": two_requests(mode=Mode.IMAGE_PROMPT_IMG2IMG, references=(reference(4),), strength=0.5),
 }
 
 
 def between_steps(
     model: Diffusion, outer: list[ImageRequest], inner: list[ImageRequest]
 ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """The images of `outer`, and those of `inner` drawn inside of that call after each of its steps."""
+    """The images of `outer`, and those of `inner`, generated inside the outer call after each of its steps."""
     inside: list[list[np.ndarray]] = []
 
     def on_step(step: int, steps: int) -> bool:
-        inside.append(draw(model, *inner))
+        inside.append(generate_images(model, *inner))
         return True
 
     return model.generate(outer, on_step), inside
 
 
-def same(some: list[np.ndarray], others: list[np.ndarray]) -> bool:
+def are_equal(some: list[np.ndarray], others: list[np.ndarray]) -> bool:
     return [distance(a, b) for a, b in zip(some, others, strict=True)] == [0] * len(some)
 
 
-def assert_unharmed(model: Diffusion, outer: list[ImageRequest], inner: list[ImageRequest]) -> None:
+def assert_independent(model: Diffusion, outer: list[ImageRequest], inner: list[ImageRequest]) -> None:
     outside, inside = between_steps(model, outer, inner)
-    assert same(outside, draw(model, *outer))
-    expected = draw(model, *inner)
+    assert are_equal(outside, generate_images(model, *outer))
+    expected = generate_images(model, *inner)
     assert inside
-    assert all(same(images, expected) for images in inside)
+    assert all(are_equal(images, expected) for images in inside)
 
 
 @pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
 @pytest.mark.parametrize("pipeline", ["sd15", "sdxl", "sdxl_plus"])
-def test_references_and_schedulers_are_those_of_the_call(
+def test_each_call_uses_its_own_references_and_scheduler(
     loaded: Loaded, pipeline: str, inner: list[ImageRequest]
 ) -> None:
-    assert_unharmed(loaded(pipeline), OUTER, inner)
-    assert_unharmed(loaded(pipeline), inner, OUTER)
+    assert_independent(loaded(pipeline), OUTER, inner)
+    assert_independent(loaded(pipeline), inner, OUTER)
 
 
 @pytest.mark.parametrize("pipeline", ["sdxl_turbo", "flux"])
-def test_a_pipeline_without_adapter_can_be_entered_again(loaded: Loaded, pipeline: str) -> None:
-    assert_unharmed(loaded(pipeline), several(guidance_scale=2.0), [replace(REQUEST, width=96)])
+def test_calls_of_a_pipeline_without_adapter_can_be_nested(loaded: Loaded, pipeline: str) -> None:
+    assert_independent(loaded(pipeline), two_requests(guidance_scale=2.0), [replace(REQUEST, width=96)])
 
 
 @pytest.mark.parametrize("loras", [(), (("neon", 1.0),), (("ink", 0.2),)])
-def test_loras_are_those_of_the_call(loaded: Loaded, loras: tuple[tuple[str, float], ...]) -> None:
-    model, outer = loaded("sd15_lora"), several(loras=(("ink", 0.9),))
-    assert_unharmed(model, outer, several(loras=loras))
-    assert distance(draw(model, *outer)[0], draw(model, *several(loras=loras))[0]) > 0
+def test_each_call_uses_its_own_loras(loaded: Loaded, loras: tuple[tuple[str, float], ...]) -> None:
+    model, outer = loaded("sd15_lora"), two_requests(loras=(("ink", 0.9),))
+    assert_independent(model, outer, two_requests(loras=loras))
+    assert distance(generate_images(model, *outer)[0], generate_images(model, *two_requests(loras=loras))[0]) > 0
 
 
-def test_a_call_inside_of_one_that_is_inside(loaded: Loaded) -> None:
+def test_calls_can_be_nested_twice(loaded: Loaded) -> None:
     model = loaded("sd15")
     middle, innermost = INNER["unguided"], INNER["from an image"]
     inside: list[np.ndarray] = []
 
     def on_step(step: int, steps: int) -> bool:
-        drawn, further_inside = between_steps(model, middle, innermost)
-        inside[:] = [*drawn, *further_inside[-1]]
+        generated, further_inside = between_steps(model, middle, innermost)
+        inside[:] = [*generated, *further_inside[-1]]
         return True
 
-    assert same(model.generate(OUTER, on_step), draw(model, *OUTER))
-    assert same(inside, [*draw(model, *middle), *draw(model, *innermost)])
+    assert are_equal(model.generate(OUTER, on_step), generate_images(model, *OUTER))
+    assert are_equal(inside, [*generate_images(model, *middle), *generate_images(model, *innermost)])
 
 
-def test_one_that_fails_or_is_stopped_harms_not_the_other(loaded: Loaded) -> None:
+def test_an_interrupted_inner_call_does_not_change_the_outer_call(loaded: Loaded) -> None:
     model = loaded("sd15")
-    expected = draw(model, *OUTER)
+    expected = generate_images(model, *OUTER)
 
     def on_step(step: int, steps: int) -> bool:
-        with pytest.raises(Interrupted):
+        with pytest.raises(CallStopped):
             model.generate(INNER["from an image"], lambda _step, _steps: False)
         return True
 
-    assert same(model.generate(OUTER, on_step), expected)
-    assert model.conditions == Conditions()
+    assert are_equal(model.generate(OUTER, on_step), expected)
+    assert model.state == PipelineState()
 
 
-def test_both_are_looked_at(loaded: Loaded) -> None:
-    model, outer, inner = loaded("sd15"), Looking(), Looking()
-    mine = replace(OUTER[0], onlooker=outer)
-    other = replace(OUTER[1], onlooker=inner)
-    between_steps(model, [mine], [other])
-    alone = Looking()
-    draw(model, replace(mine, onlooker=alone))
-    assert distance(outer.seen[0][1], alone.seen[0][1]) == 0
+def test_both_calls_give_previews_of_their_own(loaded: Loaded) -> None:
+    model, outer, inner = loaded("sd15"), PreviewRecorder(), PreviewRecorder()
+    outer_request = replace(OUTER[0], preview_listener=outer)
+    inner_request = replace(OUTER[1], preview_listener=inner)
+    between_steps(model, [outer_request], [inner_request])
+    single = PreviewRecorder()
+    generate_images(model, replace(outer_request, preview_listener=single))
+    assert distance(outer.seen[0][1], single.seen[0][1]) == 0
     assert distance(outer.seen[0][1], inner.seen[0][1]) > DIFFERENT
 
 
-def test_what_saves_memory_is_that_of_the_call(loaded: Loaded) -> None:
-    """Tiles change pixels: an image that fits without them is drawn without, also inside of a call that needs them."""
+def test_memory_savers_apply_only_to_their_own_call(loaded: Loaded) -> None:
+    """Tiles change pixels. An image that fits without them gets none, even inside a call that needs them."""
     model = loaded("sd15")
     vae = model.text_to_image.vae
-    inside: list[Drawn] = []
+    inside: list[GeneratedImage] = []
     tiled: list[bool] = []
     hook = vae.decoder.register_forward_pre_hook(lambda *_: tiled.append(vae.use_tiling))
 
     def on_step(step: int, steps: int) -> bool:
         if step == steps:
-            inside.extend(draw_in_little_memory(model, [REQUEST], lambda _step, _steps: True))
+            inside.extend(generate_batch(model, [REQUEST], lambda _step, _steps: True))
         return True
 
     with model.saving_memory(["vae_tiling"]):

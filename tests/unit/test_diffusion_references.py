@@ -1,4 +1,4 @@
-"""How references shape the image: against diffusers' own calls, which condition one image at a time."""
+"""References condition the image as diffusers' own calls do, which take one image at a time."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,19 +10,28 @@ from PIL import Image
 
 from shared.contracts.generation import Mode
 from shared.errors import ImageGenerationError, ReferenceUnavailableError
-from tests.unit.test_diffusion_batches import DIFFERENT, REQUEST, ROUNDING, distance, draw, noting, reference
+from tests.unit.test_diffusion_batches import (
+    DIFFERENT,
+    REQUEST,
+    ROUNDING,
+    distance,
+    generate_images,
+    record_steps,
+    reference,
+)
+from worker_service.execution.steps import CallStopped
 from worker_service.models import conditioning, schedulers
-from worker_service.models.diffusion import Conditions, Diffusion
-from worker_service.models.interface import ImageRequest, Interrupted, Reference
+from worker_service.models.diffusion import Diffusion, PipelineState
+from worker_service.models.interface import ImageRequest, Reference
 
 Loaded = Callable[[str], Diffusion]
 PROMPTED = replace(REQUEST, mode=Mode.IMAGE_PROMPT, references=(reference(1),))
 
 
-def drawn_by_diffusers(model: Diffusion, request: ImageRequest, **conditions: object) -> np.ndarray:
-    """The image of `request`, asked of the bare pipeline as its documentation says."""
+def generated_by_diffusers(model: Diffusion, request: ImageRequest, **conditions: object) -> np.ndarray:
+    """The image of `request` from the bare pipeline, called as its documentation says."""
     pipeline = model.text_to_image
-    pipeline.scheduler = schedulers.fresh(model.own_scheduler, None)
+    pipeline.scheduler = schedulers.new_scheduler(model.own_scheduler, None)
     images = pipeline(
         request.prompt,
         width=request.width,
@@ -36,43 +45,43 @@ def drawn_by_diffusers(model: Diffusion, request: ImageRequest, **conditions: ob
     return np.asarray((images[0] * 255).round(), np.uint8)
 
 
-def test_a_stored_vector_conditions_as_diffusers_own_embeds_do(loaded: Loaded) -> None:
+def test_a_stored_vector_conditions_like_the_image_embeds_of_diffusers(loaded: Loaded) -> None:
     model = loaded("sd15")
-    drawn = draw(model, PROMPTED)[0]
+    generated = generate_images(model, PROMPTED)[0]
     assert PROMPTED.references[0].vector is not None
     vector = torch.from_numpy(PROMPTED.references[0].vector)[None, None]
     model.text_to_image.set_ip_adapter_scale(PROMPTED.ip_adapter_scale)
-    theirs = drawn_by_diffusers(
+    by_diffusers = generated_by_diffusers(
         model, PROMPTED, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(vector), vector])]
     )
-    assert distance(drawn, theirs) <= ROUNDING
+    assert distance(generated, by_diffusers) <= ROUNDING
 
 
 @pytest.mark.parametrize("pipeline", ["sdxl", "sdxl_plus"])
 def test_an_image_is_encoded_by_the_adapters_own_encoder(loaded: Loaded, pipeline: str) -> None:
     model = loaded(pipeline)
-    drawn = draw(model, PROMPTED)[0]
+    generated = generate_images(model, PROMPTED)[0]
     model.text_to_image.set_ip_adapter_scale(PROMPTED.ip_adapter_scale)
-    theirs = drawn_by_diffusers(model, PROMPTED, ip_adapter_image=PROMPTED.references[0].image)
-    assert distance(drawn, theirs) <= ROUNDING
+    by_diffusers = generated_by_diffusers(model, PROMPTED, ip_adapter_image=PROMPTED.references[0].image)
+    assert distance(generated, by_diffusers) <= ROUNDING
     without_vector = replace(PROMPTED, references=(replace(PROMPTED.references[0], vector=None),))
-    assert distance(draw(model, without_vector)[0], drawn) == 0
+    assert distance(generate_images(model, without_vector)[0], generated) == 0
 
 
-def test_weights_are_the_shares_that_diffusers_gives_with_one_scale_per_image(loaded: Loaded) -> None:
+def test_weights_act_like_one_scale_per_image_in_diffusers(loaded: Loaded) -> None:
     model = loaded("sdxl")
     request = replace(PROMPTED, references=(reference(1, weight=1), reference(2, weight=3)))
-    drawn = draw(model, request)[0]
+    generated = generate_images(model, request)[0]
     model.text_to_image.set_ip_adapter_scale([[0.25 * request.ip_adapter_scale, 0.75 * request.ip_adapter_scale]])
-    theirs = drawn_by_diffusers(
+    by_diffusers = generated_by_diffusers(
         model,
         request,
         ip_adapter_image=[[used.image for used in request.references]],
         cross_attention_kwargs={"ip_adapter_masks": [torch.ones(1, 2, 64, 64)]},
     )
-    assert distance(drawn, theirs) <= ROUNDING
+    assert distance(generated, by_diffusers) <= ROUNDING
     evenly = replace(PROMPTED, references=(reference(1), reference(2)))
-    assert distance(draw(model, evenly)[0], drawn) > DIFFERENT
+    assert distance(generate_images(model, evenly)[0], generated) > DIFFERENT
 
 
 @pytest.mark.parametrize("pipeline", ["sd15", "sdxl"])
@@ -80,48 +89,48 @@ def test_only_the_ratio_of_the_weights_counts(loaded: Loaded, pipeline: str) -> 
     model = loaded(pipeline)
     request = replace(PROMPTED, references=(reference(1, weight=0.1), reference(2, weight=0.3)))
     tenfold = replace(PROMPTED, references=(reference(1, weight=1), reference(2, weight=3)))
-    assert distance(draw(model, request)[0], draw(model, tenfold)[0]) <= ROUNDING
+    assert distance(generate_images(model, request)[0], generate_images(model, tenfold)[0]) <= ROUNDING
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0])
-def test_a_reference_without_weight_is_as_absent(loaded: Loaded, weight: float) -> None:
+def test_a_reference_without_weight_has_no_effect(loaded: Loaded, weight: float) -> None:
     model = loaded("sd15")
     more = replace(PROMPTED, references=(reference(2, weight=weight), *PROMPTED.references))
-    assert distance(draw(model, more)[0], draw(model, PROMPTED)[0]) <= ROUNDING
+    assert distance(generate_images(model, more)[0], generate_images(model, PROMPTED)[0]) <= ROUNDING
 
 
 @pytest.mark.parametrize("guidance_scale", [3.0, 0.0])
 @pytest.mark.parametrize("mode", [Mode.NONE, Mode.CAPTION, Mode.IMG2IMG])
-def test_a_mode_without_image_prompt_draws_as_if_there_were_no_adapter(
-    loaded: Loaded, mode: Mode, guidance_scale: float
-) -> None:
+def test_a_mode_without_image_prompt_ignores_the_adapter(loaded: Loaded, mode: Mode, guidance_scale: float) -> None:
     adapted, plain = loaded("sd15"), loaded("sd15_plain")
     request = replace(REQUEST, mode=mode, guidance_scale=guidance_scale, references=(reference(1),))
     prompted = replace(
-        request, mode=Mode.IMAGE_PROMPT_IMG2IMG if mode.uses_initial_image else Mode.IMAGE_PROMPT, seed=8
+        request, mode=Mode.IMAGE_PROMPT_IMG2IMG if mode.traits.uses_initial_image else Mode.IMAGE_PROMPT, seed=8
     )
-    expected = draw(plain, request)[0]
-    assert distance(draw(adapted, request)[0], expected) <= ROUNDING
-    beside, with_adapter = draw(adapted, request, prompted)
-    assert distance(beside, expected) <= ROUNDING
-    assert distance(with_adapter, draw(plain, replace(prompted, mode=mode))[0]) > DIFFERENT
+    expected = generate_images(plain, request)[0]
+    assert distance(generate_images(adapted, request)[0], expected) <= ROUNDING
+    without_image_prompt, with_image_prompt = generate_images(adapted, request, prompted)
+    assert distance(without_image_prompt, expected) <= ROUNDING
+    assert distance(with_image_prompt, generate_images(plain, replace(prompted, mode=mode))[0]) > DIFFERENT
 
 
-def test_the_adapters_scale_is_that_of_its_own_call(loaded: Loaded) -> None:
+def test_the_adapter_scale_applies_only_to_its_own_call(loaded: Loaded) -> None:
     model = loaded("sd15")
     strong, weak = (replace(PROMPTED, ip_adapter_scale=scale) for scale in (1.0, 0.0))
-    first = draw(model, strong)[0]
-    assert distance(draw(model, weak)[0], draw(model, replace(weak, mode=Mode.NONE))[0]) <= ROUNDING
-    assert distance(draw(model, strong)[0], first) == 0
+    first = generate_images(model, strong)[0]
+    assert (
+        distance(generate_images(model, weak)[0], generate_images(model, replace(weak, mode=Mode.NONE))[0]) <= ROUNDING
+    )
+    assert distance(generate_images(model, strong)[0], first) == 0
 
 
-def test_the_initial_image_is_the_heaviest_references(loaded: Loaded) -> None:
+def test_the_initial_image_is_the_reference_with_the_highest_weight(loaded: Loaded) -> None:
     model = loaded("sd15_plain")
     light, heavy = reference(1, weight=1), reference(2, weight=2)
     request = replace(REQUEST, mode=Mode.IMG2IMG, references=(light, heavy))
-    drawn = draw(model, request)[0]
-    assert distance(drawn, draw(model, replace(request, references=(heavy,)))[0]) == 0
-    assert distance(drawn, draw(model, replace(request, references=(light,)))[0]) > DIFFERENT
+    generated = generate_images(model, request)[0]
+    assert distance(generated, generate_images(model, replace(request, references=(heavy,)))[0]) == 0
+    assert distance(generated, generate_images(model, replace(request, references=(light,)))[0]) > DIFFERENT
 
 
 def test_the_initial_image_fills_the_canvas_undistorted() -> None:
@@ -130,7 +139,7 @@ def test_the_initial_image_fills_the_canvas_undistorted() -> None:
     request = replace(REQUEST, mode=Mode.IMG2IMG, references=(replace(reference(1), image=wide),))
     initial = conditioning.initial_image(request)
     assert initial.size == (64, 64)
-    assert np.asarray(initial)[:, :, 0].min() > 200  # red up to the seams, which are blended
+    assert np.asarray(initial)[:, :, 0].min() > 200  # red up to the edges, which are blended
 
 
 @pytest.mark.parametrize("pipeline", ["sd15_plain", "sdxl_turbo", "flux"])
@@ -139,42 +148,42 @@ def test_a_low_strength_still_runs_a_step(loaded: Loaded, pipeline: str, steps: 
     request = replace(
         REQUEST, mode=Mode.IMG2IMG, references=(reference(1),), num_inference_steps=steps, strength=strength
     )
-    told: list[tuple[int, int]] = []
-    loaded(pipeline).generate([request], noting(told))
-    assert told
-    assert told[-1][0] == told[-1][1]
+    reported: list[tuple[int, int]] = []
+    loaded(pipeline).generate([request], record_steps(reported))
+    assert reported
+    assert reported[-1][0] == reported[-1][1]
 
 
-def test_captions_follow_the_prompt_heaviest_first_and_two_at_most() -> None:
+def test_at_most_two_captions_follow_the_prompt_in_order_of_weight() -> None:
     references = tuple(
         reference(i, weight=weight, caption=caption)
         for i, (weight, caption) in enumerate([(1, "a pear"), (3, "a plum"), (2, "a fig"), (0.5, "a lime")])
     )
     request = replace(REQUEST, mode=Mode.CAPTION, references=references)
-    assert conditioning.worded_prompt(request, None) == "a red apple, a plum, a fig"
+    assert conditioning.prompt_with_captions(request, None) == "a red apple, a plum, a fig"
 
 
-def test_a_caption_that_adds_nothing_is_left_out() -> None:
+def test_an_empty_or_repeated_caption_is_left_out() -> None:
     captions = ["Red Apple", "a plum", " a PLUM ", None, "", "a fig"]
     references = tuple(replace(reference(i), caption=caption) for i, caption in enumerate(captions))
     request = replace(REQUEST, mode=Mode.CAPTION, references=references)
-    assert conditioning.worded_prompt(request, None) == "a red apple, a plum, a fig"
+    assert conditioning.prompt_with_captions(request, None) == "a red apple, a plum, a fig"
 
 
-def test_a_caption_for_which_the_tokenizer_has_no_room_is_left_out(loaded: Loaded) -> None:
+def test_a_caption_beyond_the_limit_of_the_tokenizer_is_left_out(loaded: Loaded) -> None:
     tokenizer = loaded("sd15").text_to_image.tokenizer  # one token per letter, 77 with start and end
     request = replace(
         REQUEST,
         mode=Mode.CAPTION,
         references=(reference(1, weight=2, caption="a" * 70), reference(2, caption="b" * 60)),
     )
-    worded = conditioning.worded_prompt(request, tokenizer)
-    assert worded == "a red apple, " + "b" * 60
-    assert len(tokenizer(worded).input_ids) <= tokenizer.model_max_length
+    with_captions = conditioning.prompt_with_captions(request, tokenizer)
+    assert with_captions == "a red apple, " + "b" * 60
+    assert len(tokenizer(with_captions).input_ids) <= tokenizer.model_max_length
 
 
-def test_captions_are_used_in_no_other_mode() -> None:
-    assert conditioning.worded_prompt(PROMPTED, None) == PROMPTED.prompt
+def test_the_image_prompt_mode_uses_no_captions() -> None:
+    assert conditioning.prompt_with_captions(PROMPTED, None) == PROMPTED.prompt
 
 
 @pytest.mark.parametrize(
@@ -191,28 +200,28 @@ def test_captions_are_used_in_no_other_mode() -> None:
         ),
     ],
 )
-def test_a_reference_that_cannot_condition_is_named(
+def test_an_unusable_reference_is_an_error_that_names_the_cause(
     loaded: Loaded, pipeline: str, request_: ImageRequest, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        draw(loaded(pipeline), request_)
+        generate_images(loaded(pipeline), request_)
 
 
-def test_rows_that_the_pipeline_would_mix_are_refused(loaded: Loaded) -> None:
+def test_an_image_prompt_with_a_wrong_number_of_rows_is_refused(loaded: Loaded) -> None:
     model = loaded("sd15")
     two_rows = conditioning.ImagePrompt.of(
         model.text_to_image, [PROMPTED, PROMPTED], conditions_on="embedding_space", guided=True, aspect=(4, 4)
     )
     with (
-        model._under(Conditions(image_prompt=two_rows)),
+        model._with_state(PipelineState(image_prompt=two_rows)),
         pytest.raises(ImageGenerationError, match="runs 2 rows, the image prompt has 4"),
     ):
-        drawn_by_diffusers(model, PROMPTED, **two_rows.arguments())
+        generated_by_diffusers(model, PROMPTED, **two_rows.arguments())
 
 
-def test_the_conditions_of_a_call_do_not_outlive_it(loaded: Loaded) -> None:
+def test_the_pipeline_state_of_a_call_ends_with_it(loaded: Loaded) -> None:
     model = loaded("sd15")
-    draw(model, PROMPTED)
-    with pytest.raises(Interrupted):
+    generate_images(model, PROMPTED)
+    with pytest.raises(CallStopped):
         model.generate([PROMPTED], lambda step, steps: False)
-    assert model.conditions == Conditions()
+    assert model.state == PipelineState()

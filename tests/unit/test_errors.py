@@ -1,4 +1,4 @@
-"""The tree of failures that clients match on by code."""
+"""The tree of errors, which clients match by code."""
 
 import pickle
 from http import HTTPStatus
@@ -14,10 +14,10 @@ def tree(kind: type[BaseAppException]) -> list[type[BaseAppException]]:
     return [kind, *(found for child in kind.__subclasses__() for found in tree(child))]
 
 
-# Of the product, not the little ones that tests and modules define for themselves.
+# Only the errors of `shared.errors`, without those that tests and other modules define.
 ALL = [kind for kind in dict.fromkeys(tree(BaseAppException)) if kind.__module__ == "shared.errors"]
 
-SEEDS_TREE = {
+FIRST_VERSION = {
     "ConfigurationError": "BaseAppException",
     "DatabaseError": "BaseAppException",
     "DatabaseConnectionError": "DatabaseError",
@@ -35,7 +35,7 @@ SEEDS_TREE = {
     "ExternalServiceError": "BaseAppException",
 }
 
-# What clients have in their code. A line may be added; one that is changed or removed breaks somebody.
+# Clients match these codes. A line may be added. A line that is changed or removed breaks clients.
 PUBLISHED = {
     "internal_error": 500,
     "configuration_error": 500,
@@ -87,12 +87,12 @@ PUBLISHED = {
 }
 
 
-def test_the_seeds_tree_stands_by_its_names() -> None:
-    for name, parent in SEEDS_TREE.items():
+def test_the_errors_of_the_first_version_keep_their_names_and_parents() -> None:
+    for name, parent in FIRST_VERSION.items():
         assert getattr(errors, name).__bases__ == (getattr(errors, parent),)
 
 
-def test_there_are_more_than_fifteen_kinds_each_with_a_code_of_its_own() -> None:
+def test_there_are_more_than_fifteen_errors_each_with_a_code_of_its_own() -> None:
     codes = [kind.code for kind in ALL]
     assert len(ALL) > 15
     assert len(set(codes)) == len(codes)
@@ -105,7 +105,7 @@ def test_a_published_code_keeps_its_status(code: str) -> None:
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
 class TestEachKind:
-    def test_says_a_sentence_of_its_own(self, kind: type[BaseAppException]) -> None:
+    def test_has_a_message_of_its_own(self, kind: type[BaseAppException]) -> None:
         assert kind.__doc__
         assert kind.__dict__.get("__doc__") == kind.__doc__
         assert kind().message.endswith(".")
@@ -117,24 +117,20 @@ class TestEachKind:
         assert kind.code.islower()
         assert HTTPStatus(kind.status) >= 400
 
-    def test_says_when_to_come_back_if_it_is_worth_it(self, kind: type[BaseAppException]) -> None:
+    def test_has_a_retry_after_exactly_for_status_429_and_503(self, kind: type[BaseAppException]) -> None:
         assert (kind.retry_after_s is not None) == (kind.status in (429, 503))
 
-    def test_becomes_json(self, kind: type[BaseAppException]) -> None:
+    def test_can_be_encoded_as_json(self, kind: type[BaseAppException]) -> None:
         body = orjson.loads(orjson.dumps(kind("Sentence.", width=512).body()))
         assert body == {"code": kind.code, "detail": "Sentence.", "context": {"width": 512}}
         assert "context" not in kind().body()
 
-    def test_survives_a_process_border(self, kind: type[BaseAppException]) -> None:
+    def test_is_unchanged_after_pickling(self, kind: type[BaseAppException]) -> None:
         error = kind("Sentence.", width=512)
         again = pickle.loads(pickle.dumps(error))
         assert (type(again), again.body()) == (kind, error.body())
 
 
-def test_a_validation_error_keeps_its_list_across_a_process_border() -> None:
+def test_a_validation_error_keeps_its_list_after_pickling() -> None:
     error = errors.ValidationError(errors=[{"field": "body.width", "code": "too_big", "message": "..."}])
     assert pickle.loads(pickle.dumps(error)).errors == error.errors
-
-
-def test_faults_that_pass_are_answered_with_503() -> None:
-    assert {kind.status for kind in errors.TRANSIENT} == {503}

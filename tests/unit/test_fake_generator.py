@@ -1,4 +1,4 @@
-"""The generator of stated cost."""
+"""The fake generator: images that depend on the request, at a configured cost."""
 
 import time
 from dataclasses import replace
@@ -9,11 +9,12 @@ import pytest
 from shared.contracts.generation import Mode
 from shared.errors import ModelNotFoundError
 from shared.settings import GeneratorSettings, ModelSettings
-from worker_service.models.fake import CheapGenerator
-from worker_service.models.interface import ImageRequest, Interrupted, Reference
+from worker_service.execution.steps import CallStopped
+from worker_service.models.fake import FakeGenerator
+from worker_service.models.interface import ImageRequest, Reference
 
 SETTINGS = ModelSettings(
-    generators={"cheap": GeneratorSettings(kind="cheap", cost_ms=40, max_batch_size=16)}, default_generator="cheap"
+    generators={"cheap": GeneratorSettings(kind="fake", cost_ms=40, max_batch_size=16)}, default_generator="cheap"
 )
 REFERENCE = Reference(vector=np.ones(4, np.float32), image=None, weight=1, caption=None)
 REQUEST = ImageRequest(
@@ -34,13 +35,13 @@ REQUEST = ImageRequest(
 
 
 @pytest.fixture
-def cheap() -> CheapGenerator:
-    return CheapGenerator.load("cheap", SETTINGS)
+def fake() -> FakeGenerator:
+    return FakeGenerator.load("cheap", SETTINGS)
 
 
-def test_it_can_do_everything(cheap: CheapGenerator) -> None:
-    assert set(cheap.capabilities.modes) == {mode.value for mode in Mode} - {"auto"}
-    assert cheap.capabilities.max_batch_size == 16
+def test_it_supports_every_mode(fake: FakeGenerator) -> None:
+    assert set(fake.capabilities.modes) == {mode.value for mode in Mode} - {"auto"}
+    assert fake.capabilities.max_batch_size == 16
 
 
 @pytest.mark.parametrize(
@@ -53,34 +54,34 @@ def test_it_can_do_everything(cheap: CheapGenerator) -> None:
         {"references": (replace(REFERENCE, weight=2),)},
     ],
 )
-def test_prompt_seed_and_references_decide_the_image(cheap: CheapGenerator, change: dict[str, object]) -> None:
+def test_prompt_seed_and_references_decide_the_image(fake: FakeGenerator, change: dict[str, object]) -> None:
     changed = replace(REQUEST, **change)  # type: ignore[arg-type]
-    first, other, again = cheap.generate([REQUEST, changed, REQUEST], lambda *_: True)
+    first, other, again = fake.generate([REQUEST, changed, REQUEST], lambda *_: True)
     assert first.shape == (16, 32, 3)
     assert first.dtype == np.uint8
     assert (first == again).all()
     assert (first != other).any()
 
 
-def test_a_batch_costs_as_much_as_one_image(cheap: CheapGenerator) -> None:
+def test_a_batch_costs_as_much_as_one_image(fake: FakeGenerator) -> None:
     start = time.perf_counter()
-    cheap.generate([REQUEST] * 16, lambda *_: True)
+    fake.generate([REQUEST] * 16, lambda *_: True)
     took_s = time.perf_counter() - start
     assert 0.04 <= took_s < 16 * 0.04
 
 
-def test_it_stops_between_steps(cheap: CheapGenerator) -> None:
-    told = []
+def test_it_stops_after_the_step_at_which_it_is_interrupted(fake: FakeGenerator) -> None:
+    reported = []
 
     def on_step(step: int, steps: int) -> bool:
-        told.append((step, steps))
+        reported.append((step, steps))
         return step < 2
 
-    with pytest.raises(Interrupted):
-        cheap.generate([REQUEST], on_step)
-    assert told == [(1, 4), (2, 4)]
+    with pytest.raises(CallStopped):
+        fake.generate([REQUEST], on_step)
+    assert reported == [(1, 4), (2, 4)]
 
 
-def test_a_generator_that_the_settings_do_not_name_is_unknown() -> None:
+def test_a_generator_that_is_not_in_the_settings_is_not_found() -> None:
     with pytest.raises(ModelNotFoundError):
-        CheapGenerator.load("nobody", SETTINGS)
+        FakeGenerator.load("nobody", SETTINGS)

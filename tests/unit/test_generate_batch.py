@@ -1,4 +1,4 @@
-"""A call of an image model that is short of memory, or that returns something else than images."""
+"""Calls of an image model that runs out of memory, returns invalid images, or loses its device."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,24 +12,25 @@ import torch
 from shared.errors import InvalidOutputError, ModelError, ModelOutOfMemoryError
 from shared.metrics import GENERATION_MEMORY_SAVED
 from shared.settings import WatchdogSettings
-from tests.unit.test_cheap import REQUEST, SETTINGS
+from tests.unit.test_fake_generator import REQUEST, SETTINGS
 from worker_service.execution.accelerator import run_on
 from worker_service.execution.batcher import Batcher
+from worker_service.execution.steps import OnStep
 from worker_service.execution.watchdog import AcceleratorLostError, Watchdog
-from worker_service.models.fake import CheapGenerator
-from worker_service.models.generate_batch import Drawn, draw
-from worker_service.models.interface import ImageRequest, OnStep
+from worker_service.models.fake import FakeGenerator
+from worker_service.models.generate_batch import GeneratedImage, generate_batch
+from worker_service.models.interface import ImageRequest
 
 CPU = torch.device("cpu")
 LOST = torch.device("meta")
-"""Takes tensors and gives none back, as a GPU does after an illegal access."""
+"""Accepts tensors and returns no values, as a GPU does after an illegal memory access."""
 
 
-class Narrow(CheapGenerator):
-    """Has room for one image, or for what its savers make room for: slices for a batch, tiles for large images."""
+class LowMemoryModel(FakeGenerator):
+    """Has memory for one image; with `slices` for a batch if `slices_help`, with `small_tiles` for a large image."""
 
     def __init__(self) -> None:
-        super().__init__(**vars(CheapGenerator.load("cheap", SETTINGS)))
+        super().__init__(**vars(FakeGenerator.load("cheap", SETTINGS)))
         self.calls: list[tuple[int, tuple[str, ...]]] = []
         self.savers: tuple[str, ...] = ()
         self.slices_help = False
@@ -54,9 +55,9 @@ class Narrow(CheapGenerator):
         return super().generate(requests, on_step)
 
 
-class Broken(CheapGenerator):
+class Broken(FakeGenerator):
     def __init__(self, returned: Any) -> None:
-        super().__init__(**vars(CheapGenerator.load("cheap", SETTINGS)))
+        super().__init__(**vars(FakeGenerator.load("cheap", SETTINGS)))
         self.returned = returned
 
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> Any:
@@ -67,30 +68,30 @@ def go_on(_step: int, _steps: int) -> bool:
     return True
 
 
-def asking(prompt: str) -> ImageRequest:
+def request_for(prompt: str) -> ImageRequest:
     return replace(REQUEST, prompt=prompt)
 
 
-def test_what_fits_is_drawn_as_it_is() -> None:
-    model = Narrow()
-    (drawn,) = draw(model, [REQUEST], go_on)
-    assert drawn.memory_savers == ()
+def test_an_image_that_fits_is_generated_without_memory_savers() -> None:
+    model = LowMemoryModel()
+    (generated,) = generate_batch(model, [REQUEST], go_on)
+    assert generated.memory_savers == ()
     assert model.calls == [(1, ())]
 
 
-def test_an_image_that_does_not_fit_is_drawn_with_one_saver_more_each_time_and_says_so() -> None:
-    model = Narrow()
+def test_an_image_that_does_not_fit_is_tried_with_one_more_memory_saver_each_time() -> None:
+    model = LowMemoryModel()
     counter = GENERATION_MEMORY_SAVED.labels("cheap", "small_tiles")
     before = counter._value.get()
-    (drawn,) = draw(model, [asking("large")], go_on)
-    assert drawn.memory_savers == ("tiles", "small_tiles")
+    (generated,) = generate_batch(model, [request_for("large")], go_on)
+    assert generated.memory_savers == ("tiles", "small_tiles")
     assert model.calls == [(1, ()), (1, ("tiles",)), (1, ("tiles", "small_tiles"))]
     assert counter._value.get() == before + 1
 
 
-def test_an_image_that_never_fits_fails_with_what_was_tried() -> None:
+def test_the_error_for_an_image_that_never_fits_lists_the_memory_savers_tried() -> None:
     with pytest.raises(ModelOutOfMemoryError) as refused:
-        draw(Narrow(), [asking("huge")], go_on)
+        generate_batch(LowMemoryModel(), [request_for("huge")], go_on)
     assert refused.value.body() == {
         "code": "out_of_memory",
         "detail": "1 image(s) of 32 x 16 do not fit in memory.",
@@ -98,9 +99,9 @@ def test_an_image_that_never_fits_fails_with_what_was_tried() -> None:
     }
 
 
-def batched(model: Narrow, *requests: ImageRequest) -> list[Drawn]:
-    batcher: Batcher[ImageRequest, Drawn] = Batcher(
-        lambda items, on_step: draw(model, items, on_step),
+def batched(model: LowMemoryModel, *requests: ImageRequest) -> list[GeneratedImage]:
+    batcher: Batcher[ImageRequest, GeneratedImage] = Batcher(
+        lambda items, on_step: generate_batch(model, items, on_step),
         key=ImageRequest.batch_key,
         max_batch_size=4,
         name="cheap",
@@ -113,22 +114,22 @@ def batched(model: Narrow, *requests: ImageRequest) -> list[Drawn]:
 
 
 def test_a_batch_that_fits_in_slices_is_not_halved() -> None:
-    model = Narrow()
+    model = LowMemoryModel()
     model.slices_help = True
-    assert [drawn.memory_savers for drawn in batched(model, REQUEST, REQUEST)] == [("slices",)] * 2
+    assert [generated.memory_savers for generated in batched(model, REQUEST, REQUEST)] == [("slices",)] * 2
     assert model.calls == [(2, ()), (2, ("slices",))]
 
 
-def test_only_the_image_that_needs_it_is_drawn_differently() -> None:
-    drawn = batched(Narrow(), REQUEST, asking("large"), REQUEST)
-    assert [each.memory_savers for each in drawn] == [(), ("tiles", "small_tiles"), ()]
+def test_memory_savers_are_used_only_for_the_image_that_needs_them() -> None:
+    generated = batched(LowMemoryModel(), REQUEST, request_for("large"), REQUEST)
+    assert [each.memory_savers for each in generated] == [(), ("tiles", "small_tiles"), ()]
 
 
 GOOD = np.full((16, 32, 3), 7, np.uint8)
 
 
 @pytest.mark.parametrize(
-    "garbage",
+    "returned",
     [
         None,
         [],
@@ -142,13 +143,13 @@ GOOD = np.full((16, 32, 3), 7, np.uint8)
     ],
     ids=["nothing", "none", "too many", "no array", "grey", "other size", "floats", "no numbers", "black"],
 )
-def test_garbage_is_no_image(garbage: Any) -> None:
+def test_a_result_that_is_not_an_image_is_an_error(returned: Any) -> None:
     with pytest.raises(InvalidOutputError):
-        draw(Broken(garbage), [REQUEST], go_on)
-    assert len(draw(Broken([GOOD]), [REQUEST], go_on)) == 1
+        generate_batch(Broken(returned), [REQUEST], go_on)
+    assert len(generate_batch(Broken([GOOD]), [REQUEST], go_on)) == 1
 
 
-# --- what the calls run on ----------------------------------------------------------------------------------------
+# --- the device of the calls --------------------------------------------------------------------------------------
 
 
 def raising(error: Exception) -> Any:
@@ -168,14 +169,14 @@ def raising(error: Exception) -> Any:
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_running_out_of_memory_has_one_name_and_keeps_no_tensor_alive(error: Exception) -> None:
+def test_every_out_of_memory_error_gets_one_type_and_keeps_no_tensor_alive(error: Exception) -> None:
     with pytest.raises(ModelOutOfMemoryError) as refused:
         run_on(CPU, raising(error), items=3)
     assert refused.value.context == {"items": 3}
     assert refused.value.__context__ is None
 
 
-def test_other_failures_of_a_device_that_answers_are_what_they_are() -> None:
+def test_other_errors_of_a_device_that_answers_are_not_changed() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         run_on(CPU, raising(RuntimeError("shapes do not match")), items=1)
     with pytest.raises(ModelError):
@@ -183,6 +184,6 @@ def test_other_failures_of_a_device_that_answers_are_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: unspecified launch failure"), MemoryError()])
-def test_a_device_that_answers_no_more_after_a_failure_is_lost(error: Exception) -> None:
+def test_a_device_that_does_not_answer_after_an_error_is_lost(error: Exception) -> None:
     with pytest.raises(AcceleratorLostError):
         run_on(LOST, raising(error), items=1)

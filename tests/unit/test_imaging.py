@@ -1,4 +1,4 @@
-"""Decoding what strangers upload, with real bad bytes; encoding what models draw."""
+"""Decoding of uploads, with real invalid bytes, and encoding of generated images."""
 
 import io
 import multiprocessing
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
@@ -46,7 +46,7 @@ from shared.imaging import (
 from shared.settings import APISettings
 from tests.stack import wait_until
 
-# Pillow remarks on damaged metadata; what becomes of the image is asserted here.
+# Pillow warns of damaged metadata. These tests assert the result instead.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 FORMATS = list(ImageFormat)
@@ -93,7 +93,7 @@ def test_a_png_keeps_every_pixel() -> None:
     assert np.array_equal(pixels_of(decode(encoded(original, "PNG")).data), np.asarray(original))
 
 
-def test_the_digest_is_of_the_file_as_it_came() -> None:
+def test_the_digest_is_that_of_the_uploaded_bytes() -> None:
     import hashlib
 
     data = encoded(picture(), "PNG")
@@ -101,7 +101,7 @@ def test_the_digest_is_of_the_file_as_it_came() -> None:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_one_pixel_is_an_image(image_format: ImageFormat) -> None:
+def test_an_image_may_have_a_single_pixel(image_format: ImageFormat) -> None:
     decoded = decode(encoded(Image.new("RGB", (1, 1), "red"), image_format.value))
     assert (decoded.width, decoded.height) == (1, 1)
 
@@ -166,11 +166,11 @@ def test_a_cmyk_jpeg_becomes_rgb() -> None:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_a_rotated_photo_stands_upright(image_format: ImageFormat) -> None:
+def test_a_rotated_photo_is_turned_upright(image_format: ImageFormat) -> None:
     image = Image.new("RGB", (64, 32), "white")
     image.paste("black", (0, 0, 32, 32))  # the left half is dark
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to view: the dark half comes on top
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to view: the dark half is then at the top
     decoded = decode(encoded(image, image_format.value, exif=exif))
     assert (decoded.width, decoded.height) == (32, 64)
     pixels = pixels_of(decoded.data)
@@ -178,7 +178,7 @@ def test_a_rotated_photo_stands_upright(image_format: ImageFormat) -> None:
     assert pixels[54, 16].mean() > 225
 
 
-def test_a_broken_exif_block_does_not_refuse_the_photo() -> None:
+def test_a_photo_with_a_broken_exif_block_is_accepted() -> None:
     data = encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + b"\xff" * 40)
     assert decode(data).width == 60
 
@@ -188,7 +188,7 @@ def test_no_metadata_survives(image_format: ImageFormat) -> None:
     exif = Image.Exif()
     exif[0x010E] = "secret description"
     exif.get_ifd(0x8825)[1] = "N"
-    options: dict[str, Any] = {"exif": exif, "icc_profile": _swapped_profile(b"secret profile")}
+    options: dict[str, Any] = {"exif": exif, "icc_profile": _red_green_swapped_profile(b"secret profile")}
     options |= {"comment": b"secret comment"} if image_format is ImageFormat.JPEG else {}
     options |= {"xmp": b"<x>secret xmp</x>"} if image_format is not ImageFormat.PNG else {}
     if image_format is ImageFormat.PNG:
@@ -206,7 +206,7 @@ def test_no_metadata_survives(image_format: ImageFormat) -> None:
         assert not {"icc_profile", "exif", "xmp", "comment", "Comment"} & set(file.info)
 
 
-def _swapped_profile(description: bytes = b"swapped") -> bytes:
+def _red_green_swapped_profile(description: bytes = b"swapped") -> bytes:
     """An RGB profile whose red is green and whose green is red."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     count = struct.unpack(">I", profile[128:132])[0]
@@ -223,7 +223,7 @@ def _swapped_profile(description: bytes = b"swapped") -> bytes:
 
 def test_a_colour_profile_is_applied_before_it_is_dropped() -> None:
     red = Image.new("RGB", (8, 8), (200, 30, 40))
-    pixels = pixels_of(decode(encoded(red, "PNG", icc_profile=_swapped_profile())).data)
+    pixels = pixels_of(decode(encoded(red, "PNG", icc_profile=_red_green_swapped_profile())).data)
     assert pixels[4, 4, 1] > 150 > pixels[4, 4, 0]
 
 
@@ -233,7 +233,7 @@ def test_a_damaged_colour_profile_counts_as_absent() -> None:
     assert pixels[4, 4].tolist() == [200, 30, 40]
 
 
-def test_a_phones_jpeg_with_a_second_picture_behind_it_is_one_image() -> None:
+def test_a_phones_jpeg_with_a_second_picture_after_it_is_one_image() -> None:
     data = encoded(picture(), "MPO", save_all=True, append_images=[picture(20, 20, seed=1)])
     with Image.open(io.BytesIO(data)) as file:
         assert file.format == "MPO"
@@ -241,7 +241,7 @@ def test_a_phones_jpeg_with_a_second_picture_behind_it_is_one_image() -> None:
     assert (decoded.format, decoded.width) == (ImageFormat.JPEG, 60)
 
 
-def test_bytes_behind_a_jpeg_are_dropped() -> None:
+def test_bytes_after_a_jpeg_are_dropped() -> None:
     decoded = decode(encoded(picture(), "JPEG") + b"PK\x03\x04<script>")
     assert b"<script>" not in decoded.data
 
@@ -267,7 +267,7 @@ MINIMAL_PDF = b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>
     ],
     ids=["gif", "bmp", "tiff", "svg", "html", "pdf", "eps", "avi", "zeros", "one byte"],
 )
-def test_another_type_is_told_by_content(data: bytes) -> None:
+def test_an_unsupported_type_is_recognised_by_content(data: bytes) -> None:
     with pytest.raises(UnsupportedImageTypeError):
         decode(data)
 
@@ -283,7 +283,7 @@ def test_an_empty_file_is_refused() -> None:
 )
 def test_a_truncated_file_is_refused_at_every_length(image_format: str, options: dict[str, Any]) -> None:
     data = encoded(picture(24, 16), image_format, **options)
-    # The last four bytes of a PNG are the checksum of its empty end mark: without them every pixel is there.
+    # The last four bytes of a PNG are the checksum of its empty end chunk. Without them every pixel is there.
     for length in range(1, len(data) - (4 if image_format == "PNG" else 0)):
         with pytest.raises(InvalidImageError):
             decode(data[:length])
@@ -326,7 +326,7 @@ def _claiming(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(10_000, 10_000), (13_000, 13_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
-def test_a_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
+def test_a_decompression_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
     with pytest.raises(ImageTooLargeError):
         decode(_claiming(*size))
 
@@ -338,7 +338,7 @@ def test_a_lossless_webp_keeps_every_pixel(extra: dict[str, bytes]) -> None:
     assert np.array_equal(pixels_of(decoded.data), noise)
 
 
-def test_a_webp_bomb_is_refused() -> None:
+def test_a_webp_decompression_bomb_is_refused() -> None:
     data = bytearray(encoded(Image.new("RGBA", (8, 8), (1, 2, 3, 4)), "WEBP", exif=Image.Exif().tobytes() or b"x"))
     assert data[12:16] == b"VP8X"
     data[24:30] = (16382).to_bytes(3, "little") * 2
@@ -366,9 +366,8 @@ def test_more_pixels_than_a_header_claims_are_not_decoded() -> None:
     assert peak < 10_000_000
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=400), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\1\0\0WEBPVP8 "]))
-def test_random_bytes_are_never_anything_but_an_invalid_image(tail: bytes, head: bytes) -> None:
+def test_random_bytes_are_always_an_invalid_image(tail: bytes, head: bytes) -> None:
     with pytest.raises(InvalidImageError):
         decode(head + tail)
 
@@ -379,11 +378,10 @@ SEEDS = [
     encoded(picture(20, 14), "JPEG", progressive=True),
     encoded(picture(20, 14), "WEBP"),
     encoded(picture(20, 14).convert("P"), "PNG", transparency=3),
-    encoded(picture(20, 14), "PNG", icc_profile=_swapped_profile()),
+    encoded(picture(20, 14), "PNG", icc_profile=_red_green_swapped_profile()),
 ]
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(SEEDS),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8),
@@ -418,7 +416,7 @@ def test_a_hash_fits_a_signed_bigint() -> None:
     assert hash_distance(-(2**63), 2**62) == 2
 
 
-def test_pixel_digests_tell_shapes_apart() -> None:
+def test_pixel_digests_differ_by_shape() -> None:
     flat = np.zeros((2, 3, 3), dtype=np.uint8)
     assert pixels_sha256(flat) == pixels_sha256(flat.copy())
     assert pixels_sha256(flat) != pixels_sha256(flat.reshape(3, 2, 3))
@@ -438,7 +436,7 @@ RECORD: dict[str, Any] = {
 
 @pytest.mark.parametrize("image_format", FORMATS)
 @pytest.mark.parametrize("captions", [0, 200], ids=["short", "long"])
-def test_the_record_comes_back_whole(image_format: ImageFormat, captions: int) -> None:
+def test_the_record_is_read_back_unchanged(image_format: ImageFormat, captions: int) -> None:
     record = RECORD | {"captions": [f"🍎 & <{n}> " * 100 for n in range(captions)]}
     pixels = np.asarray(picture(64, 48))
     data = encode_image(pixels, image_format=image_format, quality=90, record=record)
@@ -460,7 +458,7 @@ def test_a_png_output_keeps_every_pixel_and_equal_calls_give_equal_bytes() -> No
     assert pixels_sha256(np.asarray(open_image(first))) == pixels_sha256(pixels)
 
 
-def test_quality_counts_for_lossy_formats() -> None:
+def test_a_higher_quality_makes_larger_files_in_lossy_formats() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for image_format in (ImageFormat.JPEG, ImageFormat.WEBP):
         low, high = (len(encode_image(pixels, image_format=image_format, quality=quality)) for quality in (20, 95))
@@ -480,7 +478,6 @@ def test_a_file_without_record_has_none(image_format: ImageFormat) -> None:
     assert read_record(b"") is None
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8))
 def test_reading_the_record_of_a_damaged_file_never_raises(which: int, changes: list[tuple[float, int]]) -> None:
     damaged = bytearray(encode_image(np.asarray(picture(16, 16)), image_format=FORMATS[which], record=RECORD))
@@ -500,7 +497,7 @@ def test_reading_the_record_of_a_damaged_file_never_raises(which: int, changes: 
     ],
     ids=["float", "four channels", "grey", "empty"],
 )
-def test_what_is_no_image_is_not_encoded(pixels: Any) -> None:
+def test_an_array_that_is_not_an_image_is_not_encoded(pixels: Any) -> None:
     with pytest.raises(InvalidOutputError):
         encode_image(pixels, image_format=ImageFormat.PNG)
 
@@ -516,7 +513,7 @@ def decoder() -> Iterator[UploadDecoder]:
 
 
 def decoding_children(parent: int | None = None) -> list[psutil.Process]:
-    """The decoder's own processes, not the tracker of shared memory that multiprocessing keeps beside them."""
+    """The decoder's own processes, without the tracker of shared memory that multiprocessing starts."""
     return [
         child
         for child in psutil.Process(parent).children(recursive=True)
@@ -524,7 +521,7 @@ def decoding_children(parent: int | None = None) -> list[psutil.Process]:
     ]
 
 
-def test_nothing_is_started_before_the_first_upload() -> None:
+def test_no_process_starts_before_the_first_upload() -> None:
     decoder = UploadDecoder(APISettings())
     assert decoding_children() == []
     decoder.close()
@@ -549,7 +546,7 @@ def test_the_reason_of_a_refusal_crosses_the_process_border(decoder: UploadDecod
         decoder.decode(b"x" * (APISettings().max_upload_bytes + 1))
 
 
-def test_a_killed_child_is_replaced_unnoticed(decoder: UploadDecoder) -> None:
+def test_a_killed_child_is_replaced_without_an_error(decoder: UploadDecoder) -> None:
     data = encoded(picture(), "PNG")
     decoder.decode(data)
     (child,) = decoding_children()
@@ -570,7 +567,7 @@ def test_a_file_that_takes_too_long_is_refused_and_the_next_one_decoded() -> Non
         decoder.close()
 
 
-def test_one_who_decodes_many_files_is_not_ahead_of_those_who_wait(decoder: UploadDecoder) -> None:
+def test_a_caller_with_many_files_does_not_delay_the_other_callers(decoder: UploadDecoder) -> None:
     data = encoded(picture(800, 800), "PNG")
     decoder.decode(data)
     done: list[str] = []
@@ -591,10 +588,10 @@ def test_one_who_decodes_many_files_is_not_ahead_of_those_who_wait(decoder: Uplo
     for thread in threads:
         thread.join()
     assert done.count("one") == 2
-    assert max(place for place, who in enumerate(done) if who == "one") < 12, done
+    assert max(place for place, caller in enumerate(done) if caller == "one") < 12, done
 
 
-def test_closing_leaves_no_process_and_refuses_what_comes_later() -> None:
+def test_closing_ends_all_processes_and_refuses_later_uploads() -> None:
     decoder = UploadDecoder(APISettings(decoder_processes=2))
     data = encoded(picture(), "PNG")
     threads = [threading.Thread(target=decoder.decode, args=(data,)) for _ in range(6)]
@@ -645,8 +642,8 @@ def _decode_once(data: bytes) -> None:
     UploadDecoder(APISettings()).decode(data)
 
 
-def test_a_process_of_a_server_ends_although_it_has_decoded() -> None:
-    # Such a process leaves by another door than a program: it joins its children first.
+def test_a_server_process_that_has_decoded_can_exit() -> None:
+    # A process of multiprocessing does not exit as a program does: it joins its children first.
     worker = multiprocessing.get_context("spawn").Process(target=_decode_once, args=(encoded(picture(), "PNG"),))
     worker.start()
     worker.join(20)
@@ -663,7 +660,7 @@ def test_a_child_has_limited_memory(decoder: UploadDecoder) -> None:
     assert 0 < soft < 4 * 2**30
 
 
-def test_importing_imaging_is_light() -> None:
+def test_importing_imaging_imports_no_heavy_library() -> None:
     heavy = "{'torch', 'numpy', 'scipy', 'flask', 'sqlalchemy'}"
     code = f"import sys, shared.imaging; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

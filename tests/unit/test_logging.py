@@ -1,4 +1,4 @@
-"""What stands in the log, and what never does."""
+"""The format and the fields of log lines, and the secrets that they never contain."""
 
 import json
 import logging
@@ -60,7 +60,7 @@ def test_production_writes_one_json_object_per_line(lines: Lines) -> None:
     assert line["timestamp"].endswith("Z")
 
 
-def test_local_is_readable(lines: Lines) -> None:
+def test_local_lines_are_readable(lines: Lines) -> None:
     configure(load_settings(), service="api")
     logging.getLogger("some.module").info("job_claimed", extra={"attempt": 2})
     (line,) = lines()
@@ -79,7 +79,7 @@ def test_the_format_can_be_chosen(lines: Lines) -> None:
     assert not second.startswith("{")
 
 
-def test_ids_bound_once_stand_on_every_line_of_their_thread_only(lines: Lines) -> None:
+def test_bound_ids_are_on_every_line_of_their_own_thread_only(lines: Lines) -> None:
     configure(production(), service="worker")
     logger = logging.getLogger("x")
     with bound_contextvars(job_id="j1", request_id="r1"):
@@ -100,7 +100,7 @@ def test_structlogs_own_loggers_write_the_same_lines(lines: Lines) -> None:
 
 
 @pytest.mark.parametrize("name", ["celery.worker", "_granian", "granian.access", "sqlalchemy.pool"])
-def test_libraries_with_handlers_of_their_own_are_routed_through(name: str, lines: Lines) -> None:
+def test_libraries_with_handlers_of_their_own_write_the_same_lines(name: str, lines: Lines) -> None:
     library = logging.getLogger(name)
     library.addHandler(logging.StreamHandler(sys.stderr))
     library.propagate = False
@@ -127,7 +127,7 @@ def test_statements_and_request_urls_of_libraries_are_not_logged_at_info(lines: 
     assert lines() == []
 
 
-def test_the_level_counts(lines: Lines) -> None:
+def test_lines_below_the_level_are_not_written(lines: Lines) -> None:
     configure(production("WARNING"), service="api")
     logging.getLogger("x").info("low")
     logging.getLogger("x").warning("high")
@@ -175,7 +175,7 @@ def test_secrets_in_messages_and_tracebacks_are_not_logged(lines: Lines) -> None
     assert "ConnectionError: cannot reach redis://user:" + REDACTED in line["exception"]
 
 
-def test_what_only_looks_like_a_secret_stays(lines: Lines) -> None:
+def test_fields_that_only_resemble_secrets_are_logged(lines: Lines) -> None:
     configure(production(), service="api")
     fields = {"tokens": 17, "prompt": "a basic red apple", "has_password": True, "idempotency_key": "k1"}
     logging.getLogger("x").info("event", extra=fields)

@@ -1,4 +1,4 @@
-"""Counting, timing and showing it, in one process and in several."""
+"""Counters, gauges, timers and their exposition, in one process and in several."""
 
 import asyncio
 import inspect
@@ -20,7 +20,7 @@ from shared.errors import ConfigurationError
 from shared.metrics import increment_counter, recent_operations, render, set_gauge, time_operation
 from shared.settings import MetricsSettings
 
-NAMES_OF_THE_PRODUCT = [
+PROMISED_METRICS = [
     "api_requests_total",
     "api_request_duration_seconds",
     "api_requests_active",
@@ -55,18 +55,18 @@ def value(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-def shown() -> set[str]:
+def exposed() -> set[str]:
     text = render()[0].decode()
     return {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
 
 
-def test_the_metrics_that_users_were_promised_are_shown() -> None:
-    assert set(NAMES_OF_THE_PRODUCT) <= shown()
-    assert len(NAMES_OF_THE_PRODUCT) >= 15
+def test_the_promised_metrics_are_exposed() -> None:
+    assert set(PROMISED_METRICS) <= exposed()
+    assert len(PROMISED_METRICS) >= 15
 
 
-def test_every_metric_of_the_product_is_fed_by_the_product() -> None:
-    """A series that stays empty on a dashboard says that all is well when nobody looked."""
+def test_every_metric_of_the_product_is_written_by_the_product() -> None:
+    """On a dashboard, a series that is always empty looks like a healthy service."""
     root = Path(metrics.__file__).parent.parent
     code = "".join(
         path.read_text()
@@ -74,17 +74,17 @@ def test_every_metric_of_the_product_is_fed_by_the_product() -> None:
         for path in (root / folder).rglob("*.py")
         if path != Path(metrics.__file__)
     ) + inspect.getsource(metrics.observe_database)
-    unfed = [
+    unwritten = [
         constant
         for constant, metric in vars(metrics).items()
         if isinstance(metric, Counter | Gauge | Histogram)
         and not re.search(rf"\b{constant}\b|\"{metric._name}(_total)?\"", code)
         and f'"{metric._name.removesuffix("_duration_seconds")}"' not in code
     ]
-    assert unfed == []
+    assert unwritten == []
 
 
-def test_counters_gauges_and_timers_work_as_the_seed_calls_them() -> None:
+def test_counters_gauges_and_timers_work_as_in_the_first_version() -> None:
     increment_counter("user_actions", labels={"action": "image_upload"})
     increment_counter("user_actions", labels={"action": "image_upload"})
     set_gauge("memory_usage_bytes", 17)
@@ -92,10 +92,10 @@ def test_counters_gauges_and_timers_work_as_the_seed_calls_them() -> None:
         pass
     assert value("user_actions_total", action="image_upload") == 2
     assert value("memory_usage_bytes") == 17
-    assert {"user_actions_total", "memory_usage_bytes"} <= shown()
+    assert {"user_actions_total", "memory_usage_bytes"} <= exposed()
 
 
-def test_known_metrics_are_fed_by_name() -> None:
+def test_known_metrics_can_be_written_by_name() -> None:
     before = value("embedding_generation_total", model="m")
     increment_counter("embedding_generation_total", 3, labels={"model": "m"})
     assert value("embedding_generation_total", model="m") == before + 3
@@ -122,7 +122,7 @@ def test_every_call_of_a_timed_function_is_measured() -> None:
 
 
 def test_an_async_function_is_measured_to_its_end() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         released = asyncio.Event()
 
         @time_operation("job_stage", stage="async")
@@ -138,7 +138,7 @@ def test_an_async_function_is_measured_to_its_end() -> None:
         assert await waiting == "done"
         assert value("job_stage_duration_seconds_count", stage="async") == before + 1
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_a_timed_function_runs_in_many_threads_at_once() -> None:
@@ -165,7 +165,7 @@ def test_labels_of_a_metric_made_on_the_fly_stay_the_same() -> None:
         increment_counter("things", labels={"sort": "a"})
 
 
-def test_a_gauge_is_no_counter() -> None:
+def test_a_gauge_cannot_be_incremented_as_a_counter() -> None:
     with pytest.raises(ValueError, match="counter"):
         increment_counter("queue_depth", labels={"queue": "q"})
     set_gauge("level", 1)
@@ -173,12 +173,12 @@ def test_a_gauge_is_no_counter() -> None:
         increment_counter("level")
 
 
-def test_a_name_that_is_no_metric_name_is_refused() -> None:
+def test_an_invalid_metric_name_is_refused() -> None:
     with pytest.raises(ValueError, match="metric name"):
         increment_counter("user actions")
 
 
-def test_label_values_of_strangers_do_not_grow_without_end() -> None:
+def test_the_number_of_label_values_is_limited() -> None:
     for number in range(metrics._OnTheFly.MAX_SERIES + 50):
         increment_counter("visits", labels={"path": f"/{number}"})
     increment_counter("visits", labels={"path": "/0"})
@@ -186,7 +186,7 @@ def test_label_values_of_strangers_do_not_grow_without_end() -> None:
     assert value("visits_total", path="other") == 50
 
 
-def test_metric_names_do_not_grow_without_end() -> None:
+def test_the_number_of_metric_names_is_limited() -> None:
     for number in range(metrics._OnTheFly.MAX_METRICS + 50):
         increment_counter(f"number_{number}")
         with time_operation(f"operation_{number}"):
@@ -195,7 +195,7 @@ def test_metric_names_do_not_grow_without_end() -> None:
     assert len(recent_operations()) <= metrics._OnTheFly.MAX_METRICS
 
 
-def test_statistics_of_a_time_window() -> None:
+def test_statistics_are_those_of_a_time_window() -> None:
     for seconds in range(1, 101):
         metrics.observe_duration("database_query", seconds)
     found = recent_operations(60)["database_query"]
@@ -231,7 +231,7 @@ sys.stdin.read()
 """
 
 
-def test_a_worker_shows_its_metrics_on_its_port() -> None:
+def test_a_worker_exposes_its_metrics_on_its_port() -> None:
     port = free_port()
     with subprocess.Popen(
         [sys.executable, "-c", SERVER, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -246,7 +246,7 @@ def test_a_worker_shows_its_metrics_on_its_port() -> None:
         server.stdin.close()
 
 
-def test_port_zero_means_off() -> None:
+def test_port_0_means_off() -> None:
     assert metrics.serve(MetricsSettings()) is None
 
 
@@ -264,7 +264,7 @@ sys.stdin.read()
 """
 
 
-def test_api_processes_show_their_sum_and_the_dead_have_no_active_requests(tmp_path: Path) -> None:
+def test_api_processes_expose_their_sum_and_a_dead_one_has_no_active_requests(tmp_path: Path) -> None:
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
 
     def start(*arguments: str) -> "subprocess.Popen[str]":

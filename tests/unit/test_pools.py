@@ -1,4 +1,4 @@
-"""Lending, counting and closing what a process shares, on a real Postgres, a real Valkey and a real HTTP server."""
+"""The pools of a process lend, count and close connections, on real Postgres, Valkey and HTTP servers."""
 
 import asyncio
 import threading
@@ -43,7 +43,7 @@ def http_url() -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            body = str(self.client_address[1]).encode()  # the client's port tells its connections apart
+            body = str(self.client_address[1]).encode()  # the client's port identifies the connection
             self.send_response(302 if self.path == "/elsewhere" else 200)
             self.send_header("Location", "/")
             self.send_header("Content-Length", str(len(body)))
@@ -70,7 +70,7 @@ def active_connections() -> float:
     return REGISTRY.get_sample_value("database_connections_active") or 0.0
 
 
-def test_a_database_connection_is_lent_counted_and_taken_back() -> None:
+def test_a_database_connection_is_lent_counted_and_returned() -> None:
     before = active_connections()
     with connection_from_pool(ResourceType.DATABASE) as connection:
         assert connection.execute(text("select 42")).scalar_one() == 42
@@ -98,7 +98,7 @@ def test_a_block_commits_and_a_raising_block_rolls_back() -> None:
 
 
 def test_many_threads_share_the_connections_of_the_pool(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Those above the pool's size are closed when they come back, so that the next ones would be new.
+    # Connections above the pool's size would be closed when they are returned, and replaced by new ones.
     monkeypatch.setenv("AFTERIMAGE_DATABASE__MAX_OVERFLOW", "0")
     forget_process_resources()
     backends = set(thread_executor().map(lambda _: backend(), range(100)))
@@ -106,7 +106,7 @@ def test_many_threads_share_the_connections_of_the_pool(settings: Settings, monk
     assert in_use("database") == 0
 
 
-def test_every_statement_is_timed_also_a_failing_one() -> None:
+def test_every_statement_is_timed_even_a_failing_one() -> None:
     def count() -> float:
         return REGISTRY.get_sample_value("database_query_duration_seconds_count") or 0.0
 
@@ -150,7 +150,7 @@ def test_redis_is_lent_through_the_caches_own_pool() -> None:
     assert pool_statistics()["redis"] == {"in_use": 0, "idle": 1}
 
 
-def test_http_connections_are_used_again(http_url: str) -> None:
+def test_http_connections_are_reused(http_url: str) -> None:
     ports = set()
     for _ in range(3):
         with connection_from_pool(ResourceType.HTTP) as client:
@@ -159,8 +159,8 @@ def test_http_connections_are_used_again(http_url: str) -> None:
     assert len(ports) == 1
 
 
-def test_async_http_connections_are_used_again_and_closed(http_url: str) -> None:
-    async def story() -> httpx.AsyncClient:
+def test_async_http_connections_are_reused_and_closed(http_url: str) -> None:
+    async def scenario() -> httpx.AsyncClient:
         ports = set()
         for _ in range(3):
             async with async_connection_from_pool(ResourceType.HTTP) as client:
@@ -170,7 +170,7 @@ def test_async_http_connections_are_used_again_and_closed(http_url: str) -> None
         await aclose()
         return client
 
-    first, second = asyncio.run(story()), asyncio.run(story())
+    first, second = asyncio.run(scenario()), asyncio.run(scenario())
     assert first.is_closed
     assert second.is_closed
     assert first is not second
@@ -198,7 +198,7 @@ def test_closing_leaves_no_connection_and_the_next_use_works(settings: Settings)
     close_all()
 
 
-def test_statistics_open_nothing(settings: Settings) -> None:
+def test_statistics_open_no_pool(settings: Settings) -> None:
     close_all()
     get_cache_manager.cache_clear()
     get_engine.cache_clear()
@@ -215,7 +215,7 @@ async def expensive_coroutine(n: int) -> int:
     return n + 1
 
 
-def test_an_optimised_function_is_timed_and_seen_in_the_statistics() -> None:
+def test_an_optimised_function_is_timed_and_listed_in_the_statistics() -> None:
     before = recent_operations().get("expensive_operation", {}).get("count", 0)
     assert expensive_operation(1) == 2
     assert asyncio.run(expensive_coroutine(1)) == 2

@@ -25,7 +25,7 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
 SECRETS = {"POSTGRES_PASSWORD", "QUEUE_PASSWORD", "CACHE_PASSWORD", "FLOWER_PASSWORD", "GRAFANA_PASSWORD"}
-READ_BESIDE_SETTINGS = {"AFTERIMAGE_CONFIG_FILE"}
+VARIABLES_BESIDE_SETTINGS = {"AFTERIMAGE_CONFIG_FILE"}
 
 VARIABLE = re.compile(r"(?<!\$)\$\{(?P<name>\w+)(?::(?P<kind>[-?])(?P<rest>[^}]*))?\}")
 
@@ -38,7 +38,7 @@ def _setting_variables(model: type[BaseModel] = Settings, prefix: str = "AFTERIM
 
 
 def _interpolated(value: str) -> str:
-    """As compose does, with every secret filled in."""
+    """The value as compose interpolates it, with every secret filled in."""
     return VARIABLE.sub(lambda found: "secret" if found["kind"] == "?" else found["rest"] or "", value)
 
 
@@ -49,7 +49,7 @@ def _environment(service: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_variable_of_a_service_is_a_setting(name: str) -> None:
     named = {variable for variable in _environment(SERVICES[name]) if variable.startswith("AFTERIMAGE_")}
-    assert named <= set(_setting_variables()) | READ_BESIDE_SETTINGS
+    assert named <= set(_setting_variables()) | VARIABLES_BESIDE_SETTINGS
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -78,19 +78,19 @@ def test_the_module_that_a_service_starts_exists(name: str) -> None:
         assert importlib.util.find_spec(command[command.index("-A") + 1]) is not None
 
 
-def test_everything_that_stays_up_restarts_and_is_checked() -> None:
+def test_every_long_running_service_restarts_and_has_a_health_check() -> None:
     one_shot = {"migrate"}
     for name, service in SERVICES.items():
         assert service["restart"] == ("no" if name in one_shot else "unless-stopped"), name
         assert ("healthcheck" in service) == (name not in one_shot), name
 
 
-def test_whoever_uses_the_database_waits_for_the_migrations() -> None:
+def test_every_service_that_uses_the_database_waits_for_the_migrations() -> None:
     for name in OURS.keys() - {"migrate", "flower"}:
         assert OURS[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}, name
 
 
-def test_our_containers_have_no_privileges_to_lose() -> None:
+def test_our_containers_have_no_privileges() -> None:
     for name, service in OURS.items():
         assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
     assert re.search(r"^USER (?!root)\w+$", (ROOT / "ops/docker/Dockerfile").read_text(), re.MULTILINE)
@@ -103,7 +103,7 @@ def test_only_the_api_and_grafana_publish_a_port_and_only_on_loopback() -> None:
         assert all(_interpolated(port).startswith("127.0.0.1:") for port in ports)
 
 
-def test_the_queue_keeps_its_messages_and_the_cache_may_not_refuse_them() -> None:
+def test_the_queue_keeps_its_messages_and_the_cache_evicts_old_keys() -> None:
     queue, cache = (" ".join(SERVICES[name]["command"]) for name in ("queue", "cache"))
     assert "--appendonly yes" in queue
     assert "noeviction" in queue
@@ -122,7 +122,7 @@ def test_the_example_environment_names_every_secret_and_leaves_it_empty() -> Non
     assert set(example) <= used | {"COMPOSE_PROFILES"}
 
 
-def test_every_worker_kind_runs_on_processors_and_on_gpus() -> None:
+def test_every_worker_kind_runs_on_cpus_and_on_gpus() -> None:
     for kind in ("embed", "generate"):
         on_cpu, on_gpu = SERVICES[kind], SERVICES[f"{kind}-gpu"]
         assert (on_cpu["profiles"], on_gpu["profiles"]) == (["cpu"], ["gpu"])
@@ -158,7 +158,7 @@ def test_an_image_installs_a_subset_of_the_tested_versions(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["api", "flower"])
-def test_only_the_worker_image_holds_torch(kind: str) -> None:
+def test_only_the_worker_image_contains_torch(kind: str) -> None:
     names = {pin.split("==")[0] for pin in _pins(ROOT / "ops" / "docker" / f"{kind}.lock")}
     assert not names & {"torch", "torchvision", "diffusers", "transformers", "open-clip-torch"}
 
@@ -189,13 +189,13 @@ def _imported(source: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", RUN_BY)
-def test_an_image_holds_everything_that_its_code_imports(kind: str) -> None:
+def test_an_image_contains_every_package_that_its_code_imports(kind: str) -> None:
     paths = [ROOT / name for name in RUN_BY[kind]]
     files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
     providers = packages_distributions()
     needed = {name for file in files for name in _imported(file) if name in providers} - _OURS_AS_PACKAGES
-    held = {pin.split("==")[0] for pin in _pins(ROOT / "ops" / "docker" / f"{kind}.lock")}
-    missing = {name for name in needed if not held & {canonicalize_name(provider) for provider in providers[name]}}
+    installed = {pin.split("==")[0] for pin in _pins(ROOT / "ops" / "docker" / f"{kind}.lock")}
+    missing = {name for name in needed if not installed & {canonicalize_name(provider) for provider in providers[name]}}
     assert missing == set()
 
 
@@ -204,7 +204,7 @@ def test_no_lock_names_a_registry_or_a_folder() -> None:
         assert not re.search(r"://|--index|--find-links|--extra-index| @ ", lock.read_text()), lock
 
 
-def test_what_the_dockerfile_copies_is_there_and_not_ignored() -> None:
+def test_every_path_that_the_dockerfile_copies_exists_and_is_not_ignored() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "ops/docker/Dockerfile").read_text(), re.MULTILINE)
     for source in " ".join(copied).replace("${KIND}", "api").split():
@@ -252,12 +252,12 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
         assert _names_in(expression) <= _metric_names(), expression
 
 
-def test_prometheus_asks_every_service_where_it_answers() -> None:
+def test_prometheus_scrapes_every_service_on_its_port() -> None:
     jobs = yaml.safe_load((ROOT / "ops/prometheus/prometheus.yml").read_text())["scrape_configs"]
-    asked = {name: source["port"] for job in jobs for source in job["dns_sd_configs"] for name in source["names"]}
-    answering = {}
+    scraped = {name: source["port"] for job in jobs for source in job["dns_sd_configs"] for name in source["names"]}
+    exposed = {}
     for name, service in OURS.items():
         environment = _environment(service)
         if port := environment.get("AFTERIMAGE_METRICS__PORT") or environment.get("AFTERIMAGE_API__PORT"):
-            answering[name] = int(port)
-    assert asked == answering
+            exposed[name] = int(port)
+    assert scraped == exposed

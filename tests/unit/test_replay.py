@@ -1,4 +1,4 @@
-"""How two pictures and their records compare."""
+"""Comparison of a replay's image and record with the original."""
 
 from typing import Any
 
@@ -19,20 +19,18 @@ RECORD: dict[str, Any] = {
 }
 
 
-def test_equal_pictures_do_not_differ() -> None:
+def test_equal_pictures_have_no_difference() -> None:
     assert difference(GREY, GREY.copy()) == (0, None)
 
 
 @pytest.mark.parametrize(("levels", "ratio"), [(1, 48.13), (2, 42.11), (255, 0.0)])
-def test_a_difference_everywhere_is_as_large_as_it_is_and_its_ratio_is_that_of_the_formula(
-    levels: int, ratio: float
-) -> None:
+def test_a_uniform_difference_has_its_size_and_the_psnr_of_the_formula(levels: int, ratio: float) -> None:
     black = np.zeros_like(GREY)
     assert difference(black, black + np.uint8(levels)) == (levels, ratio)
     assert difference(black + np.uint8(levels), black) == (levels, ratio), "a darker pixel differs as much"
 
 
-def test_one_pixel_far_off_in_a_small_picture_is_no_noise() -> None:
+def test_one_very_different_pixel_in_a_small_picture_is_not_noise() -> None:
     spoiled = GREY.copy()
     spoiled[0, 0] = 255
     largest, ratio = difference(GREY, spoiled)
@@ -41,7 +39,7 @@ def test_one_pixel_far_off_in_a_small_picture_is_no_noise() -> None:
     assert ratio < TOLERANCE_DB
 
 
-def test_only_what_decides_pixels_counts_as_changed() -> None:
+def test_only_fields_that_decide_the_pixels_count_as_changed() -> None:
     reference = {**RECORD["references"][0], "pinned": True, "weight": 1.0000000000000002}
     assert (
         list(changes(RECORD, {**RECORD, "job_id": "two", "mode_reason": "asked for", "references": [reference]})) == []

@@ -1,6 +1,7 @@
-"""Where settings come from, and how a wrong one is told."""
+"""Settings: their defaults and sources, the report of mistakes, and former names."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -20,8 +21,11 @@ from shared.settings import (
     LoraSettings,
     OutputRule,
     PromptRule,
+    QueueSettings,
     Section,
     Settings,
+    WorkerSettings,
+    _warn_of_former,
     get_settings,
     load_settings,
 )
@@ -31,7 +35,7 @@ SECRET = "hunter2hunter2"
 
 @pytest.fixture(autouse=True)
 def _nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No variables of ours, and an empty current directory."""
+    """No variable of the product is set, and the current directory is empty."""
     for name in list(os.environ):
         if name.upper().startswith("AFTERIMAGE_"):
             monkeypatch.delenv(name)
@@ -54,7 +58,7 @@ def sections() -> list[type[BaseModel]]:
     return [section for section in Section.__subclasses__() if section.__module__ == "shared.settings"]
 
 
-def test_nothing_has_to_be_set() -> None:
+def test_no_setting_is_required() -> None:
     settings = load_settings()
     assert settings.environment is Environment.LOCAL
     assert settings.model.offline
@@ -64,7 +68,7 @@ def test_nothing_has_to_be_set() -> None:
 
 @pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
 def test_every_field_of_every_section_has_a_default(section: type[BaseModel]) -> None:
-    # These describe one entry of a list that is empty by default: what they name cannot be guessed.
+    # These describe one entry of a list that is empty by default, so they have no sensible default.
     required = {
         IPAdapterSettings: {"source"},
         LoraSettings: {"source"},
@@ -105,7 +109,7 @@ def test_the_defaults_point_at_this_machine_only() -> None:
     assert settings.metrics.host == "127.0.0.1"
 
 
-def test_no_default_is_a_secret_that_ships() -> None:
+def test_no_default_is_a_secret() -> None:
     for section in sections():
         for name, field in section.model_fields.items():
             if field.annotation in (str, SecretStr) and re.search("password|secret|token|key", name):
@@ -115,7 +119,7 @@ def test_no_default_is_a_secret_that_ships() -> None:
 # --- sources ------------------------------------------------------------------------------------------------------
 
 
-def test_variables_reach_nested_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_set_nested_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_DATABASE__POOL_SIZE", "3")
     monkeypatch.setenv("afterimage_logging__level", "DEBUG")
     monkeypatch.setenv("AFTERIMAGE_STORAGE__OPTIONS", '{"access_key_id": "x"}')
@@ -132,7 +136,7 @@ def test_a_generator_can_be_added_by_variable(monkeypatch: pytest.MonkeyPatch, t
     assert load_settings().model.generators == {"mine": GeneratorSettings(source=str(tmp_path))}
 
 
-def test_the_stronger_source_wins_field_by_field(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_of_higher_priority_wins_field_by_field(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("afterimage.toml").write_text("[api]\nport = 1\nworkers = 1\nthreads = 1\nmax_waiters = 1\nmax_wait_s = 1\n")
     Path(".env").write_text(
         "AFTERIMAGE_API__WORKERS=2\nAFTERIMAGE_API__THREADS=2\nAFTERIMAGE_API__MAX_WAITERS=2\n"
@@ -164,7 +168,7 @@ def test_a_process_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert load_settings().api.port == 1234
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_immutable() -> None:
     settings = load_settings()
     with pytest.raises(ValueError, match="frozen"):
         settings.environment = Environment.TEST  # type: ignore[misc]
@@ -206,7 +210,9 @@ def test_every_mistake_has_one_line_with_its_place(monkeypatch: pytest.MonkeyPat
         ("AFTERIMAGE_DATABSE__URL", SECRET),
     ],
 )
-def test_a_wrong_secret_is_told_without_its_value(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+def test_a_wrong_secret_is_reported_without_its_value(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigurationError) as caught:
         load_settings()
@@ -238,7 +244,7 @@ def test_a_misspelt_variable_in_a_dotenv_file_is_a_mistake() -> None:
     assert mistakes() == ["AFTERIMAGE_DATABSE__URL: there is no such setting"]
 
 
-def test_variables_of_tools_around_the_product_are_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_tools_around_the_product_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERIMAGE_URL", "http://127.0.0.1:8000")
     monkeypatch.setenv("AFTERIMAGE_API_KEY", "what a client sends")
     assert load_settings().environment is Environment.LOCAL
@@ -258,7 +264,7 @@ def test_a_broken_or_missing_config_file_is_a_mistake(monkeypatch: pytest.Monkey
     assert mistakes() == [f"AFTERIMAGE_CONFIG_FILE: {tmp_path}/not-there.toml is not a file"]
 
 
-CHEAP = {"generators": {"cheap": {"kind": "cheap"}}, "default_generator": "cheap"}
+FAKE = {"generators": {"fast": {"kind": "fake"}}, "default_generator": "fast"}
 
 
 @pytest.mark.parametrize(
@@ -267,12 +273,12 @@ CHEAP = {"generators": {"cheap": {"kind": "cheap"}}, "default_generator": "cheap
         ({"environment": "production"}, "security.require_api_keys"),
         ({"environment": "staging"}, "security.require_api_keys"),
         ({"api": {"host": "0.0.0.0"}}, "security.require_api_keys"),
-        ({"environment": "local", "model": CHEAP}, "cheap"),
-        ({"environment": "production", "security": {"require_api_keys": True}, "model": CHEAP}, "cheap"),
-        ({"worker": {"generator": "nobody"}}, "worker.generator"),
-        ({"model": {"default_generator": "nobody"}}, "default_generator"),
+        ({"environment": "local", "model": FAKE}, "the fake generator"),
+        ({"environment": "production", "security": {"require_api_keys": True}, "model": FAKE}, "the fake generator"),
+        ({"worker": {"generator": "unknown"}}, "worker.generator"),
+        ({"model": {"default_generator": "unknown"}}, "default_generator"),
         ({"model": {"generators": {}}}, "generators"),
-        ({"model": {"generators": {"Bad Name": {"kind": "cheap"}}}}, "Bad Name"),
+        ({"model": {"generators": {"Bad Name": {"kind": "fake"}}}}, "Bad Name"),
         ({"model": {"generators": {"a": {"source": "org/model"}}, "default_generator": "a"}}, "revision"),
         ({"model": {"generators": {"a": {}}, "default_generator": "a"}}, "source"),
         ({"jobs": {"lease_s": 10, "heartbeat_s": 6}}, "heartbeat_s"),
@@ -280,12 +286,12 @@ CHEAP = {"generators": {"cheap": {"kind": "cheap"}}, "default_generator": "cheap
         ({"cache": {"socket_timeout_s": 60}}, "cache.socket_timeout_s"),
     ],
 )
-def test_an_unsafe_or_senseless_combination_is_refused(overrides: dict[str, Any], place: str) -> None:
+def test_an_unsafe_or_contradictory_combination_is_refused(overrides: dict[str, Any], place: str) -> None:
     assert any(place in line for line in mistakes(**overrides))
 
 
-def test_several_unsafe_combinations_are_told_at_once() -> None:
-    lines = mistakes(environment="production", model=CHEAP, worker={"generator": "nobody"})
+def test_several_unsafe_combinations_are_reported_at_once() -> None:
+    lines = mistakes(environment="production", model=FAKE, worker={"generator": "unknown"})
     assert len(lines) == 3
 
 
@@ -293,13 +299,103 @@ def test_several_unsafe_combinations_are_told_at_once() -> None:
     "overrides",
     [
         {"environment": "production", "security": {"require_api_keys": True}, "api": {"host": "0.0.0.0"}},
-        {"environment": "test", "model": CHEAP},
+        {"environment": "test", "model": FAKE},
         {"api": {"host": "::1"}},
         {"model": {"generators": {"a": {"source": "org/model", "revision": "abc"}}, "default_generator": "a"}},
     ],
 )
 def test_a_safe_combination_is_accepted(overrides: dict[str, Any]) -> None:
     load_settings(**overrides)
+
+
+# --- former names -------------------------------------------------------------------------------------------------
+
+FORMER_NAMES = [
+    ("queue.window", "queue.published_jobs_per_lane", 3),
+    ("queue.starving_s", "queue.starvation_timeout_s", 3.0),
+    ("worker.spare_seats", "worker.lane_headroom", 3),
+]
+
+
+@pytest.fixture
+def _no_warning_yet() -> None:
+    _warn_of_former.cache_clear()
+
+
+def variable(name: str) -> str:
+    return f"AFTERIMAGE_{name.upper().replace('.', '__')}"
+
+
+def value_of(settings: Settings, name: str) -> object:
+    section, field = name.split(".")
+    return getattr(getattr(settings, section), field)
+
+
+@pytest.mark.usefixtures("_no_warning_yet")
+@pytest.mark.parametrize(("former", "current", "value"), FORMER_NAMES)
+def test_a_former_name_is_read_from_every_source_and_one_line_names_the_new_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, former: str, current: str, value: float
+) -> None:
+    section, field = former.split(".")
+    assert value_of(load_settings(**{section: {field: value}}), current) == value
+    Path("afterimage.toml").write_text(f"[{section}]\n{field} = {value}\n")
+    assert value_of(load_settings(), current) == value
+    Path("afterimage.toml").unlink()
+    Path(".env").write_text(f"{variable(former)}={value}\n")
+    assert value_of(load_settings(), current) == value
+    Path(".env").unlink()
+    monkeypatch.setenv(variable(former), str(value))
+    assert value_of(load_settings(), current) == value
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert f"{former} is now {current}" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(("former", "current", "value"), FORMER_NAMES)
+def test_the_sections_accept_former_names_as_keywords(former: str, current: str, value: float) -> None:
+    section, field = former.split(".")
+    models: dict[str, type[Section]] = {"queue": QueueSettings, "worker": WorkerSettings}
+    assert getattr(models[section](**{field: value}), current.split(".")[1]) == value
+
+
+@pytest.mark.parametrize(("former", "current", "value"), FORMER_NAMES)
+def test_a_former_and_a_current_name_together_are_a_mistake_that_names_both(
+    monkeypatch: pytest.MonkeyPatch, former: str, current: str, value: float
+) -> None:
+    monkeypatch.setenv(variable(former), str(value))
+    section, field = current.split(".")
+    Path("afterimage.toml").write_text(f"[{section}]\n{field} = {value}\n")
+    (line,) = mistakes()
+    assert former in line
+    assert current in line
+
+
+def test_a_current_name_alone_is_read_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _, current, value in FORMER_NAMES:
+        monkeypatch.setenv(variable(current), str(value))
+    settings = load_settings(environment="test", model=FAKE)
+    assert all(value_of(settings, current) == value for _, current, value in FORMER_NAMES)
+    assert caplog.records == []
+
+
+@pytest.mark.usefixtures("_no_warning_yet")
+def test_the_fake_generator_is_also_read_by_its_former_kind(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        settings = load_settings(
+            environment="test", model={"generators": {"fast": {"kind": "cheap"}}, "default_generator": "fast"}
+        )
+        assert settings.model.generators["fast"].kind == "fake"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert 'kind = "fake"' in line
+
+
+def test_the_defaults_of_settings_are_those_of_the_sections() -> None:
+    """A partly given section takes the defaults of its own class, so `Settings` may define no other defaults."""
+    for name, field in Settings.model_fields.items():
+        if isinstance(field.default, Section):
+            assert field.default == type(field.default)(), name
 
 
 # --- the content policy -------------------------------------------------------------------------------------------
@@ -330,7 +426,7 @@ def test_there_is_no_content_policy_unless_one_is_set(monkeypatch: pytest.Monkey
         ([{**WEAPON, "name": "safety_checker"}], "safety_checker"),
     ],
 )
-def test_a_policy_that_would_not_hold_stops_the_start(concepts: list[dict[str, Any]], place: str) -> None:
+def test_an_invalid_content_policy_is_a_mistake(concepts: list[dict[str, Any]], place: str) -> None:
     (line,) = mistakes(safety={"concepts": concepts})
     assert line.startswith("safety")
     assert place in line

@@ -1,31 +1,31 @@
-"""One resource per process, whoever asks for it at the same time."""
+"""`process_singleton` makes one resource per process, even for concurrent callers."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Barrier, BrokenBarrierError
 
-from shared.singleton import once
+from shared.singleton import process_singleton
 
 
 def slow_to_make(threads: int) -> Callable[[str], object]:
-    """A function under which all `threads` meet, if it lets them all in."""
+    """A singleton function that waits up to 0.2 s until `threads` callers are inside of it."""
     meeting = Barrier(threads)
 
-    @once
+    @process_singleton
     def resource(_name: str) -> object:
-        """What there is one of."""
-        with suppress(BrokenBarrierError):  # they were not all let in
+        """The only one."""
+        with suppress(BrokenBarrierError):  # not all threads were inside
             meeting.wait(0.2)
         return object()
 
     return resource
 
 
-def test_threads_that_ask_at_the_same_time_get_the_same() -> None:
+def test_concurrent_callers_get_the_same_resource() -> None:
     resource = slow_to_make(8)
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: resource("a"), range(8)))
     assert len(set(map(id, made))) == 1
     assert resource("b") is not made[0]
-    assert resource.__doc__ == "What there is one of."
+    assert resource.__doc__ == "The only one."

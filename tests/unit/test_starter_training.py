@@ -1,4 +1,4 @@
-"""The starter's training scripts still run, learn, resume exactly and export what the product loads (tiny models)."""
+"""The starter's training scripts learn, resume exactly and export models that the product loads. Tiny models."""
 
 import json
 from collections.abc import Iterator
@@ -31,6 +31,8 @@ from starter.train.tokens import END, PAD, learn_tokenizer
 IMAGES = 30
 SHAPE = ClipShape(embed_dim=32, width=32, layers=2, head_width=16, text_width=32, text_heads=2, text_layers=2)
 PLAN = Plan(steps=12, warmup=2, log_every=1, bf16=False)
+
+pytestmark = pytest.mark.extended  # it shows nothing about the running service
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +107,7 @@ def test_clip_learns_and_its_folder_loads_through_open_clip(
         torch.testing.assert_close(model.encode_image(images), ours.encode_image(images), atol=0.02, rtol=0.02)
 
 
-def test_queries_teach_the_text_tower_and_leave_the_image_vectors(
+def test_queries_train_the_text_tower_and_keep_the_image_vectors(
     dataset: Dataset, tokenizer: CLIPTokenizer, tmp_path: Path
 ) -> None:
     clip = small_clip(dataset, tokenizer).module
@@ -119,7 +121,7 @@ def test_the_autoencoder_learns(dataset: Dataset, tmp_path: Path) -> None:
     assert plot_losses(tmp_path).stat().st_size > 0
 
 
-def test_a_killed_run_goes_on_exactly_where_its_checkpoint_was(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly_from_its_checkpoint(dataset: Dataset, tmp_path: Path) -> None:
     whole, halves = small_autoencoder(dataset), small_autoencoder(dataset)
     train(whole, tmp_path / "whole", replace(PLAN, steps=6))
     train(halves, tmp_path / "halves", replace(PLAN, steps=3))
@@ -129,7 +131,7 @@ def test_a_killed_run_goes_on_exactly_where_its_checkpoint_was(dataset: Dataset,
         assert torch.equal(value, resumed.module.state_dict()[name]), name
 
 
-def test_a_cool_down_leaves_the_checkpoint_as_it_was(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_cool_down_does_not_change_the_checkpoint(dataset: Dataset, tmp_path: Path) -> None:
     stage = small_autoencoder(dataset)
     train(stage, tmp_path, replace(PLAN, steps=3))
     train(stage, tmp_path, replace(PLAN, steps=3, cooldown=2))
@@ -155,41 +157,41 @@ def test_the_generator_learns_and_its_folder_loads_through_diffusers(
     vectors = torch.randn(2, REFERENCES, SHAPE.embed_dim)
     weights = torch.tensor([[0.7, 0.3, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
     vectors[0, 2:] = 0
-    both = paint(pipeline, ["cat", "robot"], vectors, weights, seeds=[1, 2])
+    both = generate_images(pipeline, ["cat", "robot"], vectors, weights, seeds=[1, 2])
     assert both.shape == (2, 3, 64, 64)
-    alone = paint(pipeline, ["robot"], vectors[1:], weights[1:], seeds=[2])
-    torch.testing.assert_close(alone, both[1:], atol=1e-3, rtol=0)
-    without = paint(pipeline, ["robot"], torch.zeros_like(vectors[1:]), torch.zeros(1, REFERENCES), seeds=[2])
-    assert (without - alone).abs().max() > 1e-5
+    single = generate_images(pipeline, ["robot"], vectors[1:], weights[1:], seeds=[2])
+    torch.testing.assert_close(single, both[1:], atol=1e-3, rtol=0)
+    without = generate_images(pipeline, ["robot"], torch.zeros_like(vectors[1:]), torch.zeros(1, REFERENCES), seeds=[2])
+    assert (without - single).abs().max() > 1e-5
 
 
-def test_an_exported_generator_can_be_taken_up_again(dataset: Dataset, tokenizer: CLIPTokenizer) -> None:
+def test_the_exported_unet_and_adapter_can_be_joined_again(dataset: Dataset, tokenizer: CLIPTokenizer) -> None:
     stage = small_generator(dataset, tokenizer)
     together = join_adapter(*split_adapter(stage.average, stage.unet), stage.unet)
     assert together.keys() == stage.average.keys()
     assert all(torch.equal(together[name], value) for name, value in stage.average.items())
 
 
-def test_kernels_are_trained_in_place_as_the_matrices_that_they_are() -> None:
+def test_convolution_kernels_are_trained_as_matrices_in_place() -> None:
     torch.manual_seed(0)
     module = nn.Conv2d(16, 16, 3).to(memory_format=torch.channels_last)
     optimizer = MuonWithAdamW(module, learning_rate=1e-2, weight_decay=0.0, betas=(0.9, 0.99))
     before = module.weight.detach().clone()
-    module(1 + 0.3 * torch.randn(4, 16, 5, 5)).square().mean().backward()  # one direction outweighs all others
+    module(1 + 0.3 * torch.randn(4, 16, 5, 5)).square().mean().backward()  # one direction dominates the gradient
     optimizer.step()
     step = as_matrix(module.weight.detach() - before)
-    assert torch.linalg.cond(step) < 5, "the update of a hidden layer moves in all directions alike"
+    assert torch.linalg.cond(step) < 5, "the update is about equally large in all directions"
 
 
-def test_kernels_that_would_be_trained_as_copies_are_refused() -> None:
+def test_convolution_kernels_that_need_a_copy_are_refused() -> None:
     with pytest.raises(ValueError, match="channels_last"):
         MuonWithAdamW(nn.Conv2d(16, 16, 3), learning_rate=1e-2, weight_decay=0.0, betas=(0.9, 0.99))
 
 
-def paint(
+def generate_images(
     pipeline: Any, prompts: list[str], vectors: torch.Tensor, weights: torch.Tensor, *, seeds: list[int]
 ) -> torch.Tensor:
-    """As the service does it: the pipeline itself would repeat a batch's rows, so they are handed over as they are."""
+    """Generate as the service does. The pipeline would repeat the rows of `vectors`, so that step is replaced."""
     embeds = torch.cat([torch.zeros_like(vectors), vectors])
     masks = torch.cat([torch.zeros_like(weights), weights])[:, :, None, None].expand(-1, -1, LATENT_PX, LATENT_PX)
     pipeline.prepare_ip_adapter_image_embeds = lambda *_, **__: [embeds]
@@ -205,7 +207,7 @@ def paint(
     return images
 
 
-def test_conditioning_keeps_rows_apart(dataset: Dataset, tokenizer: CLIPTokenizer) -> None:
+def test_conditioning_does_not_mix_rows(dataset: Dataset, tokenizer: CLIPTokenizer) -> None:
     stage = small_generator(dataset, tokenizer)
     unet = stage.module.eval()
     vectors, weights = torch.randn(3, REFERENCES, SHAPE.embed_dim), torch.rand(3, REFERENCES)
@@ -213,11 +215,11 @@ def test_conditioning_keeps_rows_apart(dataset: Dataset, tokenizer: CLIPTokenize
     states = stage.encode_prompts(["cat", "robot", ""])
     with torch.no_grad():
         together = unet(latents, times, states, **conditioning(vectors, weights, LATENT_PX)).sample
-        alone = unet(latents[1:2], times[1:2], states[1:2], **conditioning(vectors[1:2], weights[1:2], 64)).sample
-    torch.testing.assert_close(alone, together[1:2], atol=1e-4, rtol=1e-4)
+        single = unet(latents[1:2], times[1:2], states[1:2], **conditioning(vectors[1:2], weights[1:2], 64)).sample
+    torch.testing.assert_close(single, together[1:2], atol=1e-4, rtol=1e-4)
 
 
-def test_training_attends_as_diffusers_does(dataset: Dataset, tokenizer: CLIPTokenizer) -> None:
+def test_attention_in_training_equals_that_of_diffusers(dataset: Dataset, tokenizer: CLIPTokenizer) -> None:
     stage = small_generator(dataset, tokenizer)
     unet: Any = stage.module.eval()
     inputs = (torch.randn(2, 4, LATENT_PX, LATENT_PX), torch.tensor([10, 700]), stage.encode_prompts(["cat", "robot"]))

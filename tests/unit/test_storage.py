@@ -75,7 +75,7 @@ def _create_bucket(endpoint: str) -> None:
             client.delete_object(Bucket="images", Key=item["Key"])
 
 
-def test_what_was_put_is_read_back(blobs: Blobs) -> None:
+def test_a_blob_is_read_back_as_it_was_written(blobs: Blobs) -> None:
     blobs.put("images/a.png", b"pixels", media_type="image/png")
     assert blobs.get("images/a.png") == b"pixels"
     assert blobs.exists("images/a.png")
@@ -117,7 +117,7 @@ def test_delete_is_idempotent(blobs: Blobs) -> None:
     assert not blobs.exists("a")
 
 
-def test_deleting_many_removes_them_and_minds_none_that_is_missing(blobs: Blobs) -> None:
+def test_deleting_many_keys_ignores_missing_ones(blobs: Blobs) -> None:
     for key in ("a/1", "a/2", "a/3", "b/1"):
         blobs.put(key, b"1", media_type="image/png")
     blobs.delete_all(["a/1", "a/0", "a/3"])
@@ -125,7 +125,7 @@ def test_deleting_many_removes_them_and_minds_none_that_is_missing(blobs: Blobs)
     assert {blob.key for blob in blobs.list("")} == {"a/2", "b/1"}
 
 
-def test_list_gives_sizes_and_ages_below_a_folder_only(blobs: Blobs) -> None:
+def test_list_gives_the_sizes_and_times_of_one_folder(blobs: Blobs) -> None:
     before = datetime.now(UTC) - timedelta(seconds=2)
     for key in ("outputs/a/1", "outputs/a/2", "outputs/ab/1", "images/a"):
         blobs.put(key, b"12345", media_type="image/png")
@@ -180,7 +180,7 @@ def test_a_missing_bucket_is_a_storage_error_and_not_a_missing_key(s3_endpoint: 
         blobs.get("a")
 
 
-def test_an_error_message_does_not_show_the_place(tmp_path: Path) -> None:
+def test_an_error_message_does_not_show_the_path(tmp_path: Path) -> None:
     blobs = Blobs(StorageSettings(url=f"file://{tmp_path}/blobs"))
     (tmp_path / "blobs" / "a").write_bytes(b"a file where a folder is needed")
     with pytest.raises(StorageError) as caught:
@@ -188,7 +188,7 @@ def test_an_error_message_does_not_show_the_place(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(caught.value.body())
 
 
-def test_a_vanished_folder_fails_its_check(tmp_path: Path) -> None:
+def test_a_deleted_folder_fails_the_check(tmp_path: Path) -> None:
     blobs = Blobs(StorageSettings(url=f"file://{tmp_path}/blobs"))
     (tmp_path / "blobs").rmdir()
     with pytest.raises(StorageError):
@@ -196,7 +196,7 @@ def test_a_vanished_folder_fails_its_check(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["../outside", "a/../../outside", "a//b", "."])
-def test_no_key_leaves_the_folder(tmp_path: Path, key: str) -> None:
+def test_no_key_leads_out_of_the_folder(tmp_path: Path, key: str) -> None:
     blobs = Blobs(StorageSettings(url=f"file://{tmp_path}/blobs"))
     with pytest.raises(ValueError, match="path"):
         blobs.put(key, b"1", media_type="image/png")
@@ -223,7 +223,7 @@ for n in range(10_000):
 """
 
 
-def test_a_writer_killed_half_way_leaves_no_half_blob(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_no_partial_blob(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/blobs"
     writer = subprocess.Popen([sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, cwd=PROJECT)
     assert writer.stdout is not None
@@ -237,7 +237,7 @@ def test_a_writer_killed_half_way_leaves_no_half_blob(tmp_path: Path) -> None:
     assert {blob.size_bytes for blob in blobs.list("keys")} == {32 * 2**20}
 
 
-def test_keys_keep_attempts_formats_and_kinds_apart() -> None:
+def test_keys_differ_by_attempt_format_and_kind() -> None:
     keys = [
         image_key(SHA, ImageFormat.PNG),
         image_key(SHA, ImageFormat.WEBP),

@@ -1,4 +1,4 @@
-"""The script that shows what a policy sees."""
+"""`scripts.try_policy` lists the similarities and actions of a content policy."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     try_policy.main()
 
 
-def test_prompts_and_pictures_are_listed_with_what_would_follow_the_nearest_first(
+def test_prompts_and_pictures_are_listed_nearest_first_with_their_action(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AFTERIMAGE_SAFETY__CONCEPTS", json.dumps([CONCEPT]))
@@ -43,15 +43,15 @@ def test_prompts_and_pictures_are_listed_with_what_would_follow_the_nearest_firs
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (40, 30), "red").save(tmp_path / "pictures" / "red.png")
     run(monkeypatch, "--prompts", str(tmp_path / "prompts.txt"), "--images", str(tmp_path / "pictures"))
-    told = capsys.readouterr().out
-    of_prompts, of_images = told.split("thing, output: blur from -1")
+    printed = capsys.readouterr().out
+    of_prompts, of_images = printed.split("thing, output: blur from -1")
     assert of_prompts.index("a thing") < of_prompts.index("an [odd] one")
     assert [line.split("│")[2].strip() for line in of_prompts.splitlines() if "a thing " in line] == ["block"]
     assert [line.split("│")[2].strip() for line in of_prompts.splitlines() if "[odd]" in line] == [""]
     assert [line.split("│")[2].strip() for line in of_images.splitlines() if "red.png" in line] == ["blur"]
 
 
-def test_without_a_policy_there_is_nothing_to_try(
+def test_without_a_policy_the_script_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

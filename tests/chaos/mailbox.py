@@ -1,4 +1,4 @@
-"""A folder between the one who plans faults and the workers who play them: orders go in, notes come out."""
+"""A folder shared by the process that plans faults and the workers: it places orders, and they write notes."""
 
 import os
 import time
@@ -8,12 +8,14 @@ from typing import Any, Self
 
 import orjson
 
-VARIABLE = "CHAOS_BACKSTAGE"
+VARIABLE = "CHAOS_MAILBOX"
 
 
-class Backstage:
-    """Safe to share between processes that are killed at any moment: an order is a file that one of them removes, a
-    note is one short write to the end of a file."""
+class Mailbox:
+    """Orders and notes in a folder, safe to share between processes that are killed at any moment.
+
+    An order is a file that one process removes. A note is one short write to the end of a file.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,11 +26,11 @@ class Backstage:
         return cls(Path(os.environ[VARIABLE]))
 
     def order(self, what: str) -> None:
-        """Ask whichever worker comes to that point next, and only that one."""
+        """Place an order that the next worker at that point carries out, and only that worker."""
         (self.folder / what).touch()
 
     def takes(self, order: str) -> bool:
-        """Whether the order was given, and this process is the one that carries it out."""
+        """Take the order if there is one. Return whether this process has to carry it out."""
         try:
             (self.folder / order).unlink()
         except FileNotFoundError:
@@ -36,7 +38,7 @@ class Backstage:
         return True
 
     def is_open(self, order: str) -> bool:
-        """Whether nobody has carried the order out yet."""
+        """Whether no worker has taken the order yet."""
         return (self.folder / order).exists()
 
     def note(self, what: str, **data: Any) -> None:
@@ -48,7 +50,7 @@ class Backstage:
             os.close(descriptor)
 
     def notes(self, what: str) -> Iterator[dict[str, Any]]:
-        """Every note of that kind, the oldest first."""
+        """All notes of that kind, the oldest first."""
         if self._notes.exists():
             for line in self._notes.read_bytes().splitlines():
                 note = orjson.loads(line)

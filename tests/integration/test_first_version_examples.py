@@ -1,8 +1,11 @@
-"""The usage examples of the first version, as it printed them, where nothing had to change; on real servers.
+"""The usage examples of the first version, on real servers.
 
-Its requests (`search`, `rag/generate`) run against a whole stack in `tests/e2e/test_main_job`. What changed since: a
-key prefix and its time to live are named, a plain function that waits for Postgres stays plain because the driver is,
-and a job that draws is polled instead of awaited.
+Their requests (`search`, `rag/generate`) run against a whole stack in `tests/e2e/test_main_job`. Three things differ
+from the first version:
+
+- The key prefix and the time to live of a cache are keyword arguments.
+- A function that waits for Postgres is synchronous, like the driver.
+- A client polls a job instead of awaiting it.
 """
 
 import asyncio
@@ -28,29 +31,29 @@ from shared.pools import (
 from shared.settings import Settings
 from tests.integration.conftest import API, Client, Server
 
-ran: list[Any] = []
+calls: list[Any] = []
 
 
 @pytest.fixture(autouse=True)
 def _real_servers(settings: Settings) -> Iterator[None]:
-    ran.clear()
+    calls.clear()
     yield
     close_all()
 
 
 @cache_result(ttl=300, key_prefix="search")
 async def search_images(query: str, k: int) -> list[str]:
-    ran.append((query, k))
+    calls.append((query, k))
     return [f"{query} {number}" for number in range(k)]
 
 
 @cache_result(ttl=3600, key_prefix="embeddings")
 def generate_embedding(text: str) -> list[float]:
-    ran.append(text)
+    calls.append(text)
     return [float(len(text)), 0.5]
 
 
-def test_expensive_functions_are_cached_plain_and_async() -> None:
+def test_results_of_sync_and_async_functions_are_cached() -> None:
     assert generate_embedding("a cat") == generate_embedding("a cat") == [5.0, 0.5]
 
     async def twice() -> list[list[str]]:
@@ -58,13 +61,13 @@ def test_expensive_functions_are_cached_plain_and_async() -> None:
 
     first, second = asyncio.run(twice())
     assert first == second == ["a cat playing 0", "a cat playing 1"]
-    assert ran == ["a cat", ("a cat playing", 2)], "each once"
+    assert calls == ["a cat", ("a cat playing", 2)], "each calls once"
     assert get_cache_manager().invalidate("embeddings:*") == 1
     generate_embedding("a cat")
-    assert len(ran) == 3
+    assert len(calls) == 3
 
 
-def test_the_cache_is_used_by_hand() -> None:
+def test_the_cache_can_be_used_directly() -> None:
     cache_manager = get_cache_manager()
     cache_manager.set("key", {"value": 1}, ttl=3600)
     cached_value = cache_manager.get("key")
@@ -92,7 +95,7 @@ def expensive_operation() -> str:
     return "done"
 
 
-def test_what_is_timed_and_counted_is_shown_by_metrics_and_statistics(client: Client) -> None:
+def test_timed_and_counted_operations_are_in_metrics_and_statistics(client: Client) -> None:
     with time_operation("database_query"), connection_from_pool(ResourceType.DATABASE) as database:
         results = database.execute(text("select 1")).all()
     assert len(results) == 1
@@ -109,7 +112,7 @@ def test_what_is_timed_and_counted_is_shown_by_metrics_and_statistics(client: Cl
     assert "expensive_operation" in client.get(f"{API}/stats").json["operations"]
 
 
-def test_the_operational_endpoints_answer_where_they_did(server: Server) -> None:
+def test_the_operational_endpoints_keep_their_paths(server: Server) -> None:
     with connection_from_pool(ResourceType.HTTP) as client:
         for path in ("/health", f"{API}/health", f"{API}/stats"):
             answer = client.get(server.url + path)
