@@ -135,7 +135,7 @@ def _requeue(job_ids: list[UUID], *, all_jobs: bool) -> None:
     with session_scope() as session:
         old = [_get_dead_job(session, job_id) for job_id in job_ids]
         if all_jobs:
-            old = [each.job for each in jobs.list_dead(session, limit=MAX_REQUEUED_JOBS) if not each.tried_again]
+            old = [each.job for each in jobs.list_dead(session, limit=MAX_REQUEUED_JOBS) if not each.retried]
         new = [jobs.insert_retry(session, job) for job in old]
     # After the commit. The reconciler dispatches jobs that the broker does not accept now.
     for model in {job.model for job in new}:
@@ -177,7 +177,7 @@ def _print_dead_jobs(dead: list[DeadJob]) -> None:
     for each in dead:
         job, ended = each.job, each.job.finished_at
         moment = f"{ended:%Y-%m-%d %H:%M}" if ended else ""
-        again = "yes" if each.tried_again else ""
+        again = "yes" if each.retried else ""
         table.add_row(
             str(job.id), each.owner, job.model, moment, str(job.crashes), again, job.parameters["prompt"][:60]
         )

@@ -10,9 +10,9 @@ from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.errors import UnsupportedModeError, UnsupportedParameterError
 
-LARGEST_AREA = 2.0
-SMALLEST_AREA = 0.5
-WIDEST_ASPECT = 3.0
+MAX_AREA_RATIO = 2.0
+MIN_AREA_RATIO = 0.5
+MAX_ASPECT_RATIO = 3.0
 """The sizes at which a model that draws any size is still trusted, relative to its native area. Beyond twice the area
 of its training, a latent diffusion model repeats its subject. Far below that area, the picture falls apart."""
 
@@ -27,8 +27,8 @@ def drawable_size(capabilities: Capabilities, width: int, height: int) -> tuple[
     if not capabilities.any_size:
         return native
     native_area = native[0] * native[1]
-    area = min(max(width * height, SMALLEST_AREA * native_area), LARGEST_AREA * native_area)
-    aspect = min(max(width / height, 1 / WIDEST_ASPECT), WIDEST_ASPECT)
+    area = min(max(width * height, MIN_AREA_RATIO * native_area), MAX_AREA_RATIO * native_area)
+    aspect = min(max(width / height, 1 / MAX_ASPECT_RATIO), MAX_ASPECT_RATIO)
     multiple = capabilities.size_multiple
     return _nearest(sqrt(area * aspect), multiple), _nearest(sqrt(area / aspect), multiple)
 
@@ -106,13 +106,15 @@ def resolve_mode(
     if mode is Mode.NONE:
         return Mode.NONE, "The request asked for no references."
     if references == 0:
-        return Mode.NONE, "No reference is relevant enough, so only the prompt is used."
+        return Mode.NONE, "No relevant reference was found, so only the prompt is used."
     if mode is not Mode.AUTO:
         return mode, "The request asked for this mode."
     if supports(capabilities, Mode.IMAGE_PROMPT):
         return Mode.IMAGE_PROMPT, f"The model takes image prompts, and {given}."
     if supports(capabilities, Mode.REFERENCE):
         return Mode.REFERENCE, f"The model takes several reference images, and {given}."
-    if captions == 0 or not supports(capabilities, Mode.CAPTION):
-        return Mode.NONE, "The model takes no image prompts, and no relevant reference has a caption."
-    return Mode.CAPTION, "The model takes no image prompts, so the captions of the relevant references are used."
+    if not supports(capabilities, Mode.CAPTION):
+        return Mode.NONE, "The model takes neither image prompts nor captions, so only the prompt is used."
+    if captions == 0:
+        return Mode.NONE, "The model takes no image prompts, and no chosen reference has a caption."
+    return Mode.CAPTION, "The model takes no image prompts, so the captions of the references are used."

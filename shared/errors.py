@@ -1,5 +1,6 @@
-"""Every failure that the product names: one tree of exceptions, each with a stable `code` and an HTTP status.
+"""Every failure that the code raises: one tree of exceptions, each with a stable `code` and an HTTP status.
 
+The codes of requests that the framework refuses are in `api_service/http/problems.py`.
 Clients match on `code`. The class docstring is the default message. `context` holds only data that the caller may see.
 """
 
@@ -79,7 +80,7 @@ class ModelLoadError(ModelError):
 
 
 class ModelOutOfMemoryError(ModelError):
-    """A single image does not fit in the accelerator's memory."""
+    """The images do not fit in the accelerator's memory."""
 
     code = "out_of_memory"
 
@@ -139,7 +140,7 @@ class ReferenceUnavailableError(ImageGenerationError):
 
 
 class ReferenceDeletedError(ReferenceUnavailableError):
-    """A pinned reference was deleted before the job ran."""
+    """A reference was deleted before the job could use it."""
 
     code = "reference_deleted"
 
@@ -360,7 +361,7 @@ class QuotaExceededError(RateLimitError):
 
 
 class TooManyStreamsError(BaseAppException):
-    """This process has reached its limit of streams, waiting requests or transfers, in all or for this owner."""
+    """This process has reached its limit of streams, waiting requests or transfers, in total or for this owner."""
 
     code = "too_many_streams"
     status = 503

@@ -93,7 +93,7 @@ BULK_ITEMS_WAITING = Gauge(
 LEASES_EXPIRED = Counter("leases_expired_total", "Jobs whose lease expired because their worker stopped renewing it.")
 WEBHOOK_DELIVERIES = Counter("webhook_deliveries_total", "Attempts to deliver a webhook, by outcome.", ["outcome"])
 BLOBS_SWEPT = Counter("blobs_swept_total", "Blobs deleted because no row refers to them.")
-BLOB_BYTES_SWEPT = Counter("blob_bytes_swept_total", "Total size of these blobs.")
+BLOB_BYTES_SWEPT = Counter("blob_bytes_swept_total", "Bytes of the blobs deleted by the sweeper.")
 ROWS_RETIRED = Counter("rows_retired_total", "Rows deleted because their retention time is over.", ["table"])
 IMAGE_LEASES_EXPIRED = Counter(
     "image_leases_expired_total", "Pending images whose lease expired because their worker stopped renewing it."

@@ -1,6 +1,6 @@
 """Retrieval: chooses the references of a generated image, with their weights and the reasons.
 
-The API uses it for previews (`GET /rag/search`) and the worker for generation, so both choose the same references.
+The API uses it to show planned references (`GET /rag/search`), and the worker to generate. So both choose the same.
 """
 
 from collections.abc import Sequence
@@ -121,9 +121,9 @@ def without_near_duplicates(found: Sequence[ScoredImage], *, similarity: float) 
 
 
 def _is_near_duplicate(a: ScoredImage, b: ScoredImage, similarity: float) -> bool:
-    # Equal hashes alone prove little: a red and a green apple have the same gradients. They only lower the threshold.
-    same_hash = hash_distance(a.image.perceptual_hash, b.image.perceptual_hash) <= 2
-    threshold = similarity - 0.05 if same_hash else similarity
+    # Similar hashes alone prove little: a red and a green apple have the same gradients. They only lower the threshold.
+    similar_hash = hash_distance(a.image.perceptual_hash, b.image.perceptual_hash) <= 2
+    threshold = similarity - 0.05 if similar_hash else similarity
     return float(a.vector @ b.vector) >= threshold
 
 

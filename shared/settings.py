@@ -41,8 +41,8 @@ from shared.errors import ConfigurationError, ModelNotFoundError
 logger = logging.getLogger(__name__)
 
 NOT_SECTIONS = ("environment", "config_file", "url", "stack", "api_key")
-"""Names behind `AFTERIMAGE_` that are not sections. A local stack sets `url` and `stack` for the processes around it.
-A client reads `url` and `api_key`."""
+"""Names after the prefix `AFTERIMAGE_` that are not sections. A local stack sets `url` and `stack` for programs started
+beside it. A client reads `url` and `api_key`."""
 
 SAFETY_CHECKER = "safety_checker"
 """Concept name in the decisions of the safety checker that a model brings."""
@@ -157,15 +157,15 @@ class QueueSettings(Section):
         16,
         ge=1,
         le=10_000,
-        description="unclaimed jobs of a model that the broker holds for a lane and the lanes above it; the other jobs "
-        "wait in Postgres",
+        description="unclaimed jobs of a model that the broker holds for a lane and the higher-priority lanes "
+        "together; the other jobs wait in Postgres",
     )
     starvation_timeout_s: Annotated[float, ADVANCED, FormerName("queue", "starving_s")] = Field(
         60,
         gt=0,
         description="if a job has waited this long and its lane has nothing in flight, it is published first; "
         "an image that has waited this long in a worker is drawn next, at most once in this time; "
-        "a batch that was delayed this long in all is not interrupted again",
+        "a batch that was delayed this long in total is not interrupted again",
     )
     max_queued: int = Field(200_000, ge=1, description="queued jobs of all owners; further submits get 503")
     max_queued_per_owner: int = Field(20_000, ge=1, description="queued jobs of one owner; further submits get 429")
@@ -197,7 +197,8 @@ class JobSettings(Section):
         600,
         gt=0,
         le=86_400,
-        description="longest run of one attempt; a job may ask for less; delays by jobs of higher lanes do not count",
+        description="longest run of one attempt; a job may ask for less; "
+        "delays by jobs of higher-priority lanes do not count",
     )
     shutdown_grace_s: float = Field(
         20, ge=0, le=600, description="time to finish running jobs after SIGTERM; then they go back to the queue"
@@ -405,7 +406,7 @@ class RetrievalSettings(Section):
         0.95,
         ge=0,
         le=1,
-        description="cosine from which on two references count as duplicates; "
+        description="lowest cosine at which two references count as duplicates; "
         "0.05 less if their perceptual hashes are nearly equal",
     )
     weight_temperature: Advanced[float] = Field(
@@ -508,7 +509,7 @@ class BulkSettings(Section):
     max_open: Advanced[int] = Field(100, ge=1, description="unfinished bulks of one owner")
     max_open_items: int = Field(500_000, ge=1, description="items of all unfinished bulks of one owner")
     abandoned_after_s: Advanced[float] = Field(
-        86_400, gt=0, description="an incomplete bulk that receives no lines for this long is abandoned"
+        86_400, gt=0, description="a bulk in state `receiving` that receives no lines for this long is abandoned"
     )
 
 
@@ -530,19 +531,21 @@ class WorkerSettings(Section):
         ge=1,
         le=512,
         description="jobs that one worker process handles at a time; "
-        "a generate worker takes `lane_headroom` more for each higher lane",
+        "a generate worker takes `lane_headroom` more for each higher-priority lane",
     )
     lane_headroom: Annotated[int, ADVANCED, FormerName("worker", "spare_seats")] = Field(
         4,
         ge=0,
         le=512,
-        description="additional jobs that a generate worker takes of a lane, compared with the next lower lane",
+        description="additional jobs that a generate worker takes of a lane, "
+        "compared with the next lower-priority lane",
     )
     bulk_pause_s: Advanced[float] = Field(
         0.05,
         ge=0,
         le=60,
-        description="pause of a generate worker between two jobs of the bulk lane while higher lanes are in use",
+        description="pause of a generate worker between two jobs of the bulk lane "
+        "while higher-priority lanes are in use",
     )
     generator: str | None = Field(
         None, description="generator that a generate worker serves; unset: the default generator"
@@ -564,19 +567,28 @@ class WatchdogSettings(Section):
 
 
 class RetentionSettings(Section):
-    """How long data is kept. Days count from the end of a job; 0 keeps the data forever."""
+    """How long data is kept. Each field says from when its days count, and the meaning of 0."""
 
     jobs_days: float = Field(
-        0, ge=0, le=36_500, description="ended jobs with their outputs and events, and ended bulks; 0: kept forever"
+        0,
+        ge=0,
+        le=36_500,
+        description="jobs with their outputs and events, and bulks, counted from their end; 0: kept forever",
     )
     outputs_days: float = Field(
         0, ge=0, le=36_500, description="outputs, counted from their creation; 0: kept with their job"
     )
     events_days: float = Field(
-        30, ge=0, le=36_500, description="events of ended jobs, with their webhook deliveries; 0: kept with their job"
+        30,
+        ge=0,
+        le=36_500,
+        description="events of jobs, with their webhook deliveries, counted from the job's end; 0: kept with their job",
     )
     deliveries_days: float = Field(
-        30, ge=0, le=36_500, description="settled webhook deliveries; 0: kept until their event is deleted"
+        30,
+        ge=0,
+        le=36_500,
+        description="settled webhook deliveries, counted from their creation; 0: kept until their event is deleted",
     )
     every_s: Advanced[float] = Field(
         3600, gt=0, le=604_800, description="how often the reconciler deletes data that is too old"
@@ -627,7 +639,7 @@ class SecuritySettings(Section):
 
 class PromptRule(Section):
     threshold: Advanced[float] = Field(
-        ge=-1, le=1, description="cosine between two texts from which on the concept is recognised"
+        ge=-1, le=1, description="lowest cosine between two texts at which the concept is recognised"
     )
     action: Advanced[Literal["flag", "block"]] = Field("flag", description="`block`: the job fails before drawing")
 
@@ -636,7 +648,7 @@ class OutputRule(Section):
     threshold: Advanced[float] = Field(
         ge=-1,
         le=1,
-        description="cosine between image and text from which on the concept is recognised; "
+        description="lowest cosine between image and text at which the concept is recognised; "
         "such cosines are lower than those between two texts",
     )
     action: Advanced[Literal["flag", "blur", "block"]] = Field(

@@ -97,7 +97,7 @@ def _file_response(key: str, size_bytes: int | None) -> Response:
         return Response(get_blobs().get(key))
     owner_id = g.caller.owner_id
     if not download_slots().take(owner_id):
-        raise TooManyStreamsError("This process has reached its limit of large downloads, in all or for this owner.")
+        raise TooManyStreamsError("This process has reached its limit of large downloads, in total or for this owner.")
     try:
         # Open the file before the headers are sent: a missing file is then a 404 and not a broken 200.
         response = Response(get_blobs().stream(key))

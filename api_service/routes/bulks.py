@@ -50,15 +50,15 @@ def create_bulk(query: BulkSend) -> Response:
     Each line is an item with the fields of `POST /rag/generate` and a `custom_id`. With `"kind": "generate"` it has the
     fields of `POST /generate`. The first line may be a header, `{"bulk": {...}}`, with options of the whole bulk.
 
-    Lines are stored as they arrive. No item runs before the bulk is complete. A body with `Content-Length` completes it
-    at its end. After a chunked body, send `POST /bulks/{bulk_id}/complete`.
+    Lines are stored as they arrive. No item runs before all lines are received. The end of a body with `Content-Length`
+    is the end of the lines. After a chunked body, send `POST /bulks/{bulk_id}/complete`.
 
     After a lost connection, send everything again with the same `Idempotency-Key`, or send the rest to
     `POST /bulks/{bulk_id}/lines`.
     """
     sent = services.bulks.send(_bulk_body(), may_complete=query.complete, caller=g.caller, key=idempotency_key())
     response = _accepted(sent.view)
-    if sent.replayed:
+    if sent.already_submitted:
         response.headers["Idempotent-Replayed"] = "true"
     return response
 
@@ -78,7 +78,7 @@ def append_lines(path: BulkPath, query: BulkAppend) -> Response:
 
 @bulks.post("/<bulk_id>/complete", operation_id="completeBulk", responses={200: BulkView})
 def complete_bulk(path: BulkPath, body: BulkComplete) -> BulkView:
-    """Declare a bulk complete, and start it
+    """Declare that all lines of a bulk are sent, and start it
 
     `lines` must be the bulk's `received_lines`. May be repeated.
     """

@@ -58,7 +58,7 @@ def submit_response(submitted: services.generation.Submitted | DryRunView) -> Re
             )
             waited = wait_s if was_waited else None
     response = responses.accepted(view, waited=waited)
-    if submitted.replayed:
+    if submitted.already_submitted:
         response.headers["Idempotent-Replayed"] = "true"
     return response
 

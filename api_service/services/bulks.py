@@ -71,7 +71,7 @@ class SentBulk:
     """A bulk that has received lines."""
 
     view: BulkView
-    replayed: bool = False
+    already_submitted: bool = False
     """The idempotency key belongs to an earlier request, which created the bulk."""
 
 
@@ -81,18 +81,18 @@ class SentBulk:
 def send(body: BulkBody, *, may_complete: bool, caller: Caller, key: str | None) -> SentBulk:
     """Create a bulk from the lines, or continue the bulk of this key; lines that it has are compared and skipped.
 
-    may_complete: start the bulk if the body is certainly complete.
+    may_complete: start the bulk if the body has certainly arrived to its end.
 
     Raises:
         ValidationError: the header is not valid.
         ForbiddenTargetError: the header's webhook has a URL to which the service does not send.
         IdempotencyKeyReusedError: the key was sent with other lines in the last 24 hours.
-        BulkInvalidError: the bulk is complete and refused, because it has invalid lines or no items.
+        BulkInvalidError: all lines are received, and the bulk is refused: it has invalid lines or no items.
         BulkQuotaError: the owner has too many unfinished bulks, or too many items in them.
         BulkTooLargeError: the bulk has more than `bulks.max_items` items.
         BulkStateError: the bulk receives no more lines.
         BulkOffsetError: another request sent lines of this bulk at the same time.
-        QuotaExceededError: the bulk is complete, and has more images than the owner's quota allows today.
+        QuotaExceededError: all lines are received, and have more images than the owner's quota allows today.
         TooManyStreamsError: this process has reached its limit of transfers.
         DatabaseConnectionError: the database does not answer.
     """
@@ -101,10 +101,10 @@ def send(body: BulkBody, *, may_complete: bool, caller: Caller, key: str | None)
         first = next(lines, None)
         options = bulk_items.parse_header(first)
         with session_scope() as session:
-            bulk, replayed = _find_or_create(session, options, first, caller=caller, key=key)
-        if first is not None and (options is None or replayed):
+            bulk, already_submitted = _find_or_create(session, options, first, caller=caller, key=key)
+        if first is not None and (options is None or already_submitted):
             lines = chain([first], lines)
-        if replayed:
+        if already_submitted:
             lines = _skip_received(lines, bulk)
         if bulk.state == BulkState.RECEIVING:
             _store_lines(bulk.id, lines, caller=caller)
@@ -112,7 +112,9 @@ def send(body: BulkBody, *, may_complete: bool, caller: Caller, key: str | None)
             if bulk.state in (BulkState.ABANDONED, BulkState.CANCELED):
                 raise BulkStateError("The bulk receives no more lines.", state=bulk.state)
             raise IdempotencyKeyReusedError
-        return SentBulk(_complete_if_all_arrived(bulk.id, body, may_complete=may_complete, caller=caller), replayed)
+        return SentBulk(
+            _complete_if_all_arrived(bulk.id, body, may_complete=may_complete, caller=caller), already_submitted
+        )
 
 
 def append(bulk_id: UUID, body: BulkBody, *, from_line: int, may_complete: bool, caller: Caller) -> BulkView:

@@ -1,4 +1,7 @@
-"""Use cases that submit jobs. A request is resolved here, once: the job stores every value that decides the result."""
+"""Use cases that submit jobs.
+
+A request is resolved here, once: the job stores every value that does not depend on the corpus or the loaded model.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -48,7 +51,7 @@ class Submitted:
     """An accepted job."""
 
     view: JobView
-    replayed: bool = False
+    already_submitted: bool = False
     """The idempotency key belongs to an earlier request, and `view` is the answer to that request."""
 
 
@@ -118,7 +121,7 @@ def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Su
                 session, owner_id=caller.owner_id, route=REPLAY_ROUTE, key=key, fingerprint=str(generation_id)
             )
             if known is not None:
-                return Submitted(JobView.model_validate(known), replayed=True)
+                return Submitted(JobView.model_validate(known), already_submitted=True)
         original = outputs.get(session, generation_id, owner_id=caller.owner_id)
         parameters = _recorded_parameters(
             original, outputs.list_references(session, [original.id]).get(original.id, [])
@@ -195,7 +198,7 @@ def _submit(
                 session, owner_id=caller.owner_id, route=kind, key=key, fingerprint=fingerprint(request)
             )
             if known is not None:
-                return Submitted(JobView.model_validate(known), replayed=True)
+                return Submitted(JobView.model_validate(known), already_submitted=True)
         parameters = _resolve_and_check(session, request, retrieval, caller=caller, settings=settings)
         if request.dry_run:
             return DryRunView(kind=kind, parameters=parameters)
@@ -262,7 +265,7 @@ def resolve(
     settings: Settings,
     capabilities: Mapping[str, tuple[Capabilities, ModelRecord]],
 ) -> GenerationParameters:
-    """Resolve every value of the request. This does not check whether its collection and images exist.
+    """Resolve the defaults of the request. This does not check whether its collection and images exist.
 
     Raises:
         ModelNotFoundError: no model of this name is configured.

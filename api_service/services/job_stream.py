@@ -32,7 +32,7 @@ def wait_for_job(
 ) -> tuple[JobView, bool]:
     """Wait until `until(job)` is true, at most `timeout_s`; return the job, and whether the service waited.
 
-    It does not wait when this process has reached its limit of waiters, in all or for this owner.
+    It does not wait when this process has reached its limit of waiters, in total or for this owner.
 
     Raises:
         ResourceNotFoundError: the caller has no job with this id.
@@ -81,7 +81,7 @@ def event_stream(job_id: UUID, *, caller: Caller, after: int) -> Response:
     Raises:
         ResourceNotFoundError: the caller has no job with this id.
         DatabaseConnectionError: the database does not answer.
-        TooManyStreamsError: this process has reached its limit of waiters, in all or for this owner.
+        TooManyStreamsError: this process has reached its limit of waiters, in total or for this owner.
     """
     view = get_job(job_id, caller=caller)
     if view.state.is_final and view.seq <= after:

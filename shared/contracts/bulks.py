@@ -92,7 +92,7 @@ class BulkRagGenerateItem(RagGenerateRequest):
 class BulkSend(Contract):
     complete: bool = Field(
         True,
-        description="the bulk is complete after this body; only a `Content-Length` proves that all of it arrived; "
+        description="this body ends the lines of the bulk; only a `Content-Length` proves that all of it arrived; "
         "after a chunked body send `POST /bulks/{bulk_id}/complete`",
     )
 

@@ -22,7 +22,7 @@ class ModeTraits:
     uses_initial_image: bool = False
     """The first reference is the image that img2img starts from."""
     uses_native_references: bool = False
-    """The pipeline itself reads several reference images, beside the prompt."""
+    """The pipeline itself reads several reference images, beside the prompt. No diffusers pipeline offers it yet."""
     needs_pixels: bool = False
     """The references are read as images; without it, their vectors or captions are enough."""
     needs_captions: bool = False
@@ -30,7 +30,7 @@ class ModeTraits:
 
 
 class Mode(StrEnum):
-    """How references condition the image."""
+    """How references condition the image. No diffusers pipeline offers `reference` yet."""
 
     AUTO = "auto"
     IMAGE_PROMPT = "image_prompt"
@@ -100,7 +100,10 @@ class GenerateRequest(Contract):
         None, gt=0, le=30 * 86_400, description="longest wait until the model starts; after it the job is `expired`"
     )
     timeout_s: float | None = Field(
-        None, gt=0, le=86_400, description="longest run from there; after it the job is `failed` with `job_timeout`"
+        None,
+        gt=0,
+        le=86_400,
+        description="longest run from the start of the model's work; after it the job is `failed` with `job_timeout`",
     )
     webhook: Webhook | None = None
     metadata: Metadata = Field(default_factory=dict, description="returned with the job")
@@ -140,9 +143,10 @@ class RagGenerateRequest(GenerateRequest):
 
 
 class GenerationParameters(Contract):
-    """A request with every value resolved. The worker runs it, and the provenance records it.
+    """A request with its defaults resolved. The worker runs it, and the provenance records it.
 
-    The API writes it once at submit; a replay runs it again.
+    The API writes it once at submit; a replay runs it again. `mode` may still be `auto`, and searched references are
+    found when the job runs.
     """
 
     prompt: str

@@ -40,7 +40,7 @@ class Lane(StrEnum):
 
     @property
     def rank(self) -> int:
-        """Position of the lane; 0 is served first."""
+        """Rank of the lane; 0 runs first."""
         return list(Lane).index(self)
 
 
@@ -144,7 +144,9 @@ class JobView(Contract):
     bulk_id: UUID | None = Field(None, description="the bulk to which this job belongs")
     progress: Progress | None = None
     queue_position: int | None = Field(
-        None, description="queued jobs of the same model ahead of this job; `null` in lists and when it is not queued"
+        None,
+        description="queued jobs of the same model in a higher-priority lane, or in the same lane and submitted "
+        "earlier; `null` in lists and when the job is not queued",
     )
     estimated_start_s: float | None = Field(
         None,

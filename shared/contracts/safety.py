@@ -34,7 +34,7 @@ class SafetyDecision(Contract):
         None, description="cosine to the concept; `null` for a checker that gives no number", examples=[0.31]
     )
     threshold: float | None = Field(
-        None, description="similarity from which on the concept is recognised", examples=[0.28]
+        None, description="lowest similarity at which the concept is recognised", examples=[0.28]
     )
 
 

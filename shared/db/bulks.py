@@ -1,8 +1,8 @@
 """Bulks: receives their lines, makes jobs of their items step by step, and counts their progress.
 
-Items wait in a table of their own, `bulk_items`. At each dispatch, `top_up` makes jobs of the next items, so that a few
-dozen jobs of each running bulk wait. So every query over waiting jobs reads few rows, however long the bulks are.
-Pausing or canceling a bulk changes few rows too. See docs/decisions/0011-when-do-bulk-items-become-jobs.md.
+Items wait in a table of their own, `bulk_items`. At each dispatch, `top_up` makes jobs of the next items. A few dozen
+jobs per running bulk wait at a time. Every query over waiting jobs therefore reads few rows, however long the bulks
+are. Pausing or canceling a bulk changes few rows too. See docs/decisions/0011-when-do-bulk-items-become-jobs.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from shared.metrics import JOBS_SUBMITTED
 from shared.settings import LimitSettings
 
 RATE_WINDOW_S = 60
-"""`rate_per_s` is measured over so many seconds."""
+"""`rate_per_s` is measured over this many seconds."""
 RETRIABLE = (JobState.FAILED, JobState.DEAD, JobState.EXPIRED)
 ITEMS_PER_DELETE = 5000
 """Items of bulks that never ran are deleted in batches of this size."""
@@ -108,8 +108,8 @@ INSERT_ERRORS = text(
     )
     """
 )
-"""Both statements take their rows as one JSON value. Psycopg2 cannot COPY while a callback bounds its waits, and for
-hundreds of rows one JSON value is as fast."""
+"""Both statements take their rows as one JSON value. Psycopg2 cannot COPY while the wait callback that enforces our
+timeouts is installed. For hundreds of rows one JSON value is as fast."""
 
 
 def append_lines(
@@ -138,7 +138,7 @@ def append_lines(
 
 
 def start(session: Session, bulk: Bulk, limits: LimitSettings) -> None:
-    """Set a bulk whose lines are complete to `running`, so that its items become jobs.
+    """Set a bulk whose lines have all arrived to `running`, so that its items become jobs.
 
     All images of the bulk count towards the owner's quota of today.
 
@@ -254,7 +254,7 @@ def state_without_job(bulk: Bulk) -> ItemState:
 def list_items(
     session: Session, bulk: Bulk, *, after: int, limit: int, state: ItemState | None = None
 ) -> tuple[list[tuple[BulkItem, Job | None, ItemState]], int | None]:
-    """A page of items with their jobs and states, in the order of lines; and its last line, or None on the last page.
+    """A page of items with jobs and states, by line, and the `after` of the next page; None on the last page.
 
     An item that waits for a retry has the state `queued` and no job.
     """
@@ -300,7 +300,7 @@ def _awaits_retry(bulk: Bulk) -> ColumnElement[bool]:
 def list_line_errors(
     session: Session, bulk_id: UUID, *, after: int, limit: int
 ) -> tuple[list[BulkLineError], int | None]:
-    """A page of invalid lines; and its last line, or None on the last page."""
+    """A page of invalid lines, and the `after` of the next page; None on the last page."""
     statement = select(BulkLineError).where(BulkLineError.bulk_id == bulk_id, BulkLineError.line > after)
     rows = list(session.scalars(statement.order_by(BulkLineError.line).limit(limit + 1)))
     return rows[:limit], rows[limit - 1].line if len(rows) > limit else None
@@ -364,7 +364,7 @@ def retry_failed(session: Session, bulk: Bulk, limits: LimitSettings) -> None:
         QuotaExceededError: the images exceed the owner's quota of today.
     """
     if bulk.state not in (BulkState.RUNNING, BulkState.PAUSED, BulkState.COMPLETED):
-        raise BulkStateError("Only a bulk that runs or has completed can be tried again.", state=bulk.state)
+        raise BulkStateError("Only a running, paused or completed bulk can be retried.", state=bulk.state)
     has_expired_items = bulk.state == BulkState.COMPLETED and bulk.fed < bulk.total
     images_without_job = _images_without_job(session, bulk) if has_expired_items else 0
     now = session.scalars(select(func.clock_timestamp())).one()
@@ -467,12 +467,12 @@ BULKS_NEEDING_JOBS = text(
 
 
 def top_up(session: Session, model: str, *, window: int) -> None:
-    """Make jobs of the next items of running bulks, so that enough of them wait for `model`.
+    """Make jobs of the next items of running bulks, so that enough jobs wait for `model`.
 
     A running bulk with fewer than `window` queued jobs for `model` is filled up to twice `window`, as long as it has
-    items. The dispatch calls this first, with its own window, so that one bulk alone can fill it. A bulk past its
-    deadline gets no new job. A bulk whose items have all become jobs, or that is past its deadline, ends here once its
-    last job has ended.
+    items. The dispatch calls this first, with its own window, so that one bulk alone can fill it. Items that wait for a
+    retry are detached from their failed jobs first, and then get new ones. A bulk past its deadline gets no new job.
+    A bulk whose items have all become jobs, or that is past its deadline, ends here once its last job has ended.
     """
     for bulk_id, queued in session.execute(BULKS_NEEDING_JOBS, {"model": model, "window": window}).all():
         # A locked row is skipped: another process tops up another model of this bulk, or pauses or cancels it. The
@@ -488,7 +488,9 @@ def top_up(session: Session, model: str, *, window: int) -> None:
 
 
 def _insert_jobs(session: Session, bulk: Bulk, model: str, *, most: int) -> None:
-    """Make jobs of up to `most` of the bulk's items; end the bulk when no item waits and its last job has ended.
+    """Make jobs of up to `most` of the bulk's items, retries included.
+
+    The bulk ends here when no item waits and its last job has ended.
 
     most: 0 when the bulk is past its deadline.
     """

@@ -1,8 +1,8 @@
 """Dispatch: chooses which waiting jobs of a model go to the broker next, by lane, fair share of owners, and age.
 
 Only a small window of each model's jobs is published, that is, has a message in the broker. The other queued jobs
-wait in Postgres. The broker serves the jobs of one lane in the order of publishing, which cannot be changed afterwards.
-With a small window, a hundred thousand bulk jobs neither fill the broker nor delay an interactive user. See
+wait in Postgres. The broker serves the jobs of one lane in the order of publishing, and a published job cannot be
+moved. With a small window, a deep queue neither fills the broker nor delays an interactive user. See
 docs/decisions/0007-which-waiting-job-is-published-next.md.
 """
 
@@ -54,22 +54,25 @@ CANDIDATES = text(
 
 
 @dataclass(frozen=True)
-class Published:
-    """A job marked as published. lane: its priority in the broker, the best one for a job of a starving lane."""
+class DispatchedJob:
+    """A job marked as published. lane: its rank in the broker; 0, the highest priority, if its lane starves."""
 
     job_id: UUID
     lane: int
 
 
-def next_jobs(session: Session, model: str, *, window: int, starvation_timeout_s: float) -> list[Published]:
+def mark_next_published(
+    session: Session, model: str, *, window: int, starvation_timeout_s: float
+) -> list[DispatchedJob]:
     """Mark the next jobs of `model` as published and return them, the first to run first.
 
-    window: the most jobs that may be published and not yet claimed by a worker, in a lane and all better lanes
-    together. Published jobs of worse lanes do not count, so they never take the slots of a better lane.
+    window: limit on published, unclaimed jobs, counted over a lane and all higher-priority lanes. Published jobs of
+    lower-priority lanes do not count, so they never take the slots of a higher-priority lane. One job of each starving
+    lane may exceed the limit.
 
     Within a lane, the job of the owner with the fewest images in flight goes first, then the oldest. In flight means
     published or running. A lane with no job in flight starves when one of its jobs has waited for
-    `starvation_timeout_s`. One such job is published in the best lane, before all others.
+    `starvation_timeout_s`. One such job is published in the highest-priority lane, before all others.
 
     First, running bulks get jobs for their next items: see `bulks.top_up`. The caller commits, then publishes. If it
     crashes in between, the reconciler finds the jobs missing from the broker and makes them wait again.
@@ -95,9 +98,7 @@ def next_jobs(session: Session, model: str, *, window: int, starvation_timeout_s
     if published[Lane.HIGH.rank] >= window:
         return []
     # At least one candidate per lane is read, even without a free slot, because the lane may be starving.
-    free_slots = [
-        max(window - sum(published[better] for better in range(lane + 1)), 1) for lane in range(LOWEST_LANE + 1)
-    ]
+    free_slots = [max(window - sum(published[rank] for rank in range(lane + 1)), 1) for lane in range(LOWEST_LANE + 1)]
     candidates = session.execute(CANDIDATES, {"model": model, "free_slots": free_slots}).all()
     chosen = _choose(candidates, window, published, lanes_in_flight, images, starvation_timeout_s)
     return _mark_published(session, chosen)
@@ -110,13 +111,13 @@ def _choose(
     lanes_in_flight: set[int],
     images: Counter[UUID],
     starvation_timeout_s: float,
-) -> list[Published]:
-    chosen: list[Published] = []
+) -> list[DispatchedJob]:
+    chosen: list[DispatchedJob] = []
     remaining = list(candidates)
 
     def take(candidate: Row[tuple[UUID, int, UUID, int, float]], lane: int) -> None:
         remaining.remove(candidate)
-        chosen.append(Published(candidate.id, lane))
+        chosen.append(DispatchedJob(candidate.id, lane))
         published[lane] += 1
         images[candidate.owner_id] += candidate.images
 
@@ -127,12 +128,12 @@ def _choose(
     while remaining:
         best = min(remaining, key=lambda c: (c.lane, images[c.owner_id], -c.waited_s, c.id))
         if sum(published[lane] for lane in range(best.lane + 1)) >= window:
-            break  # the window is full for the worse lanes too
+            break  # the window is full for the lower-priority lanes too
         take(best, best.lane)
     return chosen
 
 
-def _mark_published(session: Session, chosen: Sequence[Published]) -> list[Published]:
+def _mark_published(session: Session, chosen: Sequence[DispatchedJob]) -> list[DispatchedJob]:
     by_lane = defaultdict(list)
     for each in chosen:
         by_lane[each.lane].append(each.job_id)

@@ -180,7 +180,8 @@ def bump_collection_version(session: Session, collection_id: UUID) -> None:
 def claim_pending(session: Session, *, limit: int, lease_s: float) -> list[Image]:
     """Claim up to `limit` pending images for `lease_s` seconds, oldest first.
 
-    An image that was claimed during a crash is claimed alone, so that its next crash affects no other image.
+    An image whose decoding or embedding had started during a crash is claimed alone, so that its next crash affects no
+    other image.
     """
     waiting = session.execute(
         select(Image.id, Image.crashes)
@@ -203,8 +204,12 @@ def claim_pending(session: Session, *, limit: int, lease_s: float) -> list[Image
 
 
 def renew(session: Session, claims: Iterable[ImageClaim], *, lease_s: float) -> set[UUID]:
-    """Extend the leases of these images to `lease_s` from now; return the ids of the images still owned."""
-    statement = update(Image).where(_owned(claims)).values(lease_until=leasing.from_now(lease_s)).returning(Image.id)
+    """Extend the leases of these images to `lease_s` from now; return the ids of the images still leased.
+
+    An image that was handed back or taken back has no lease, and gets none here.
+    """
+    leased = and_(_owned(claims), Image.lease_until.is_not(None))
+    statement = update(Image).where(leased).values(lease_until=leasing.from_now(lease_s)).returning(Image.id)
     return set(session.scalars(statement.execution_options(synchronize_session=False)))
 
 

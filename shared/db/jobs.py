@@ -39,7 +39,7 @@ class Claim:
 class StoredOutput:
     """One stored image of a finished attempt, whose rows are added when the job succeeds."""
 
-    generation: Output
+    output: Output
     references: Sequence[OutputReference]
 
 
@@ -49,7 +49,7 @@ class DeadJob:
 
     job: Job
     owner: str
-    tried_again: bool
+    retried: bool
 
 
 # --- submit -------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def insert_retry(session: Session, old: Job) -> Job:
         JobStateError: `old` has not ended, or has succeeded.
     """
     if old.state == JobState.SUCCEEDED or not JobState(old.state).is_final:
-        raise JobStateError("Only a job that ended without success can be tried again.", state=old.state)
+        raise JobStateError("Only a job that ended without success can be retried.", state=old.state)
     return insert(
         session,
         owner_id=old.owner_id,
@@ -207,14 +207,14 @@ def renew(session: Session, claims: Iterable[Claim], *, lease_s: float) -> set[U
 
 
 def still_owned(session: Session, claims: Iterable[Claim]) -> set[UUID]:
-    """The ids of the jobs that these attempts still own. The others were canceled or taken over."""
+    """The ids of the jobs that these attempts still own. The others were canceled, taken over or handed back."""
     return set(session.scalars(select(Job.id).where(_owned(claims))))
 
 
 def record_resolution(
     session: Session, claim: Claim, resolution: dict[str, Any], *, safety: dict[str, Any] | None = None
 ) -> bool:
-    """Record how the attempt will run: its mode and references, with the reasons, and a policy's approval."""
+    """Record the attempt's mode and references, with the reasons, and the content policy's decisions so far."""
     owned = _owned([claim])
     return bool(
         _transition(session, owned, event=EventType.RESOLVED, data=resolution, resolution=resolution, safety=safety)
@@ -251,13 +251,13 @@ def finish(session: Session, claim: Claim, outputs: Sequence[StoredOutput], *, t
         session,
         _owned([claim]),
         JobState.SUCCEEDED,
-        data={"outputs": [str(output.generation.id) for output in outputs]},
+        data={"outputs": [str(stored.output.id) for stored in outputs]},
         timings=timings,
     )
     if done:
-        session.add_all(output.generation for output in outputs)
-        session.flush()  # references need their generation's row
-        session.add_all(reference for output in outputs for reference in output.references)
+        session.add_all(stored.output for stored in outputs)
+        session.flush()  # references need their output's row
+        session.add_all(reference for stored in outputs for reference in stored.references)
     return done
 
 
@@ -334,15 +334,15 @@ def delete(session: Session, job: Job) -> None:
 def list_dead(session: Session, *, limit: int) -> list[DeadJob]:
     """Jobs that are `dead` because they crashed their worker too often, latest first."""
     again = aliased(Job)
-    tried_again = select(again.id).where(again.retry_of == Job.id).exists()
+    retried = select(again.id).where(again.retry_of == Job.id).exists()
     statement = (
-        select(Job, Owner.name, tried_again)
+        select(Job, Owner.name, retried)
         .join(Owner, Owner.id == Job.owner_id)
         .where(Job.state == JobState.DEAD)
         .order_by(Job.finished_at.desc(), Job.id)
         .limit(limit)
     )
-    return [DeadJob(job, owner, retried) for job, owner, retried in session.execute(statement)]
+    return [DeadJob(*row) for row in session.execute(statement)]
 
 
 # The recursive part finds each model with one index look-up, instead of reading every waiting job.

@@ -1,4 +1,4 @@
-"""Limits on the number of queued jobs, in all and per owner."""
+"""Limits on the number of queued jobs, in total and per owner."""
 
 from uuid import UUID
 
@@ -21,7 +21,7 @@ def refuse_when_full(session: Session, owner_id: UUID, settings: QueueSettings) 
 
     Raises:
         OwnerQueueFullError: the owner has `max_queued_per_owner` queued jobs.
-        QueueFullError: `max_queued` jobs are queued in all.
+        QueueFullError: `max_queued` jobs are queued in total.
     """
     queued = select(Job.id).where(Job.state == JobState.QUEUED)
     most = settings.max_queued_per_owner

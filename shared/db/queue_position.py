@@ -21,7 +21,9 @@ Position = tuple[int, datetime, UUID]
 
 
 def queue_position(session: Session, job: Job) -> int:
-    """How many queued jobs of the same model come before this one; 0 for the next one.
+    """How many queued jobs of the same model are in a higher-priority lane, or in the same lane and older.
+
+    Fair share between owners and starving lanes can change the real order.
 
     The result is exact for the first `JOBS_PER_MARK` jobs. Behind them it is counted from the nearest mark before the
     job. Marks are up to `MARKS_TTL_S` old, so the result may include jobs that have left the queue since.

@@ -1,4 +1,4 @@
-"""Daily quotas: images per owner and day (UTC). A job counts when it is submitted; a job without success does not."""
+"""Daily quotas: images per owner and day (UTC). They count at submit and are given back if the job does not succeed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ def _seconds_per_image(session: Session, model: str) -> float | None:
         .limit(SAMPLED_ENDED_JOBS)
         .subquery()
     )
-    # Only first attempts count: a job that was tried again waited in the queue between its start and its end.
+    # Only first attempts count: a requeued job waited in the queue between its start and its end.
     statement = select(ended).where(
         ended.c.model == model, ended.c.state == JobState.SUCCEEDED, ended.c.attempt == 1, ended.c.worker.is_not(None)
     )

@@ -17,7 +17,7 @@ from shared.db.tables import Job, JobEvent, WebhookDelivery, WebhookSecret
 from shared.errors import ResourceNotFoundError
 
 RETRY_AFTER_S = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600)
-"""Pauses between attempts in seconds, about 18 hours in all. It is the schedule that Standard Webhooks recommends,
+"""Pauses between attempts in seconds, about 18 hours in total. It is the schedule that Standard Webhooks recommends,
 without its last step:
 https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md"""
 

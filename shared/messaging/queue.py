@@ -13,7 +13,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from shared.contracts.jobs import Lane
-from shared.db.dispatch import Published, next_jobs
+from shared.db.dispatch import DispatchedJob, mark_next_published
 from shared.db.session import session_scope
 from shared.errors import BrokerUnavailableError, DatabaseError
 from shared.messaging.redis import connect
@@ -36,7 +36,7 @@ LANE_SEPARATOR = ":"
 
 
 def broker_lists(queue: str) -> list[str]:
-    """The Redis lists that make up a queue, best lane first."""
+    """The Redis lists that make up a queue, highest-priority lane first."""
     return [queue if lane == 0 else f"{queue}{LANE_SEPARATOR}{lane}" for lane in LANES]
 
 
@@ -62,7 +62,7 @@ def configure(app: Celery, settings: QueueSettings) -> Celery:
             "socket_keepalive": True,
             "health_check_interval": 10,
             "queue_order_strategy": "priority",
-            # One Redis list per lane; workers read the best lane first.
+            # One Redis list per lane; workers read the highest-priority lane first.
             "priority_steps": list(LANES),
             "sep": LANE_SEPARATOR,
         },
@@ -101,7 +101,7 @@ def broker() -> redis.Redis:
     return connect(settings.url.get_secret_value(), timeout_s=settings.socket_timeout_s, health_check_interval=10)
 
 
-def publish_jobs(model: str, published: Sequence[Published]) -> None:
+def publish_jobs(model: str, published: Sequence[DispatchedJob]) -> None:
     """Send one message per job. The task's id is the job's id, so Flower shows the id that the user knows.
 
     Raises:
@@ -147,7 +147,7 @@ def dispatch_jobs(model: str) -> None:
     settings = get_settings().queue
     try:
         with session_scope() as session:
-            published = next_jobs(
+            published = mark_next_published(
                 session,
                 model,
                 window=settings.published_jobs_per_lane,

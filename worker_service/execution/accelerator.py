@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from shared.errors import BaseAppException, ModelOutOfMemoryError
-from worker_service.execution.steps import Interrupted
+from worker_service.execution.steps import CallStopped
 from worker_service.execution.watchdog import AcceleratorLostError
 
 Result = TypeVar("Result")
@@ -29,7 +29,7 @@ def run_on(device: torch.device, call: Callable[[], Result], *, items: int) -> R
     cause = ""
     try:
         return call()
-    except (Interrupted, BaseAppException):
+    except (CallStopped, BaseAppException):
         raise
     except (torch.OutOfMemoryError, MemoryError):
         pass

@@ -3,7 +3,8 @@
 An item starts at once while the model is idle. While the model is busy, the next batch forms.
 
 Interruption: after every step that the model reports, waiting batches of higher-priority lanes run before the current
-batch goes on. A high-priority item therefore waits for one step, not for a whole batch.
+batch goes on. A high-priority item therefore usually waits for one step, not for a whole batch. It waits longer while
+images are decoded, and while the running batch is isolated, starving, or already delayed for `starvation_timeout_s`.
 """
 
 import logging
@@ -17,7 +18,7 @@ from typing import Generic, TypeVar
 
 from shared.errors import ModelError, ModelOutOfMemoryError
 from shared.metrics import GENERATION_BATCH_SIZE, GENERATION_MEMORY_SAVED
-from worker_service.execution.steps import Interrupted, OnStep
+from worker_service.execution.steps import CallStopped, OnStep
 from worker_service.execution.watchdog import CallWatch, Stage, Watchdog
 
 logger = logging.getLogger(__name__)
@@ -26,9 +27,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CheckIn = Callable[[int, int, int], bool]
-"""Called with (index of the item, steps done, steps in all); False when the job no longer wants the item."""
+"""Called with (index of the item, steps done, steps in total); False when the job no longer wants the item."""
 
-NO_LANE = float("-inf")
+UNINTERRUPTIBLE = float("-inf")
 """Lane of a batch that no other batch may interrupt."""
 
 
@@ -40,9 +41,9 @@ class Submission:
     """
 
     lane: int = 0
-    """Lower lanes run first."""
+    """Rank; 0 runs first."""
     owner: Hashable = None
-    """In one lane, the owner whose items ran least recently goes first."""
+    """In one lane, the owner with the fewest items run since the queue was last empty goes first."""
     isolated: bool = False
     """Each item runs in a batch of its own, which neither interrupts another batch nor is interrupted. For items that
     may crash the process: see "Crash isolation" in `worker_service.jobs.attempt`."""
@@ -69,10 +70,10 @@ class QueuedItem(Generic[Item, Result]):
     submitted_at: float = field(default_factory=time.monotonic)
     result: Future[Result] = field(default_factory=Future)
 
-    def is_wanted(self, step: int, total_steps: int) -> bool:
-        """Report a step to the job; False when the job no longer wants this item, whose `submit` then raises."""
+    def report_step(self, step: int, total_steps: int) -> bool:
+        """Report a step to the job. False: it no longer wants this item, and `submit` raises `CallStopped`."""
         if not self.result.done() and not self.submission.check_in(self.index, step, total_steps):
-            self.result.set_exception(Interrupted())
+            self.result.set_exception(CallStopped())
         return not self.result.done()
 
 
@@ -82,7 +83,7 @@ class Batch(Generic[Item, Result]):
 
     items: Sequence[QueuedItem[Item, Result]]
     lane: float
-    """Batches of lower-numbered lanes may interrupt this one. With `NO_LANE`, no batch may."""
+    """Rank. Batches of higher-priority lanes may interrupt this one. With `UNINTERRUPTIBLE`, no batch may."""
     delayed_s: float = 0.0
     """Seconds this batch, or the batch it interrupts, was delayed by higher-priority batches."""
 
@@ -98,7 +99,7 @@ class Batcher(Generic[Item, Result]):
 
     Interruption: when `run` reports a step, waiting batches of higher-priority lanes run before `on_step` returns.
     `run` is then called from within itself, and must allow that. A batch that was delayed by `starvation_timeout_s` in
-    all is not interrupted again.
+    total is not interrupted again.
 
     Batch time: with `max_batch_s`, a batch has as many items as the model runs in that time at its latest rate, but at
     least one. This is for models that report no steps and therefore cannot be interrupted.
@@ -151,7 +152,7 @@ class Batcher(Generic[Item, Result]):
         """Queue these items and wait for their results, in order. They may run in different batches. Thread-safe.
 
         Raises:
-            Interrupted: `check_in` returned False, or the batcher was closed.
+            CallStopped: `check_in` returned False, or the batcher was closed.
             Exception: `on_start` raised it, or the model raised it for the first item that failed.
         """
         submission = submission or Submission()
@@ -160,7 +161,7 @@ class Batcher(Generic[Item, Result]):
         ]
         with self._changed:
             if self._closed:
-                raise Interrupted
+                raise CallStopped
             self._queue.extend(queued)
             self._changed.notify_all()
         try:
@@ -170,13 +171,16 @@ class Batcher(Generic[Item, Result]):
                 each.result.cancel()  # after a failure the job does not want its other items
 
     def close(self, timeout_s: float) -> None:
-        """Interrupt the waiting items, then wait up to `timeout_s` for the running batches."""
+        """Drop the waiting items, then wait up to `timeout_s` for the running batches.
+
+        `submit` raises `CallStopped` for a dropped item.
+        """
         ends_at = time.monotonic() + timeout_s
         with self._changed:
             self._closed = True
             for queued in self._queue:
                 if not queued.result.done():
-                    queued.result.set_exception(Interrupted())
+                    queued.result.set_exception(CallStopped())
             self._queue.clear()
             self._changed.notify_all()
         for thread in self._threads:
@@ -247,13 +251,13 @@ class Batcher(Generic[Item, Result]):
                 )
                 chosen = starving if starving in candidates else best
                 self._queue.remove(chosen)
-                # From here on only the model's thread sets the item's result: its job can no longer withdraw it.
+                # From here on only the model's thread sets the item's result: `submit` can no longer cancel the future.
                 if not chosen.result.set_running_or_notify_cancel():
                     continue
                 self._items_run[chosen.submission.owner] += 1
                 batch.append(chosen)
                 if chosen.submission.isolated or chosen is starving:
-                    return Batch(batch, lane=NO_LANE)
+                    return Batch(batch, lane=UNINTERRUPTIBLE)
                 if len(batch) == self._batch_size(chosen.key):
                     break
             return Batch(batch, batch[0].submission.lane) if batch else None
@@ -284,7 +288,7 @@ class Batcher(Generic[Item, Result]):
         def on_step(step: int, total_steps: int) -> bool:
             while True:
                 # A list, not a generator: every job gets a report of every step.
-                wanted = [queued.is_wanted(step, total_steps) for queued in items]
+                wanted = [queued.report_step(step, total_steps) for queued in items]
                 if not any(wanted) or not self._run_higher_priority_batch(batch, watch):
                     break
             watch.progress(Stage.STEP if step < total_steps else Stage.DECODE)
@@ -310,7 +314,7 @@ class Batcher(Generic[Item, Result]):
             for queued, result in zip(items, results, strict=True):
                 if not queued.result.done():
                     queued.result.set_result(result)
-        elif isinstance(failure, Interrupted) or len(items) == 1:
+        elif isinstance(failure, CallStopped) or len(items) == 1:
             for queued in items:
                 if not queued.result.done():
                     queued.result.set_exception(failure)

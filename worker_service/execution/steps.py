@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 OnStep = Callable[[int, int], bool]
-"""Called after every denoising step with (steps done, steps in all); it returns False to stop the whole call."""
+"""Called after every denoising step with (steps done, steps in total); it returns False to stop the whole call."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not a failure: the caller asked for it
-    """The call was stopped by its `on_step`; nothing was decoded."""
+class CallStopped(Exception):  # noqa: N818 - not a failure: the caller asked for it
+    """The call was stopped by its `on_step`, or its item was dropped before it ran. It has no result."""

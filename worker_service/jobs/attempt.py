@@ -3,7 +3,11 @@
 Crash isolation: any job whose model work had started can be the cause when its worker process crashes. The reconciler
 therefore counts a crash for each of them, and from then on they are isolated. Each image of an isolated job runs in a
 batch of its own, and a process runs one isolated job at a time (`Models.crash_isolation_lock`). So another job shares
-at most one crash with a job that always crashes its worker. Only the latter reaches `jobs.max_crashes` and ends `dead`.
+at most one crash with a job that always crashes its worker. Normally only the latter reaches `jobs.max_crashes` and
+ends `dead`. Another job reaches it only through several different causes.
+
+A crash is a lease that expired after `mark_model_started`, whatever ended the worker: a job, SIGKILL, the watchdog or
+the loss of the machine. Before `mark_model_started`, nothing is counted.
 """
 
 import logging
@@ -33,7 +37,7 @@ from shared.messaging.job_updates import PreviewStream, publish_job_update
 from shared.metrics import JOB_DURATION, JOB_STAGE, JOB_WAIT, observe_duration, time_operation
 from shared.settings import JobSettings
 from worker_service.execution.batcher import Submission
-from worker_service.execution.steps import Interrupted
+from worker_service.execution.steps import CallStopped
 from worker_service.jobs.leases import JobLease, JobLeases
 from worker_service.jobs.retry_policy import TEMPORARY_ERRORS, retry_delay_s
 from worker_service.models.interface import PreviewListener
@@ -49,9 +53,9 @@ class Outcome(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     REQUEUED = "requeued"  # after a temporary error
-    SKIPPED = "skipped"  # finished, owned by another worker, not due, or deleted
+    SKIPPED = "skipped"  # ended, expired, deleted, not due, owned by another worker, or its bulk is not running
     EXPIRED = "expired"  # its model work did not start within `expires_in_s`
-    LOST = "lost"  # canceled or taken over while it ran; its images were discarded
+    LOST = "lost"  # canceled, taken over or handed back while it ran; its images were discarded
 
 
 class LeaseLostError(Exception):
@@ -59,7 +63,7 @@ class LeaseLostError(Exception):
 
 
 class Attempt:
-    """One attempt at a job, for the story (`run_job`): it reads the job here, and writes to the job through it.
+    """One attempt at a job. `run_job` reads the job's fields from it and makes all writes by its methods.
 
     Every method that writes raises `LeaseLostError` when the attempt no longer owns the job.
     """
@@ -106,7 +110,7 @@ class Attempt:
         logger.info("job_stage", extra={"stage": name, "seconds": round(self._timings[name], 4)})
 
     def record_moderation(self, policy_digest: str, decisions: Sequence[SafetyDecision]) -> None:
-        """Record decisions of the content policy, and append an event if there are any."""
+        """Record decisions of the content policy, and append the event `moderated` if there are decisions."""
         earlier = [] if self.safety is None else self.safety.decisions
         self.safety = SafetyRecord(policy=policy_digest, decisions=[*earlier, *decisions])
         if decisions:
@@ -241,8 +245,8 @@ def _recording_errors(attempt: Attempt) -> Iterator[None]:
         yield
     except LeaseLostError:
         raise
-    except Interrupted:
-        # Without a timeout, the job was canceled or taken over, and its row already says so.
+    except CallStopped:
+        # Without a timeout, the job was canceled, taken over or handed back, and its row already says so.
         if attempt.timed_out:
             attempt.fail(JobTimeoutError())
     except TEMPORARY_ERRORS as error:

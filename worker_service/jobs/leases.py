@@ -26,7 +26,7 @@ class JobLease:
     deadline: float | None = None
     """`time.monotonic()` at which the attempt times out; set when its model work starts, None before."""
     lost: bool = False
-    """The job was canceled, finished elsewhere or taken over: the attempt can write nothing more."""
+    """The job was canceled, finished elsewhere, taken over or handed back: the attempt can write nothing more."""
     images: int = 1
     """Number of images of the job."""
     steps: dict[int, int] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class JobLease:
     def check_in(self, index: int, step: int, total_steps: int) -> bool:
         """Record a step of one image and publish the progress; False when the job should stop.
 
-        index: of the image in the job. step, total_steps: steps done, and steps in all, of this image.
+        index: of the image in the job. step, total_steps: steps done, and steps in total, of this image.
         """
         self.steps[index] = step
         publish_progress(self.claim.job_id, sum(self.steps.values()), total_steps * self.images)

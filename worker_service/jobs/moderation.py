@@ -16,9 +16,10 @@ from worker_service.models.generate_batch import GeneratedImage
 
 logger = logging.getLogger(__name__)
 
-BLUR_GRID = 8
-"""Most cells of colour along the longer side of a blurred image. A cell is also at least this many pixels wide, so that
-the original cannot be computed from the mean colours."""
+MAX_BLUR_CELLS = 8
+"""Cells of colour along the longer side of a blurred image, at most."""
+MIN_CELL_PIXELS = 8
+"""Pixels of a cell's side, at least, so that the original cannot be computed from the mean colours."""
 
 
 def check_prompt(attempt: Attempt, policy: Policy) -> None:
@@ -72,10 +73,10 @@ def _apply_actions(image: GeneratedImage, decisions: Sequence[SafetyDecision]) -
 
 
 def blurred(pixels: np.ndarray) -> np.ndarray:
-    """The image, reduced to a few mean colours: see `BLUR_GRID`. uint8, shape (height, width, 3), RGB."""
+    """The image, reduced to a few mean colours: see `MAX_BLUR_CELLS`. uint8, shape (height, width, 3), RGB."""
     image = Image.fromarray(pixels)
     longest = max(image.size)
-    cells = min(BLUR_GRID, max(1, longest // BLUR_GRID))
+    cells = min(MAX_BLUR_CELLS, max(1, longest // MIN_CELL_PIXELS))
     small = image.resize(
         (max(1, image.width * cells // longest), max(1, image.height * cells // longest)), Image.Resampling.BOX
     )

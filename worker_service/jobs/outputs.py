@@ -23,7 +23,7 @@ from shared.storage import get_blobs, output_key, output_thumbnail_key
 from worker_service.jobs.attempt import Attempt
 from worker_service.models.generate_batch import GeneratedImage
 from worker_service.models.interface import ImageRequest, Reference
-from worker_service.models.loaded import Models
+from worker_service.models.worker_models import Models
 
 LIBRARIES = ("afterimage", "torch", "diffusers", "transformers", "open_clip_torch")
 
@@ -47,7 +47,7 @@ def load_references(references: Sequence[retrieval.Candidate], *, with_pixels: b
     """Convert references for the model. with_pixels: also read their images from the blob store.
 
     Raises:
-        ReferenceDeletedError: an image was deleted since it was retrieved.
+        ReferenceDeletedError: an image was deleted, and the sweeper has deleted its blob.
         InvalidImageError: the stored file of an image is damaged.
         StorageError: the blob store failed.
     """
@@ -140,7 +140,7 @@ def _store_image(
         OutputReference(generation_id=output.id, position=position, **_used_reference(reference).model_dump())
         for position, reference in enumerate(references)
     ]
-    return StoredOutput(generation=output, references=rows)
+    return StoredOutput(output=output, references=rows)
 
 
 def _scaled(pixels: np.ndarray, parameters: GenerationParameters) -> np.ndarray:

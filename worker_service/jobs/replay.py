@@ -40,8 +40,8 @@ def compare(attempt: Attempt, stored: Sequence[StoredOutput]) -> None:
         original = session.get(Output, attempt.replay_of)
     if original is None:
         raise OriginalDeletedError(generation_id=str(attempt.replay_of))
-    for output in stored:
-        output.generation.replay = compare_outputs(original, output.generation).model_dump(mode="json")
+    for each in stored:
+        each.output.replay = compare_outputs(original, each.output).model_dump(mode="json")
 
 
 def compare_outputs(original: Output, replayed: Output) -> Replay:

@@ -26,7 +26,7 @@ from worker_service.jobs import moderation, outputs, replay
 from worker_service.jobs.attempt import Attempt, Outcome, claimed
 from worker_service.jobs.leases import JobLeases
 from worker_service.models.interface import ImageRequest, Reference
-from worker_service.models.loaded import Models
+from worker_service.models.worker_models import Models
 
 
 def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settings, worker: str) -> Outcome:
@@ -49,7 +49,7 @@ def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settin
         with attempt.stage("retrieve"):
             candidates = retrieve(attempt, vector, models=models, settings=settings)
 
-        # 2. Decide how the references condition the image, and append that event before the long part begins.
+        # 2. Decide how the references condition the image, and append the event `resolved`.
         used = [candidate for candidate in candidates if candidate.used]
         mode, reason = resolve_mode(
             models.capabilities,

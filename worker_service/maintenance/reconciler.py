@@ -1,10 +1,10 @@
-"""The reconciler: a loop that finds jobs and images which nothing works on although it should, and repairs them.
+"""The reconciler: a loop that finds jobs and images that are stuck, and recovers them.
 
 It takes back jobs and images whose lease has expired, and publishes jobs again whose message the broker lost. It also
 dispatches waiting jobs and notifies workers, in case a notification was lost.
 
 It runs in its own process and without Celery, because it repairs Celery's broker. Any number of reconcilers may run: a
-lock that ends with its transaction lets one of them work at a time.
+lock that ends with its transaction lets one of them repair at a time.
 """
 
 import logging
@@ -51,7 +51,7 @@ class Reconciler:
         self._take_back_from = 0.0
 
     def tick(self) -> None:
-        """Find and repair everything once, unless another reconciler does.
+        """Find and repair everything once, unless another reconciler is repairing now.
 
         Raises:
             DatabaseError: the database failed; the next tick tries again.

@@ -19,7 +19,7 @@ from shared.contracts.service import Capabilities
 from shared.errors import InvalidOutputError, ModelLoadError
 from shared.settings import GeneratorDefaults, GeneratorSettings, ModelSettings
 from worker_service.execution import accelerator
-from worker_service.execution.steps import Interrupted, OnStep
+from worker_service.execution.steps import CallStopped, OnStep
 from worker_service.models import conditioning, load_pipeline, loading, previews, schedulers
 from worker_service.models.interface import ImageRequest, Reference, previews_due
 from worker_service.models.safety_checker import SafetyChecker
@@ -42,8 +42,8 @@ class PipelineState:
 class Diffusion:
     """A loaded pipeline, with its adapter and LoRAs: an `ImageModel`.
 
-    Batching changes no image. Prompts, seeds, initial images and references belong to one row of the batch, and
-    everything that diffusers has only once per call is in `ImageRequest.batch_key`.
+    Batching changes no image beyond rounding. Prompts, seeds, initial images and references belong to one row of the
+    batch. Everything that diffusers has only once per call is in `ImageRequest.batch_key`.
 
     A call inside of another call, between two of its steps, changes no image either. Each call runs on a copy of the
     pipeline and restores the state of the shared modules.
@@ -287,7 +287,7 @@ def _step_callback(
                 listener.show(preview, step, steps)
         # `pipeline._interrupt` would stop the steps, too, but then decode the image.
         if not on_step(step, steps):
-            raise Interrupted
+            raise CallStopped
         return tensors
 
     return callback

@@ -101,7 +101,7 @@ class Embedder:
         """Vectors of the texts or images of a query, before all corpus images; shape (n, space.dim).
 
         Raises:
-            Interrupted: the embedder was closed.
+            CallStopped: the embedder was closed.
             EmbeddingError: the model returned an invalid vector.
             ModelOutOfMemoryError: a single item does not fit in memory.
         """

@@ -11,7 +11,7 @@ import numpy as np
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.settings import GeneratorDefaults, ModelSettings
-from worker_service.execution.steps import Interrupted, OnStep
+from worker_service.execution.steps import CallStopped, OnStep
 from worker_service.models.interface import PREVIEW_SIDE, ImageRequest, previews_due
 
 
@@ -75,7 +75,7 @@ class FakeGenerator:
             for row, listener in previews_due(requests, step, steps):
                 listener.show(_preview(requests[row]), step, steps)
             if not on_step(step, steps):
-                raise Interrupted
+                raise CallStopped
         return [_blocks(request) for request in requests]
 
     def detect_unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:

@@ -37,7 +37,7 @@ def generate_batch(model: ImageModel, requests: Sequence[ImageRequest], on_step:
     Raises:
         ModelOutOfMemoryError: the batch does not fit with all memory savers either; half of it may fit.
         InvalidOutputError: the model did not return one image per request.
-        Interrupted: `on_step` returned False.
+        CallStopped: `on_step` returned False.
         Exception: every other error of `ImageModel.generate`, unchanged.
     """
     available = model.memory_savers(len(requests))

@@ -107,8 +107,8 @@ class ImageRequest:
         A negative prompt counts only as present or absent. SDXL encodes an absent one as zeros, and any other with its
         text encoders.
 
-        `ip_adapter_scale` counts in every mode. A request whose references were all irrelevant can so share a batch
-        with requests that have references.
+        `ip_adapter_scale` counts in every mode. A request whose references were all irrelevant can therefore share
+        a batch with requests that have references.
         """
         return (
             self.width,
@@ -136,8 +136,11 @@ class ImageModel(Protocol):
     """A loaded generator. It is not thread-safe: one thread owns it.
 
     That thread may call `generate` again from within `on_step`, for images of a higher-priority lane. The inner call
-    must not change a bit of the outer call's images. It must restore the outer call's state, including the memory
+    must leave the outer call's images bit-identical. It must restore the outer call's state, including the memory
     savers that `saving_memory` set.
+
+    To add a class: register it in `GENERATORS` of `worker_service.models.worker_models`, and add its name to `kind` of
+    `shared.settings.GeneratorSettings`.
     """
 
     name: str
@@ -169,7 +172,7 @@ class ImageModel(Protocol):
         step, preview listeners are called before `on_step`.
 
         Raises:
-            Interrupted: `on_step` returned False.
+            CallStopped: `on_step` returned False.
             ModelOutOfMemoryError: the batch does not fit in memory; a smaller one may fit.
             InvalidOutputError: the model returned something that is not an image.
         """

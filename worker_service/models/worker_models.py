@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 NO_POLICY = SafetySettings()
 GENERATORS: dict[str, type[Diffusion] | type[FakeGenerator]] = {"diffusers": Diffusion, "fake": FakeGenerator}
-"""Generator classes by `kind` in the settings."""
+"""Generator classes by `kind` in the settings. A new class of `ImageModel` is registered here."""
 
 
 @dataclass
@@ -142,7 +142,7 @@ class Models:
         """Generate one image per request, in order. Any thread may call it.
 
         Raises:
-            Interrupted: the submission's `check_in` returned False, or the worker closed the models.
+            CallStopped: the submission's `check_in` returned False, or the worker closed the models.
             Exception: an error of the submission's `on_start` or of `generate_batch`.
         """
         images = self.batcher.submit(requests, submission)
@@ -150,6 +150,6 @@ class Models:
         return images
 
     def close(self, timeout_s: float) -> None:
-        """Interrupt the waiting images, then wait up to `timeout_s` for the running batches of each model."""
+        """Drop the waiting images, then wait up to `timeout_s` for the running batches of each model."""
         self.batcher.close(timeout_s)
         self.embedder.close(timeout_s)

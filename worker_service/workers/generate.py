@@ -12,7 +12,7 @@ from worker_service.execution.watchdog import Watchdog
 from worker_service.jobs.attempt import Outcome
 from worker_service.jobs.leases import JobLeases
 from worker_service.jobs.run import run_job
-from worker_service.models.loaded import Models
+from worker_service.models.worker_models import Models
 from worker_service.workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)

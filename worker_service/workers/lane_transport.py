@@ -18,7 +18,7 @@ from shared.messaging import queue, transport
 FULL_POLL_S = 0.1
 """How soon after the end of a job a worker reads the lanes again whose limit it had reached."""
 LANE_IN_USE_S = 10.0
-"""How long after their last job the lanes above `bulk` still count as in use: one job is often followed by another."""
+"""How long after their last job the lanes other than `bulk` count as in use: one job is often followed by another."""
 SHORTEST_BRPOP_S = 0.001
 """Shortest timeout of a BRPOP: some servers round a shorter one to 0, which means no timeout."""
 BULK = Lane.BULK.rank
@@ -41,7 +41,7 @@ class Channel(transport.Channel):
     from_transport_options = (*transport.Channel.from_transport_options, "lane_limits", "bulk_pause_s")
 
     _last_high_priority_at = float("-inf")
-    """When an unfinished job of a lane above `bulk` was last seen."""
+    """When an unfinished job of a lane other than `bulk` was last seen."""
     _last_bulk_read_at = float("-inf")
     """When the last BRPOP began that read lane `bulk`. Each BRPOP takes at most one message."""
 
