@@ -27,6 +27,7 @@ import redis
 from ops.local.layout import MAX_SOCKET_PATH_BYTES, Layout, StackState
 from ops.local.orphans import stack_processes
 from ops.local.stack import REPOSITORY, LocalStack, StackError
+from shared.messaging.redis import fail_fast
 from tests.stack import RunningStack, clean_environment, running_stack, wait_until
 
 
@@ -302,7 +303,7 @@ def test_each_server_requires_its_password(servers: LocalStack) -> None:
     ports = StackState.load(servers.layout).ports
     with pytest.raises(psycopg2.OperationalError, match="password"):
         psycopg2.connect(host="127.0.0.1", port=ports["postgres"], user="postgres", dbname="postgres")
-    with redis.Redis(port=ports["queue"], retry=None) as client, pytest.raises(redis.AuthenticationError):
+    with redis.Redis(port=ports["queue"], **fail_fast(1)) as client, pytest.raises(redis.AuthenticationError):
         client.ping()
 
 
