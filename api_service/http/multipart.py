@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -9,11 +10,18 @@ from flask import Request
 from werkzeug.exceptions import UnsupportedMediaType
 
 from api_service.http import problems, requests
-from api_service.services.images import SentFile
 from shared.contracts.images import UploadFields
 from shared.contracts.search import SearchRequest
 
 MULTIPART = "multipart/form-data"
+
+
+@dataclass(frozen=True)
+class SentFile:
+    """A file of a request, with the name that the client gives it."""
+
+    name: str | None
+    data: bytes
 
 
 def uploaded_files(request: Request) -> list[SentFile]:

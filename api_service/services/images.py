@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from api_service.http import problems
 from api_service.http.auth import Caller
+from api_service.http.multipart import SentFile
 from api_service.services import views
 from shared import metrics
 from shared.contracts.common import ImageFormat, OnInvalid, Page
@@ -36,14 +37,6 @@ from shared.storage import get_blobs, image_key, thumbnail_key
 
 SHARED_COLLECTION = "shared"
 MAX_FILENAME_LENGTH = 200
-
-
-@dataclass(frozen=True)
-class SentFile:
-    """A file of a request, with the name that the client gives it."""
-
-    name: str | None
-    data: bytes
 
 
 @dataclass(frozen=True)
