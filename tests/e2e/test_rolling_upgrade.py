@@ -63,15 +63,16 @@ def previous_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def old_reconciler(stack: RunningStack, release: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def old_reconciler(
+    stack: RunningStack, release: Path, environment: dict[str, str]
+) -> Iterator["subprocess.Popen[bytes]"]:
     """Stop the reconciler of the stack and run the old release's in its place until the block ends."""
     stack.control.stop("reconciler")
-    environment = clean_environment() | TEST_ENVIRONMENT | stack.environment()
     with (release / "reconciler.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "worker_service.reconciler"],
             cwd=release,
-            env=environment,
+            env=clean_environment() | environment | stack.environment(),
             stdout=log,
             stderr=log,
         )
@@ -177,7 +178,7 @@ def test_old_workers_serve_beside_the_new_api_and_are_replaced_without_losing_a_
         load = Load(api)
         load.uploads.append(first)
         with load:
-            with old_reconciler(stack, previous_release) as reconciler:
+            with old_reconciler(stack, previous_release, environment) as reconciler:
                 load.wait_for_more(10)
                 for name in workers:
                     stack.control.stop(name)

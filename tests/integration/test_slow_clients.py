@@ -59,7 +59,7 @@ def test_a_body_that_arrives_too_slowly_gets_408_and_leaves_no_thread_behind(sta
 
 def test_a_slow_body_above_the_minimum_rate_is_accepted(start: Start) -> None:
     server = start(body_timeout_s=0.5, body_bytes_per_s=5)
-    client = slow_body(f"{API}/generate", length=40)  # ten bytes a second: four seconds
+    client = slow_body(f"{API}/generate", length=24)  # ten bytes a second, so almost five times the timeout
     client.slowly = client.slowly[:-2] + b'"}'
     with Crowd(server.url, [client]):
         wait_for_answers([client], lambda answer: bool(answer), timeout_s=20)
