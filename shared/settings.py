@@ -514,11 +514,19 @@ class BulkSettings(Section):
 
 
 class WebhookSettings(Section):
-    timeout_s: Advanced[float] = Field(15, gt=0, le=60, description="longest wait for a receiver")
+    timeout_s: Advanced[float] = Field(
+        15, gt=0, le=60, description="longest time of one try, from the look-up of the host to the answer's status"
+    )
     allow_http: bool = Field(False, description="accept targets without TLS")
     allow_private: bool = Field(False, description="accept targets on private, loopback and link-local addresses")
     per_host: Advanced[int] = Field(
         2, ge=1, le=100, description="deliveries to one host at a time, so that a dead host does not delay the others"
+    )
+    per_owner: Advanced[int] = Field(
+        4,
+        ge=1,
+        le=100,
+        description="deliveries of one owner at a time, so that many slow hosts of one do not delay the other owners",
     )
     secret_overlap_s: Advanced[float] = Field(
         86_400, ge=0, description="how long the old secret still signs after a rotation"

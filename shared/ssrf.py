@@ -6,7 +6,7 @@ TLS. With a second look-up, the name could resolve to another address (DNS rebin
 
 import socket
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from urllib.parse import urlsplit
 
 import httpx
@@ -15,7 +15,20 @@ from shared.errors import ForbiddenTargetError
 from shared.settings import WebhookSettings
 
 Address = IPv4Address | IPv6Address
-NAT64 = IPv6Network("64:ff9b::/96")
+GLOBAL_UNICAST = IPv6Network("2000::/3")
+"""RFC 4291. Everything else is local, multicast, reserved, or embeds an IPv4 address (mapped, translated, NAT64)."""
+
+SPECIAL = (
+    IPv4Network("192.0.0.0/24"),  # IETF protocol assignments; before Python 3.11.10, only a part is not `is_global`
+    IPv4Network("192.88.99.0/24"),  # 6to4 relays
+    IPv6Network("2001::/23"),  # IETF protocol assignments, such as Teredo and ORCHID
+    IPv6Network("2001:db8::/32"),  # documentation
+    IPv6Network("2002::/16"),  # 6to4
+    IPv6Network("2620:4f:8000::/48"),  # AS112 sinks
+    IPv6Network("3fff::/20"),  # documentation
+)
+"""Special networks among the global addresses: https://www.iana.org/assignments/iana-ipv6-special-registry/ and
+https://www.iana.org/assignments/iana-ipv4-special-registry/."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +88,13 @@ def resolve(url: str, settings: WebhookSettings) -> Target:
 
 
 def _check_address(address: Address, settings: WebhookSettings) -> None:
-    if settings.allow_private:
-        return
-    for candidate in (address, *_embedded_ipv4(address)):
-        if not candidate.is_global or candidate.is_multicast:
-            raise ForbiddenTargetError("The URL's host is not a public address.")
+    if not settings.allow_private and not _is_public(address):
+        raise ForbiddenTargetError("The URL's host is not a public address.")
 
 
-def _embedded_ipv4(address: Address) -> list[IPv4Address]:
-    """IPv4 addresses that an IPv6 address embeds: mapped, 6to4, Teredo, NAT64 (RFC 6052)."""
-    if isinstance(address, IPv4Address):
-        return []
-    found = [part for part in (address.ipv4_mapped, address.sixtofour, *(address.teredo or ())) if part is not None]
-    if address in NAT64:
-        found.append(IPv4Address(int(address) & 0xFFFF_FFFF))
-    return found
+def _is_public(address: Address) -> bool:
+    if any(address in network for network in SPECIAL):
+        return False
+    if isinstance(address, IPv6Address):
+        return address in GLOBAL_UNICAST
+    return address.is_global and not address.is_multicast

@@ -8,11 +8,11 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
-from sqlalchemy import func, or_, select, tuple_, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, func, or_, select, tuple_, update
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from shared.contracts.webhooks import DeliveryQuery
-from shared.db import paging
+from shared.db import leasing, paging
 from shared.db.tables import Job, JobEvent, WebhookDelivery, WebhookSecret
 from shared.errors import ResourceNotFoundError
 
@@ -43,22 +43,24 @@ def any_due(session: Session) -> bool:
     return session.scalar(due.limit(1)) is not None
 
 
-def claim_due(session: Session, *, lease_s: float, per_host: int) -> tuple[WebhookDelivery, dict[str, Any]] | None:
+def claim_due(
+    session: Session, *, lease_s: float, per_host: int, per_owner: int
+) -> tuple[WebhookDelivery, dict[str, Any]] | None:
     """Claim the delivery that has been due longest, and return it with its body; None when no delivery can be claimed.
 
-    lease_s: for how long the claim lasts. per_host: deliveries to a host with so many in flight are skipped.
+    lease_s: for how long the claim lasts.
+    per_host, per_owner: deliveries of a host or owner with so many in flight are skipped.
     """
     # Claims run one after the other: two at once would not count each other's delivery.
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("webhook_deliveries", 0))))
-    other = aliased(WebhookDelivery)
-    in_flight = select(func.count()).where(other.host == WebhookDelivery.host, other.lease_until > func.now())
     chosen = (
         select(WebhookDelivery.id)
         .where(
             WebhookDelivery.state == "pending",
             WebhookDelivery.due_at <= func.now(),
             or_(WebhookDelivery.lease_until.is_(None), WebhookDelivery.lease_until < func.now()),
-            in_flight.scalar_subquery() < per_host,
+            _has_fewer_in_flight(WebhookDelivery.host, per_host),
+            _has_fewer_in_flight(WebhookDelivery.owner_id, per_owner),
         )
         .order_by(WebhookDelivery.due_at)
         .limit(1)
@@ -66,7 +68,7 @@ def claim_due(session: Session, *, lease_s: float, per_host: int) -> tuple[Webho
     statement = (
         update(WebhookDelivery)
         .where(WebhookDelivery.id == chosen.scalar_subquery())
-        .values(lease_until=func.clock_timestamp() + timedelta(seconds=lease_s), attempts=WebhookDelivery.attempts + 1)
+        .values(lease_until=leasing.from_now(lease_s), attempts=WebhookDelivery.attempts + 1)
         .returning(WebhookDelivery)
         .execution_options(synchronize_session=False)
     )
@@ -77,6 +79,12 @@ def claim_due(session: Session, *, lease_s: float, per_host: int) -> tuple[Webho
         return delivery, delivery.body
     event = session.get_one(JobEvent, (delivery.job_id, delivery.seq))
     return delivery, _body(session.get_one(Job, delivery.job_id), event)
+
+
+def _has_fewer_in_flight(column: InstrumentedAttribute[Any], limit: int) -> ColumnElement[bool]:
+    """Whether fewer than `limit` deliveries with the row's value of `column` are in flight."""
+    in_flight = select(column).where(WebhookDelivery.lease_until > func.now())
+    return column.not_in(in_flight.group_by(column).having(func.count() >= limit).correlate(None))
 
 
 def _body(job: Job, event: JobEvent) -> dict[str, Any]:
@@ -121,11 +129,15 @@ def record_failure(
 
 
 def _record(session: Session, delivery: WebhookDelivery, **values: object) -> None:
-    # When two workers attempted the same delivery, only the later claim may record its result.
-    claimed = update(WebhookDelivery).where(
-        WebhookDelivery.id == delivery.id, WebhookDelivery.attempts == delivery.attempts
+    # `lease_until` identifies the claim: only the latest claim may record its result, and end the lease.
+    claimed = (
+        update(WebhookDelivery)
+        .where(WebhookDelivery.id == delivery.id, WebhookDelivery.lease_until == delivery.lease_until)
+        .execution_options(synchronize_session=False)
     )
-    session.execute(claimed.values(lease_until=None, **values).execution_options(synchronize_session=False))
+    # A redelivery that was requested during the attempt stays due.
+    session.execute(claimed.where(WebhookDelivery.attempts == delivery.attempts).values(**values))
+    session.execute(claimed.values(lease_until=None))
 
 
 # --- operations of owners -----------------------------------------------------------------------------------------
@@ -178,13 +190,15 @@ def get_types(session: Session, deliveries: Sequence[WebhookDelivery]) -> dict[U
 def redeliver(session: Session, delivery_id: UUID, *, owner_id: UUID) -> None:
     """Make a delivery due again at once, with all of its attempts. It keeps its id, by which receivers recognise it.
 
+    If an attempt is in flight, the next one waits for its end, so that both count toward the limits.
+
     Raises:
         ResourceNotFoundError: the delivery does not exist, or belongs to another owner.
     """
     statement = (
         update(WebhookDelivery)
         .where(WebhookDelivery.id == delivery_id, WebhookDelivery.owner_id == owner_id)
-        .values(state="pending", due_at=func.now(), attempts=0, lease_until=None)
+        .values(state="pending", due_at=func.now(), attempts=0)
         .returning(WebhookDelivery.id)
     )
     if session.scalar(statement) is None:

@@ -70,6 +70,7 @@ class Plan:
             "WEBHOOKS__ALLOW_PRIVATE": "true",
             "WEBHOOKS__TIMEOUT_S": self.webhook_timeout_s,
             "WEBHOOKS__PER_HOST": 8,
+            "WEBHOOKS__PER_OWNER": 8,
             "WATCHDOG__STEP_S": self.watchdog_s,
         }
         return {f"AFTERIMAGE_{name}": str(value) for name, value in settings.items()}

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -50,7 +50,10 @@ def decoders() -> Iterator[Callable[[APISettings], UploadDecoder]]:
     started: dict[str, UploadDecoder] = {}
 
     def decoder(settings: APISettings) -> UploadDecoder:
-        return started.setdefault(settings.model_dump_json(), UploadDecoder(settings))
+        key = settings.model_dump_json()
+        if key not in started:
+            started[key] = UploadDecoder(settings)
+        return started[key]
 
     yield decoder
     for each in started.values():
@@ -66,6 +69,7 @@ def new_app(decoders: Callable[[APISettings], UploadDecoder]) -> Iterator[AppFac
 
     def new_app(settings: Settings) -> Flask:
         app = create_app(settings)
+        app.extensions["decoder"].close()
         app.extensions["decoder"] = decoders(settings.api)
         return app
 
@@ -159,6 +163,8 @@ class Receiver:
     got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
     release: threading.Event = field(default_factory=threading.Event)
     hanging: bool = False
+    dripping: bool = False
+    """Whether it sends its answer's head byte by byte, for 5 seconds."""
 
 
 @pytest.fixture
@@ -171,17 +177,27 @@ def receiver() -> Iterator[Receiver]:
             receiver.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
             if receiver.hanging:
                 receiver.release.wait(20)
+            if receiver.dripping:
+                self._drip()
+                return
             status, headers = receiver.answers.pop(0) if receiver.answers else (204, {})
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
 
+        def _drip(self) -> None:
+            with suppress(OSError):
+                self.wfile.write(b"HTTP/1.1 204 No Content\r\nx-drip: ")
+                for _ in range(50):
+                    self.wfile.write(b"a")
+                    receiver.release.wait(0.1)
+
         def log_message(self, *_: Any) -> None: ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         receiver.url = f"http://localhost:{server.server_port}/hook"
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield receiver
         receiver.release.set()

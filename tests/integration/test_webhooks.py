@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -12,6 +13,7 @@ from sqlalchemy.orm import Session
 from standardwebhooks import Webhook as Verifier
 from standardwebhooks import WebhookVerificationError
 
+from shared import ssrf
 from shared.contracts.generation import Webhook
 from shared.contracts.jobs import EventType
 from shared.db import jobs, webhooks
@@ -22,14 +24,15 @@ from shared.settings import Settings, WebhookSettings
 from tests.factories import make_job
 from tests.integration.conftest import API, Client, Receiver, messages
 from tests.stack import wait_until
+from worker_service.maintenance import deliver_webhooks
 from worker_service.maintenance.deliver_webhooks import deliver_due
 
 ALLOW_LOCAL = WebhookSettings(allow_http=True, allow_private=True, timeout_s=2)
 
 
-def ended_job(session: Session, url: str, **webhook: Any) -> Job:
+def ended_job(session: Session, url: str, *, owner: str = "local", **webhook: Any) -> Job:
     """A job that has failed, with a webhook."""
-    job = make_job(session, webhook=Webhook(url=url, **webhook))
+    job = make_job(session, owner=owner, webhook=Webhook(url=url, **webhook))
     taken = jobs.claim(session, job.id, worker="w", lease_s=30)
     assert taken is not None
     jobs.fail(session, taken[0], ImageGenerationError())
@@ -158,6 +161,111 @@ def test_a_hanging_receiver_takes_at_most_its_share_and_delays_no_other_host(
     for worker in workers:
         worker.join()
     assert len(receiver.got) == 3
+
+
+@pytest.mark.usefixtures("settings")
+def test_an_owner_with_hanging_receivers_on_many_hosts_delays_no_other_owner(
+    session: Session, receiver: Receiver
+) -> None:
+    receiver.hanging = True
+    for host in ("localhost", "127.0.0.1", "127.0.1", "127.1"):
+        ended_job(session, receiver.url.replace("localhost", host))
+    other = ended_job(session, "http://127.0.0.2:1/closed", owner="other")
+    limits = {"timeout_s": 10, "per_host": 1, "per_owner": 2}
+    workers = [threading.Thread(target=deliver, args=(ALLOW_LOCAL.model_copy(update=limits),)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+
+    def tried() -> bool:
+        session.expire_all()
+        statement = select(WebhookDelivery.last_error).where(WebhookDelivery.job_id == other.id)
+        return session.scalar(statement) == "ConnectError"
+
+    wait_until(lambda: tried() and len(receiver.got) == 2, timeout_s=10, what="two deliveries, and the other owner's")
+    receiver.release.set()
+    for worker in workers:
+        worker.join()
+    assert len(receiver.got) == 4
+
+
+def test_a_receiver_that_drips_its_answer_is_left_at_the_deadline(session: Session, receiver: Receiver) -> None:
+    ended_job(session, receiver.url)
+    receiver.dripping = True
+    started = time.monotonic()
+    assert deliver(ALLOW_LOCAL.model_copy(update={"timeout_s": 0.5})) == 1
+    assert time.monotonic() - started < 3
+    delivery = only_delivery(session)
+    assert (delivery.state, delivery.last_error, delivery.lease_until) == ("pending", "TimeoutError", None)
+
+
+def test_a_slow_name_server_counts_toward_the_deadline_and_nothing_is_sent_later(
+    session: Session, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended_job(session, receiver.url)
+    resolve = ssrf.resolve
+    looked_up = threading.Event()
+
+    def slow(url: str, settings: WebhookSettings) -> ssrf.Target:
+        receiver.release.wait(5)
+        looked_up.set()
+        return resolve(url, settings)
+
+    monkeypatch.setattr(ssrf, "resolve", slow)
+    started = time.monotonic()
+    assert deliver(ALLOW_LOCAL.model_copy(update={"timeout_s": 0.5})) == 1
+    assert time.monotonic() - started < 3
+    assert only_delivery(session).last_error == "TimeoutError"
+    receiver.release.set()
+    assert looked_up.wait(5)
+    assert receiver.got == []
+
+
+def test_a_delivery_that_was_claimed_too_long_ago_is_not_sent(
+    session: Session, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended_job(session, receiver.url)
+    clock = iter([0.0])
+    # The process was stopped for an hour between the claim and the try.
+    monkeypatch.setattr(deliver_webhooks, "monotonic", lambda: next(clock, 3600.0))
+    assert deliver() == 0
+    assert receiver.got == []
+    assert only_delivery(session).lease_until is not None
+
+
+@pytest.mark.usefixtures("settings")
+def test_a_redelivery_waits_for_the_try_that_runs(session: Session, receiver: Receiver) -> None:
+    job = ended_job(session, receiver.url)
+    receiver.hanging = True
+    worker = threading.Thread(target=deliver, args=(ALLOW_LOCAL.model_copy(update={"timeout_s": 10}),))
+    worker.start()
+    wait_until(lambda: len(receiver.got) == 1, timeout_s=10, what="the first try")
+    webhooks.redeliver(session, only_delivery(session).id, owner_id=job.owner_id)
+    session.commit()
+    assert deliver() == 0
+    assert len(receiver.got) == 1
+    receiver.release.set()
+    worker.join()
+    assert len(receiver.got) == 2, "the worker sends it again after the first try"
+    delivery = only_delivery(session)
+    assert (delivery.state, delivery.attempts, delivery.lease_until) == ("delivered", 1, None)
+
+
+def test_the_result_of_an_expired_claim_is_not_recorded_for_a_later_one(session: Session, receiver: Receiver) -> None:
+    job = ended_job(session, receiver.url)
+    limits = {"per_host": 2, "per_owner": 2}
+    expired = webhooks.claim_due(session, lease_s=0, **limits)
+    assert expired is not None
+    session.expunge(expired[0])
+    session.commit()
+    webhooks.redeliver(session, expired[0].id, owner_id=job.owner_id)
+    session.commit()
+    assert webhooks.claim_due(session, lease_s=30, **limits) is not None
+    session.commit()
+    webhooks.record_success(session, expired[0], status=200)
+    session.commit()
+    delivery = only_delivery(session)
+    assert (delivery.state, delivery.attempts) == ("pending", 1)
+    assert delivery.lease_until is not None
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,35 @@ DEFAULT = WebhookSettings()
         "https://[::ffff:127.0.0.1]/",
         "https://[64:ff9b::7f00:1]/",
         "https://[2002:7f00:1::]/",
+        "https://192.0.0.9/",
+        "https://192.88.99.1/",
+        "https://[::]/",
+        "https://[::5db8:d822]/",
+        "https://[::ffff:93.184.216.34]/",
+        "https://[::ffff:0:127.0.0.1]/",
+        "https://[::ffff:0:93.184.216.34]/",
+        "https://[64:ff9b::5db8:d822]/",
+        "https://[64:ff9b:1::a00:1]/",
+        "https://[100::1]/",
+        "https://[100:0:0:1::1]/",
+        "https://[1fff:ffff::1]/",
+        "https://[2001::1]/",
+        "https://[2001:1::1]/",
+        "https://[2001:2::1]/",
+        "https://[2001:20::1]/",
+        "https://[2001:1ff:ffff::1]/",
+        "https://[2001:db8::1]/",
+        "https://[2002:5db8:d822::1]/",
+        "https://[2620:4f:8000::1]/",
+        "https://[3fff::1]/",
+        "https://[3fff:fff:ffff::1]/",
+        "https://[4000::1]/",
+        "https://[5f00::1]/",
+        "https://[fc00::1]/",
+        "https://[fec0::1]/",
+        "https://[fec0::1%25eth0]/",
+        "https://[ff02::1]/",
+        "https://[ff0e::1]/",
     ],
 )
 def test_a_target_that_is_not_public_https_is_refused_without_a_dns_lookup(url: str) -> None:
@@ -65,6 +94,11 @@ def test_a_public_target_is_accepted_and_connected_to_by_its_address() -> None:
     target = ssrf.resolve("https://93.184.216.34/hook?a=1", DEFAULT)
     assert str(target.url) == "https://93.184.216.34/hook?a=1"
     assert target.host == "93.184.216.34"
+
+
+@pytest.mark.parametrize("address", ["2606:2800:220:1::1", "2001:4860:4860::8888", "2a00:1450::1", "3fff:1000::1"])
+def test_a_global_unicast_ipv6_address_is_accepted(address: str) -> None:
+    assert ssrf.check_url(f"https://[{address}]/", DEFAULT) == address
 
 
 @pytest.mark.parametrize("name", ["localhost", "localhost.", "0x7f000001", "2130706433", "127.1"])

@@ -1,8 +1,11 @@
 """Delivers webhooks as Standard Webhooks defines: https://github.com/standard-webhooks/standard-webhooks."""
 
+import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from time import monotonic
 
 import httpx
 import orjson
@@ -21,6 +24,9 @@ logger = logging.getLogger(__name__)
 GONE = 410
 """HTTP status by which a receiver asks for no further attempts."""
 
+SPARE_S = 5
+"""Seconds of a lease in which the claim is committed and the result is recorded."""
+
 
 def deliver_due(settings: WebhookSettings, *, stopping: Callable[[], bool]) -> int:
     """Attempt all due deliveries, one after the other; how many were attempted. Thread-safe.
@@ -32,12 +38,20 @@ def deliver_due(settings: WebhookSettings, *, stopping: Callable[[], bool]) -> i
     """
     attempted = 0
     while not stopping():
+        started = monotonic()
         with session_scope() as session:
             # The lease outlasts the longest attempt. If this worker dies, another worker then claims the delivery.
-            claimed = webhooks.claim_due(session, lease_s=settings.timeout_s * 2 + 5, per_host=settings.per_host)
+            claimed = webhooks.claim_due(
+                session,
+                lease_s=settings.timeout_s * 2 + SPARE_S,
+                per_host=settings.per_host,
+                per_owner=settings.per_owner,
+            )
             secrets = webhooks.signing_secrets(session, claimed[0].owner_id) if claimed else ()
         if claimed is None:
             break
+        if monotonic() - started > settings.timeout_s + SPARE_S:
+            continue  # the lease might expire during the attempt
         delivery, body = claimed
         _attempt_delivery(delivery, orjson.dumps(body), list(secrets), settings)
         attempted += 1
@@ -61,10 +75,10 @@ def signed_headers(delivery_id: str, body: bytes, secrets: list[str], *, now: da
 
 def _attempt_delivery(delivery: WebhookDelivery, body: bytes, secrets: list[str], settings: WebhookSettings) -> None:
     try:
-        status, retry_after_s = _post(delivery, body, secrets, settings)
+        status, retry_after_s = asyncio.run(_post(delivery, body, secrets, settings))
     except ForbiddenTargetError as error:
         _record_failure(delivery, "forbidden", error=error.message)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, TimeoutError) as error:
         _record_failure(delivery, "unreachable", error=type(error).__name__)
     else:
         if 200 <= status < 300:
@@ -76,18 +90,31 @@ def _attempt_delivery(delivery: WebhookDelivery, body: bytes, secrets: list[str]
             _record_failure(delivery, "refused", error=error_text, status=status, retry_after_s=retry_after_s)
 
 
-def _post(delivery: WebhookDelivery, body: bytes, secrets: list[str], settings: WebhookSettings) -> tuple[int, float]:
-    target = ssrf.resolve(delivery.url, settings)
-    headers = signed_headers(str(delivery.id), body, secrets, now=datetime.now(UTC)) | {"host": target.host}
-    hostname = httpx.URL(delivery.url).host
-    with (
-        httpx.Client(timeout=settings.timeout_s, follow_redirects=False, trust_env=False) as client,
-        # Only the response's head is read: a receiver that streams for ever does not block the worker.
-        client.stream(
-            "POST", target.url, content=body, headers=headers, extensions={"sni_hostname": hostname}
-        ) as response,
-    ):
-        return response.status_code, _retry_after_s(response.headers.get("retry-after", ""))
+async def _post(
+    delivery: WebhookDelivery, body: bytes, secrets: list[str], settings: WebhookSettings
+) -> tuple[int, float]:
+    """Send a delivery, and return the answer's status and requested pause in seconds.
+
+    Raises:
+        ForbiddenTargetError: the target is not allowed.
+        httpx.HTTPError: the connection or the exchange failed.
+        TimeoutError: the answer's head did not arrive within `timeout_s` of the call.
+    """
+    resolver = ThreadPoolExecutor(1, thread_name_prefix="resolver")
+    try:
+        # httpx limits each read, not their sum: a receiver that sends byte by byte would pass. This limits the total.
+        async with asyncio.timeout(settings.timeout_s):
+            target = await asyncio.get_running_loop().run_in_executor(resolver, ssrf.resolve, delivery.url, settings)
+            headers = signed_headers(str(delivery.id), body, secrets, now=datetime.now(UTC)) | {"host": target.host}
+            extensions = {"sni_hostname": httpx.URL(delivery.url).host}
+            async with (
+                httpx.AsyncClient(timeout=None, follow_redirects=False, trust_env=False) as client,
+                # Only the response's head is read: a receiver may stream a body for ever.
+                client.stream("POST", target.url, content=body, headers=headers, extensions=extensions) as response,
+            ):
+                return response.status_code, _retry_after_s(response.headers.get("retry-after", ""))
+    finally:
+        resolver.shutdown(wait=False)  # a look-up cannot be interrupted; its late result is not used
 
 
 def _retry_after_s(header: str) -> float:
