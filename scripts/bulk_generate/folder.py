@@ -1,11 +1,11 @@
-"""The folder of one bulk run: its plan, the id of its bulk, and its results.
+"""The folder of one bulk run: its plan, the ids of its bulks, and its results.
 
 - OUT/images/: the generated files
 - OUT/manifest.jsonl: one record per item with request, state, files and full provenance
 - OUT/manifest.csv: one row per image
 - OUT/index.html: a contact sheet
 - OUT/rejected.jsonl: rows and lines that are not valid requests, and why
-- OUT/.run/: the plan and the bulk's id, from which a later run continues
+- OUT/.run/: the plan and the ids of its bulks, from which a later run continues
 """
 
 import fcntl
@@ -13,7 +13,8 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import IO, Any
 from uuid import UUID, uuid4
@@ -21,7 +22,8 @@ from uuid import UUID, uuid4
 from afterimage_client.download import PARTIAL_SUFFIX
 from scripts.bulk_generate.plan import PlanError, PlannedItem, RejectedRow
 
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = (1, VERSION)
 MAX_LISTED = 20
 
 
@@ -30,14 +32,35 @@ class FolderError(Exception):
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run as the folder keeps it. `key` is the idempotency key of its bulk, so that retries create one bulk."""
+class Part:
+    """Consecutive items of the plan that are one bulk. `key` is its idempotency key, so that retries create one."""
 
-    options: dict[str, Any]
     key: str
     header: str
     items: int
     bulk_id: UUID | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as the folder keeps it: a bulk, and one more for each time that its input grew.
+
+    Attributes:
+        first_seed: seed of the plan; `None`: version 1 of the folder, which did not keep it.
+    """
+
+    options: dict[str, Any]
+    parts: tuple[Part, ...]
+    first_seed: int | None = None
+
+    @property
+    def items(self) -> int:
+        return sum(part.items for part in self.parts)
+
+    def slices(self, plan: Sequence[PlannedItem]) -> list[Sequence[PlannedItem]]:
+        """Return the items of each part."""
+        ends = list(accumulate(part.items for part in self.parts))
+        return [plan[end - part.items : end] for part, end in zip(self.parts, ends, strict=True)]
 
 
 class BulkFolder:
@@ -78,9 +101,10 @@ class BulkFolder:
             run = json.loads(self._run.read_text())
         except FileNotFoundError:
             return None
-        if run.pop("version", None) != VERSION:
+        if run.get("version") not in READABLE_VERSIONS:
             raise FolderError(f"{self.path} was written by another version of this script")
-        return Run(**run | {"bulk_id": run["bulk_id"] and UUID(run["bulk_id"])})
+        parts = tuple(_parse_part(part) for part in [run, *run.get("more", [])])
+        return Run(run["options"], parts, run.get("first_seed"))
 
     def save_plan(
         self,
@@ -89,10 +113,13 @@ class BulkFolder:
         *,
         header: Callable[[int], str],
         skip_rejected: bool,
+        first_seed: int | None = None,
     ) -> Run:
         """Write the whole plan, before any of it is sent.
 
-        header: returns the first line of the bulk's stream for a number of items.
+        Args:
+            header: returns the first line of the bulk's stream for a number of items.
+            first_seed: seed that the plan was made with.
 
         Raises:
             PlanError: rows were rejected and `skip_rejected` is false, or the plan has no items. `rejected.jsonl` has
@@ -105,7 +132,7 @@ class BulkFolder:
                     rejected.append(each)
                 else:
                     items += 1
-                    write_json_line(file, {"row": each.row, "request": each.request, "files": each.files})
+                    _write_item(file, each)
         self.save_rejected(rejected)
         if rejected and not skip_rejected:
             raise PlanError(
@@ -113,7 +140,18 @@ class BulkFolder:
             )
         if not items:
             raise PlanError(describe_rejected(rejected) if rejected else "the plan has no items")
-        run = Run(options, uuid4().hex, header(items), items)
+        run = Run(options, (Part(uuid4().hex, header(items), items),), first_seed)
+        self._save(run)
+        return run
+
+    def extend(self, run: Run, items: Sequence[PlannedItem], *, header: Callable[[int], str]) -> Run:
+        """Add items to the end of the plan, as one more bulk."""
+        # Until the run is saved, `load_plan` leaves the new items out.
+        earlier = self.load_plan(run)
+        with write_atomically(self._plan) as file:
+            for item in chain(earlier, items):
+                _write_item(file, item)
+        run = replace(run, parts=(*run.parts, Part(uuid4().hex, header(len(items)), len(items))))
         self._save(run)
         return run
 
@@ -131,38 +169,42 @@ class BulkFolder:
         with self.rejected.open() as file:
             return [RejectedRow(**json.loads(line)) for line in file]
 
-    def delete_run(self) -> None:
-        """Delete the run, but no other file."""
-        self._run.unlink()
+    def delete_part(self, run: Run, number: int) -> None:
+        """Delete this part and the later ones from the run; without parts, delete the run, but no other file."""
+        if number:
+            self._save(replace(run, parts=run.parts[:number]))
+        else:
+            self._run.unlink()
 
-    def save_bulk_id(self, run: Run, bulk_id: UUID) -> Run:
-        run = replace(run, bulk_id=bulk_id)
+    def save_bulk_id(self, run: Run, number: int, bulk_id: UUID) -> Run:
+        return self._save_part(run, number, replace(run.parts[number], bulk_id=bulk_id))
+
+    def restart(self, run: Run, number: int) -> Run:
+        """Start the same part again as a new bulk."""
+        return self._save_part(run, number, replace(run.parts[number], bulk_id=None, key=uuid4().hex))
+
+    def _save_part(self, run: Run, number: int, part: Part) -> Run:
+        run = replace(run, parts=(*run.parts[:number], part, *run.parts[number + 1 :]))
         self._save(run)
         return run
 
-    def restart(self, run: Run) -> Run:
-        """Start the same plan again as a new bulk."""
-        run = replace(run, bulk_id=None, key=uuid4().hex)
-        self._save(run)
-        return run
-
-    def load_plan(self) -> Iterator[PlannedItem]:
+    def load_plan(self, run: Run) -> list[PlannedItem]:
         with self._plan.open() as file:
-            for line in file:
-                yield PlannedItem(**json.loads(line))
+            return [PlannedItem(**json.loads(line)) for line in islice(file, run.items)]
 
     def image_path(self, name: str) -> Path:
         return self.images / name
 
     def _save(self, run: Run) -> None:
+        first, *more = (asdict(part) for part in run.parts)
+        saved = {"version": VERSION, "options": run.options, "first_seed": run.first_seed, **first, "more": more}
         with write_atomically(self._run) as file:
-            fields = {name: value for name, value in vars(run).items() if name != "bulk_id"}
-            json.dump(
-                {"version": VERSION, **fields, "bulk_id": run.bulk_id and str(run.bulk_id)},
-                file,
-                ensure_ascii=False,
-                indent=2,
-            )
+            json.dump(saved, file, ensure_ascii=False, indent=2, default=str)
+
+
+def _parse_part(saved: dict[str, Any]) -> Part:
+    bulk_id = saved["bulk_id"]
+    return Part(saved["key"], saved["header"], saved["items"], UUID(bulk_id) if bulk_id else None)
 
 
 @contextmanager
@@ -178,6 +220,10 @@ def write_atomically(path: Path) -> Iterator[IO[str]]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _write_item(file: IO[str], item: PlannedItem) -> None:
+    write_json_line(file, {"row": item.row, "request": item.request, "files": item.files})
 
 
 def write_json_line(file: IO[str], record: dict[str, Any]) -> None:

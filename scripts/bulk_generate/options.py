@@ -25,7 +25,10 @@ Generate thousands of images from a file of prompts, a template, or both.
 
 The script creates one bulk on the service and downloads its results into a folder: the images, a manifest (JSON Lines
 and CSV) with the provenance of each image, and a contact sheet. After an interruption, a lost connection or a restart,
-the same command with the same --out continues. No item is generated twice, and no file is missing or partial."""
+the same command with the same --out continues. No item is generated twice, and no file is missing or partial.
+
+A longer input, or a higher --limit, adds its new items as one more bulk. It must begin with the same items; another
+input needs another --out. Capitals in the names of columns do not matter."""
 
 EXAMPLES = f"""\
 examples:
@@ -125,7 +128,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def planned_items(arguments: argparse.Namespace) -> Iterator[PlannedItem | RejectedRow]:
+def choose_first_seed(arguments: argparse.Namespace) -> int:
+    given: int | None = arguments.first_seed
+    return secrets.randbelow(2**32) if given is None else given
+
+
+def planned_items(arguments: argparse.Namespace, first_seed: int) -> Iterator[PlannedItem | RejectedRow]:
     """Yield the items that the options describe.
 
     Raises:
@@ -136,11 +144,14 @@ def planned_items(arguments: argparse.Namespace) -> Iterator[PlannedItem | Rejec
         raise PlanError("--seeds, --limit and --concurrency must be at least 1")
     # Without an input file there is one row without columns, for the template.
     rows = read_rows(arguments.input, format=arguments.format) if arguments.input else iter([Row(1, {})])
-    return _first(plan_items(rows, _plan_options(arguments)), arguments.limit)
+    return _first(plan_items(rows, _plan_options(arguments, first_seed)), arguments.limit)
 
 
 def fixed_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that must stay the same when a run is continued; the input is given by its digest."""
+    """Return the options that a run is continued with; the input is given by its digest.
+
+    Input and limit may grow if the plan begins with the same items.
+    """
     return {
         "input": None if arguments.input is None or str(arguments.input) == "-" else _digest(arguments.input),
         "--template": arguments.template,
@@ -158,6 +169,13 @@ def fixed_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def changed_options(arguments: argparse.Namespace, saved: dict[str, Any]) -> list[str]:
+    """Return the names of the options that differ from the saved ones and are not the default."""
+    defaults = fixed_options(parser().parse_args(["--out", "."]))
+    given = fixed_options(arguments)
+    return [name for name, value in given.items() if value not in (defaults[name], saved.get(name))]
+
+
 def header(arguments: argparse.Namespace, items: int) -> str:
     """Return the first line of the bulk's stream, for this number of items."""
     options: dict[str, Any] = {
@@ -171,9 +189,9 @@ def header(arguments: argparse.Namespace, items: int) -> str:
     return header_line(BulkOptions.model_validate(options)).decode()
 
 
-def _plan_options(arguments: argparse.Namespace) -> PlanOptions:
+def _plan_options(arguments: argparse.Namespace, first_seed: int) -> PlanOptions:
     return PlanOptions(
-        first_seed=secrets.randbelow(2**32) if arguments.first_seed is None else arguments.first_seed,
+        first_seed=first_seed,
         template=arguments.template,
         grid={name: _grid_values(name, given) for name, given in _pairs("--grid", arguments.grid)},
         columns=dict(_pairs("--column", arguments.column)),

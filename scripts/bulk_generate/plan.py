@@ -11,7 +11,7 @@ from typing import Any
 
 import pydantic
 
-from scripts.table_files import Row, Values
+from scripts.table_files import Row, Values, cell_text, describe_columns
 from shared.contracts.bulks import BulkGenerateItem, BulkRagGenerateItem
 from shared.contracts.generation import seeds_from
 from shared.contracts.jobs import JobKind
@@ -88,7 +88,7 @@ def plan_items(rows: Iterable[Row], options: PlanOptions) -> Iterator[PlannedIte
             try:
                 planned = list(_items(row, values, options, index=index, expanded=expanded))
                 _reserve_names(taken, planned)
-            except _InvalidRowError as error:
+            except (_InvalidRowError, ValueError) as error:
                 yield RejectedRow(row.number, str(error))
                 continue
             index += len(planned)
@@ -112,9 +112,10 @@ def _items(row: Row, values: Values, options: PlanOptions, *, index: int, expand
     request["kind"] = options.kind
     request["prompt"] = _prompt(values, options)
     if options.metadata:
-        metadata = {column: str(values[column]) for column in options.metadata if column in values}
+        metadata = {column: cell_text(values, column) for column in options.metadata if column in values}
         request["metadata"] = {**request.get("metadata", {}), **metadata}
-    given_id = values.get(options.columns.get("custom_id", "custom_id"))
+    id_column = options.columns.get("custom_id", "custom_id")
+    given_id = cell_text(values, id_column) if id_column in values else None
     first_seed = values.get(options.columns.get("seed", "seed"), options.first_seed)
     for number in range(options.seeds):
         # Validate with the first seed, because the other seeds are computed from validated fields.
@@ -133,15 +134,17 @@ def _prompt(values: Values, options: PlanOptions) -> str:
         return fill_template(options.template, values)
     column = options.columns.get("prompt", "prompt")
     if column not in values:
-        raise _InvalidRowError(f"the row has no `{column}`")
+        found = f"; it has: {describe_columns(values)}" if values else ""
+        raise _InvalidRowError(f"the row has no `{column}`{found}")
     # Without a grid, braces in a prompt are plain text.
-    return fill_template(str(values[column]), values) if options.grid else str(values[column])
+    prompt = cell_text(values, column)
+    return fill_template(prompt, values) if options.grid else prompt
 
 
-def _custom_id(given: Any, index: int, options: PlanOptions, *, expanded: int, number: int) -> str:
+def _custom_id(given: str | None, index: int, options: PlanOptions, *, expanded: int, number: int) -> str:
     if given is None:
         return f"{index:06d}"
-    parts = [str(given)]
+    parts = [given]
     if options.grid:
         parts.append(str(expanded))
     if options.seeds > 1:
@@ -184,7 +187,9 @@ class _NamesOnlyFormatter(string.Formatter):
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
         if field_name not in kwargs:
             raise _InvalidRowError(f"the template names {{{field_name}}}, which does not exist")
-        return kwargs[field_name], field_name
+        value = kwargs[field_name]
+        # Other types keep their format specifications, such as `{number:03d}`.
+        return cell_text(kwargs, field_name) if isinstance(value, bool | list | dict | bytes) else value, field_name
 
 
 def fill_template(template: str, values: Mapping[str, Any]) -> str:
@@ -199,7 +204,10 @@ def _file_names(
     item: BulkGenerateItem | BulkRagGenerateItem, values: Values, options: PlanOptions, *, index: int
 ) -> list[str]:
     assert item.seed is not None
-    known: dict[str, Any] = {name: _path_part(str(value)) for name, value in values.items()}
+    known: dict[str, Any] = {
+        name: value if isinstance(value, bytes) else _path_part(cell_text(values, name))
+        for name, value in values.items()
+    }
     known |= {
         "index": index,
         "custom_id": _path_part(str(item.custom_id)),

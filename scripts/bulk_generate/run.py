@@ -2,6 +2,8 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, zip_longest
 
 from afterimage_client import Afterimage, BulkState, BulkView, InvalidRequestError, NotFoundError
 from scripts.bulk_generate import options
@@ -25,30 +27,36 @@ def run(arguments: argparse.Namespace, output: ConsoleOutput) -> ExitCode:
     folder = BulkFolder(arguments.out)
     with folder.locked(), client_from_options(arguments) as service:
         saved_run = _load_or_plan_run(folder, arguments, output)
-        plan = list(folder.load_plan())
-        bulk = _send_bulk(service, folder, saved_run, plan, output)
-        if arguments.cancel and not bulk.state.is_final:
-            service.bulks.cancel(bulk.id)
-        if arguments.retry_failed:
-            service.bulks.retry_failed(bulk.id)
-        downloader = BulkDownloader(service, folder, plan, output, arguments.concurrency)
-        bulk = downloader.run(bulk.id)
-        rejected = _all_rejected(service, folder, bulk, plan)
+        plans = saved_run.slices(folder.load_plan(saved_run))
+        bulks = []
+        for number, plan in enumerate(plans):
+            saved_run, bulk = _send_bulk(service, folder, saved_run, number, plan, output)
+            bulks.append(bulk)
+            if arguments.cancel and not bulk.state.is_final:
+                service.bulks.cancel(bulk.id)
+            if arguments.retry_failed:
+                service.bulks.retry_failed(bulk.id)
+        counts = ItemCounts()
+        for number, plan in enumerate(plans):
+            downloader = BulkDownloader(service, folder, plan, output, arguments.concurrency, counts)
+            bulks[number] = downloader.run(bulks[number].id)
+            rejected = _all_rejected(service, folder, bulks[number], plan)
+        sent = list(zip(bulks, plans, strict=True))
         write_results(
-            _manifest_records(service, folder, bulk, plan),
+            chain.from_iterable(_manifest_records(service, folder, bulk, plan) for bulk, plan in sent),
             manifest=folder.manifest,
             table=folder.table,
             sheet=folder.sheet,
-            title=bulk.name or str(bulk.id),
+            title=bulks[0].name or str(bulks[0].id),
         )
-        return _print_summary(folder, bulk, downloader.counts, rejected, output)
+        return _print_summary(folder, bulks, counts, rejected, output)
 
 
 def dry_run(arguments: argparse.Namespace, output: ConsoleOutput) -> ExitCode:
     """Print the planned items; contact no service and write no file."""
     items, images = 0, 0
     rejected: list[RejectedRow] = []
-    for item in options.planned_items(arguments):
+    for item in options.planned_items(arguments, options.choose_first_seed(arguments)):
         if isinstance(item, RejectedRow):
             rejected.append(item)
             continue
@@ -72,53 +80,107 @@ def _load_or_plan_run(folder: BulkFolder, arguments: argparse.Namespace, output:
     if run is None:
         if not has_input or arguments.cancel or arguments.retry_failed:
             raise FolderError(f"{folder.path} has no run: name a file or a --template to start one")
+        first_seed = options.choose_first_seed(arguments)
         run = folder.save_plan(
-            options.planned_items(arguments),
+            options.planned_items(arguments, first_seed),
             options.fixed_options(arguments),
             header=lambda items: options.header(arguments, items),
             skip_rejected=arguments.skip_invalid,
+            first_seed=first_seed,
         )
         rejected = folder.load_rejected()
         output.info(f"{run.items} items planned" + (f", {len(rejected)} rows left out" if rejected else ""))
         output.event("planned", items=run.items, rejected=len(rejected))
     elif has_input:
-        given = options.fixed_options(arguments)
-        if changed := [name for name, value in given.items() if value != run.options.get(name) and value is not None]:
-            raise FolderError(f"{folder.path} has a run with another {', '.join(changed)}: choose another --out")
+        run = _continue_run(folder, run, arguments, output)
+    elif ignored := options.changed_options(arguments, run.options):
+        raise FolderError(
+            f"{folder.path} has a run with another {', '.join(ignored)}: name its input too, or choose another --out"
+        )
     return run
 
 
+def _continue_run(folder: BulkFolder, run: Run, arguments: argparse.Namespace, output: ConsoleOutput) -> Run:
+    """Return the run of the folder; if the options give further items, add them.
+
+    Raises:
+        FolderError: the options or the input differ from those of the run, or begin with other items.
+        PlanError: further rows are invalid, and `--skip-invalid` is not given.
+    """
+    given = options.fixed_options(arguments)
+    changed = {name for name, value in given.items() if value != run.options.get(name) and value is not None}
+    if run.first_seed is not None:
+        changed -= {"input", "--limit"}  # compared by their items
+    if changed:
+        names = ", ".join(name for name in given if name in changed)
+        raise FolderError(f"{folder.path} has a run with another {names}: choose another --out")
+    if run.first_seed is None:
+        return run
+    planned = list(options.planned_items(arguments, run.first_seed))
+    items = [each for each in planned if isinstance(each, PlannedItem)]
+    known = folder.load_plan(run)
+    for before, now in zip_longest(known, items[: len(known)]):
+        if now is None or (before.request, before.files) != (now.request, now.files):
+            raise FolderError(
+                f"{folder.path} has a run with another input: item {before.request['custom_id']} is missing or "
+                "differs: choose another --out"
+            )
+    further = items[len(known) :]
+    rejected = dict.fromkeys(folder.load_rejected())
+    new_rejected = [each for each in planned if isinstance(each, RejectedRow) and each not in rejected]
+    if arguments.cancel or not (further or new_rejected):
+        return run
+    if new_rejected and not arguments.skip_invalid:
+        raise PlanError(
+            f"{describe_rejected(new_rejected)}\nNothing was sent. Correct these rows, or add --skip-invalid."
+        )
+    folder.save_rejected([*rejected, *new_rejected])
+    if not further:
+        return run
+    output.info(f"{len(further)} more items planned")
+    output.event("planned", items=len(further), rejected=len(new_rejected))
+    grown = replace(run, options=run.options | {name: given[name] for name in ("input", "--limit")})
+    return folder.extend(grown, further, header=lambda items: options.header(arguments, items))
+
+
 def _send_bulk(
-    service: Afterimage, folder: BulkFolder, run: Run, plan: Sequence[PlannedItem], output: ConsoleOutput
-) -> BulkView:
-    """Create the bulk of this run if necessary, send all of its lines, and return it."""
-    header = run.header.encode()
+    service: Afterimage,
+    folder: BulkFolder,
+    run: Run,
+    number: int,
+    plan: Sequence[PlannedItem],
+    output: ConsoleOutput,
+) -> tuple[Run, BulkView]:
+    """Create the bulk of this part of the run if necessary, and send all of its lines. Return the run and the bulk."""
+    header = run.parts[number].header.encode()
     while True:
-        if run.bulk_id is None:
-            run = folder.save_bulk_id(run, service.bulks.create(header, idempotency_key=run.key).id)
-            output.event("created", bulk_id=run.bulk_id)
-        assert run.bulk_id is not None
+        part = run.parts[number]
+        bulk_id = part.bulk_id
+        if bulk_id is None:
+            bulk_id = service.bulks.create(header, idempotency_key=part.key).id
+            run = folder.save_bulk_id(run, number, bulk_id)
+            output.event("created", bulk_id=bulk_id)
         try:
-            bulk = service.bulks.send(run.bulk_id, _lines(header, plan))
+            bulk = service.bulks.send(bulk_id, _lines(header, plan))
         except NotFoundError as error:
             raise FolderError(
-                f"the service does not have bulk {run.bulk_id} any more: start again with another --out"
+                f"the service does not have bulk {bulk_id} any more: start again with another --out"
             ) from error
         except InvalidRequestError as error:
             if error.code != "bulk_invalid":
                 raise
-            bulk = service.bulks.get(run.bulk_id)
+            bulk = service.bulks.get(bulk_id)
         if bulk.state is BulkState.REFUSED:
             refused = _all_rejected(service, folder, bulk, plan)
-            folder.delete_run()
+            folder.delete_part(run, number)
             raise PlanError(
                 f"{describe_rejected(refused)}\nThe bulk was refused. Correct these rows, or add --skip-invalid."
             )
         if bulk.state is not BulkState.ABANDONED:
             output.info(f"bulk {bulk.id} has all {len(plan)} items")
             output.event("sent", bulk_id=bulk.id, items=len(plan))
-            return bulk
-        run = folder.restart(run)  # no item of an abandoned bulk has run
+            return run, bulk
+        run = folder.restart(run, number)  # no item of an abandoned bulk has run
 
 
 def _lines(header: bytes, plan: Sequence[PlannedItem]) -> Iterator[bytes]:
@@ -154,8 +216,13 @@ def _manifest_records(
 
 
 def _print_summary(
-    folder: BulkFolder, bulk: BulkView, counts: ItemCounts, rejected: Sequence[RejectedRow], output: ConsoleOutput
+    folder: BulkFolder,
+    bulks: Sequence[BulkView],
+    counts: ItemCounts,
+    rejected: Sequence[RejectedRow],
+    output: ConsoleOutput,
 ) -> ExitCode:
+    bulk = next((each for each in bulks if each.state is not BulkState.COMPLETED), bulks[-1])
     complete = not (counts.failed or counts.missing or rejected)
     output.event(
         "done",

@@ -1,16 +1,14 @@
 """A captioned corpus in memory, with images decoded as the service decodes uploads."""
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from scripts.index_images.sources import IMAGE_SUFFIXES, Sample, read_samples
+from scripts.index_images.sources import Sample, read_samples
 from shared.errors import BaseAppException, ConfigurationError
 from shared.imaging import decode_upload, open_image
 from shared.settings import APISettings
@@ -60,9 +58,9 @@ def read_corpus(path: Path, *, limits: APISettings, threads: int) -> Corpus:
 
     Raises:
         ConfigurationError: the corpus has no image with a caption.
-        SourceError: the tar cannot be read.
+        SourceError: the tar, an image or a description cannot be read.
     """
-    samples = list(read_folder(path) if path.is_dir() else read_samples(path))
+    samples = list(read_samples(path))
     with ThreadPoolExecutor(threads) as decoders:
         decoded = decoders.map(lambda sample: _decode(sample, limits), samples)
         images = [image for image in decoded if image is not None]
@@ -71,21 +69,6 @@ def read_corpus(path: Path, *, limits: APISettings, threads: int) -> Corpus:
     if not distinct:
         raise ConfigurationError(f"{path} has no image with a caption.")
     return Corpus(distinct, left_out=len(samples) - len(distinct))
-
-
-def read_folder(folder: Path) -> Iterator[Sample]:
-    """Yield the images below `folder` by path, with their descriptions."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            yield Sample(path.relative_to(folder).as_posix(), path.read_bytes(), _read_sidecar(path))
-
-
-def _read_sidecar(image: Path) -> dict[str, Any]:
-    json_file, text_file = image.with_suffix(".json"), image.with_suffix(".txt")
-    if json_file.exists():
-        fields: dict[str, Any] = json.loads(json_file.read_text(encoding="utf-8"))
-        return fields
-    return {"caption": text_file.read_text(encoding="utf-8").strip()} if text_file.exists() else {}
 
 
 def _decode(sample: Sample, limits: APISettings) -> CorpusImage | None:

@@ -29,9 +29,10 @@ SOURCE is one of
                attributes) or by NAME.txt (the caption)
   a table      CSV, TSV, JSONL or Parquet with a column `file`, relative to the table, and columns of the same names;
                TXT with one file per line
-  a tar        a WebDataset, with members as in a folder
+  a tar        a WebDataset, with members as in a folder; also .tar.gz, .tar.bz2 and .tar.xz
 The service decodes PNG, JPEG and WebP, whatever the file name says. Other files are listed as skipped; they do not
-make the run fail.
+make the run fail. Suffixes may be in capitals. A sidecar describes every image that has its name, and its place in a
+tar does not matter. Hidden files are left out.
 
 Images that the collection already has are not sent again: to resume an interrupted run, start it again."""
 
@@ -133,9 +134,13 @@ def _run(arguments: argparse.Namespace, output: ConsoleOutput) -> ExitCode:
         )
         if arguments.watch:
             return watch_folder(uploader, source, output, delete=arguments.delete)
-        skipped = index_files(
-            uploader, read_source(source, columns=_columns(arguments), format=arguments.format), output
+        files = read_source(
+            source,
+            columns=_columns(arguments),
+            format=arguments.format,
+            max_file_bytes=uploader.max_file_bytes,
         )
+        skipped = index_files(uploader, files, output)
         return wait_and_print_summary(uploader, skipped, output, wait_s=arguments.wait)
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 from uuid import UUID
 
@@ -26,6 +26,7 @@ from afterimage_client import (
 )
 from scripts.index_images.report import Outcome, Report, ReportEntry
 from scripts.index_images.sources import DESCRIPTION_FIELDS, Sample, SkippedFileError, SourceFile
+from scripts.table_files import json_text
 
 FILES_PER_REQUEST = 8
 BYTES_PER_REQUEST = 4 * 2**20
@@ -52,6 +53,7 @@ class Uploader:
     Attributes:
         defaults: description of every image. Its tags are added; its other fields fill those that the source lacks.
         update: update the descriptions of images that the collection already has.
+        max_file_bytes: for the sources of its files, which do not read larger images.
         known_images: the collection's images by sha256.
     """
 
@@ -87,7 +89,7 @@ class Uploader:
         working: set[Future[list[ReportEntry]]] = set()
         remaining = iter(files)
         try:
-            while group := list(islice(remaining, FILES_PER_REQUEST)):
+            while group := _next_group(remaining):
                 working.add(pool.submit(self._index_group, group))
                 if len(working) >= 2 * self.parallel:
                     done, working = wait(working, return_when=FIRST_COMPLETED)
@@ -138,10 +140,6 @@ class Uploader:
             sample = file.read()
             if not sample.data:
                 raise SkippedFileError("empty_file", "the file is empty")
-            if len(sample.data) > self.max_file_bytes:
-                raise SkippedFileError(
-                    "image_too_large", f"{len(sample.data)} bytes are more than {self.max_file_bytes}"
-                )
             sha256 = sample.sha256
             description = self._description(sample)
             outcome = self._known_outcome(sha256, description)
@@ -213,7 +211,9 @@ class Uploader:
         if isinstance(fields.get("attributes"), str):
             fields["attributes"] = _parse_json(fields["attributes"])
         if isinstance(fields.get("attributes"), dict):
-            fields["attributes"] = {str(name): str(value) for name, value in fields["attributes"].items()}
+            fields["attributes"] = {
+                str(name): json_text(value) for name, value in fields["attributes"].items() if value is not None
+            }
         defaults = self.defaults.model_dump(exclude_unset=True)
         common = defaults.pop("tags", [])
         try:
@@ -224,6 +224,16 @@ class Uploader:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise SkippedFileError("invalid_description", f"{where}: {first['msg']}") from None
+
+
+def _next_group(files: Iterator[SourceFile]) -> list[SourceFile]:
+    """Return the next files for one thread. Those of a tar are in memory, so their bytes are limited too."""
+    group: list[SourceFile] = []
+    for file in files:
+        group.append(file)
+        if len(group) >= FILES_PER_REQUEST or sum(each.held_bytes for each in group) >= BYTES_PER_REQUEST:
+            break
+    return group
 
 
 def has_pending_images(service: Afterimage, collection: str) -> bool:

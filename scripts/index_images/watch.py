@@ -14,6 +14,7 @@ from scripts.index_images.sources import (
     files_in_folder,
     images_beside,
     is_candidate,
+    sidecars_in,
     source_file,
 )
 from scripts.index_images.upload import Uploader
@@ -43,7 +44,7 @@ def watch_folder(uploader: Uploader, folder: Path, output: ConsoleOutput, *, del
     contents: Contents = {}
     try:
         uploader.load_known_images()
-        _index_files(uploader, files_in_folder(folder), contents, output)
+        _index_files(uploader, files_in_folder(folder, max_file_bytes=uploader.max_file_bytes), contents, output)
         if delete:
             _delete_images(uploader, reported, contents, output)
         output.info(f"{len(contents)} files; watching {folder}")
@@ -51,7 +52,7 @@ def watch_folder(uploader: Uploader, folder: Path, output: ConsoleOutput, *, del
         for changed in changes:
             deleted = [path for change, path in changed if change is Change.deleted]
             before = dict(contents)
-            _index_files(uploader, _changed_files(folder, {path for _, path in changed}), contents, output)
+            _index_files(uploader, _changed_files(uploader, folder, {path for _, path in changed}), contents, output)
             for name in _names_below(folder, deleted, contents):
                 del contents[name]
             if delete:
@@ -82,21 +83,21 @@ def _delete_images(uploader: Uploader, before: Contents, now: Contents, output: 
             uploader.report.add_deleted(name)
 
 
-def _changed_files(folder: Path, changed: set[str]) -> Iterator[SourceFile]:
+def _changed_files(uploader: Uploader, folder: Path, changed: set[str]) -> Iterator[SourceFile]:
     """Yield changed files, images beside a changed sidecar, and the files of a new folder."""
     paths = set()
     for path in map(Path, changed):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         if path.is_dir():
-            yield from files_in_folder(folder, below=path)
+            yield from files_in_folder(folder, below=path, max_file_bytes=uploader.max_file_bytes)
         elif path.suffix.lower() in SIDECAR_SUFFIXES:
             paths |= {*images_beside(path)}
         elif is_candidate(path):
             paths.add(path)
     for path in sorted(paths):
         if path.is_file():
-            yield source_file(path, folder)
+            yield source_file(path, folder, sidecars_in(path.parent), max_file_bytes=uploader.max_file_bytes)
 
 
 def _names_below(folder: Path, deleted: list[str], contents: Contents) -> list[str]:

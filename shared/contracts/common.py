@@ -15,7 +15,9 @@ class Contract(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_serialization_defaults_required=True)
 
 
-def _no_control_characters(text: str) -> str:
+def _plain_text(text: str) -> str:
+    """Return the text with CRLF and CR as a line feed; other control characters are errors."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if any((ord(character) < 32 and character not in "\n\t") or ord(character) == 127 for character in text):
         raise ValueError("must not contain control characters")
     if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
@@ -41,8 +43,8 @@ def _in_utc(moment: datetime) -> datetime:
 Text = Annotated[
     str,
     StringConstraints(strip_whitespace=True),
-    AfterValidator(_no_control_characters),
-    Field(json_schema_extra={"pattern": r"^[^\u0000-\u0008\u000b-\u001f\u007f]*$"}),
+    AfterValidator(_plain_text),
+    Field(json_schema_extra={"pattern": r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f]*$"}),
 ]
 Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 """A point in time, converted to UTC."""

@@ -1,16 +1,28 @@
 """The bulk command plans items from files, templates and grids before it sends anything."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
+from uuid import UUID
 
 import pytest
 
+from afterimage_client import BulkState, ItemState
 from ops.local.stack import REPOSITORY
+from scripts.bulk_generate import options
+from scripts.bulk_generate.__main__ import main
 from scripts.bulk_generate.plan import PlannedItem, PlanOptions, RejectedRow, plan_items, slug
+from scripts.bulk_generate.run import run
+from scripts.console import ConsoleOutput, ExitCode
 from scripts.table_files import Row, TableFileError, read_rows
 from shared.contracts.jobs import JobKind
 
@@ -211,6 +223,150 @@ def test_invalid_rows_stop_a_run_before_anything_is_sent_and_are_all_listed(tmp_
     assert "row 4: width" in done.stderr
     rejected = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in rejected] == [3, 4]
+
+
+@dataclass(frozen=True)
+class Ended:
+    returncode: int
+    stdout: str
+
+
+def run_unreachable(out: Path, *arguments: str, stdin: str = "") -> Ended:
+    """Run the command until it needs the service: code 3 means that the plan was accepted."""
+    service = ["--out", str(out), "--url", "http://127.0.0.1:9", "--retry-for", "0", "--json"]
+    given = ["bulk_generate", *arguments, *service]
+    standard_input = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+    with (
+        patch.object(sys, "argv", given),
+        patch.object(sys, "stdin", standard_input),
+        redirect_stdout(io.StringIO()) as output,
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    assert isinstance(ended.value.code, int)
+    return Ended(ended.value.code, output.getvalue())
+
+
+def planned_prompts(out: Path) -> list[str]:
+    return [json.loads(line)["request"]["prompt"] for line in (out / ".run" / "plan.jsonl").read_text().splitlines()]
+
+
+STDIN = ["-", "--format", "txt"]
+
+
+@pytest.mark.parametrize(
+    ("first", "first_stdin", "second", "second_stdin"),
+    [
+        (STDIN, "a cat\na dog\n", STDIN, "a cow\na dog\n"),
+        (STDIN, "a cat\na dog\n", STDIN, "a cat\na cow\na dog\n"),
+        (STDIN, "a cat\na dog\n", STDIN, "a cat\n"),
+        (STDIN, "a cat\na dog\n", STDIN, ""),
+        ([*STDIN, "--template", "a {prompt}"], "cat\n", STDIN, "cat\n"),
+        (STDIN, "a cat\na dog\n", [*STDIN, "--limit", "1"], "a cat\na dog\n"),
+        ([*STDIN, "--limit", "1"], "a cat\na dog\n", ["--limit", "2"], ""),
+        (STDIN, "a cat\na dog\n", ["--seeds", "2"], ""),
+    ],
+)
+def test_a_folder_refuses_another_input(
+    tmp_path: Path, first: list[str], first_stdin: str, second: list[str], second_stdin: str
+) -> None:
+    assert run_unreachable(tmp_path, *first, stdin=first_stdin).returncode == 3
+    before = planned_prompts(tmp_path)
+    done = run_unreachable(tmp_path, *second, stdin=second_stdin)
+    assert (done.returncode, planned_prompts(tmp_path)) == (2, before)
+    assert "choose another --out" in done.stdout
+    assert run_unreachable(tmp_path, *first, stdin=first_stdin).returncode == 3, "the run itself continues"
+
+
+def test_a_larger_input_goes_on_with_its_new_items(tmp_path: Path) -> None:
+    lines = "a cat\na dog\na cow\n"
+    for limit, count in (("1", 1), ("2", 2), (None, 3)):
+        given = [*STDIN, *(["--limit", limit] if limit else [])]
+        assert run_unreachable(tmp_path / "stdin", *given, stdin=lines).returncode == 3
+        assert planned_prompts(tmp_path / "stdin") == lines.splitlines()[:count]
+    file, out = tmp_path / "p.txt", tmp_path / "file"
+    for text in ("a cat\n", lines, lines):
+        file.write_text(text)
+        assert run_unreachable(out, str(file)).returncode == 3
+        assert planned_prompts(out) == text.splitlines()
+    file.write_text(lines + "x" * 3000 + "\n")
+    done = run_unreachable(out, str(file))
+    assert (done.returncode, "row 4: prompt" in done.stdout) == (2, True)
+    assert planned_prompts(out) == lines.splitlines()
+    file.write_text(file.read_text() + "a fish\n")
+    assert run_unreachable(out, str(file), "--skip-invalid").returncode == 3
+    assert planned_prompts(out) == [*lines.splitlines(), "a fish"]
+    run = json.loads((out / ".run" / "run.json").read_text())
+    assert [part["items"] for part in (run, *run["more"])] == [1, 2, 1]
+
+
+def test_a_folder_of_the_earlier_version_is_continued(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n")
+    out, saved = tmp_path / "out", tmp_path / "out" / ".run" / "run.json"
+    assert run_unreachable(out, str(tmp_path / "p.txt")).returncode == 3
+    run = json.loads(saved.read_text())
+    del run["first_seed"], run["more"]
+    saved.write_text(json.dumps(run | {"version": 1}))
+    assert run_unreachable(out, str(tmp_path / "p.txt")).returncode == 3
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    assert run_unreachable(out, str(tmp_path / "p.txt")).returncode == 2
+
+
+class SmallService:
+    """The bulks of a service whose items all succeed at once, without images."""
+
+    def __init__(self) -> None:
+        self.bulks = self
+        self.sent: dict[UUID, list[dict[str, Any]]] = {}
+
+    def __enter__(self) -> "SmallService":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def create(self, header: bytes, *, idempotency_key: str) -> Any:
+        return self.get(UUID(idempotency_key))
+
+    def send(self, bulk_id: UUID, lines: Iterable[bytes]) -> Any:
+        self.sent[bulk_id] = [json.loads(line) for line in lines][1:]
+        return self.get(bulk_id)
+
+    def get(self, bulk_id: UUID) -> Any:
+        total = len(self.sent.get(bulk_id, []))
+        return SimpleNamespace(id=bulk_id, state=BulkState.COMPLETED, invalid=0, name="b", total=total, rate_per_s=None)
+
+    def items(self, bulk_id: UUID, **_: Any) -> list[Any]:
+        return [
+            SimpleNamespace(
+                line=line, state=ItemState.SUCCEEDED, outputs=[], custom_id=request["custom_id"], error=None
+            )
+            for line, request in enumerate(self.sent[bulk_id], 2)
+        ]
+
+    def manifest(self, bulk_id: UUID) -> list[dict[str, Any]]:
+        return [
+            {"line": line, "custom_id": request["custom_id"], "state": "succeeded", "outputs": []}
+            for line, request in enumerate(self.sent[bulk_id], 2)
+        ]
+
+
+def test_the_manifest_has_the_items_of_all_bulks_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = SmallService()
+    monkeypatch.setattr("scripts.bulk_generate.run.client_from_options", lambda arguments: service)
+    file, out = tmp_path / "p.txt", tmp_path / "out"
+    file.write_text("a cat\na dog\na cow\n")
+    for limit in (["--limit", "2"], []):
+        given = options.parser().parse_args([str(file), "--out", str(out), *limit, "--quiet"])
+        assert run(given, ConsoleOutput(quiet=True)) == ExitCode.DONE
+    assert [[request["prompt"] for request in sent] for sent in service.sent.values()] == [
+        ["a cat", "a dog"],
+        ["a cow"],
+    ]
+    seeds = {request["seed"] for sent in service.sent.values() for request in sent}
+    assert len(seeds) == 1, "new items get the same first seed"
+    records = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert [(record["row"], record["custom_id"]) for record in records] == [(1, "000001"), (2, "000002"), (3, "000003")]
 
 
 def test_the_examples_of_the_help_are_valid(tmp_path: Path) -> None:
