@@ -208,7 +208,7 @@ class OriginalUnreadableError(JobError):
 
 
 class JobUnreadableError(JobError):
-    """The worker that took the job cannot read it, because another release accepted it."""
+    """This release cannot read the job, because another release accepted it."""
 
     code = "job_unreadable"
     status = 503

@@ -1,6 +1,7 @@
 """Turns exceptions into `application/problem+json` (RFC 9457). All error responses of the API come from here."""
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -114,13 +115,18 @@ def validation_error(error: pydantic.ValidationError, *, where: str) -> Validati
     return ValidationError(
         errors=[
             {
-                "field": ".".join([where, *map(str, detail["loc"])]),
+                "field": _printable(".".join([where, *map(str, detail["loc"])])),
                 "code": detail["type"],
-                "message": detail["msg"].removeprefix("Value error, "),
+                "message": _printable(detail["msg"].removeprefix("Value error, ")),
             }
             for detail in details
         ]
     )
+
+
+def _printable(text: str) -> str:
+    """Replace control characters, which a client's key or value may contain, by escapes. Postgres refuses NUL."""
+    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", lambda match: repr(match[0])[1:-1], text)
 
 
 def field_error(field: str, code: str, message: str) -> ValidationError:

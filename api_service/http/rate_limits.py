@@ -35,6 +35,9 @@ def register(app: Flask, settings: Settings) -> None:
         storage_options=options,
         strategy="fixed-window",
         in_memory_fallback_enabled=True,
+        # The first request that finds Redis down makes memory count. Other requests that wait for Redis at that moment
+        # are answered without being counted. Otherwise the limiter would raise in them.
+        swallow_errors=True,
         # Its own headers would include `Retry-After` in every response.
         headers_enabled=False,
         key_prefix="afterimage",
@@ -58,11 +61,15 @@ def register(app: Flask, settings: Settings) -> None:
     def refuse(_: RateLimitExceeded) -> Response:
         limit = limiter.current_limit
         assert limit is not None
+        try:
+            retry_after_s = _seconds_until(limit.window.reset_time)
+        except StorageError:  # Redis failed after the request was counted
+            retry_after_s = limit.limit.get_expiry()
         return problems.handle_app_error(
             RateLimitError(
                 f"This API key has reached its limit of {_budget()} requests per minute.",
                 limit=limit.limit.amount,
-                retry_after_s=_seconds_until(limit.window.reset_time),
+                retry_after_s=retry_after_s,
             )
         )
 

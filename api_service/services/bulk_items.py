@@ -137,6 +137,7 @@ def _parse_item(fields: dict[str, Any], *, where: str) -> ItemRequest:
 
     Raises:
         ValidationError: a field is invalid or unknown, or belongs to the header.
+        MalformedBodyError: the fields are nested too deeply.
     """
     misplaced = [name for name in BULK_LEVEL_FIELDS if name in fields]
     if misplaced:
@@ -150,9 +151,13 @@ def _parse_item(fields: dict[str, Any], *, where: str) -> ItemRequest:
                 for name in misplaced
             ]
         )
+    try:
+        text = orjson.dumps(fields)
+    except orjson.JSONEncodeError as error:  # it takes fewer levels than `orjson.loads`
+        raise MalformedBodyError(f"The line is not valid JSON: {error}.") from None
     model = BulkGenerateItem if fields.get("kind") == JobKind.GENERATE else BulkRagGenerateItem
     try:
-        return model.model_validate_json(orjson.dumps(fields), strict=True)
+        return model.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         raise problems.validation_error(error, where=where) from None
 

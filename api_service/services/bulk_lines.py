@@ -42,6 +42,10 @@ class BulkBody:
         self._settings = settings
         self._content_length = content_length
         self._read_bytes = 0
+        self.last_line = 0
+        """Number of the last line that `lines` has yielded, or of the last line received before."""
+        self.digest = b""
+        """Digest of all lines up to `last_line`."""
 
     @property
     def is_complete(self) -> bool:
@@ -57,7 +61,13 @@ class BulkBody:
             RequestTimeout: no data arrived for `bulks.receive_timeout_s`.
             RequestEntityTooLarge: the body is larger than `bulks.max_body_bytes`.
         """
-        number, hasher, pending, too_long = received, hashlib.sha256(digest), b"", False
+        self.last_line, self.digest = received, digest
+        for line in self._lines(received, digest):
+            self.last_line, self.digest = line.number, line.digest
+            yield line
+
+    def _lines(self, number: int, digest: bytes) -> Iterator[Line]:
+        hasher, pending, too_long = hashlib.sha256(digest), b"", False
         for chunk in self._read_chunks():
             *line_ends, rest = chunk.split(b"\n")
             for line_end in line_ends:

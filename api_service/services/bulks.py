@@ -86,7 +86,7 @@ def send(body: BulkBody, *, may_complete: bool, caller: Caller, key: str | None)
     Raises:
         ValidationError: the header is not valid.
         ForbiddenTargetError: the header's webhook has a URL to which the service does not send.
-        IdempotencyKeyReusedError: the key was sent with other lines in the last 24 hours.
+        IdempotencyKeyReusedError: the key was sent with other or more lines in the last 24 hours.
         BulkInvalidError: all lines are received, and the bulk is refused: it has invalid lines or no items.
         BulkQuotaError: the owner has too many unfinished bulks, or too many items in them.
         BulkTooLargeError: the bulk has more than `bulks.max_items` items.
@@ -112,6 +112,8 @@ def send(body: BulkBody, *, may_complete: bool, caller: Caller, key: str | None)
             if bulk.state in (BulkState.ABANDONED, BulkState.CANCELED):
                 raise BulkStateError("The bulk receives no more lines.", state=bulk.state)
             raise IdempotencyKeyReusedError
+        if already_submitted and body.last_line < bulk.received_lines:
+            _check_early_end(bulk, body, is_header=options is not None, may_complete=may_complete)
         return SentBulk(
             _complete_if_all_arrived(bulk.id, body, may_complete=may_complete, caller=caller), already_submitted
         )
@@ -143,6 +145,7 @@ def complete(bulk_id: UUID, request: BulkComplete, *, caller: Caller) -> BulkVie
         BulkOffsetError: the bulk has received a different number of lines, or different lines.
         BulkStateError: the bulk was abandoned.
         BulkInvalidError: the bulk is refused, because it has invalid lines or no items.
+        ModelNotFoundError: a model of the bulk is not configured any more.
         QuotaExceededError: the bulk has more images than the owner's quota allows today.
         DatabaseConnectionError: the database does not answer.
     """
@@ -159,6 +162,7 @@ def complete(bulk_id: UUID, request: BulkComplete, *, caller: Caller) -> BulkVie
             if refused:
                 bulks.refuse(session, bulk)
             else:
+                _check_models(bulk.models)
                 bulks.start(session, bulk, get_settings().limits)
                 starts = True
         refusal = _refusal_error(session, bulk) if bulk.state == BulkState.REFUSED else None
@@ -225,6 +229,21 @@ def _skip_received(lines: Iterator[Line], bulk: Bulk) -> Iterator[Line]:
             yield line
 
 
+def _check_early_end(bulk: Bulk, body: BulkBody, *, is_header: bool, may_complete: bool) -> None:
+    """Check whether a body with fewer lines than the bulk has may be a part of the same lines.
+
+    Its lines cannot be compared, because the bulk keeps only the digest of all lines. A header alone finds the bulk in
+    every state, if `may_complete` is false.
+
+    Raises:
+        IdempotencyKeyReusedError: the body is complete or has items, and cannot be a part of the bulk's lines.
+    """
+    is_lookup = not may_complete and body.last_line <= int(is_header)
+    is_whole = may_complete and body.is_complete
+    if is_whole or (bulk.state != BulkState.RECEIVING and not is_lookup):
+        raise IdempotencyKeyReusedError
+
+
 def _store_lines(bulk_id: UUID, lines: Iterator[Line], *, caller: Caller) -> None:
     """Store the lines, each chunk in its own transaction, so that lines before a lost connection are kept."""
     settings = get_settings()
@@ -259,9 +278,13 @@ def _check_receiving(bulk: Bulk, *, received_lines: int) -> None:
 
 
 def _complete_if_all_arrived(bulk_id: UUID, body: BulkBody, *, may_complete: bool, caller: Caller) -> BulkView:
+    """Start the bulk if its lines end with those of the body, and raise the error of a refused bulk."""
     view = get(bulk_id, caller=caller)
-    if view.state is BulkState.REFUSED or (may_complete and body.is_complete and view.state is BulkState.RECEIVING):
+    if view.state is BulkState.REFUSED:
         return complete(bulk_id, BulkComplete(lines=view.received_lines), caller=caller)
+    if may_complete and body.is_complete and view.state is BulkState.RECEIVING:
+        end = BulkComplete(lines=body.last_line, digest=body.digest.hex() or None)
+        return complete(bulk_id, end, caller=caller)
     return view
 
 
@@ -427,14 +450,27 @@ def retry_failed(bulk_id: UUID, *, caller: Caller) -> BulkView:
     Raises:
         ResourceNotFoundError: the caller has no bulk with this id.
         BulkStateError: the bulk has not started, or was canceled, refused or abandoned.
+        ModelNotFoundError: a model of the bulk is not configured any more.
         QuotaExceededError: the items have more images than the owner's quota allows today.
     """
     with session_scope() as session:
         bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
         bulks.retry_failed(session, bulk, get_settings().limits)
+        if bulk.finished_at is None:
+            _check_models(bulk.models)
         view = _bulk_views(session, [bulk])[0]
     _dispatch(bulk.models)
     return view
+
+
+def _check_models(models: Sequence[str]) -> None:
+    """Refuse to start items that no worker would run.
+
+    Raises:
+        ModelNotFoundError: a model is not configured any more.
+    """
+    for model in models:
+        get_settings().model.generator(model)
 
 
 def _dispatch(models: Sequence[str]) -> None:
@@ -518,7 +554,7 @@ def _item_view(item: BulkItem, job: Job | None, state: ItemState, item_outputs: 
         metadata=item.item_metadata,
         state=state,
         job_id=item_job_id(item, job, state),
-        error=JobError.model_validate(job.error) if job is not None and job.error else None,
+        error=JobError.model_validate(job.error, extra="ignore") if job is not None and job.error else None,
         outputs=[
             BulkOutput(
                 id=each.id,

@@ -6,6 +6,7 @@ A request is resolved here, once: the job stores every value that does not depen
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID
 
 import orjson
@@ -90,16 +91,20 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
     Raises:
         ResourceNotFoundError: the caller has no job with this id.
         JobStateError: the job has not ended, or has succeeded.
+        JobUnreadableError: another release accepted the job, in a form that this release cannot read.
+        ModelNotFoundError: the model of the job is not configured any more.
         ReferenceUnavailableError: a pinned reference does not exist any more.
         OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError: as `generate`.
     """
+    settings = get_settings()
     with session_scope() as session:
         old = jobs.get(session, job_id, owner_id=caller.owner_id)
-        queue_limits.refuse_when_full(session, caller.owner_id, get_settings().queue)
+        queue_limits.refuse_when_full(session, caller.owner_id, settings.queue)
         job = jobs.insert_retry(session, old)
-        parameters = GenerationParameters.model_validate(old.parameters)
+        settings.model.generator(job.model)  # raises when the model is not configured any more
+        parameters = GenerationParameters.model_validate(job.parameters)
         _check_pinned_images(session, parameters.references, caller=caller)
-        view = _finish_submit(session, job, route="retry", caller=caller, key=None, settings=get_settings())
+        view = _finish_submit(session, job, route="retry", caller=caller, key=None, settings=settings)
     return _dispatch(view).view
 
 
@@ -121,7 +126,7 @@ def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Su
                 session, owner_id=caller.owner_id, route=REPLAY_ROUTE, key=key, fingerprint=str(generation_id)
             )
             if known is not None:
-                return Submitted(JobView.model_validate(known), already_submitted=True)
+                return Submitted(_stored_view(session, known, caller=caller), already_submitted=True)
         original = outputs.get(session, generation_id, owner_id=caller.owner_id)
         parameters = _recorded_parameters(
             original, outputs.list_references(session, [original.id]).get(original.id, [])
@@ -198,7 +203,7 @@ def _submit(
                 session, owner_id=caller.owner_id, route=kind, key=key, fingerprint=fingerprint(request)
             )
             if known is not None:
-                return Submitted(JobView.model_validate(known), already_submitted=True)
+                return Submitted(_stored_view(session, known, caller=caller), already_submitted=True)
         parameters = _resolve_and_check(session, request, retrieval, caller=caller, settings=settings)
         if request.dry_run:
             return DryRunView(kind=kind, parameters=parameters)
@@ -230,6 +235,14 @@ def _finish_submit(
     # Last, because from here on the owner's other submits wait for the end of this transaction.
     job.quota_day = quotas.reserve(session, caller.owner_id, job.images, settings.limits)
     return view
+
+
+def _stored_view(session: Session, answer: dict[str, Any], *, caller: Caller) -> JobView:
+    """Return the stored answer; if another release wrote it in an unreadable form, the job as it is now."""
+    try:
+        return JobView.model_validate(answer, extra="ignore")
+    except pydantic.ValidationError:
+        return views.job(session, jobs.get(session, UUID(answer["id"]), owner_id=caller.owner_id))
 
 
 def _dispatch(view: JobView) -> Submitted:

@@ -133,7 +133,7 @@ def update(image_id: UUID, patch: ImagePatch, *, caller: Caller) -> ImageView:
         ResourceNotFoundError: no image that the caller may see has this id.
     """
     with session_scope() as session:
-        row, collection = images.get(session, image_id, owner_id=caller.owner_id)
+        row, collection = images.get(session, image_id, owner_id=caller.owner_id, lock=True)
         for name in patch.model_fields_set:
             value = getattr(patch, name)
             # `None` empties a field. Tags and attributes have empty values of their own.
@@ -149,7 +149,7 @@ def delete(image_id: UUID, *, caller: Caller) -> None:
         ResourceNotFoundError: no image that the caller may see has this id.
     """
     with session_scope() as session:
-        row, _ = images.get(session, image_id, owner_id=caller.owner_id)
+        row, _ = images.get(session, image_id, owner_id=caller.owner_id, lock=True)
         images.remove(session, row)
 
 

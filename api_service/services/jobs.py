@@ -61,4 +61,4 @@ def delete(job_id: UUID, *, caller: Caller) -> None:
         JobStateError: the job has not ended.
     """
     with session_scope() as session:
-        jobs.delete(session, jobs.get(session, job_id, owner_id=caller.owner_id))
+        jobs.delete(session, jobs.get(session, job_id, owner_id=caller.owner_id, lock=True))

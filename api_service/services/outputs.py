@@ -55,4 +55,4 @@ def delete(generation_id: UUID, *, caller: Caller) -> None:
         ResourceNotFoundError: the caller has no output with this id.
     """
     with session_scope() as session:
-        session.delete(outputs.get(session, generation_id, owner_id=caller.owner_id))
+        session.delete(outputs.get(session, generation_id, owner_id=caller.owner_id, lock=True))

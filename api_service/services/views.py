@@ -68,7 +68,7 @@ def jobs(session: Session, rows: Sequence[Job]) -> list[JobView]:
             parameters=row.parameters,
             resolution=row.resolution,
             safety=_safety(row.safety),
-            error=JobError.model_validate(row.error) if row.error else None,
+            error=JobError.model_validate(row.error, extra="ignore") if row.error else None,
             outputs=[output(each, references_by_output.get(each.id, [])) for each in outputs_by_job.get(row.id, [])],
             metadata=row.job_metadata,
             created_at=row.created_at,

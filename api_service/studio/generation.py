@@ -4,6 +4,7 @@ import hashlib
 from typing import Any
 from uuid import UUID, uuid4
 
+import pydantic
 from flask import Response, g, request
 
 from api_service import services
@@ -127,8 +128,11 @@ def job(job_id: UUID) -> Response:
 
 
 def _create_values(job: JobView) -> dict[str, Any]:
-    """Return the query values with which the page `create` repeats the job."""
-    parameters = GenerationParameters.model_validate(job.parameters, extra="ignore")
+    """Return the query values with which the page `create` repeats the job; none if another release wrote the job."""
+    try:
+        parameters = GenerationParameters.model_validate(job.parameters, extra="ignore")
+    except pydantic.ValidationError:
+        return {}
     settings = parameters.model_dump(mode="json", include=set(REQUEST_FIELDS), exclude_none=True)
     pinned = [str(reference.image_id) for reference in parameters.references]
     return {**settings, "num_images": len(parameters.seeds), "collection": parameters.filter.collection, "pin": pinned}

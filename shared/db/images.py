@@ -96,15 +96,24 @@ def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, b
             return image, True
         image = session.scalar(existing)
         if image is not None:
-            if image.state == ImageState.FAILED:
-                image.state, image.error_code, image.crashes = ImageState.PENDING, None, 0
-                session.flush()
-            return image, False
-        # The image was deleted between the two statements, so the insert can succeed now.
+            if image.state != ImageState.FAILED:
+                return image, False
+            image = session.scalar(
+                update(Image)
+                .where(Image.id == image.id)
+                .values(state=ImageState.PENDING, error_code=None, crashes=0)
+                .returning(Image)
+                .execution_options(populate_existing=True)
+            )
+            if image is not None:
+                return image, False
+        # The image was deleted between the statements, so the insert can succeed now.
 
 
-def get(session: Session, image_id: UUID, *, owner_id: UUID) -> tuple[Image, Collection]:
+def get(session: Session, image_id: UUID, *, owner_id: UUID, lock: bool = False) -> tuple[Image, Collection]:
     """The image and its collection, if `owner_id` may see it.
+
+    lock: no other transaction changes or deletes the image until this one ends.
 
     Raises:
         ResourceNotFoundError: the image does not exist, or is in a collection that `owner_id` may not see.
@@ -114,7 +123,7 @@ def get(session: Session, image_id: UUID, *, owner_id: UUID) -> tuple[Image, Col
         .join(Collection, Collection.id == Image.collection_id)
         .where(Image.id == image_id, visible_to(owner_id))
     )
-    row = session.execute(statement).one_or_none()
+    row = session.execute(statement.with_for_update(of=Image) if lock else statement).one_or_none()
     if row is None:
         raise ResourceNotFoundError("There is no such image.", image_id=str(image_id))
     return row[0], row[1]

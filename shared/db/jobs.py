@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import pydantic
 from sqlalchemy import ColumnElement, and_, exists, func, or_, select, text, update
 from sqlalchemy.orm import Session, aliased
 
@@ -21,7 +22,7 @@ from shared.contracts.generation import GenerationParameters, Webhook
 from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
 from shared.db import leasing, paging, quotas, webhooks
 from shared.db.tables import Bulk, Job, JobEvent, Output, OutputReference, Owner
-from shared.errors import BaseAppException, JobCrashedError, JobStateError, ResourceNotFoundError
+from shared.errors import BaseAppException, JobCrashedError, JobStateError, JobUnreadableError, ResourceNotFoundError
 from shared.metrics import JOBS_FINISHED
 
 FINAL = [state for state in JobState if state.is_final]
@@ -102,18 +103,24 @@ def insert_retry(session: Session, old: Job) -> Job:
 
     Raises:
         JobStateError: `old` has not ended, or has succeeded.
+        JobUnreadableError: another release wrote `old`, in a form that this release cannot read.
     """
     if old.state == JobState.SUCCEEDED or not JobState(old.state).is_final:
         raise JobStateError("Only a job that ended without success can be retried.", state=old.state)
+    try:
+        parameters = GenerationParameters.model_validate(old.parameters)
+        webhook = None if old.webhook is None else Webhook.model_validate(old.webhook)
+    except pydantic.ValidationError as error:
+        raise JobUnreadableError from error
     return insert(
         session,
         owner_id=old.owner_id,
         kind=JobKind(old.kind),
         lane=list(Lane)[old.lane],
-        parameters=GenerationParameters.model_validate(old.parameters),
+        parameters=parameters,
         metadata=old.job_metadata,
         timeout_s=old.timeout_s,
-        webhook=None if old.webhook is None else Webhook.model_validate(old.webhook),
+        webhook=webhook,
         retry_of=old.id,
         replay_of=old.replay_of,
     )
@@ -122,13 +129,16 @@ def insert_retry(session: Session, old: Job) -> Job:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def get(session: Session, job_id: UUID, *, owner_id: UUID) -> Job:
+def get(session: Session, job_id: UUID, *, owner_id: UUID, lock: bool = False) -> Job:
     """The job, if it belongs to `owner_id`.
+
+    lock: no other transaction changes or deletes the job until this one ends.
 
     Raises:
         ResourceNotFoundError: the job does not exist, or belongs to another owner.
     """
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.owner_id == owner_id))
+    statement = select(Job).where(Job.id == job_id, Job.owner_id == owner_id)
+    job = session.scalar(statement.with_for_update() if lock else statement)
     if job is None:
         raise ResourceNotFoundError("There is no such job.", job_id=str(job_id))
     return job

@@ -12,14 +12,16 @@ from shared.db.tables import Output, OutputReference
 from shared.errors import ResourceNotFoundError
 
 
-def get(session: Session, generation_id: UUID, *, owner_id: UUID) -> Output:
+def get(session: Session, generation_id: UUID, *, owner_id: UUID, lock: bool = False) -> Output:
     """The output, if it belongs to `owner_id`.
+
+    lock: no other transaction changes or deletes the output until this one ends.
 
     Raises:
         ResourceNotFoundError: the output does not exist, or belongs to another owner.
     """
     statement = select(Output).where(Output.id == generation_id, Output.owner_id == owner_id)
-    generation = session.scalar(statement)
+    generation = session.scalar(statement.with_for_update() if lock else statement)
     if generation is None:
         raise ResourceNotFoundError("There is no such output.", generation_id=str(generation_id))
     return generation

@@ -44,6 +44,6 @@ def publish_capabilities(session: Session, model: str, capabilities: Capabilitie
 def list_capabilities(session: Session) -> dict[str, tuple[Capabilities, ModelRecord]]:
     """The capabilities of every generator that a worker has ever loaded, by model name."""
     return {
-        record.name: (Capabilities.model_validate(record.capabilities), record)
+        record.name: (Capabilities.model_validate(record.capabilities, extra="ignore"), record)
         for record in session.scalars(select(ModelRecord))
     }

@@ -51,6 +51,16 @@ def test_the_answer_is_kept_when_the_job_is_gone(client: FlaskClient, session: S
     assert count_jobs(session) == 0
 
 
+@pytest.mark.parametrize("change", ['{"invented_later": 1}', '{"prompt": null}'])
+def test_an_answer_that_another_release_stored_is_shown(client: FlaskClient, session: Session, change: str) -> None:
+    first = client.post(f"{API}/generate", json=REQUEST, headers=KEY).get_json()
+    session.execute(text("update idempotency_keys set answer = answer || cast(:change as jsonb)"), {"change": change})
+    session.commit()
+    again = client.post(f"{API}/generate", json=REQUEST, headers=KEY)
+    assert (again.status_code, again.get_json()["id"]) == (202, first["id"])
+    assert again.get_json()["prompt"] == REQUEST["prompt"]
+
+
 def test_the_same_key_with_another_request_is_refused(client: FlaskClient, session: Session) -> None:
     client.post(f"{API}/generate", json=REQUEST, headers=KEY)
     refused = client.post(f"{API}/generate", json={**REQUEST, "seed": 1}, headers=KEY)

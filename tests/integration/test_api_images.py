@@ -3,19 +3,22 @@
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from PIL import Image as Picture
-from sqlalchemy import func, select, text
+from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.orm import Session
 
+from shared.contracts.jobs import JobState
 from shared.db import owners, spaces
 from shared.db.images import find_vector
-from shared.db.tables import Collection, Image, Output, OutputReference
+from shared.db.tables import Collection, Image, Job, Output, OutputReference
 from shared.messaging import queue
 from shared.settings import Settings
 from tests.factories import SHARED_COLLECTION, make_image, make_job
@@ -227,6 +230,50 @@ def test_a_delete_removes_image_and_vector_at_once_and_leaves_bytes_to_the_sweep
     assert find_vector(session, space, row.id) is None
     blobs = Path(settings.storage.url.removeprefix("file://"))
     assert list(blobs.rglob(f"{image['sha256']}*"))
+
+
+@pytest.mark.parametrize("method", ["PATCH", "DELETE"])
+def test_a_change_of_an_image_that_another_request_deletes_finds_none(
+    client: Client, session: Session, method: str
+) -> None:
+    image = make_image(session)
+    session.commit()
+    with _deleted_meanwhile(session, Image, image.id) as executor:
+        answer = executor.submit(client.open, f"{API}/images/{image.id}", method=method, json={"caption": "new"})
+    assert (answer.result().status_code, answer.result().json["code"]) == (404, "not_found")
+
+
+def test_an_upload_of_a_failed_image_that_another_request_deletes_stores_it_again(
+    client: Client, session: Session
+) -> None:
+    old = uploaded(client, picture())["id"]
+    session.execute(update(Image).values(state="failed", error_code="embedding_failed"))
+    session.commit()
+    with _deleted_meanwhile(session, Image, UUID(old)) as executor:
+        answer = executor.submit(upload, client, picture())
+    assert answer.result().status_code == 201, answer.result().text
+    assert answer.result().json["images"][0]["id"] != old
+
+
+def test_an_output_or_job_that_two_requests_delete_is_deleted_once(client: Client, session: Session) -> None:
+    output_id = _output(session, reference=uuid4())
+    job_id = make_job(session, state=JobState.CANCELED).id
+    session.commit()
+    for table, row_id, url in ((Output, output_id, "generations"), (Job, job_id, "jobs")):
+        with _deleted_meanwhile(session, table, row_id) as executor:
+            answer = executor.submit(client.delete, f"{API}/{url}/{row_id}")
+        assert (answer.result().status_code, answer.result().json["code"]) == (404, "not_found")
+
+
+@contextmanager
+def _deleted_meanwhile(session: Session, table: Any, row_id: UUID) -> Iterator[ThreadPoolExecutor]:
+    """Delete the row when the request that the block starts waits for its lock."""
+    session.execute(select(table.id).where(table.id == row_id).with_for_update())
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+        wait_until(lambda: _waits_for_a_lock(session), timeout_s=20, what="the request to wait for the lock")
+        session.execute(delete(table).where(table.id == row_id))
+        session.commit()
 
 
 def test_an_image_of_another_owner_is_not_found(client: Client, session: Session) -> None:

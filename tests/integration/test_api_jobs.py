@@ -18,7 +18,7 @@ from shared.contracts.jobs import JobState
 from shared.contracts.service import Capabilities
 from shared.db import jobs, owners, queue_limits, workers
 from shared.db.session import bound_waits, session_scope
-from shared.db.tables import Job
+from shared.db.tables import Job, ModelRecord
 from shared.errors import OwnerQueueFullError, QueueFullError
 from shared.messaging import job_updates, queue
 from shared.settings import Settings, get_settings
@@ -481,6 +481,56 @@ def test_a_job_that_succeeded_cannot_be_canceled(client: Client) -> None:
     job = submit(client)
     _finish(UUID(job["id"]))
     assert code(client.post(f"{job['url']}/cancel")) == (409, "job_state_conflict")
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        ({"model": "gone"}, (422, "model_not_found")),
+        ({"invented_later": 1}, (503, "job_unreadable")),
+        ({"width": "wide"}, (503, "job_unreadable")),
+    ],
+)
+def test_a_retry_that_is_not_possible_is_refused_and_not_queued(
+    client: Client, session: Session, change: dict[str, Any], refusal: tuple[int, str]
+) -> None:
+    job = make_job(session, state=JobState.CANCELED)
+    job.parameters = {**job.parameters, **change}
+    session.commit()
+    answer = client.post(f"{API}/jobs/{job.id}/retry")
+    assert code(answer) == refusal
+    assert job_count(session) == 1
+
+
+def test_a_retry_of_a_job_whose_webhook_this_release_cannot_read_is_refused(client: Client, session: Session) -> None:
+    job = make_job(session, state=JobState.CANCELED)
+    job.webhook = {"url": "https://example.com/hook", "events": ["invented_later"]}
+    session.commit()
+    assert code(client.post(f"{API}/jobs/{job.id}/retry")) == (503, "job_unreadable")
+    assert job_count(session) == 1
+
+
+def test_studio_shows_a_job_whose_parameters_this_release_cannot_read(client: Client, session: Session) -> None:
+    job = make_job(session, state=JobState.CANCELED)
+    job.parameters = {**job.parameters, "width": "wide"}
+    session.commit()
+    assert client.get(f"/jobs/{job.id}").status_code == 200
+
+
+def test_capabilities_with_a_field_of_another_release_are_read(client: Client, session: Session) -> None:
+    workers.publish_capabilities(session, "cheap", CAPABILITIES)
+    record = session.get_one(ModelRecord, "cheap")
+    record.capabilities = {**record.capabilities, "invented_later": 1}
+    session.commit()
+    assert client.get(f"{API}/models").status_code == 200
+    assert code(client.post(f"{API}/rag/generate", json={"prompt": "x", "mode": "img2img"}))[1] == "mode_not_supported"
+
+
+def test_a_job_whose_error_has_a_field_of_another_release_is_shown(client: Client, session: Session) -> None:
+    job = make_job(session, state=JobState.CANCELED)
+    job.error = {"code": "job_crashed", "detail": "It crashed.", "invented_later": 1}
+    session.commit()
+    assert client.get(f"{API}/jobs/{job.id}").json["error"]["code"] == "job_crashed"
 
 
 def test_a_retry_is_a_new_job_with_the_same_parameters(client: Client) -> None:

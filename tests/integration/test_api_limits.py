@@ -9,6 +9,8 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from limits.errors import StorageError
+from limits.strategies import FixedWindowRateLimiter
 from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
@@ -101,6 +103,36 @@ def test_a_frozen_redis_of_the_limits_delays_once_and_then_memory_counts(
         assert time.monotonic() - asked < 5, "four requests"
     finally:
         servers.control.thaw("cache")
+
+
+def test_a_burst_while_the_redis_of_the_limits_is_frozen_is_answered(
+    limited: Limited, session: Session, servers: LocalStack
+) -> None:
+    client, key = limited(reads_per_minute=1000), a_key(session, "generate")
+    servers.control.freeze("cache")
+    try:
+        with ThreadPoolExecutor(10) as threads:
+            answers = threads.map(
+                lambda _: client.application.test_client().get(f"{API}/usage", headers=key).status_code, range(10)
+            )
+            assert set(answers) == {200}
+        assert statuses(client, key, reads=1) == [200]
+    finally:
+        servers.control.thaw("cache")
+
+
+def test_a_request_over_its_limit_is_refused_if_redis_fails_after_counting_it(
+    limited: Limited, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise StorageError(ConnectionError())
+
+    client, key = limited(reads_per_minute=1), a_key(session, "generate")
+    monkeypatch.setattr(FixedWindowRateLimiter, "get_window_stats", fail)
+    assert client.get(f"{API}/jobs", headers=key).status_code == 200
+    refused = client.get(f"{API}/jobs", headers=key)
+    assert (refused.status_code, refused.json["code"]) == (429, "rate_limited")
+    assert refused.headers["Retry-After"] == "60"
 
 
 def test_limits_may_use_a_redis_of_their_own(limited: Limited, session: Session) -> None:

@@ -226,6 +226,13 @@ BAD_LINES = [
     (b'{"prompt": "' + b"a" * 70_000 + b'"}\n', "validation_failed"),
     (b'{"prompt": "\xff"}\n', "malformed_body"),
     (b'{"bulk": {}}\n', "validation_failed"),
+    (b'{"prompt": "a", "key\\u0000": 1}\n', "validation_failed"),
+    (b'{"prompt": "a", "metadata": {"key\\u0000": "b"}}\n', "validation_failed"),
+    (b'{"prompt": "a", "filter": {"attributes": {"key\\u0000": "b"}}}\n', "validation_failed"),
+    (b'{"prompt": "a", "reference_ids": ["\\u0000"]}\n', "validation_failed"),
+    (b'{"prompt": "a", "custom_id": "b\\u0000"}\n', "validation_failed"),
+    (b'{"prompt": "a", "key\\ud800": 1}\n', "malformed_body"),
+    (b'{"prompt": "a", "key": ' + b"[" * 300 + b"]" * 300 + b"}\n", "malformed_body"),
 ]
 
 
@@ -250,6 +257,12 @@ def test_invalid_lines_are_reported_with_their_reasons_and_the_others_run(client
     repeated = next(error for error in found if error["custom_id"] == "same")
     assert repeated["errors"][0]["message"] == "Line 3 has the same custom_id."
     assert run_all(bulk["id"]) == 1 + len(BAD_LINES)
+
+
+def test_a_control_character_in_a_key_is_shown_as_an_escape(client: Client) -> None:
+    answer = send(client, b'{"prompt": "a", "key\\u0000": 1}\n')
+    assert (answer.status_code, answer.json["code"]) == (422, "bulk_invalid")
+    assert [error["field"] for error in answer.json["errors"]] == ["line.1.key\\x00"]
 
 
 def test_one_invalid_line_refuses_the_whole_bulk_unless_it_may_be_skipped(client: Client, session: Session) -> None:
@@ -357,6 +370,30 @@ def test_more_lines_with_the_key_of_a_running_bulk_are_refused(client: Client) -
     assert (refused.status_code, refused.json["code"]) == (422, "idempotency_key_reused")
 
 
+@pytest.mark.parametrize("complete", ["true", "false"])
+@pytest.mark.parametrize(
+    "other", [[header(name="n")], [header(name="n"), *prompts(2)], [header(name="n"), {"prompt": "another"}]]
+)
+def test_a_body_that_ends_early_is_another_body(client: Client, complete: str, other: list[Any]) -> None:
+    first = send(client, header(name="n"), *prompts(5), query=f"?complete={complete}", headers=KEY).json
+    refused = send(client, *other, headers=KEY)
+    assert (refused.status_code, refused.json["code"]) == (422, "idempotency_key_reused")
+    assert bulk_of(client, first["id"])["state"] == first["state"]
+
+
+def test_a_part_of_the_lines_with_the_key_leaves_the_bulk_receiving(client: Client) -> None:
+    rows = [header(name="n"), *prompts(5)]
+    first = send(client, *rows, query="?complete=false", headers=KEY).json
+    for part in (rows[:3], [rows[0], {"prompt": "another"}]):
+        found = send(client, *part, query="?complete=false", headers=KEY)
+        assert (found.status_code, found.json["id"]) == (202, first["id"])
+        assert (found.json["state"], found.json["received_lines"]) == ("receiving", 6)
+    assert send(client, *rows, headers=KEY).json["state"] == "running"
+    refused = send(client, *rows[:3], query="?complete=false", headers=KEY)
+    assert (refused.status_code, refused.json["code"]) == (422, "idempotency_key_reused")
+    assert send(client, rows[0], query="?complete=false", headers=KEY).json["state"] == "running"
+
+
 def test_a_bulk_that_receives_no_more_lines_is_abandoned(client: Client, session: Session) -> None:
     bulk = send(client, *prompts(3), query="?complete=false", headers=KEY).json
     reconciler = Reconciler(get_settings().jobs)
@@ -413,6 +450,21 @@ def test_announced_items_count_towards_the_limit_of_open_items(client: Client, m
     assert send(client, *prompts(1)).status_code == 429, "two are open: the second is still receiving"
     assert client.post(f"{API}/bulks/{first['id']}/cancel").status_code == 200
     assert send(client, header(items=10), *prompts(2)).status_code == 202, "an ended bulk does not count"
+
+
+def test_items_of_a_model_that_is_gone_are_neither_started_nor_retried(client: Client, session: Session) -> None:
+    waiting = accepted(client, *prompts(2), query="?complete=false")
+    failed = accepted(client, *prompts(2))
+    run_all(failed["id"], fails=True)
+    session.execute(update(Bulk).values(models=["gone"]))
+    session.execute(update(Job).values(model="gone"))
+    session.commit()
+    for refused in (
+        client.post(f"{API}/bulks/{waiting['id']}/complete", json={"lines": 2}),
+        client.post(f"{API}/bulks/{failed['id']}/retry-failed"),
+    ):
+        assert (refused.status_code, refused.json["code"]) == (422, "model_not_found")
+    assert [bulk_of(client, each["id"])["state"] for each in (waiting, failed)] == ["receiving", "completed"]
 
 
 def test_items_wait_outside_of_the_jobs_table(client: Client, session: Session) -> None:
