@@ -139,7 +139,8 @@ def running_server() -> Iterator[Server]:
     process = subprocess.Popen([sys.executable, "-m", "api_service"], cwd=REPOSITORY, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: _answers(url) or process.poll() is not None, timeout_s=60, what="the API to answer")
+        with httpx.Client(base_url=url, timeout=1) as http:
+            wait_until(lambda: _answers(http) or process.poll() is not None, timeout_s=60, what="the API to answer")
         assert process.poll() is None
         yield Server(url, process)
     finally:
@@ -147,9 +148,9 @@ def running_server() -> Iterator[Server]:
         process.wait(20)
 
 
-def _answers(url: str) -> bool:
+def _answers(http: httpx.Client) -> bool:
     try:
-        return httpx.get(f"{url}/health/live", timeout=1).is_success
+        return http.get("/health/live").is_success
     except httpx.TransportError:
         return False
 
