@@ -128,7 +128,7 @@ class RagGenerateRequest(GenerateRequest):
     )
     filter: ImageFilter = ImageFilter()
     ip_adapter_scale: float | None = Field(None, ge=0, le=2, description="strength of the image conditioning")
-    strength: float | None = Field(None, gt=0, le=1, description="img2img: share of the noise schedule that is run")
+    strength: float | None = Field(None, ge=0.01, le=1, description="img2img: share of the noise schedule that is run")
 
     @model_validator(mode="after")
     def _references_are_named_once(self) -> Self:

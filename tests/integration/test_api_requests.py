@@ -178,6 +178,7 @@ def test_a_wrong_retrieval_field_is_named(subtests: pytest.Subtests, client: Cli
         ("reference_ids", str(uuid4())),
         ("min_similarity", 1.1),
         ("strength", 0),
+        ("strength", 1e-7),
         ("ip_adapter_scale", 2.1),
         ("filter", {"tags": ["nul \0"]}),
         ("filter", {"collection": "Not A Name"}),

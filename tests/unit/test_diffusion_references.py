@@ -1,5 +1,6 @@
 """References condition the image as diffusers' own calls do, which take one image at a time."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -143,15 +144,15 @@ def test_the_initial_image_fills_the_canvas_undistorted() -> None:
 
 
 @pytest.mark.parametrize("pipeline", ["sd15_plain", "sdxl_turbo", "flux"])
-@pytest.mark.parametrize(("steps", "strength"), [(1, 0.6), (1, 0.05), (4, 0.1), (3, 1.0)])
+@pytest.mark.parametrize(("steps", "strength"), [(1, 0.6), (1, 0.05), (4, 0.1), (3, 1.0), (2, 1 / 49), (1, 1e-7)])
 def test_a_low_strength_still_runs_a_step(loaded: Loaded, pipeline: str, steps: int, strength: float) -> None:
     request = replace(
         REQUEST, mode=Mode.IMG2IMG, references=(reference(1),), num_inference_steps=steps, strength=strength
     )
     reported: list[tuple[int, int]] = []
     loaded(pipeline).generate([request], record_steps(reported))
-    assert reported
-    assert reported[-1][0] == reported[-1][1]
+    # PNDM repeats a step, and Flux rounds the number of steps up.
+    assert reported[-1][0] == reported[-1][1] <= math.ceil(steps * strength) + 1
 
 
 def test_at_most_two_captions_follow_the_prompt_in_order_of_weight() -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from PIL import Image
 from shared.capabilities import check_parameters
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
-from shared.errors import InvalidOutputError, ModelLoadError
+from shared.errors import InvalidOutputError, ModelLoadError, UnsupportedParameterError
 from shared.settings import GeneratorDefaults, GeneratorSettings, ModelSettings
 from worker_service.execution import accelerator
 from worker_service.execution.steps import CallStopped, OnStep
@@ -163,7 +162,8 @@ class Diffusion:
         Raises:
             ValueError: the requests have different batch keys.
             UnsupportedModeError: the model does not have the mode.
-            UnsupportedParameterError: the model does not have the scheduler or a LoRA, or takes no negative prompt.
+            UnsupportedParameterError: the model does not have the scheduler or a LoRA, takes no negative prompt, or
+                takes fewer steps.
             ReferenceUnavailableError: a reference lacks the vector or the image that its mode needs.
         """
         if len({request.batch_key() for request in requests}) != 1:
@@ -188,6 +188,11 @@ class Diffusion:
     def _call(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
         first = requests[0]
         pipeline = self.text_to_image
+        scheduler = schedulers.new_scheduler(self.own_scheduler, first.scheduler)
+        if first.num_inference_steps > (most := schedulers.most_steps(scheduler)):
+            raise UnsupportedParameterError(
+                f"The model's scheduler takes at most {most} steps.", parameter="num_inference_steps", maximum=most
+            )
         arguments: dict[str, Any] = {
             "prompt": [conditioning.prompt_with_captions(r, getattr(pipeline, "tokenizer", None)) for r in requests],
             "num_inference_steps": first.num_inference_steps,
@@ -199,9 +204,12 @@ class Diffusion:
             assert self.image_to_image is not None, "checked by check_parameters"
             pipeline = self.image_to_image
             arguments["image"] = [conditioning.initial_image(request) for request in requests]
-            arguments["strength"] = first.strength
-            # diffusers runs `num_inference_steps * strength` steps, rounded down, and needs at least one.
-            arguments["num_inference_steps"] = max(first.num_inference_steps, math.ceil(1 / first.strength))
+            arguments["num_inference_steps"], arguments["strength"] = schedulers.img2img_schedule(
+                scheduler,
+                first.num_inference_steps,
+                first.strength,
+                all_steps_run="original_inference_steps" in inspect.signature(type(pipeline).__call__).parameters,
+            )
         if first.negative_prompt:
             arguments["negative_prompt"] = [request.negative_prompt for request in requests]
         parameters = inspect.signature(type(pipeline).__call__).parameters
@@ -209,7 +217,7 @@ class Diffusion:
         arguments |= {name: value for name, value in optional.items() if name in parameters}
 
         pipeline = copy.copy(pipeline)
-        pipeline.scheduler = schedulers.new_scheduler(self.own_scheduler, first.scheduler)
+        pipeline.scheduler = scheduler
         arguments["callback_on_step_end"] = _step_callback(requests, on_step, previews.Previewer.of(pipeline, requests))
         image_prompt = self._image_prompt(pipeline, requests)
         if image_prompt is not None:

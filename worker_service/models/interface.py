@@ -63,7 +63,7 @@ class ImageRequest:
     ip_adapter_scale: float
     """Scale of the image prompt; 0 has no effect on the image."""
     strength: float
-    """Share of the noise schedule that runs on an initial image, in (0, 1]."""
+    """Share of the noise schedule that runs on an initial image, in (0, 1]. At least one step runs."""
     references: tuple[Reference, ...]
     preview_listener: PreviewListener | None = field(default=None, compare=False, repr=False)
     """Has no effect on the image."""

@@ -1,6 +1,7 @@
 """The schedulers that a request may choose: all of their random numbers come from the image's own generator."""
 
 import inspect
+import math
 from typing import Any
 
 import diffusers
@@ -58,6 +59,31 @@ def new_scheduler(own: SchedulerMixin, name: str | None) -> SchedulerMixin:
         return type(own).from_config(own.config)
     class_name, changes = ALLOWED[name]
     return getattr(diffusers, class_name).from_config(own.config, **changes)
+
+
+def most_steps(scheduler: SchedulerMixin) -> int:
+    """Most steps that the scheduler takes. Those of consistency models have a second, smaller limit."""
+    trained: int = scheduler.config.get("num_train_timesteps", 1000)
+    return min(trained, scheduler.config.get("original_inference_steps") or trained)
+
+
+def img2img_schedule(
+    scheduler: SchedulerMixin, steps: int, strength: float, *, all_steps_run: bool
+) -> tuple[int, float]:
+    """The (num_inference_steps, strength) with which diffusers runs at least one step, and takes the call.
+
+    Most pipelines run the last `int(steps * strength)` steps of the schedule. With few steps and a low strength that
+    is 0. The schedule then gets more steps, so that its last one starts at the noise of this strength.
+
+    all_steps_run: the pipeline runs all `steps`, within the last `strength` of the scheduler's own longer schedule.
+    """
+    most = most_steps(scheduler)
+    strength = max(strength, 1 / most)
+    if all_steps_run:
+        return min(steps, max(1, int(most * strength))), strength
+    steps = max(steps, min(most, math.ceil(1 / strength)))
+    # 49 * (1 / 49) is below 1 in floating point.
+    return steps, strength if int(steps * strength) else math.nextafter(strength, 1)
 
 
 def require_seeded_noise(own: SchedulerMixin) -> None:
