@@ -80,8 +80,8 @@ def decode_or_none(path: Path) -> DecodedImage | None:
 def store_batch(decoded: list[DecodedImage], vectors: np.ndarray, space: Space, collection_id: UUID) -> int:
     blobs = get_blobs()
     for image in decoded:
-        blobs.put(image_key(image.sha256, image.format), image.data, media_type=image.format.media_type)
-        blobs.put(thumbnail_key(image.sha256), image.thumbnail, media_type=ImageFormat.WEBP.media_type)
+        blobs.put(image_key(image.sha256, image.format, image.data), image.data, media_type=image.format.media_type)
+        blobs.put(thumbnail_key(image.sha256, image.thumbnail), image.thumbnail, media_type=ImageFormat.WEBP.media_type)
     norms = np.linalg.norm(vectors, axis=1)
     with session_scope() as session:
         added = [images.add(session, collection_id, **image_columns(image)) for image in decoded]
@@ -93,8 +93,8 @@ def store_batch(decoded: list[DecodedImage], vectors: np.ndarray, space: Space, 
 def image_columns(image: DecodedImage) -> dict[str, Any]:
     return {
         "sha256": image.sha256,
-        "blob_key": image_key(image.sha256, image.format),
-        "thumbnail_key": thumbnail_key(image.sha256),
+        "blob_key": image_key(image.sha256, image.format, image.data),
+        "thumbnail_key": thumbnail_key(image.sha256, image.thumbnail),
         "format": image.format,
         "width": image.width,
         "height": image.height,

@@ -333,7 +333,7 @@ class AnimatedImageError(InvalidImageError):
 
 
 class UnsupportedImageTypeError(InvalidImageError):
-    """Only PNG, JPEG and WebP images are accepted."""
+    """Only PNG, JPEG, WebP and AVIF images are accepted."""
 
     code = "unsupported_image_type"
     status = 415

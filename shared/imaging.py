@@ -14,8 +14,9 @@ import struct
 import threading
 import time
 import warnings
-from collections.abc import Mapping
-from concurrent.futures import CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Hashable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,8 +27,19 @@ from xml.sax.saxutils import escape, unescape
 import orjson
 
 # These imports make Pillow load only these plugins, and not all of them at the first open.
-from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    Image,
+    ImageChops,
+    ImageCms,
+    ImageOps,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+)
 
+from shared import colour_profiles, image_files
 from shared.child_processes import end_with_parent
 from shared.contracts.common import ImageFormat
 from shared.errors import (
@@ -53,7 +65,10 @@ FORMATS: dict[str | None, ImageFormat] = {
     MpoImagePlugin.MpoImageFile.format: ImageFormat.JPEG,
     PngImagePlugin.PngImageFile.format: ImageFormat.PNG,
     WebPImagePlugin.WebPImageFile.format: ImageFormat.WEBP,
+    # Stored as WebP, which the rest of the service reads.
+    AvifImagePlugin.AvifImageFile.format: ImageFormat.WEBP,
 }
+UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")
 # The errors that Pillow raises for damaged files, found by mutating real ones.
 DECODER_ERRORS = (
     OSError,
@@ -69,6 +84,14 @@ DECODER_ERRORS = (
 DECOMPRESSION_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 UPLOAD_QUALITY = 95
 THUMBNAIL_SIDE = 256
+WEBP_MAX_SIDE = 16_383
+JPEG_FILLERS = (
+    bytes(64),
+    b"\xff\0" * 64,
+    b"\x5a" * 64,
+    *(hashlib.sha512(each).hexdigest().encode() for each in (b"a", b"b")),
+)
+"""Bytes without a marker: no filler contains 0xFF but before zero."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +106,7 @@ class DecodedImage:
     perceptual_hash: int
     """dHash, as a signed 64-bit integer; see `perceptual_hash`."""
     data: bytes
-    """The picture, encoded again in the upload's format."""
+    """The picture, encoded again in the upload's format; an AVIF as WebP."""
     thumbnail: bytes
     """WebP, longest side 256 pixels."""
 
@@ -92,27 +115,35 @@ def decode_upload(data: bytes, *, max_bytes: int, max_pixels: int) -> DecodedIma
     """Decode an uploaded file, and encode it again.
 
     The content decides the type, not the name. Transparency becomes white, EXIF orientation is applied, 16-bit samples
-    become 8-bit, a colour profile is converted to sRGB, and all metadata is dropped.
+    become 8-bit, colours are converted to sRGB as browsers do, and all metadata is dropped. A JPEG or PNG without its
+    end marker is accepted when no pixel is missing.
 
     Raises:
         ImageTooLargeError: the file has more than `max_bytes`, or more than `max_pixels`. The header gives the number
             of pixels before decoding.
-        UnsupportedImageTypeError: the content is neither PNG, JPEG nor WebP.
+        UnsupportedImageTypeError: the content is neither PNG, JPEG, WebP nor AVIF.
         AnimatedImageError: the image has more than one frame.
-        InvalidImageError: the file is empty, truncated or damaged.
+        InvalidImageError: the file is empty, truncated or damaged, or has too many scans, chunks or segments.
     """
     if not data:
         raise InvalidImageError("The file is empty.")
     if len(data) > max_bytes:
         raise ImageTooLargeError(f"The file has {len(data)} bytes; at most {max_bytes} are accepted.")
+    if image_files.is_heic(data):
+        raise UnsupportedImageTypeError("HEIC images are not accepted. Convert the file to JPEG, PNG, WebP or AVIF.")
     if not _is_supported(data):
         raise UnsupportedImageTypeError
+    sha256 = hashlib.sha256(data).hexdigest()
+    png = image_files.read_png(data) if data.startswith(b"\x89PNG") else None
     try:
-        if data.startswith(b"\x89PNG"):
+        if png is not None:
+            data = image_files.completed_png(data, png)
             # Decoding stops at the last pixel, so this checks all chunks, also those after it.
             with Image.open(io.BytesIO(data), formats=["PNG"]) as unread:
                 unread.verify()
-        with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as file:
+        elif data.startswith(b"\xff\xd8"):
+            data = _completed_jpeg(data, max_pixels=max_pixels)
+        with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as file:
             if file.width * file.height > max_pixels:
                 raise ImageTooLargeError(
                     f"The image has {file.width} x {file.height} pixels; at most {max_pixels} are accepted."
@@ -121,14 +152,20 @@ def decode_upload(data: bytes, *, max_bytes: int, max_pixels: int) -> DecodedIma
             if image_format is not ImageFormat.JPEG and getattr(file, "n_frames", 1) > 1:
                 raise AnimatedImageError
             file.load()
-            picture = _rgb_on_white(_with_exif_orientation(file))
+            image = file if png is None else _with_key_as_alpha(file, png, data)
+            profile = file.info.get("icc_profile")
+            profile = profile if png is None else colour_profiles.of_png(png.chunks, profile)
+            picture = _rgb_on_white(_with_exif_orientation(image), profile)
+            is_lossless = image_files.is_lossless_webp(data)
+            if file.format == "AVIF" and max(picture.size) > WEBP_MAX_SIDE:
+                image_format = ImageFormat.PNG
         return DecodedImage(
             format=image_format,
             width=picture.width,
             height=picture.height,
-            sha256=hashlib.sha256(data).hexdigest(),
+            sha256=sha256,
             perceptual_hash=perceptual_hash(picture),
-            data=_encode(picture, image_format, quality=UPLOAD_QUALITY, lossless=_is_lossless_webp(data)),
+            data=_encode(picture, image_format, quality=UPLOAD_QUALITY, lossless=is_lossless),
             thumbnail=thumbnail(picture),
         )
     except DECOMPRESSION_BOMBS:
@@ -218,7 +255,71 @@ def hash_distance(a: int, b: int) -> int:
 
 def _is_supported(data: bytes) -> bool:
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    return is_webp or data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
+    return is_webp or image_files.is_avif(data) or data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
+
+
+def _completed_jpeg(data: bytes, *, max_pixels: int) -> bytes:
+    """The file with its end marker. Browsers show a JPEG without it; one that misses pixels is refused.
+
+    libjpeg replaces missing data without an error. So the file is decoded several times, with different bytes after its
+    own. The pictures are equal only when no pixel was decoded from these bytes.
+    """
+    jpeg = image_files.read_jpeg(data)
+    if jpeg.has_end or not jpeg.scans:
+        return data
+    if jpeg.open_coefficients:
+        raise InvalidImageError("The image is damaged or incomplete.")
+    known = data[: jpeg.entropy_end].rstrip(b"\xff")
+    with Image.open(io.BytesIO(known), formats=["JPEG"]) as header:
+        if header.width * header.height > max_pixels:
+            return data  # the caller refuses it before decoding
+    restart = image_files.next_restart_marker(data, jpeg)
+    first, *others = (_decoded_with(known + filler + restart + filler) for filler in JPEG_FILLERS)
+    if any(ImageChops.difference(first, other).getbbox() is not None for other in others):
+        raise InvalidImageError("The image is damaged or incomplete.")
+    return known + image_files.JPEG_END
+
+
+def _decoded_with(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data + image_files.JPEG_END), formats=["JPEG"]) as file:
+        file.load()
+        return file.convert("RGB")
+
+
+def _with_key_as_alpha(file: Image.Image, png: image_files.Png, data: bytes) -> Image.Image:
+    """A PNG whose transparent colour has become an alpha channel. The whole sample is compared, also of 16 bits."""
+    key = image_files.png_key(png)
+    if key is None:
+        return file.convert("LA") if png.is_grey_alpha else file  # Pillow reads one of 16 bits as RGBA
+    if png.is_grey and png.depth == 16:
+        values = file.convert("I")
+        image = values.point([value >> 8 for value in range(2**16)], "L")
+        alpha = values.point([0 if value == key[0] else 255 for value in range(2**16)], "L")
+    elif png.is_grey:
+        image = file.convert("L")
+        alpha = _differs(image, key[0] * 255 // (2**png.depth - 1))
+    else:
+        image, alpha = file.convert("RGB"), Image.new("L", file.size, 0)
+        planes = list(zip(image.split(), (value >> (png.depth - 8) for value in key), strict=True))
+        if png.depth == 16:
+            planes += zip(_low_bytes(data).split(), (value & 255 for value in key), strict=True)
+        for plane, value in planes:
+            alpha = ImageChops.lighter(alpha, _differs(plane, value))
+    image.putalpha(alpha)
+    image.info = {name: value for name, value in file.info.items() if name != "transparency"}
+    return image
+
+
+def _differs(plane: Image.Image, value: int) -> Image.Image:
+    return plane.point([0 if sample == value else 255 for sample in range(256)])
+
+
+def _low_bytes(data: bytes) -> Image.Image:
+    """The low bytes of a 16-bit RGB file, of which Pillow keeps the high ones."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as file:
+        file.tile = [tile._replace(args="RGB;16L") for tile in file.tile]
+        file.load()
+        return file.copy()
 
 
 def _with_exif_orientation(file: Image.Image) -> Image.Image:
@@ -228,14 +329,14 @@ def _with_exif_orientation(file: Image.Image) -> Image.Image:
         return file  # only the EXIF block is damaged, so the orientation is unknown and the pixels are complete
 
 
-def _rgb_on_white(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
+def _rgb_on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
     if image.mode.startswith("I"):
         image = image.point(lambda value: value * (1 / 256)).convert("L")  # convert() alone clips 16 bits to white
-    elif image.mode not in ("RGB", "CMYK", "L") or "transparency" in image.info:
+    elif image.mode not in ("RGB", "CMYK", "L", "LA") or "transparency" in image.info:
         image = image.convert("RGBA")
     image = _in_srgb(image, profile) if profile else image
-    if image.mode == "RGBA":
+    if image.mode in ("LA", "RGBA"):
+        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image)
         image = white
@@ -245,29 +346,37 @@ def _rgb_on_white(image: Image.Image) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if ImageCms.getProfileDescription(source).startswith("sRGB"):
+        space = source.profile.xcolor_space.strip()
+        colours = image.convert(image.mode.removesuffix("A"))
+        if space == "RGB":
+            colours = colours.convert("RGB")
+        elif {"L": "GRAY", "CMYK": "CMYK"}.get(colours.mode) != space:
+            return image  # browsers ignore a profile for another kind of pixels
+        to_srgb = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), colours.mode, "RGB")
+        if colours.mode == "RGB" and _changes_nothing(to_srgb):
             return image
-        mode = "RGBA" if image.mode == "RGBA" else "RGB"
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+        converted = to_srgb.apply(colours)
     except (ImageCms.PyCMSError, *DECODER_ERRORS):
-        return image  # a damaged profile, or one for another kind of pixels, is ignored, as browsers do
-    return image if converted is None else converted
+        return image  # a damaged profile is ignored, as browsers do
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a transform of RGB is the identity but for rounding. The description of a profile proves nothing."""
+    levels = bytes(range(0, 256, 15))
+    probe = Image.frombytes(
+        "RGB", (18 * 18, 18), bytes(v for r in levels for g in levels for b in levels for v in (r, g, b))
+    )
+    difference = ImageChops.difference(probe, transform.apply(probe))
+    return max(difference.tobytes()) <= 1
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
-
-
-def _is_lossless_webp(data: bytes) -> bool:
-    """Whether the file is a WebP whose picture is in a `VP8L` chunk: https://developers.google.com/speed/webp/docs/riff_container."""
-    offset = 12
-    while data.startswith(b"RIFF") and offset + 8 <= len(data):
-        name, size = data[offset : offset + 4], int.from_bytes(data[offset + 4 : offset + 8], "little")
-        if name in (b"VP8L", b"VP8 "):
-            return name == b"VP8L"
-        offset += 8 + size + size % 2
-    return False
 
 
 def _encode(
@@ -367,6 +476,51 @@ def _record_in_xmp(packet: bytes) -> str:
 # --- uploads, in child processes ----------------------------------------------------------------------------------
 
 
+class _Turns:
+    """Places that owners take in turn. One owner never has all of several places."""
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._share = max(1, places - 1)
+        self._lock = threading.Lock()
+        self._running = Counter[Hashable]()
+        self._waiting: dict[Hashable, deque[threading.Event]] = {}
+
+    def take(self, owner: Hashable, *, timeout_s: float) -> bool:
+        """Wait for a place; False after `timeout_s`. The caller must `release` the place."""
+        granted = threading.Event()
+        with self._lock:
+            self._waiting.setdefault(owner, deque()).append(granted)
+            self._grant()
+        if granted.wait(timeout_s):
+            return True
+        with self._lock:
+            if granted.is_set():
+                return True
+            self._waiting[owner].remove(granted)
+            if not self._waiting[owner]:
+                del self._waiting[owner]
+            return False
+
+    def release(self, owner: Hashable) -> None:
+        with self._lock:
+            self._free += 1
+            self._running[owner] -= 1
+            if not self._running[owner]:
+                del self._running[owner]
+            self._grant()
+
+    def _grant(self) -> None:
+        while self._free and (owners := [each for each in self._waiting if self._running[each] < self._share]):
+            owner = min(owners, key=self._running.__getitem__)  # of equal ones, the one that has waited longest
+            waiting = self._waiting.pop(owner)
+            self._free -= 1
+            self._running[owner] += 1
+            waiting.popleft().set()
+            if waiting:
+                self._waiting[owner] = waiting
+
+
 class UploadDecoder:
     """Runs `decode_upload` in child processes, so that a malicious file cannot crash the calling process.
 
@@ -377,8 +531,8 @@ class UploadDecoder:
     def __init__(self, settings: "APISettings") -> None:
         self._settings = settings
         self._closed = threading.Event()
-        # This executor serves calls in order. Otherwise a caller that decodes many files could always go before others.
-        self._threads = ThreadPoolExecutor(settings.decoder_processes, thread_name_prefix="decoder")
+        # Without turns, a caller that decodes many files could always go before others.
+        self._turns = _Turns(settings.decoder_processes)
         # One pool per child: when a child crashes, only the file that it decoded can be the cause.
         self._idle_pools: queue.LifoQueue[ProcessPoolExecutor | None] = queue.LifoQueue()
         for _ in range(settings.decoder_processes):
@@ -388,8 +542,10 @@ class UploadDecoder:
         # close (priority 10).
         self._at_exit = Finalize(None, self.close, exitpriority=20)
 
-    def decode(self, data: bytes) -> DecodedImage:
+    def decode(self, data: bytes, *, owner: Hashable = None) -> DecodedImage:
         """Decode one file as `decode_upload` does, with the limits of the settings.
+
+        owner: owners take turns. One owner never occupies the last of several decoders.
 
         Raises:
             ImageTooLargeError, UnsupportedImageTypeError, AnimatedImageError: as in `decode_upload`.
@@ -400,24 +556,18 @@ class UploadDecoder:
             raise ImageTooLargeError(
                 f"The file has {len(data)} bytes; at most {self._settings.max_upload_bytes} are accepted."
             )
+        if self._closed.is_set() or not self._turns.take(owner, timeout_s=self._settings.decode_timeout_s):
+            raise DecoderBusyError
+        try:
+            return self._decode(data)
+        finally:
+            self._turns.release(owner)
+
+    def _decode(self, data: bytes) -> DecodedImage:
         if self._closed.is_set():
             raise DecoderBusyError
         try:
-            decoding = self._threads.submit(self._decode, data)
-            try:
-                return decoding.result(self._settings.decode_timeout_s)
-            except TimeoutError:
-                if decoding.cancel():
-                    raise DecoderBusyError from None
-                return decoding.result()  # it has started, and the child's own time limit ends it
-        except (CancelledError, RuntimeError):
-            if not self._closed.is_set():
-                raise
-            raise DecoderBusyError from None
-
-    def _decode(self, data: bytes) -> DecodedImage:
-        try:
-            # There are as many threads as pools, so a pool is missing only when `close` has taken it.
+            # There are as many turns as pools, so a pool is missing only when `close` has taken it.
             pool = self._idle_pools.get(timeout=self._settings.decode_timeout_s)
         except queue.Empty:
             raise DecoderBusyError from None
@@ -442,7 +592,6 @@ class UploadDecoder:
             return
         self._closed.set()
         self._at_exit.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
         for _ in range(self._settings.decoder_processes):
             pool = self._idle_pools.get()
             if pool is not None:
@@ -459,6 +608,7 @@ class UploadDecoder:
 
 def _prepare_child(settings: "APISettings") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its children
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a child is one of several, and its memory is limited
     warnings.filterwarnings("ignore", module="PIL")  # warnings about metadata, which is dropped anyway
     end_with_parent()
     with suppress(ImportError, ValueError, OSError):  # the system has no such limit, or already a lower one

@@ -290,7 +290,7 @@ class GeneratorDefaults(Section):
     )
     strength: Advanced[float] = Field(
         0.6,
-        gt=0,
+        ge=0.01,
         le=1,
         description="img2img: share of the noise schedule that runs; more of it keeps less of the reference",
     )
@@ -450,7 +450,10 @@ class APISettings(Section):
     max_upload_pixels: Advanced[int] = Field(40_000_000, ge=4096, description="pixels of one uploaded image")
     max_upload_files: int = Field(32, ge=1, le=1000, description="files of one upload")
     decoder_processes: Advanced[int] = Field(
-        1, ge=1, le=32, description="processes that decode the uploads of one API process"
+        2,
+        ge=1,
+        le=32,
+        description="processes that decode the uploads of one API process; of several, one owner never occupies all",
     )
     decode_timeout_s: Advanced[float] = Field(20, gt=0, le=600, description="longest decoding of one image")
     database_timeout_s: Advanced[float] = Field(

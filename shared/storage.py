@@ -1,9 +1,11 @@
 """The blob store: image bytes by key, in a folder, S3, GCS or Azure, as `settings.storage.url` says.
 
-The key functions define the layout of the store. Bytes under a key never change: the key of a corpus image contains its
-digest, and the key of an output contains the attempt. Nothing here deletes a blob unless a caller asks for it.
+The key functions define the layout of the store. Bytes under a key never change. The key of a corpus image names the
+upload and the stored bytes. The key of an output contains the attempt. Nothing here deletes a blob unless a caller
+asks for it.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -28,7 +30,8 @@ IMAGES = "images/"
 THUMBNAILS = "thumbnails/"
 OUTPUTS = "outputs/"
 
-CONTENT_KEY = re.compile(rf"(?:{IMAGES}|{THUMBNAILS})[0-9a-f]{{2}}/([0-9a-f]{{64}})\.[a-z]+")
+CONTENT_KEY = re.compile(rf"(?:{IMAGES}|{THUMBNAILS})[0-9a-f]{{2}}/([0-9a-f]{{64}})(?:-[0-9a-f]{{32}})?\.[a-z]+")
+"""Keys of earlier releases name only the upload."""
 ATTEMPT_KEY = re.compile(rf"{OUTPUTS}([0-9a-f-]{{36}})/(\d+)/\d+(?:\.thumbnail)?\.[a-z]+")
 LEFTOVER = re.compile(r"#\d+$")
 
@@ -38,13 +41,18 @@ STREAM_CHUNK_BYTES = 256 * 1024
 CLIENT_OPTIONS = ("allow_http", "proxy_url", "root_certificate")
 
 
-def image_key(sha256: str, image_format: ImageFormat) -> str:
-    """The key of a corpus image. sha256: of the upload's bytes, in hex. Equal uploads share one blob."""
-    return f"{IMAGES}{sha256[:2]}/{sha256}.{image_format.value}"
+def image_key(sha256: str, image_format: ImageFormat, stored: bytes) -> str:
+    """The key of a corpus image. Equal uploads share one blob if they were encoded to equal bytes.
+
+    Another release may encode the same upload to other bytes. They get a key of their own, because rows may name the
+    blob of the first ones. sha256: of the upload's bytes, in hex. stored: the bytes to put under the key.
+    """
+    return f"{IMAGES}{sha256[:2]}/{sha256}-{_digest(stored)}.{image_format.value}"
 
 
-def thumbnail_key(sha256: str) -> str:
-    return f"{THUMBNAILS}{sha256[:2]}/{sha256}.webp"
+def thumbnail_key(sha256: str, stored: bytes) -> str:
+    """The key of a corpus image's thumbnail, as in `image_key`."""
+    return f"{THUMBNAILS}{sha256[:2]}/{sha256}-{_digest(stored)}.webp"
 
 
 def output_key(job_id: UUID, *, attempt: int, index: int, image_format: ImageFormat) -> str:
@@ -57,7 +65,7 @@ def output_thumbnail_key(job_id: UUID, *, attempt: int, index: int) -> str:
 
 
 def parse_content_key(key: str) -> str | None:
-    """The sha256 in the key of a corpus image or of its thumbnail; None for any other key."""
+    """The upload's sha256 in the key of a corpus image or of its thumbnail; None for any other key."""
     match = CONTENT_KEY.fullmatch(key)
     return match[1] if match else None
 
@@ -209,6 +217,10 @@ def local_folder(url: str) -> Path:
     """
     parts = urlsplit(url)
     return PROJECT / unquote(parts.netloc + parts.path)
+
+
+def _digest(stored: bytes) -> str:
+    return hashlib.sha256(stored).hexdigest()[:32]
 
 
 def _open_remote(settings: StorageSettings) -> Any:

@@ -3,8 +3,8 @@
 A request occupies one thread of the server from its headers to the last byte of its response. Threads are cheap. The
 `api.threads` slots for active requests are scarce, because they bound the work on the database.
 
-A request gives its slot back while it waits for the rest of its body, for a job, or for a slow reader. Each kind of
-wait has a limit of its own, so it cannot use up the server's threads. Probes need no slot.
+A request gives its slot back while it waits for its body, for a decoder, for a job, or for a slow reader.
+Each kind of wait has a limit of its own, so it cannot use up the server's threads. Probes need no slot.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from uuid import UUID
 from werkzeug.exceptions import RequestTimeout
 
 from api_service.http.urls import API
-from shared.errors import TooManyStreamsError
+from shared.errors import DecoderBusyError, TooManyStreamsError
 from shared.settings import APISettings, get_settings
 from shared.singleton import process_singleton
 
@@ -36,7 +36,7 @@ Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 def server_threads(settings: APISettings) -> int:
     """Number of threads for active requests, all kinds of waits, and probes."""
-    waits = settings.max_waiters + settings.max_slow_bodies + settings.max_downloads
+    waits = settings.max_waiters + settings.max_slow_bodies + settings.max_downloads + settings.threads
     return settings.threads + waits + PROBE_THREADS
 
 
@@ -234,6 +234,28 @@ def download_slots() -> SlotPool:
     """Slots for downloads of files that are streamed because of their size."""
     settings = get_settings().api
     return SlotPool(max_slots=settings.max_downloads, max_slots_per_owner=settings.max_downloads_per_owner)
+
+
+@contextmanager
+def decoding(owner_id: UUID) -> Iterator[None]:
+    """Give this thread's slot back while a file is decoded in this block. One owner may have half of such waits.
+
+    Raises:
+        DecoderBusyError: this process or the owner has reached its limit of files that wait.
+    """
+    if not _decoding_slots().take(owner_id):
+        raise DecoderBusyError
+    try:
+        with active_requests().released():
+            yield
+    finally:
+        _decoding_slots().release(owner_id)
+
+
+@process_singleton
+def _decoding_slots() -> SlotPool:
+    threads = get_settings().api.threads
+    return SlotPool(max_slots=threads, max_slots_per_owner=(threads + 1) // 2)
 
 
 @process_singleton

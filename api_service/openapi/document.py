@@ -255,7 +255,7 @@ def _upload_form() -> dict[str, Any]:
         "type": "array",
         "items": BINARY_SCHEMA,
         "minItems": 1,
-        "description": "PNG, JPEG or WebP; may be repeated",
+        "description": "PNG, JPEG, WebP or AVIF; may be repeated",
     }
     return {
         "schema": {"type": "object", "properties": {"file": files} | fields, "required": ["file"]},

@@ -80,7 +80,7 @@ def get_content(path: ImagePath) -> Response:
     stem = PurePath(row.filename).stem if row.filename else str(row.id)
     return responses.stored_file(
         row.blob_key,
-        etag=row.sha256,
+        etag=PurePath(row.blob_key).stem,
         media_type=ImageFormat(row.format).media_type,
         size_bytes=row.size_bytes,
         filename=f"{stem}.{row.format}",
@@ -91,7 +91,7 @@ def get_content(path: ImagePath) -> Response:
 def get_thumbnail(path: ImagePath) -> Response:
     """Download a thumbnail (WebP)"""
     row = services.images.get_row(path.image_id, caller=g.caller)
-    return responses.thumbnail(row.thumbnail_key, sha256=row.sha256, name=str(row.id))
+    return responses.thumbnail(row.thumbnail_key, sha256=PurePath(row.thumbnail_key).stem, name=str(row.id))
 
 
 @images.get("/images/<image_id>/generations", operation_id="listGenerationsOfImage", responses={200: Page[OutputView]})

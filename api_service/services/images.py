@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from uuid import UUID
@@ -11,8 +11,9 @@ from sqlalchemy.orm import Session
 
 from api_service.http import problems
 from api_service.http.auth import Caller
+from api_service.http.concurrency import decoding
 from api_service.http.multipart import SentFile
-from api_service.services import views
+from api_service.services import file_description, views
 from shared import metrics
 from shared.contracts.common import ImageFormat, OnInvalid, Page
 from shared.contracts.images import (
@@ -68,7 +69,7 @@ def upload(files: list[SentFile], fields: UploadFields, *, caller: Caller, decod
     if fields.each and len(fields.each) != len(files):
         raise problems.field_error("form.each", "length", f"Has {len(fields.each)} entries for {len(files)} files.")
     # 1. Check every file before storing any.
-    outcomes = [_check_file(file, index, fields, decoder) for index, file in enumerate(files)]
+    outcomes = [_check_file(file, index, fields, caller, decoder) for index, file in enumerate(files)]
     checked = [outcome for outcome in outcomes if isinstance(outcome, _CheckedFile)]
     if not checked:
         return _upload_response(outcomes, [], fields.collection)
@@ -77,8 +78,8 @@ def upload(files: list[SentFile], fields: UploadFields, *, caller: Caller, decod
     with session_scope() as session:
         claim_id = blobs.claim(session, _blob_keys(checked))
     for image in (each.image for each in checked):
-        get_blobs().put(image_key(image.sha256, image.format), image.data, media_type=image.format.media_type)
-        get_blobs().put(thumbnail_key(image.sha256), image.thumbnail, media_type=ImageFormat.WEBP.media_type)
+        get_blobs().put(_blob_key(image), image.data, media_type=image.format.media_type)
+        get_blobs().put(_thumbnail_key(image), image.thumbnail, media_type=ImageFormat.WEBP.media_type)
     # 3. All rows in one transaction.
     with session_scope() as session:
         if not blobs.end_claim(session, claim_id):
@@ -129,13 +130,25 @@ def get_row(image_id: UUID, *, caller: Caller) -> Image:
 def update(image_id: UUID, patch: ImagePatch, *, caller: Caller) -> ImageView:
     """Set the fields of an image that `patch` contains.
 
+    A `file_description` is merged with the values that people have set: see `file_description.merge`.
+
     Raises:
+        ValidationError: `file_description` comes with other fields, or the merged values are not valid.
         ResourceNotFoundError: no image that the caller may see has this id.
     """
     with session_scope() as session:
         row, collection = images.get(session, image_id, owner_id=caller.owner_id, lock=True)
-        for name in patch.model_fields_set:
-            value = getattr(patch, name)
+        values: ImagePatch | ImageDescription = patch
+        names: Iterable[str] = patch.model_fields_set
+        if patch.file_description is not None:
+            if len(patch.model_fields_set) > 1:
+                raise problems.field_error("body.file_description", "exclusive", "Send it without other fields.")
+            names = ImageDescription.model_fields
+            current = {name: getattr(row, name) for name in names}
+            values = file_description.merge(current, row.file_description, patch.file_description)
+            row.file_description = patch.file_description.model_dump()
+        for name in names:
+            value = getattr(values, name)
             # `None` empties a field. Tags and attributes have empty values of their own.
             setattr(row, name, {"tags": [], "attributes": {}}.get(name) if value is None else value)
         images.bump_collection_version(session, row.collection_id)
@@ -168,15 +181,18 @@ def find_collection(session: Session, name: str, *, caller: Caller, field: str) 
 
 
 def _check_file(
-    file: SentFile, index: int, fields: UploadFields, decoder: UploadDecoder
+    file: SentFile, index: int, fields: UploadFields, caller: Caller, decoder: UploadDecoder
 ) -> _CheckedFile | UploadedFile:
     try:
-        image = decoder.decode(file.data)
+        with decoding(caller.owner_id):
+            image = decoder.decode(file.data, owner=caller.owner_id)
     except InvalidImageError as error:
         metrics.increment_counter(metrics.UPLOADS, labels={"outcome": error.code})
         if fields.on_invalid is OnInvalid.SKIP:
             return UploadedFile(outcome=FileOutcome.SKIPPED, code=error.code, detail=error.message)
         error.context.update(file=file.name, index=index)
+        name = _clean_filename(file.name)
+        error.message = f"File {index + 1}{f' ({name})' if name else ''}: {error.message}"
         raise
     description = fields.each[index] if fields.each else ImageDescription()
     common = {name: getattr(fields, name) for name in ImageDescription.model_fields}
@@ -204,8 +220,15 @@ def _uploaded_file(row: Image, is_new: bool) -> UploadedFile:
 
 
 def _blob_keys(checked: Sequence[_CheckedFile]) -> set[str]:
-    images = [each.image for each in checked]
-    return {key for image in images for key in (image_key(image.sha256, image.format), thumbnail_key(image.sha256))}
+    return {key for each in checked for key in (_blob_key(each.image), _thumbnail_key(each.image))}
+
+
+def _blob_key(image: DecodedImage) -> str:
+    return image_key(image.sha256, image.format, image.data)
+
+
+def _thumbnail_key(image: DecodedImage) -> str:
+    return thumbnail_key(image.sha256, image.thumbnail)
 
 
 def _ensure_collection(session: Session, name: str, *, caller: Caller) -> Collection:
@@ -229,8 +252,8 @@ def _add_row(session: Session, collection: Collection, checked: _CheckedFile) ->
         session,
         collection.id,
         sha256=image.sha256,
-        blob_key=image_key(image.sha256, image.format),
-        thumbnail_key=thumbnail_key(image.sha256),
+        blob_key=_blob_key(image),
+        thumbnail_key=_thumbnail_key(image),
         format=image.format,
         width=image.width,
         height=image.height,
@@ -241,6 +264,7 @@ def _add_row(session: Session, collection: Collection, checked: _CheckedFile) ->
         source=description.source,
         licence=description.licence,
         attributes=description.attributes,
+        file_description=description.model_dump() | {"caption": description.caption or None},
         filename=_clean_filename(checked.file.name),
     )
 

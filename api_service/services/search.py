@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from api_service.http import problems
 from api_service.http.auth import Caller
+from api_service.http.concurrency import decoding
 from api_service.services import views
 from api_service.services.images import find_collection
 from shared import retrieval
@@ -64,12 +65,16 @@ def search_images(request: SearchRequest, *, caller: Caller, decoder: UploadDeco
         collection = find_collection(session, request.filter.collection, caller=caller, field="body.filter.collection")
         stored = _vector_of_image(session, space, request.image_id, caller=caller) if request.image_id else None
     key = _cache_key(request, space, collection)
-    cached: bytes | None = get_cache_manager().get(key)
+    cached: bytes | None = get_cache_manager().get(key, lambda value: value if isinstance(value, bytes) else None)
     if cached is not None:
         return cached
     parts = [] if stored is None else [stored]
     if request.image is not None:
-        parts.append(_normalised(_vector_in_space(embed_image(_decode_query_image(request.image, decoder)), space)))
+        parts.append(
+            _normalised(
+                _vector_in_space(embed_image(_decode_query_image(request.image, caller=caller, decoder=decoder)), space)
+            )
+        )
     if request.query is not None:
         parts.append(text_vector(request.query, space))
     vector = _normalised(np.sum(parts, axis=0))
@@ -160,7 +165,7 @@ def text_vector(text: str, space: Space) -> Vector:
         EmbeddingUnavailableError: no embed worker answered in time, or one with another embedding space answered.
     """
     key = f"text-vector:{space.digest}:{hashlib.sha256(text.encode()).hexdigest()}"
-    cached: Vector | None = get_cache_manager().get(key)
+    cached: Vector | None = get_cache_manager().get(key, lambda value: np.asarray(value, np.float32).reshape(space.dim))
     if cached is not None:
         return cached
     vector = _normalised(_vector_in_space(embed_texts([text]), space))
@@ -189,13 +194,14 @@ def _vector_of_image(session: Session, space: Space, image_id: UUID, *, caller: 
     return stored[0]
 
 
-def _decode_query_image(encoded: str, decoder: UploadDecoder) -> bytes:
+def _decode_query_image(encoded: str, *, caller: Caller, decoder: UploadDecoder) -> bytes:
     """Decode an untrusted file in base64; return a clean file of at most `QUERY_IMAGE_SIDE` pixels per side."""
     try:
         data = base64.b64decode(encoded, validate=True)
     except (ValueError, binascii.Error):
         raise problems.field_error("body.image", "base64", "Must be base64.") from None
-    decoded = decoder.decode(data)
+    with decoding(caller.owner_id):
+        decoded = decoder.decode(data, owner=caller.owner_id)
     if max(decoded.width, decoded.height) <= QUERY_IMAGE_SIDE:
         return decoded.data
     picture = open_image(decoded.data)
@@ -206,7 +212,7 @@ def _decode_query_image(encoded: str, decoder: UploadDecoder) -> bytes:
 
 
 def _vector_in_space(answer: Answer, space: Space) -> Vector:
-    if answer.space != space.digest:
+    if answer.space != space.digest or answer.vectors.shape[1:] != (space.dim,):
         raise EmbeddingUnavailableError("The embed worker that answered does not use the active embedding space.")
     vector: Vector = answer.vectors[0]
     return vector

@@ -87,21 +87,14 @@ class _ImportedImage:
         self.format = ImageFormat(row["format"])
         if len(row["sha256"]) != 64 or not set(row["sha256"]) <= set("0123456789abcdef"):
             raise ImageFileError(f"{row['sha256']!r} is not a sha256 digest")
-        self.blob_key = image_key(row["sha256"], self.format)
-        self.thumbnail_key = thumbnail_key(row["sha256"])
+        self.blob_key = image_key(row["sha256"], self.format, row["image"])
+        self.thumbnail_key = thumbnail_key(row["sha256"], row["thumbnail"])
         # Provenance records name images by id, so the id is kept unless another image here has it.
         self._id = uuid4() if UUID(row["id"]) in taken else UUID(row["id"])
-        self._size_bytes = len(row["image"])
 
     def store_bytes(self) -> None:
-        """Store the bytes, unless another collection has this image: both then share its stored bytes."""
-        there = get_blobs().info(self.blob_key)
-        if there is None:
-            get_blobs().put(self.blob_key, self.row["image"], media_type=self.format.media_type)
-        else:
-            self._size_bytes = there.size_bytes
-        if not get_blobs().exists(self.thumbnail_key):
-            get_blobs().put(self.thumbnail_key, self.row["thumbnail"], media_type=ImageFormat.WEBP.media_type)
+        get_blobs().put(self.blob_key, self.row["image"], media_type=self.format.media_type)
+        get_blobs().put(self.thumbnail_key, self.row["thumbnail"], media_type=ImageFormat.WEBP.media_type)
 
     def columns(self) -> dict[str, Any]:
         described = ImageDescription.model_validate(
@@ -117,5 +110,5 @@ class _ImportedImage:
             "format": self.format.value,
             "blob_key": self.blob_key,
             "thumbnail_key": self.thumbnail_key,
-            "size_bytes": self._size_bytes,
+            "size_bytes": len(self.row["image"]),
         }

@@ -31,7 +31,7 @@ class SearchRequest(Contract):
     query: Prompt | None = Field(None, description="text to search for", examples=["a cat playing"])
     image_id: UUID | None = Field(None, description="image of the corpus that the results resemble")
     image: str | None = Field(
-        None, description="PNG, JPEG or WebP file in base64 that the results resemble", repr=False
+        None, description="PNG, JPEG, WebP or AVIF file in base64 that the results resemble", repr=False
     )
     k: int = Field(10, ge=1, le=100, description="largest number of results")
     threshold: float | None = Field(None, ge=-1, le=1, description="lowest cosine similarity of a result")

@@ -1,8 +1,9 @@
 """Corpus queries: add, list, embed and find images.
 
-An image is `pending` until an embed worker stores its vector. A worker claims a pending image for some seconds: this is
-its lease, which it renews while it works. When the worker stops, the lease expires, and `take_back_expired` makes the
-image available to other workers. Each claim is a new attempt, and only the latest attempt may store the result.
+An image is `pending` until an embed worker of the active space stores its vector. A worker claims a pending image for
+some seconds: this is its lease, which it renews while it works. When the worker stops, the lease expires, and
+`take_back_expired` makes the image available to other workers. Each claim is a new attempt, and only the latest attempt
+may store the result.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from sqlalchemy import (
     case,
     cast,
     delete,
+    exists,
     func,
     literal,
     or_,
@@ -31,13 +33,14 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.images import ImageQuery, ImageState
 from shared.contracts.search import ImageFilter
-from shared.db import leasing, paging
+from shared.db import leasing, paging, spaces
 from shared.db.spaces import Space
 from shared.db.tables import Collection, Image
 from shared.errors import EmbeddingCrashedError, ResourceNotFoundError
 from shared.metrics import RETRIEVAL_DURATION, RETRIEVAL_SIMILARITY, time_operation
 
 Vector = NDArray[np.float32]
+STORED_FILE = ("blob_key", "thumbnail_key", "format", "width", "height", "size_bytes", "perceptual_hash")
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,21 @@ class Nearest:
     exact: bool
 
 
+@dataclass(frozen=True)
+class Reopened:
+    """Images that became `pending` again. next_after: the id after which to look next; None at the end."""
+
+    image_ids: list[UUID]
+    next_after: UUID | None
+
+
 # --- the corpus ---------------------------------------------------------------------------------------------------
 
 
 def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, bool]:
     """Add an image in state `pending`, or find the image with the same content; True when it is new.
 
-    An image that has failed becomes `pending` again, because its bytes have just been stored again.
+    An image that has failed becomes `pending` again, and names the bytes that have just been stored.
     """
     statement = (
         upsert(Image)
@@ -90,6 +101,7 @@ def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, b
     )
     existing = select(Image).where(Image.collection_id == collection_id, Image.sha256 == columns["sha256"])
     existing = existing.execution_options(populate_existing=True)
+    stored = {name: value for name, value in columns.items() if name in STORED_FILE}
     while True:
         image = session.scalar(statement)
         if image is not None:
@@ -101,7 +113,7 @@ def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, b
             image = session.scalar(
                 update(Image)
                 .where(Image.id == image.id)
-                .values(state=ImageState.PENDING, error_code=None, crashes=0)
+                .values(state=ImageState.PENDING, error_code=None, crashes=0, **stored)
                 .returning(Image)
                 .execution_options(populate_existing=True)
             )
@@ -186,12 +198,16 @@ def bump_collection_version(session: Session, collection_id: UUID) -> None:
 # --- embedding ----------------------------------------------------------------------------------------------------
 
 
-def claim_pending(session: Session, *, limit: int, lease_s: float) -> list[Image]:
+def claim_pending(session: Session, *, limit: int, lease_s: float, space: Space | None = None) -> list[Image]:
     """Claim up to `limit` pending images for `lease_s` seconds, oldest first.
+
+    space: the space of the worker's CLIP. If it is not the active one, nothing is claimed.
 
     An image whose decoding or embedding had started during a crash is claimed alone, so that its next crash affects no
     other image.
     """
+    if space is not None and not spaces.is_active(session, space):
+        return []
     waiting = session.execute(
         select(Image.id, Image.crashes)
         .where(_unclaimed())
@@ -247,8 +263,11 @@ def store_embeddings(
 ) -> list[UUID]:
     """Store vectors and make their images `ready`, that is, searchable; return the ids of the images still owned.
 
+    If another space became active since the claim, the images stay `pending` for a worker of that space.
+
     vectors: shape (n, space.dim), float32, L2-normalised. norms: shape (n,), lengths before normalisation.
     """
+    state = ImageState.READY if spaces.is_active(session, space, lock=True) else ImageState.PENDING
     # The lock orders a concurrent delete: before this (then no vector is stored) or after it (then both are deleted).
     owned = session.execute(
         select(Image.id, Image.collection_id).where(_owned(claims)).order_by(Image.id).with_for_update()
@@ -272,12 +291,61 @@ def store_embeddings(
     session.execute(
         update(Image)
         .where(Image.id.in_(collections))
-        .values(state=ImageState.READY, lease_until=None, error_code=None)
+        .values(state=state, lease_until=None, error_code=None, model_started=False)
         .execution_options(synchronize_session=False)
     )
     for collection_id in sorted(set(collections.values())):
         bump_collection_version(session, collection_id)
     return list(collections)
+
+
+def reopen_without_vector(session: Session, space: Space, *, after: UUID | None = None, limit: int) -> Reopened:
+    """Make `ready` images without a vector in `space`, the active one, `pending` again.
+
+    Looks at `limit` images whose ids follow `after`, so that a pass over a large corpus has short steps.
+    """
+    page = select(Image.id).order_by(Image.id).limit(limit)
+    ids = session.scalars(page if after is None else page.where(Image.id > after)).all()
+    if not ids:
+        return Reopened([], None)
+    statement = (
+        update(Image)
+        .where(Image.id.between(ids[0], ids[-1]), _lacks_vector(space))
+        .values(state=ImageState.PENDING, error_code=None, crashes=0, model_started=False, lease_until=None)
+        .returning(Image.id)
+        .execution_options(synchronize_session=False)
+    )
+    reopened = list(session.scalars(statement))
+    return Reopened(reopened, ids[-1] if len(ids) == limit else None)
+
+
+def count_without_vector(session: Session, space: Space) -> int:
+    """How many `ready` images have no vector in this space."""
+    return session.scalar(select(func.count()).select_from(Image).where(_lacks_vector(space))) or 0
+
+
+def list_without_vector(session: Session, space: Space, *, after: UUID, limit: int) -> list[Image]:
+    """`ready` images without a vector in this space whose ids follow `after`, by id."""
+    statement = select(Image).where(_lacks_vector(space), Image.id > after).order_by(Image.id).limit(limit)
+    return list(session.scalars(statement))
+
+
+def add_vectors(
+    session: Session, space: Space, image_ids: Sequence[UUID], vectors: Vector, norms: Vector
+) -> list[UUID]:
+    """Store vectors of images in a space that searches do not use yet; return the ids of the images still there.
+
+    vectors, norms: as in `store_embeddings`.
+    """
+    there = set(session.scalars(select(Image.id).where(Image.id.in_(image_ids)).with_for_update(key_share=True)))
+    rows = [
+        {"image_id": image_id, "embedding": vector.tolist(), "norm": float(norm)}
+        for image_id, vector, norm in zip(image_ids, vectors, norms, strict=True)
+        if image_id in there
+    ]
+    if rows:
+        session.execute(upsert(space.table).on_conflict_do_nothing(index_elements=["image_id"]), rows)
+    return list(there)
 
 
 def mark_embedding_failed(session: Session, claim: ImageClaim, *, code: str) -> bool:
@@ -319,6 +387,11 @@ def take_back_expired(session: Session, *, max_crashes: int, limit: int = 1000) 
         .execution_options(synchronize_session=False)
     )
     return [(row.id, ImageState(row.state)) for row in session.execute(statement)]
+
+
+def _lacks_vector(space: Space) -> ColumnElement[bool]:
+    vectors = space.table
+    return and_(Image.state == ImageState.READY, ~exists().where(vectors.c.image_id == Image.id))
 
 
 def _unclaimed() -> ColumnElement[bool]:

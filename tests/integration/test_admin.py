@@ -85,7 +85,7 @@ def test_an_owner_may_retry_its_own_dead_job(session: Session, client: Client) -
 def test_the_sweep_command_lists_what_it_would_remove_and_removes_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    key = thumbnail_key("ab" * 32)
+    key = thumbnail_key("ab" * 32, b"12345")
     get_blobs().put(key, b"12345", media_type="image/webp")
     run(monkeypatch, "sweep")
     assert capsys.readouterr().out == "0 blobs, 0 bytes, 0 half-written files\n", "too young"

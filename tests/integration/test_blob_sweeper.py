@@ -58,14 +58,14 @@ def corpus_image(session: Session, sha256: str, **columns: Any) -> Image:
     return make_image(
         session,
         sha256=sha256,
-        blob_key=image_key(sha256, ImageFormat.PNG),
-        thumbnail_key=thumbnail_key(sha256),
+        blob_key=image_key(sha256, ImageFormat.PNG, b"12345"),
+        thumbnail_key=thumbnail_key(sha256, b"12345"),
         **columns,
     )
 
 
 def keys_of(sha256: str) -> set[str]:
-    return {image_key(sha256, ImageFormat.PNG), thumbnail_key(sha256)}
+    return {image_key(sha256, ImageFormat.PNG, b"12345"), thumbnail_key(sha256, b"12345")}
 
 
 def keys_of_attempt(job_id: UUID, attempt: int) -> set[str]:

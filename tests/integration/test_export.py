@@ -38,15 +38,15 @@ def corpus(session: Session, settings: Settings) -> None:
     for number in range(COUNT + 1):
         data = picture(f"#{number:02x}4080")
         decoded = decode_upload(data, max_bytes=limits.max_upload_bytes, max_pixels=limits.max_upload_pixels)
-        key = image_key(decoded.sha256, ImageFormat.PNG)
+        key = image_key(decoded.sha256, ImageFormat.PNG, decoded.data)
         get_blobs().put(key, decoded.data, media_type="image/png")
-        get_blobs().put(thumbnail_key(decoded.sha256), decoded.thumbnail, media_type="image/webp")
+        get_blobs().put(thumbnail_key(decoded.sha256, decoded.thumbnail), decoded.thumbnail, media_type="image/webp")
         make_image(
             session,
             vector=random.normal(size=16) if number < COUNT else None,
             sha256=decoded.sha256,
             blob_key=key,
-            thumbnail_key=thumbnail_key(decoded.sha256),
+            thumbnail_key=thumbnail_key(decoded.sha256, decoded.thumbnail),
             caption=None if number == 3 else f"bild nummer {number}, „schön“",
             tags=["even"] if number % 2 == 0 else [],
             attributes={"number": str(number)},

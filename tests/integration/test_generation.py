@@ -105,7 +105,8 @@ def add_image(session: Session, colour: str, caption: str) -> ImageRow:
     file = io.BytesIO()
     Image.new("RGB", (40, 40), colour).save(file, "PNG")
     decoded = decode_upload(file.getvalue(), max_bytes=10**6, max_pixels=10**6)
-    key, small = image_key(decoded.sha256, decoded.format), thumbnail_key(decoded.sha256)
+    key = image_key(decoded.sha256, decoded.format, decoded.data)
+    small = thumbnail_key(decoded.sha256, decoded.thumbnail)
     get_blobs().put(key, decoded.data, media_type="image/png")
     get_blobs().put(small, decoded.thumbnail, media_type="image/webp")
     image, _ = images.add(

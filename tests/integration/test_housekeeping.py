@@ -165,7 +165,7 @@ def test_one_of_several_processes_runs_a_periodic_task_when_it_is_due(session: S
 def test_the_loop_runs_due_tasks_and_retries_failed_ones(session: Session, settings: Settings) -> None:
     finished_job(session, days_ago=40)
     get_blobs().put(blob_sweeper.OWNER_KEY, b"another database", media_type="text/plain")
-    garbage = thumbnail_key("ab" * 32)
+    garbage = thumbnail_key("ab" * 32, b"1")
     get_blobs().put(garbage, b"1", media_type="image/webp")
     os.utime(os.path.join(settings.storage.url.removeprefix("file://"), garbage), (0, 0))
     stopping = threading.Event()

@@ -283,8 +283,8 @@ def test_an_empty_file_is_refused() -> None:
 )
 def test_a_truncated_file_is_refused_at_every_length(image_format: str, options: dict[str, Any]) -> None:
     data = encoded(picture(24, 16), image_format, **options)
-    # The last four bytes of a PNG are the checksum of its empty end chunk. Without them every pixel is there.
-    for length in range(1, len(data) - (4 if image_format == "PNG" else 0)):
+    # Without the end marker of a PNG or JPEG every pixel is there, so such a file is accepted.
+    for length in range(1, len(data) - {"PNG": 12, "JPEG": 2}.get(image_format, 0)):
         with pytest.raises(InvalidImageError):
             decode(data[:length])
 
@@ -664,3 +664,49 @@ def test_importing_imaging_imports_no_heavy_library() -> None:
     heavy = "{'torch', 'numpy', 'scipy', 'flask', 'sqlalchemy'}"
     code = f"import sys, shared.imaging; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_one_owner_with_many_slow_files_leaves_a_decoder_to_the_others() -> None:
+    slow = encoded(Image.effect_noise((2000, 2000), 90).convert("RGB"), "PNG", compress_level=1)
+    quick = encoded(picture(8, 8), "PNG")
+    decoder = UploadDecoder(APISettings(decoder_processes=2))
+    done: list[str] = []
+
+    def decode_as(owner: str, data: bytes) -> None:
+        decoder.decode(data, owner=owner)
+        done.append(owner)
+
+    many = [threading.Thread(target=decode_as, args=("many", slow)) for _ in range(8)]
+    try:
+        for thread in many:
+            thread.start()
+        wait_until(lambda: done, timeout_s=60, what="the first of many")
+        decode_as("other", quick)  # starts the second child
+        before = done.count("many")
+        decode_as("other", quick)
+        assert done.count("many") <= before + 1
+        assert done.count("many") < 8
+        for thread in many:
+            thread.join()
+        assert done.count("many") == 8
+    finally:
+        decoder.close()
+
+
+def test_owners_take_turns_at_a_single_decoder(decoder: UploadDecoder) -> None:
+    data = encoded(picture(800, 800), "PNG")
+    decoder.decode(data)
+    done: list[str] = []
+
+    def decode_as(owner: str) -> None:
+        decoder.decode(data, owner=owner)
+        done.append(owner)
+
+    many = [threading.Thread(target=decode_as, args=("many",)) for _ in range(20)]
+    for thread in many:
+        thread.start()
+    wait_until(lambda: done, timeout_s=20, what="the first of many")
+    decode_as("other")
+    assert done.index("other") <= 4, done
+    for thread in many:
+        thread.join()

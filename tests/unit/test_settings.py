@@ -150,7 +150,7 @@ def test_the_source_of_higher_priority_wins_field_by_field(monkeypatch: pytest.M
     monkeypatch.setenv("AFTERIMAGE_API__MAX_WAIT_S", "4")
     api = load_settings(api={"max_wait_s": 5}).api
     assert (api.port, api.workers, api.threads, api.max_waiters, api.max_wait_s) == (1, 2, 3, 4, 5)
-    assert api.decoder_processes == 1
+    assert api.decoder_processes == 2
 
 
 def test_a_config_file_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

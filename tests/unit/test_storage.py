@@ -239,9 +239,9 @@ def test_a_killed_writer_leaves_no_partial_blob(tmp_path: Path) -> None:
 
 def test_keys_differ_by_attempt_format_and_kind() -> None:
     keys = [
-        image_key(SHA, ImageFormat.PNG),
-        image_key(SHA, ImageFormat.WEBP),
-        thumbnail_key(SHA),
+        image_key(SHA, ImageFormat.PNG, b"1"),
+        image_key(SHA, ImageFormat.WEBP, b"1"),
+        thumbnail_key(SHA, b"1"),
         *(
             output_key(JOB, attempt=attempt, index=index, image_format=image_format)
             for attempt in (1, 2, 11)

@@ -1,0 +1,284 @@
+"""Colours of uploads as browsers show them on white: transparent keys, profiles, gamma; and files without their end."""
+
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from shared import colour_profiles
+from shared.contracts.common import ImageFormat
+from shared.errors import InvalidImageError, UnsupportedImageTypeError
+from shared.image_files import MAX_SCANS
+from shared.imaging import open_image
+from tests.unit.test_imaging import decode, encoded, picture, pixels_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
+GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
+
+
+NOTHING: dict[str, bytes] = {}
+
+
+def png(kind: int, depth: int, row: bytes, chunks: dict[str, bytes] = NOTHING, *, width: int = 1) -> bytes:
+    """A PNG of one row. chunks: by name, before the pixels."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0)
+    parts = [(b"IHDR", header), *((name.encode(), body) for name, body in chunks.items())]
+    parts += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
+    )
+
+
+def first_pixel(data: bytes) -> list[int]:
+    return [int(value) for value in pixels_of(decode(data).data)[0, 0]]
+
+
+def near(*colour: int) -> Any:
+    return pytest.approx(list(colour), abs=1)
+
+
+def icc(kind: str = "RGB ", gamma: float = 1.0, description: str = "sRGB but linear") -> bytes:
+    """A profile with this exponent. Its description begins as that of sRGB does."""
+    rgb = colour_profiles.build(colour_profiles.SRGB_PRIMARIES, (gamma,))
+    assert rgb is not None
+    curve = b"para" + bytes(8) + struct.pack(">i", round(gamma * 65536))
+    text = b"mluc" + bytes(4) + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 2 * len(description), 28)
+    text += description.encode("utf-16-be")
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    tags = [(b"desc", text + bytes(-len(text) % 4)), (b"wtpt", white)]
+    if kind == "GRAY":
+        tags += [(b"kTRC", curve)]
+    else:
+        tags += [(rgb[at : at + 4], rgb[slice(*_place(rgb, at))]) for at in range(132, 132 + 72, 12)]
+    head = bytearray(rgb[:128])
+    head[16:20] = kind.encode()
+    table, body, offset = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, each in tags:
+        table += name + struct.pack(">II", offset + len(body), len(each))
+        body += each
+    head[:4] = struct.pack(">I", offset + len(body))
+    return bytes(head) + table + body
+
+
+def _place(profile: bytes, at: int) -> tuple[int, int]:
+    offset, size = struct.unpack(">II", profile[at + 4 : at + 12])
+    return offset, offset + size
+
+
+def iccp(profile: bytes) -> bytes:
+    return b"profile\0\0" + zlib.compress(profile)
+
+
+# --- transparency by key ------------------------------------------------------------------------------------------
+
+WHITE = [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth", "key", "keyed", "other", "shown"),
+    [
+        (GREY, 16, "3039", "3039", "3038", [48] * 3),
+        (RGB, 16, "123456789abc", "123456789abc", "123456789abd", [18, 86, 154]),
+        (GREY, 4, "0005", "50", "60", [102] * 3),
+        (GREY, 2, "0001", "40", "80", [170] * 3),
+        (GREY, 1, "0001", "80", "00", [0] * 3),
+        (GREY, 1, "0000", "00", "80", WHITE),
+        (GREY, 8, "0024", "24", "25", [37] * 3),
+        (RGB, 8, "001200340056", "123456", "123457", [18, 52, 87]),
+        (GREY, 4, "fff5", "50", "60", [102] * 3),  # bits over the depth do not count
+    ],
+)
+def test_a_pixel_of_the_transparent_colour_is_white_and_no_other(
+    kind: int, depth: int, key: str, keyed: str, other: str, shown: list[int]
+) -> None:
+    chunk = {"tRNS": bytes.fromhex(key)}
+    assert first_pixel(png(kind, depth, bytes.fromhex(keyed), chunk)) == WHITE
+    assert first_pixel(png(kind, depth, bytes.fromhex(other), chunk)) == shown
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_palette_entry_is_blended_with_white(depth: int) -> None:
+    chunks = {"PLTE": bytes([255, 0, 0, 0, 0, 255]), "tRNS": bytes([128])}
+    assert first_pixel(png(PALETTE, depth, b"\0", chunks)) == near(255, 127, 127)
+    assert first_pixel(png(PALETTE, depth, bytes([1 << (8 - depth)]), chunks)) == [0, 0, 255]
+
+
+def test_grey_with_alpha_of_16_bits_is_blended_with_white() -> None:
+    assert first_pixel(png(GREY_ALPHA, 16, bytes.fromhex("40008000"))) == near(159, 159, 159)
+
+
+def test_orientation_is_applied_beside_a_key() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = png(
+        GREY, 16, bytes.fromhex("30394000"), {"tRNS": bytes.fromhex("3039"), "eXIf": exif.tobytes()[6:]}, width=2
+    )
+    decoded = decode(data)
+    assert (decoded.width, decoded.height) == (1, 2)
+    assert pixels_of(decoded.data)[:, 0, 0].tolist() == [255, 64]
+
+
+# --- profiles -----------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_counts_by_its_curve_and_not_by_its_description() -> None:
+    data = png(RGB, 8, bytes([200, 134, 160]), {"iCCP": iccp(icc())})
+    assert first_pixel(data) == near(229, 192, 208)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert first_pixel(png(RGB, 8, bytes([200, 134, 160]), {"iCCP": iccp(srgb)})) == [200, 134, 160]
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth", "row", "extra"),
+    [
+        (GREY, 8, b"\x24", {}),
+        (GREY_ALPHA, 8, b"\x24\xff", {}),
+        (GREY_ALPHA, 16, b"\x24\x24\xff\xff", {}),
+        (GREY, 8, b"\x24", {"tRNS": b"\0\0"}),
+        (GREY, 16, b"\x24\x24", {"tRNS": b"\0\0"}),
+    ],
+)
+def test_a_grey_profile_is_applied_also_beside_alpha_or_a_key(
+    kind: int, depth: int, row: bytes, extra: dict[str, bytes]
+) -> None:
+    assert first_pixel(png(kind, depth, row, {"iCCP": iccp(icc("GRAY")), **extra})) == near(105, 105, 105)
+
+
+def test_an_rgb_profile_is_applied_to_grey_and_a_grey_one_not_to_rgb() -> None:
+    assert first_pixel(png(GREY, 8, b"\x24", {"iCCP": iccp(icc())})) == near(105, 105, 105)
+    assert first_pixel(png(RGB, 8, bytes([36, 36, 36]), {"iCCP": iccp(icc("GRAY"))})) == [36, 36, 36]
+
+
+LINEAR = struct.pack(">I", 100_000)
+SRGB_POINTS = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+P3_POINTS = struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "shown"),
+    [
+        ({"gAMA": LINEAR}, (229, 192, 208)),
+        ({"gAMA": LINEAR, "cHRM": SRGB_POINTS}, (229, 192, 208)),
+        ({"gAMA": LINEAR, "sRGB": b"\0"}, (200, 134, 160)),
+        ({"gAMA": bytes(4)}, (200, 134, 160)),
+        ({"gAMA": struct.pack(">I", 45455), "iCCP": iccp(icc())}, (229, 192, 208)),
+        ({"gAMA": LINEAR, "cICP": bytes([1, 13, 0, 1])}, (200, 134, 160)),
+        ({"cICP": bytes([1, 8, 0, 1]), "sRGB": b"\0"}, (229, 192, 208)),
+        ({"cHRM": bytes(32)}, (200, 134, 160)),
+    ],
+)
+def test_the_first_of_cicp_iccp_srgb_and_gama_counts(chunks: dict[str, bytes], shown: tuple[int, int, int]) -> None:
+    assert first_pixel(png(RGB, 8, bytes([200, 134, 160]), chunks)) == near(*shown)
+
+
+@pytest.mark.parametrize("chunk", [{"cHRM": P3_POINTS}, {"cICP": bytes([12, 13, 0, 1])}])
+def test_wide_primaries_are_converted(chunk: dict[str, bytes]) -> None:
+    # Display P3 (200, 100, 100) in sRGB, by the matrices of CSS Color 4.
+    assert first_pixel(png(RGB, 8, bytes([200, 100, 100]), chunk)) == pytest.approx([214, 93, 97], abs=2)
+
+
+def test_a_cmyk_jpeg_ignores_a_profile_of_rgb_kind_without_failing() -> None:
+    data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100, icc_profile=icc("GRAY"))
+    assert first_pixel(data) == pytest.approx([255, 0, 0], abs=3)
+
+
+# --- formats ------------------------------------------------------------------------------------------------------
+
+
+def test_an_animation_of_one_lossless_frame_stays_lossless() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 47, 4), dtype=np.uint8))
+    still = encoded(noise, "WEBP", lossless=True)
+    frame = next(chunk for name, chunk in _webp_chunks(still) if name == b"VP8L")
+    body = b"VP8X" + struct.pack("<I", 10) + b"\x12\0\0\0" + _three(46) + _three(32)
+    body += b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    inner = b"VP8L" + struct.pack("<I", len(frame)) + frame + bytes(len(frame) % 2)
+    body += b"ANMF" + struct.pack("<I", 16 + len(inner)) + bytes(6) + _three(46) + _three(32) + bytes(4) + inner
+    animated = b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
+    assert np.array_equal(pixels_of(decode(animated).data), pixels_of(decode(still).data))
+
+
+def _webp_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
+    chunks, offset = [], 12
+    while offset < len(data):
+        size = int.from_bytes(data[offset + 4 : offset + 8], "little")
+        chunks.append((data[offset : offset + 4], data[offset + 8 : offset + 8 + size]))
+        offset += 8 + size + size % 2
+    return chunks
+
+
+def _three(value: int) -> bytes:
+    return value.to_bytes(3, "little")
+
+
+def test_bytes_after_a_webp_are_dropped() -> None:
+    assert b"<script>" not in decode(encoded(picture(), "WEBP") + b"<script>").data
+
+
+def test_an_avif_is_stored_upright_as_webp() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (64, 32), "white")
+    image.paste("black", (0, 0, 32, 32))
+    decoded = decode(encoded(image, "AVIF", exif=exif, quality=95))
+    assert (decoded.format, decoded.width, decoded.height) == (ImageFormat.WEBP, 32, 64)
+    assert pixels_of(decoded.data)[10, 16].mean() < 30
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    assert first_pixel(encoded(clear, "AVIF")) == WHITE
+
+
+def test_a_heic_is_refused_by_its_name() -> None:
+    for brands in (b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heic"):
+        with pytest.raises(UnsupportedImageTypeError, match="HEIC"):
+            decode(struct.pack(">I", 8 + len(brands)) + b"ftyp" + brands + bytes(100))
+
+
+# --- the end of a file --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 2}, {"restart_marker_blocks": 1}])
+def test_a_jpeg_without_its_end_marker_is_accepted_when_it_is_whole(options: dict[str, Any]) -> None:
+    data = encoded(picture(61, 43), "JPEG", **options)
+    for missing in (1, 2):
+        assert np.array_equal(pixels_of(decode(data[:-missing]).data), pixels_of(decode(data).data))
+    for length in (len(data) - 3, len(data) - 12, len(data) * 2 // 3):
+        with pytest.raises(InvalidImageError):
+            decode(data[:length])
+
+
+def test_a_png_without_its_end_chunk_is_accepted() -> None:
+    data = encoded(picture(), "PNG")
+    assert np.array_equal(pixels_of(decode(data[:-12]).data), pixels_of(data))
+
+
+# --- work beyond the pixels ---------------------------------------------------------------------------------------
+
+
+def with_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes `count` times more."""
+    data = encoded(picture(64, 64), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (1 + count) + data[-2:]
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_decoding() -> None:
+    with pytest.raises(InvalidImageError, match=f"{MAX_SCANS} scans"):
+        decode(with_scans(3000))
+    assert decode(encoded(picture(), "JPEG", progressive=True)).width == 60
+
+
+def test_a_file_of_empty_chunks_or_segments_is_refused_before_decoding() -> None:
+    data = encoded(picture(), "PNG")
+    chunk = struct.pack(">I", 0) + b"teST" + struct.pack(">I", zlib.crc32(b"teST"))
+    with pytest.raises(InvalidImageError, match="chunks"):
+        decode(data[:33] + chunk * 60_000 + data[33:])
+    jpeg = encoded(picture(), "JPEG")
+    with pytest.raises(InvalidImageError, match="segments"):
+        decode(jpeg[:2] + b"\xff\xfe\0\2" * 60_000 + jpeg[2:])
+
+
+def test_an_image_of_the_service_is_read_as_it_was_written() -> None:
+    assert open_image(decode(png(RGB, 8, bytes([1, 2, 3]))).data).getpixel((0, 0)) == (1, 2, 3)
