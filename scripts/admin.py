@@ -1,4 +1,4 @@
-"""Operator commands for owners, API keys, webhook secrets, dead jobs and unused blobs.
+"""Operator commands for owners, API keys, webhook secrets, dead jobs, embedding spaces and unused blobs.
 
     python -m scripts.admin create-owner team-a
     python -m scripts.admin create-key team-a --name laptop --scopes generate,search
@@ -11,6 +11,10 @@
     python -m scripts.admin dead-jobs
     python -m scripts.admin requeue JOB_ID [JOB_ID ...]
     python -m scripts.admin requeue --all
+
+    python -m scripts.admin list-spaces
+    python -m scripts.admin add-space DIGEST --model NAME --dim 512
+    python -m scripts.admin activate-space DIGEST
 
     python -m scripts.admin sweep --dry-run
 
@@ -31,7 +35,7 @@ from sqlalchemy.orm import Session
 from shared import blob_sweeper
 from shared.contracts.common import Name
 from shared.contracts.jobs import JobState
-from shared.db import jobs, keys, owners, webhooks
+from shared.db import images, jobs, keys, owners, spaces, webhooks
 from shared.db.jobs import DeadJob
 from shared.db.session import session_scope
 from shared.db.tables import ApiKey, Job, Owner
@@ -68,6 +72,18 @@ def main() -> None:
     command = commands.add_parser("requeue", help="retry dead jobs, each as a new job; prints the new ids")
     command.add_argument("job_ids", type=UUID, nargs="*", metavar="JOB_ID")
     command.add_argument("--all", action="store_true", help="every dead job that was not retried yet")
+    commands.add_parser("list-spaces", help="list embedding spaces, with how many ready images each lacks")
+    command = commands.add_parser(
+        "add-space", help="make the space of another CLIP known; its embed workers then embed the corpus for it"
+    )
+    command.add_argument("digest", help="as an embed worker with that CLIP logs it")
+    command.add_argument("--model", required=True, help="name of the CLIP")
+    command.add_argument("--dim", type=int, required=True, help="length of its vectors")
+    command = commands.add_parser("activate-space", help="let searches use another space that has all vectors")
+    command.add_argument("digest")
+    command.add_argument(
+        "--force", action="store_true", help="images without a vector there become pending until they are embedded"
+    )
     command = commands.add_parser("sweep", help="delete unused blobs, as the reconciler does periodically")
     command.add_argument("--dry-run", action="store_true", help="only print the blobs that would be deleted")
     command.add_argument(
@@ -125,6 +141,12 @@ def _in_one_transaction(session: Session, arguments: argparse.Namespace) -> None
             overlap_s = get_settings().webhooks.secret_overlap_s
             secret, _ = webhooks.rotate_secret(session, _owner_id(session, arguments.owner), overlap_s=overlap_s)
             print(secret)
+        case "list-spaces":
+            _print_spaces(session)
+        case "add-space":
+            print(spaces.ensure(session, digest=arguments.digest, model=arguments.model, dim=arguments.dim).digest)
+        case "activate-space":
+            _activate_space(session, arguments.digest, force=arguments.force)
         case "dead-jobs":
             _print_dead_jobs(jobs.list_dead(session, limit=arguments.limit))
 
@@ -149,6 +171,30 @@ def _get_dead_job(session: Session, job_id: UUID) -> Job:
     if job is None or job.state != JobState.DEAD:
         raise ResourceNotFoundError(f"There is no dead job {job_id}.")
     return job
+
+
+def _print_spaces(session: Session) -> None:
+    table = Table(Column("digest", no_wrap=True), "model", "dim", "active", "vectors", "images without")
+    for space, active, vectors in spaces.list_all(session):
+        missing = images.count_without_vector(session, space)
+        table.add_row(space.digest, space.model, str(space.dim), "yes" if active else "", str(vectors), str(missing))
+    Console().print(table)
+
+
+def _activate_space(session: Session, digest: str, *, force: bool) -> None:
+    space = spaces.find(session, digest)
+    if space is None:
+        raise ResourceNotFoundError(f"There is no embedding space {digest!r}: list-spaces shows all.")
+    missing = images.count_without_vector(session, space)
+    if missing and not force:
+        raise ValueError(
+            f"{missing} ready images have no vector in this space. An embed worker with its CLIP embeds them. "
+            "With --force they are pending, and not found, until they are embedded."
+        )
+    spaces.activate(session, space)
+    after: UUID | None = None
+    while (found := images.reopen_without_vector(session, space, after=after, limit=10_000)).next_after is not None:
+        after = found.next_after
 
 
 def _sweep(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from api_service.http.urls import API
 from shared.cache import get_cache_manager
 from shared.contracts.common import ImageFormat
-from shared.contracts.images import ImageState, ImageView
+from shared.contracts.images import ImageDescription, ImageState, ImageView
 from shared.contracts.jobs import (
     EventType,
     EventView,
@@ -93,9 +93,9 @@ def _estimated_start_s(session: Session, row: Job, *, jobs_ahead: int) -> float 
 def _cached_throughput(session: Session, model: str) -> Throughput:
     """Return the throughput of the model, cached for `THROUGHPUT_TTL_S` because all waiting clients need it."""
     cache, key = get_cache_manager(), f"pace:{model}"
-    known = cache.get(key)
+    known: Throughput | None = cache.get(key, lambda value: Throughput(**value))
     if known is not None:
-        return Throughput(**known)
+        return known
     found = throughput.measure(session, model)
     cache.set(key, asdict(found), THROUGHPUT_TTL_S)
     return found
@@ -169,6 +169,7 @@ def image(row: Image, collection: str) -> ImageView:
         licence=row.licence,
         source=row.source,
         attributes=row.attributes,
+        file_description=None if row.file_description is None else ImageDescription(**row.file_description),
         filename=row.filename,
         format=row.format,
         width=row.width,

@@ -34,7 +34,11 @@ The service decodes PNG, JPEG and WebP, whatever the file name says. Other files
 make the run fail. Suffixes may be in capitals. A sidecar describes every image that has its name, and its place in a
 tar does not matter. Hidden files are left out.
 
-Images that the collection already has are not sent again: to resume an interrupted run, start it again."""
+Images that the collection already has are not sent again: to resume an interrupted run, start it again.
+
+--update and --watch apply what changed in a description since it was last read, also by another machine: tags and
+attributes that were added or removed there, and a changed caption, licence or source. Values that a person has set or
+removed in the collection stay, and win if the file has changed the same value."""
 
 EXAMPLES = f"""\
 examples:
@@ -89,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"column of a table with another name; fields: file, {', '.join(DESCRIPTION_FIELDS)}",
     )
     group.add_argument("--format", choices=sorted(set(FORMATS.values())), help="of a table; default: by its suffix")
-    group.add_argument("--update", action="store_true", help="update the descriptions of images already there")
+    group.add_argument("--update", action="store_true", help="apply changed descriptions to images already there")
     group = parser.add_argument_group("options")
     group.add_argument("--report", type=Path, metavar="FILE", help="write the result of each file, as JSON Lines")
     group.add_argument("--parallel", type=int, default=4, help="simultaneous uploads (default: %(default)s)")

@@ -14,6 +14,7 @@ import pydantic
 
 from afterimage_client import (
     Afterimage,
+    FileOutcome,
     ImageDescription,
     ImageFile,
     ImagePatch,
@@ -32,8 +33,8 @@ FILES_PER_REQUEST = 8
 BYTES_PER_REQUEST = 4 * 2**20
 """Large enough to share the fixed cost of a request, small enough not to delay other clients."""
 
-KnownImage = tuple[UUID, dict[str, Any]]
-"""Id and description of an image of the collection."""
+KnownImage = tuple[UUID, ImageDescription | None]
+"""Id of an image of the collection, and what its file said last; None if that is not known."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,7 @@ class Uploader:
         """List the collection's images. Images that failed are left out, so that they are uploaded again."""
         for image in _list_images(self.service, self.collection):
             if image.state is not ImageState.FAILED:
-                self.known_images[image.sha256] = (
-                    image.id,
-                    {name: getattr(image, name) for name in DESCRIPTION_FIELDS},
-                )
+                self.known_images[image.sha256] = (image.id, image.file_description)
 
     def run(self, files: Iterable[SourceFile]) -> Iterator[ReportEntry]:
         """Index the files and yield the entry of each when it is finished.
@@ -155,7 +153,8 @@ class Uploader:
     def _known_outcome(self, sha256: str, description: ImageDescription) -> Outcome | None:
         """Return the outcome for an image that this run or the collection already has; None for a new image.
 
-        With `update`, change the description of the collection's image first.
+        With `update`, apply what changed in the file to the collection's image first. The service keeps what people
+        have set or removed.
         """
         with self._lock:
             known = self.known_images.get(sha256)
@@ -165,11 +164,10 @@ class Uploader:
         if known is None:
             return None
         image_id, before = known
-        patch = {name: value for name, value in _given_fields(description).items() if before.get(name) != value}
-        if not self.update or not patch:
+        if not self.update or before == description:
             return Outcome.EXISTING
-        self.service.images.change(image_id, ImagePatch.model_validate(patch))
-        self.known_images[sha256] = (image_id, before | patch)
+        self.service.images.change(image_id, ImagePatch(file_description=description))
+        self.known_images[sha256] = (image_id, description)
         return Outcome.UPDATED
 
     def _upload(self, new_images: Sequence[_NewImage]) -> list[ReportEntry]:
@@ -198,7 +196,8 @@ class Uploader:
     def _uploaded(self, image: _NewImage, uploaded: UploadedFile) -> ReportEntry:
         """Return the entry for the service's answer to one image."""
         if uploaded.image_id is not None:
-            self.known_images[image.sha256] = (uploaded.image_id, _given_fields(image.description))
+            created = uploaded.outcome is FileOutcome.CREATED
+            self.known_images[image.sha256] = (uploaded.image_id, image.description if created else None)
         else:
             self._seen_sha256.discard(image.sha256)
         outcome = Outcome(uploaded.outcome.value)
@@ -253,10 +252,6 @@ def _list_images(service: Afterimage, collection: str, **options: Any) -> Iterat
     except InvalidRequestError as error:
         if [problem.field for problem in error.errors] != ["query.collection"]:
             raise
-
-
-def _given_fields(description: ImageDescription) -> dict[str, Any]:
-    return {name: getattr(description, name) for name in DESCRIPTION_FIELDS if name in description.model_fields_set}
 
 
 def _parse_tags(text: str) -> Any:

@@ -56,6 +56,11 @@ class ImagePatch(Contract):
     licence: Annotated[Text, Field(max_length=100)] | None = None
     source: Annotated[Text, Field(max_length=200)] | None = None
     attributes: Attributes | None = None
+    file_description: ImageDescription | None = Field(
+        None,
+        description="what the image's file says now. Its changes since the last such request, or since the upload, are "
+        "applied; values that were set or removed otherwise stay. Not together with other fields",
+    )
 
 
 class ImageView(Contract):
@@ -68,6 +73,9 @@ class ImageView(Contract):
     licence: str | None
     source: str | None
     attributes: dict[str, str]
+    file_description: ImageDescription | None = Field(
+        None, description="the description at the upload, or the last `file_description` of a PATCH"
+    )
     filename: str | None
     format: str
     width: int

@@ -1,10 +1,14 @@
-"""Embedding spaces: vectors of the same space may be compared, and each space has its own vector table."""
+"""Embedding spaces: vectors of the same space may be compared, and each space has its own vector table.
+
+One space is active: searches use it, and an image is `ready` when it has a vector there. The worker that starts on an
+empty database adds the first space. An operator adds every other one, so that a wrong CLIP cannot join by accident.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 from pgvector.sqlalchemy import HALFVEC
-from sqlalchemy import REAL, Column, ForeignKey, Index, MetaData, Table, func, select, text
+from sqlalchemy import REAL, Column, ForeignKey, Index, MetaData, Table, func, select, text, update
 from sqlalchemy.orm import Session
 
 from shared.db.tables import EmbeddingSpace, Image
@@ -47,8 +51,7 @@ def _vector_table(space_id: int, dim: int) -> Table:
 
 def ensure(session: Session, *, digest: str, model: str, dim: int) -> Space:
     """The space with this digest, added with its table if needed. The very first space becomes the active one."""
-    # The lock keeps two workers that start at once from both adding it.
-    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("embedding_spaces", 0))))
+    _lock(session)
     row = session.scalar(select(EmbeddingSpace).where(EmbeddingSpace.digest == digest))
     if row is None:
         active_exists = session.scalar(select(EmbeddingSpace.id).where(EmbeddingSpace.active)) is not None
@@ -57,6 +60,33 @@ def ensure(session: Session, *, digest: str, model: str, dim: int) -> Space:
         session.flush()
         _vector_table(row.id, row.dim).create(session.connection(), checkfirst=True)
     return _space(row)
+
+
+def find_or_add_first(session: Session, *, digest: str, model: str, dim: int) -> Space | None:
+    """The space with this digest. The first space of a database is added; None if only other spaces are known."""
+    _lock(session)
+    known = find(session, digest)
+    if known is None and find_active(session) is None:
+        return ensure(session, digest=digest, model=model, dim=dim)
+    return known
+
+
+def find(session: Session, digest: str) -> Space | None:
+    """The space with this digest."""
+    row = session.scalar(select(EmbeddingSpace).where(EmbeddingSpace.digest == digest))
+    return _space(row) if row is not None else None
+
+
+def is_active(session: Session, space: Space, *, lock: bool = False) -> bool:
+    """Whether searches use this space. lock: the answer holds until the transaction ends."""
+    statement = select(EmbeddingSpace.id).where(EmbeddingSpace.active)
+    return session.scalar(statement.with_for_update(read=True) if lock else statement) == space.id
+
+
+def activate(session: Session, space: Space) -> None:
+    """Let searches use this space. `images.reopen_without_vector` has to follow in the same transaction."""
+    session.execute(update(EmbeddingSpace).where(EmbeddingSpace.active).values(active=False))
+    session.execute(update(EmbeddingSpace).where(EmbeddingSpace.id == space.id).values(active=True))
 
 
 def find_active(session: Session) -> Space | None:
@@ -71,6 +101,11 @@ def list_all(session: Session) -> list[tuple[Space, bool, int]]:
     return [
         (_space(row), row.active, session.scalar(text(f"select count(*) from vectors_{row.id:d}")) or 0) for row in rows
     ]
+
+
+def _lock(session: Session) -> None:
+    """Keep two workers that start at once from both adding a space, until the transaction ends."""
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("embedding_spaces", 0))))
 
 
 def _space(row: EmbeddingSpace) -> Space:

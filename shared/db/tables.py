@@ -139,6 +139,8 @@ class Image(Base):
     source: Mapped[str | None]
     licence: Mapped[str | None]
     attributes: Mapped[dict[str, str]] = mapped_column(server_default="{}")
+    file_description: Mapped[dict[str, Any] | None]
+    """The description that the uploader's file had last; None before this column existed."""
     filename: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 

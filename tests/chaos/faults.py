@@ -3,7 +3,10 @@
 Each submits jobs and waits until the target process has claimed some, so that the fault affects something.
 """
 
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,16 +15,18 @@ from uuid import UUID
 
 from celery import Celery
 from pydantic import SecretStr
-from sqlalchemy import func, insert, update
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.orm import Session
 
+from ops.local.stack import REPOSITORY
 from shared.contracts.jobs import EventType, JobState, Lane
+from shared.db import spaces
 from shared.db.tables import Job, JobEvent
 from shared.messaging import queue
 from shared.settings import QueueSettings
 from tests.chaos import orders
 from tests.chaos.scene import PATIENCE_S, Hit, Scene
-from tests.stack import wait_until
+from tests.stack import clean_environment, wait_until
 
 BURST = 6
 TRIES = 5
@@ -347,6 +352,47 @@ def hang(scene: Scene) -> Hit:
     return hit
 
 
+def second_clip(scene: Scene) -> Hit:
+    """Start embed workers with another CLIP: one of an unknown space, then one of a known space, which is killed."""
+    folder = scene.mailbox.folder.parent / f"clip-{time.monotonic_ns()}"
+    _run_python(
+        "import sys, pathlib; from tests.small_pipelines import save_clip\n"
+        "save_clip(pathlib.Path(sys.argv[1]), seed=int(sys.argv[2]))",
+        *(str(folder), str(time.monotonic_ns() % 2**31)),
+    )
+    command = [sys.executable, "-m", "worker_service", "embed"]
+    environment = clean_environment() | scene.stack.environment()
+    environment |= {"AFTERIMAGE_MODEL__CLIP__MODEL": f"local-dir:{folder}", "AFTERIMAGE_METRICS__PORT": "0"}
+    hit = Hit()
+    scene.load.upload(4)
+    refused = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=PATIENCE_S * 2, check=False
+    )
+    added = re.search(r"add-space (\w+) --model \S+ --dim (\d+)", refused.stderr)
+    assert (refused.returncode, added is not None) == (2, True), refused.stderr
+    with Session(scene.engine) as session, session.begin():
+        space = spaces.ensure(session, digest=added[1], model="second", dim=int(added[2]))  # type: ignore[index]
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            scene.load.upload(4)
+            wait_until(
+                lambda: scene.rows(select(space.table.c.image_id).limit(1)),
+                timeout_s=PATIENCE_S * 2,
+                what="the second CLIP to embed an image for its own space",
+            )
+            scene.load.upload(4)
+            scene.search_by_text(10)
+        finally:
+            process.kill()
+    uploaded = scene.pending_images()
+    hit.also = lambda: scene.are_embedded(uploaded)
+    return hit
+
+
+def _run_python(code: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=REPOSITORY, check=True)
+
+
 # --- the blob store -----------------------------------------------------------------------------------------------
 
 
@@ -425,6 +471,7 @@ KINDS = {
     "hang": Kind(hang, _after_the_watchdog_and_a_lease),
     "out_of_memory": Kind(out_of_memory),
     "garbage": Kind(garbage),
+    "second_clip": Kind(second_clip),
     "full_store": Kind(full_store),
     "hang_receivers": Kind(hang_receivers),
 }

@@ -23,6 +23,8 @@ from standardwebhooks import Webhook
 
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import SafetyAction
+from shared.db import spaces
+from shared.db.images import count_without_vector
 from shared.db.tables import Image, Job, JobEvent, Output, WebhookSecret
 from tests.chaos import orders
 from tests.chaos.load import Submission
@@ -63,6 +65,8 @@ def broken(scene: Scene) -> list[Broken]:
             outputs[output.job_id].append(output)
         events = _events(session)
         images = {image.id: image for image in session.scalars(select(Image))}
+        space = spaces.find_active(session)
+        unfindable = count_without_vector(session, space) if space is not None else 0
         secrets = list(session.scalars(select(WebhookSecret.secret)))
         leases = session.scalar(select(func.count()).where(Job.lease_until.is_not(None))) or 0
     submissions = scene.load.submissions
@@ -74,6 +78,7 @@ def broken(scene: Scene) -> list[Broken]:
         *intact(scene, [output for of_job in outputs.values() for output in of_job]),
         *generated_once(scene.mailbox.notes(orders.GENERATED), jobs, events),
         *uploads_kept(scene.load.uploads, images),
+        *([Broken(Breach.LOST, f"{unfindable} images are ready and no search finds them")] if unfindable else []),
         *every_file_named(scene.files(), [*images.values(), *(output for made in outputs.values() for output in made)]),
         *notified_once(submissions, events, scene.receiver.receipts, secrets),
         *(Broken(Breach.STUCK, f"{number} messages are left in {name}") for name, number in scene.messages().items()),

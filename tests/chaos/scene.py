@@ -36,6 +36,8 @@ from tests.stack import RunningStack, clean_environment, wait_until
 FINAL = [state.value for state in JobState if state.is_final]
 PATIENCE_S = 60.0
 """The limit for waits that take a second or two on a quiet machine."""
+SEARCH_TRIES = 3
+"""A search fails for a moment where an earlier fault has just killed the embed worker that answers it."""
 
 Position = dict[UUID, int]
 """The seq of the last event of each job, by job id."""
@@ -140,6 +142,16 @@ class Scene:
 
     def are_embedded(self, images: Iterable[UUID]) -> bool:
         return not self.rows(select(Image.id).where(Image.id.in_(images), Image.state == "pending"))
+
+    def search_by_text(self, number: int) -> None:
+        """Search for texts that no cache holds. Each search has to be answered, at the latest by its third try."""
+        for _ in range(number):
+            text = f"a picture {self.random.random()}"
+            answers: list[int] = []
+            while not answers or (answers[-1] != httpx.codes.OK and len(answers) < SEARCH_TRIES):
+                answer = httpx.post(f"{self.stack.url}/api/v1/search", json={"query": text}, timeout=PATIENCE_S)
+                answers.append(answer.status_code)
+            assert answers[-1] == httpx.codes.OK, f"searches got {answers}"
 
     def leased_deliveries(self) -> list[UUID]:
         leased = select(WebhookDelivery.id).where(WebhookDelivery.lease_until > func.clock_timestamp())

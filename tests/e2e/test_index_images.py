@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from afterimage_client import Afterimage
+from afterimage_client import Afterimage, ImagePatch
 from ops.local.stack import REPOSITORY
 from scripts.index_images.upload import FILES_PER_REQUEST
 from tests.integration.conftest import picture
@@ -269,6 +269,39 @@ def test_update_sends_changed_descriptions(
     assert outcomes(events) == {"a.png": "updated"}
     (image,) = service.images.list(collection=collection)
     assert image.caption == "a lime"
+
+
+def test_update_and_watch_keep_what_people_changed_and_apply_what_the_sidecar_changed(
+    stack: RunningStack, service: Afterimage, collection: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(picture("plum"))
+    (folder / "a.json").write_text(json.dumps({"caption": "a plum", "tags": ["fruit", "ripe"]}))
+    arguments = (str(folder), "--collection", collection, "--report", str(tmp_path / "report.jsonl"))
+    index(stack, *arguments)
+
+    def image() -> Any:
+        (only,) = service.images.list(collection=collection)
+        return only
+
+    service.images.change(image().id, ImagePatch(tags=["fruit", "ripe", "mine"], attributes={"shelf": "3"}))
+    _, events = index(stack, *arguments, "--update")
+    assert outcomes(events) == {"a.png": "existing"}
+    assert (image().tags, image().attributes) == (["fruit", "ripe", "mine"], {"shelf": "3"})
+    (folder / "a.json").write_text(json.dumps({"tags": ["fruit", "new"]}))
+    (tmp_path / "report.jsonl").unlink()  # as on another machine
+    _, events = index(stack, *arguments, "--update")
+    assert outcomes(events) == {"a.png": "updated"}
+    assert (image().caption, image().tags) == (None, ["fruit", "mine", "new"])
+
+    with running(command(stack, str(folder), "--watch", "--collection", collection), tmp_path / "log"):
+        wait_until(lambda: "watching" in (tmp_path / "log").read_text(), timeout_s=30, what="the first pass")
+        assert image().tags == ["fruit", "mine", "new"]
+        service.images.change(image().id, ImagePatch(tags=["fruit", "new", "watched"]))
+        (folder / "a.json").write_text(json.dumps({"caption": "plums", "tags": ["fruit"]}))
+        wait_until(lambda: image().caption == "plums", timeout_s=20, what="the new caption")
+        assert image().tags == ["fruit", "watched"]
 
 
 def test_watching_mirrors_the_folder_until_it_is_interrupted(

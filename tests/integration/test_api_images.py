@@ -376,3 +376,16 @@ def test_the_file_of_an_output_is_served_as_stored(client: Client, session: Sess
         '"' + "0" * 64 + '"',
     )
     assert client.get(f"{API}/generations/{output}/thumbnail").data == b"small"
+
+
+def test_the_description_of_a_file_is_merged_with_what_people_changed(client: Client) -> None:
+    image = uploaded(client, picture(), caption="a cat", tags=["cat", "old"])
+    assert image["file_description"]["tags"] == ["cat", "old"]
+    client.patch(image["url"], json={"tags": ["cat", "old", "mine"], "caption": "my cat"})
+    said = {"caption": "a black cat", "tags": ["cat", "new"]}
+    for _ in range(2):
+        changed = client.patch(image["url"], json={"file_description": said}).json
+        assert (changed["caption"], changed["tags"]) == ("my cat", ["cat", "mine", "new"])
+        assert changed["file_description"]["caption"] == "a black cat"
+    both = client.patch(image["url"], json={"file_description": said, "caption": "x"})
+    assert both.status_code == 422

@@ -86,7 +86,9 @@ class ImageEmbedding:
         done = 0
         while not stopping():
             with session_scope() as session:
-                rows = images.claim_pending(session, limit=CHUNK_IMAGES, lease_s=self._leases.lease_s)
+                rows = images.claim_pending(
+                    session, limit=CHUNK_IMAGES, lease_s=self._leases.lease_s, space=self._embedder.space
+                )
             if not rows:
                 break
             with self._leases.holding([ImageClaim.of(row) for row in rows]):

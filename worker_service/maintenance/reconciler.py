@@ -14,16 +14,16 @@ import time
 from collections.abc import Callable, Iterable
 from uuid import UUID
 
-import orjson
 import redis
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from shared import metrics
 from shared.contracts.images import ImageState
-from shared.db import bulks, idempotency, images, jobs, webhooks
+from shared.db import bulks, idempotency, images, jobs, spaces, webhooks
 from shared.db.session import session_scope
 from shared.errors import BrokerUnavailableError, DatabaseError
-from shared.messaging import queue
+from shared.messaging import foreign, queue
 from shared.metrics import increment_counter, set_gauge
 from shared.settings import JobSettings, Settings, get_settings
 from worker_service.maintenance.housekeeping import Housekeeping
@@ -39,6 +39,9 @@ CLAIM_GRACE_S = 5.0
 """A job published longer ago than this should be claimed or in a list of the broker. Workers claim a job within
 milliseconds after they receive it."""
 
+IMAGES_CHECKED_PER_TICK = 10_000
+"""A pass over a large corpus takes many ticks, so that each tick stays short."""
+
 
 class Reconciler:
     """Compares jobs and images with their leases and with the broker, once per `tick`."""
@@ -49,6 +52,7 @@ class Reconciler:
         self._models_with_depth: set[str] = set()
         self._next_count_at = 0.0
         self._take_back_from = 0.0
+        self._checked_to: UUID | None = None
 
     def tick(self) -> None:
         """Find and repair everything once, unless another reconciler is repairing now.
@@ -58,7 +62,7 @@ class Reconciler:
         """
         self._grace_after_gap()
         with session_scope() as session:
-            if not session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended(LOCK, 0)))):
+            if not _lock(session):
                 return
             if time.monotonic() >= self._take_back_from:
                 lost = jobs.take_back_expired(session, max_crashes=self._settings.max_crashes)
@@ -70,13 +74,16 @@ class Reconciler:
                     increment_counter(metrics.IMAGE_LEASES_EXPIRED, len(lost_images))
                     failed = [str(image_id) for image_id, state in lost_images if state is ImageState.FAILED]
                     logger.warning("image_leases_expired", extra={"images": len(lost_images), "failed": failed})
+            self._reopen_mislaid_images(session)
             jobs.end_expired(session)
             bulks.delete_abandoned(session, abandoned_after_s=get_settings().bulks.abandoned_after_s)
             idempotency.delete_old(session)
             published = jobs.list_published(session, older_than_s=CLAIM_GRACE_S)
-            missing = self._missing_from_broker(published)
+        # Without a transaction: the broker may take long, and nothing must be locked meanwhile.
+        missing = self._missing_from_broker(published)
+        with session_scope() as session:
             # `unpublish` skips jobs that a worker has claimed since `list_published`.
-            if missing and (unpublished := jobs.unpublish(session, missing)):
+            if missing and _lock(session) and (unpublished := jobs.unpublish(session, missing)):
                 increment_counter(metrics.JOBS_REPUBLISHED, unpublished)
                 logger.warning("jobs_missing_from_broker", extra={"jobs": unpublished})
         with session_scope() as session:
@@ -93,6 +100,16 @@ class Reconciler:
         if webhooks_wait:
             _publish_if_empty(queue.IO_QUEUE, queue.publish_deliver_webhooks)
         self._last_tick = time.monotonic()
+
+    def _reopen_mislaid_images(self, session: Session) -> None:
+        """Make images `pending` that are `ready` without a vector in the active space: no search could find them."""
+        space = spaces.find_active(session)
+        if space is None:
+            return
+        found = images.reopen_without_vector(session, space, after=self._checked_to, limit=IMAGES_CHECKED_PER_TICK)
+        self._checked_to = found.next_after
+        if found.image_ids:
+            logger.warning("images_without_vector", extra={"images": len(found.image_ids)})
 
     def _set_queue_depths(self, queued: dict[str, int], *, paused: dict[str, int]) -> None:
         """Set the metric of each model: its queued jobs, without those of paused bulks."""
@@ -128,9 +145,15 @@ class Reconciler:
         return [job_id for model, ids in by_model.items() for job_id in ids if str(job_id) not in listed[model]]
 
 
+def _lock(session: Session) -> bool:
+    """Become the only reconciler that repairs, until the transaction ends; False while another one does."""
+    return bool(session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended(LOCK, 0)))))
+
+
 def _publish_if_empty(name: str, publish: Callable[[], None]) -> None:
     """Publish a notification, unless the broker's list `name` already holds one."""
     try:
+        foreign.drop_foreign_keys(queue.broker(), queue.broker_lists(name))
         if queue.broker().llen(name) == 0:
             publish()
     except (redis.RedisError, BrokerUnavailableError) as error:
@@ -138,12 +161,22 @@ def _publish_if_empty(name: str, publish: Callable[[], None]) -> None:
 
 
 def _listed_jobs(model: str) -> set[str]:
-    """Ids of the model's jobs whose messages wait in the broker."""
+    """Ids of the model's jobs whose messages wait in the broker. Messages of other programs are dropped."""
+    names = queue.broker_lists(queue.generate_queue(model))
+    foreign.drop_foreign_keys(queue.broker(), names)
     with queue.broker().pipeline(transaction=False) as pipeline:
-        for name in queue.broker_lists(queue.generate_queue(model)):
+        for name in names:
             pipeline.lrange(name, 0, -1)
         lists: list[list[bytes]] = pipeline.execute()
-    return {orjson.loads(message)["headers"]["id"] for messages in lists for message in messages}
+    listed = set()
+    for name, messages in zip(names, lists, strict=True):
+        for message in messages:
+            try:
+                listed.add(foreign.read_task_id(message))
+            except foreign.UnreadableMessageError as error:
+                if queue.broker().lrem(name, 1, message):  # type: ignore[arg-type]  # bytes are a value as well
+                    foreign.record_dropped("queue", error)
+    return listed
 
 
 def serve(settings: Settings) -> None:

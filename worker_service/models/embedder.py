@@ -1,6 +1,7 @@
 """Embedding for all threads of a worker: CLIP behind a batcher, queries before corpus images."""
 
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from PIL import Image
 from shared.db import spaces
 from shared.db.session import session_scope
 from shared.db.spaces import Space
+from shared.errors import ModelLoadError
 from shared.metrics import (
     EMBEDDING_DURATION,
     EMBEDDING_GENERATION,
@@ -70,20 +72,28 @@ class Embedder:
 
     @classmethod
     def load(cls, settings: Settings, watchdog: Watchdog, *, only_model: bool = False) -> "Embedder":
-        """Load and warm up CLIP, and register its embedding space.
+        """Load and warm up CLIP, and find its embedding space. The first space of a database is added.
 
         only_model: CLIP is the only model of this process, so its batches may use all CPU cores.
 
         Raises:
-            ModelLoadError: CLIP cannot be loaded; the message gives the cause.
-            DatabaseError: the embedding space cannot be registered.
+            ModelLoadError: CLIP cannot be loaded, or its space is unknown; the message gives the cause.
+            DatabaseError: the database failed.
         """
         with time_operation(MODEL_LOAD_DURATION, model="clip"), watchdog.watch(Stage.LOAD, model="clip") as watch:
             clip = Clip.load(settings.model)
             watch.progress(Stage.WARM_UP)
             clip.warm_up()
         with session_scope() as session:
-            space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
+            space = spaces.find_or_add_first(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
+        if space is None:
+            message = (
+                f"The CLIP {clip.name!r} makes vectors of an unknown embedding space, so this worker refuses to start. "
+                "Give it the CLIP of the active space, or add the space: python -m scripts.admin add-space "
+                f"{clip.space_digest} --model {shlex.quote(clip.name)} --dim {clip.dim}"
+            )
+            logger.error("space_unknown", extra={"model": clip.name, "space": clip.space_digest, "detail": message})
+            raise ModelLoadError(message)
         logger.info("clip_loaded", extra={"model": clip.name, "space": space.digest[:12], "device": str(clip.device)})
         parallel = only_model and clip.device.type == "cpu"
         return cls(clip, space, watchdog, cores=torch.get_num_threads() if parallel else 0)

@@ -1,4 +1,8 @@
-"""The embed worker: its tasks make the vectors of queries and of corpus images. Queries run first."""
+"""The embed worker: its tasks make the vectors of queries and of corpus images. Queries run first.
+
+A worker whose embedding space is not the active one takes no message. It embeds the images that its space lacks, until
+an operator activates its space.
+"""
 
 import logging
 from typing import Any
@@ -8,8 +12,10 @@ from shared.messaging.embedding_rpc import answer
 from shared.settings import Settings
 from worker_service.execution.watchdog import Watchdog
 from worker_service.indexing import embed_images
+from worker_service.indexing.backlog import Backlog
 from worker_service.indexing.image_leases import ImageLeases
 from worker_service.models.embedder import Embedder
+from worker_service.workers.active_space import stop_when_inactive, wait_until_active
 from worker_service.workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -26,6 +32,7 @@ def serve(settings: Settings) -> None:
         embedder = Embedder.load(settings, watchdog, only_model=True)
         try:
             with ImageLeases(settings.jobs) as leases:
+                wait_until_active(process, embedder.space, meanwhile=Backlog(embedder).embed_chunk)
                 _consume(process, embedder, leases)
         finally:
             embedder.close(settings.jobs.shutdown_grace_s)
@@ -54,4 +61,5 @@ def _consume(process: WorkerProcess, embedder: Embedder, leases: ImageLeases) ->
         if not leases.wait_until_empty(process.settings.jobs.shutdown_grace_s):
             logger.info("images_handed_back", extra={"images": leases.hand_back()})
 
+    stop_when_inactive(process, embedder.space)
     process.serve(app, [queue.EMBED_QUERIES_QUEUE, queue.EMBED_IMAGES_QUEUE], on_stop=finish_or_hand_back)

@@ -6,13 +6,14 @@ from uuid import UUID
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
-from shared.messaging import queue
+from shared.messaging import foreign, queue
 from shared.settings import Settings
 from worker_service.execution.watchdog import Watchdog
 from worker_service.jobs.attempt import Outcome
 from worker_service.jobs.leases import JobLeases
 from worker_service.jobs.run import run_job
 from worker_service.models.worker_models import Models
+from worker_service.workers.active_space import stop_when_inactive, wait_until_active
 from worker_service.workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def serve(settings: Settings, model: str | None) -> None:
     ):
         models = Models.load(name, settings, watchdog)
         try:
+            wait_until_active(process, models.space)
             with JobLeases(settings.jobs) as leases:
                 _consume(process, models, leases)
         finally:
@@ -54,7 +56,12 @@ def _consume(process: WorkerProcess, models: Models, leases: JobLeases) -> None:
         """Run one job; safe to deliver twice."""
         if process.stopping.is_set():
             raise Reject("shutting down", requeue=True)
-        outcome = run_job(UUID(job_id), models=models, leases=leases, settings=process.settings, worker=process.id)
+        try:
+            job = UUID(str(job_id))
+        except ValueError:
+            foreign.record_dropped("queue", "no job id")
+            raise Ignore from None
+        outcome = run_job(job, models=models, leases=leases, settings=process.settings, worker=process.id)
         if outcome is Outcome.FAILED:
             raise JobFailedError(job_id)
         if outcome is not Outcome.SUCCEEDED:
@@ -64,4 +71,5 @@ def _consume(process: WorkerProcess, models: Models, leases: JobLeases) -> None:
         if not leases.wait_until_empty(process.settings.jobs.shutdown_grace_s):
             logger.info("jobs_handed_back", extra={"jobs": leases.hand_back()})
 
+    stop_when_inactive(process, models.space)
     process.serve(app, [queue.generate_queue(models.name)], on_stop=finish_or_hand_back)
