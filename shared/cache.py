@@ -23,8 +23,10 @@ import numpy as np
 import orjson
 from cachetools import TLRUCache
 from pydantic import BaseModel, TypeAdapter
-from redis import Redis, RedisError
+from redis import Redis, RedisError, ResponseError
 
+from shared.messaging import foreign
+from shared.messaging.redis import fail_fast
 from shared.metrics import CACHE_FALLBACKS, CACHE_HITS, CACHE_MISSES, increment_counter
 from shared.settings import CacheSettings, get_settings
 from shared.singleton import process_singleton
@@ -61,8 +63,7 @@ class Cache:
         self._settings = settings
         self._redis: Redis = Redis.from_url(
             settings.url.get_secret_value(),
-            socket_timeout=settings.socket_timeout_s,
-            socket_connect_timeout=settings.socket_timeout_s,
+            **fail_fast(settings.socket_timeout_s),
         )
         self._lock = threading.RLock()
         self._memory: TLRUCache[str, _MemoryEntry] = TLRUCache(
@@ -75,10 +76,19 @@ class Cache:
         self._hits = self._misses = self._fallbacks = 0
         self._running_calls: dict[str, Future[bytes]] = {}
 
-    def get(self, key: str) -> Any | None:
-        """The value under `key`; None when the cache has no value."""
+    def get(self, key: str, read: Callable[[Any], Any] | None = None) -> Any | None:
+        """The value under `key`; None when the cache has no value, or one that cannot be read.
+
+        read: makes the result from the value. Another program or another release may have written the value.
+        """
         data = self.get_encoded(key)
-        return None if data is None else _decode(data)
+        if data is None:
+            return None
+        try:
+            return _decode(data) if read is None else read(_decode(data))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            foreign.record_dropped("cache", error)
+            return None
 
     def set(self, key: str, value: Any, ttl: float | None = None) -> None:
         """Store `value` for `ttl` seconds (default: the setting `default_ttl_s`).
@@ -135,7 +145,17 @@ class Cache:
             entry = self._memory.get(key)
             return entry.data if entry else None
 
-        data = self._redis_or_memory(lambda: cast(bytes | None, self._redis.get(NAMESPACE + key)), get_from_memory)
+        def get_from_redis() -> bytes | None:
+            try:
+                return cast(bytes | None, self._redis.get(NAMESPACE + key))
+            except ResponseError as error:
+                if not str(error).startswith("WRONGTYPE"):
+                    raise
+                self._redis.unlink(NAMESPACE + key)
+                foreign.record_dropped("cache", "a key of another type")
+                return None
+
+        data = self._redis_or_memory(get_from_redis, get_from_memory)
         with self._lock:
             self._hits += data is not None
             self._misses += data is None
@@ -349,7 +369,7 @@ class _CachedCall(Generic[R]):
             try:
                 self.decode(data)
             except ValueError:
-                return None  # written by a release whose result had another type
+                return None  # written by another program, or by a release whose result had another type
         return data
 
     def encode(self, value: R) -> bytes:
@@ -390,8 +410,11 @@ def _decode(data: bytes, adapter: "TypeAdapter[Any] | None" = None) -> Any:
         return body
     if kind == b"n":
         header, _, samples = body.partition(b"\n")
-        dtype, shape = orjson.loads(header)
-        return np.frombuffer(samples, dtype=dtype).reshape(shape).copy()
+        try:
+            dtype, shape = orjson.loads(header)
+            return np.frombuffer(samples, dtype=dtype).reshape(shape).copy()
+        except TypeError as error:
+            raise ValueError("not a cached array") from error
     if kind == b"j":
         return orjson.loads(body) if adapter is None else adapter.validate_json(body)
     raise ValueError("not a cached value")

@@ -98,6 +98,9 @@ ROWS_RETIRED = Counter("rows_retired_total", "Rows deleted because their retenti
 IMAGE_LEASES_EXPIRED = Counter(
     "image_leases_expired_total", "Pending images whose lease expired because their worker stopped renewing it."
 )
+MESSAGES_DROPPED = Counter(
+    "messages_dropped_total", "Things in Redis that another program wrote and that were dropped, by place.", ["source"]
+)
 JOBS_REPUBLISHED = Counter(
     "jobs_republished_total", "Queued jobs published again because the broker had lost their message."
 )

@@ -12,12 +12,13 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from redis import Redis, RedisError
 
 from shared.cache import get_cache_manager
 from shared.contracts.service import RequestWindow
+from shared.messaging import foreign
 from shared.singleton import process_singleton
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class RequestStats:
                 for minute in minutes:
                     pipeline.hgetall(_key(minute))
                 for minute, fields in zip(minutes, pipeline.execute(), strict=True):
-                    by_minute[minute].update({_cell(name): int(count) for name, count in fields.items()})
+                    by_minute[minute].update(_counts(fields))
         except RedisError:
             by_minute, everyones = own, False
         return [
@@ -105,9 +106,17 @@ def _key(minute: int) -> str:
     return f"{NAMESPACE}{minute}"
 
 
-def _cell(name: bytes) -> Cell:
-    status_class, bucket = name.split(b":")
-    return int(status_class), int(bucket)
+def _counts(fields: Mapping[bytes, bytes]) -> Counter[Cell]:
+    """The counts in one minute's hash, without fields that another program wrote."""
+    counts = Counter[Cell]()
+    for name, count in fields.items():
+        try:
+            status_class, bucket = map(int, name.split(b":"))
+            if 0 <= bucket <= len(BUCKETS_S):
+                counts[status_class, bucket] = int(count)
+        except ValueError as error:
+            foreign.record_dropped("request_stats", error)
+    return counts
 
 
 def _window(minutes: Iterable[Counter[Cell]], *, seconds: float, everyones: bool) -> RequestWindow:

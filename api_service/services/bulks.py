@@ -497,11 +497,16 @@ def _cached_progress(session: Session, rows: Sequence[Bulk]) -> dict[UUID, bulks
         for row in rows
         if row.fed > CACHE_COUNTS_FROM_ITEMS
     }
-    known = {bulk_id: cache.get(key) for bulk_id, key in keys.items()}
+    known: dict[UUID, bulks.Progress | None] = {
+        bulk_id: cache.get(
+            key, lambda value: bulks.Progress(BulkCounts.model_validate(value["counts"]), value["rate_per_s"])
+        )
+        for bulk_id, key in keys.items()
+    }
     progress = bulks.get_progress(session, [row for row in rows if known.get(row.id) is None])
     for bulk_id, cached in known.items():
         if cached is not None:
-            progress[bulk_id] = bulks.Progress(BulkCounts.model_validate(cached["counts"]), cached["rate_per_s"])
+            progress[bulk_id] = cached
         else:
             counted = progress[bulk_id]
             value = {"counts": counted.counts.model_dump(), "rate_per_s": counted.rate_per_s}

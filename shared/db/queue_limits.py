@@ -40,7 +40,7 @@ def count_queued(session: Session, owner_id: UUID, *, at_most: int) -> int:
 def _cached_count(session: Session, name: str, queued: Select[UUID], at_most: int) -> int:
     cache = get_cache_manager()
     cached = cache.get(name)
-    if cached is not None and cached + CACHE_HEADROOM_JOBS <= at_most:
+    if isinstance(cached, int) and cached + CACHE_HEADROOM_JOBS <= at_most:
         return int(cached)
     # The lock is held until the transaction ends, so the next count includes the job that this transaction adds.
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import func, select, tuple_
@@ -43,11 +44,15 @@ def queue_position(session: Session, job: Job) -> int:
 def _marks(session: Session, model: str) -> list[Position]:
     """The positions of the marks, in the order of the queue, from the cache or the database."""
     cache, key = get_cache_manager(), f"places:{model}"
-    cached = cache.get(key)
-    if cached is None:
-        cached = [[lane, at.isoformat(), str(job_id)] for lane, at, job_id in _query_marks(session, model)]
-        cache.set(key, cached, MARKS_TTL_S)
-    return [(lane, datetime.fromisoformat(at), UUID(job_id)) for lane, at, job_id in cached]
+    marks: list[Position] | None = cache.get(key, _read_marks)
+    if marks is None:
+        marks = list(_query_marks(session, model))
+        cache.set(key, [[lane, at.isoformat(), str(job_id)] for lane, at, job_id in marks], MARKS_TTL_S)
+    return marks
+
+
+def _read_marks(cached: Any) -> list[Position]:
+    return [(int(lane), datetime.fromisoformat(at), UUID(job_id)) for lane, at, job_id in cached]
 
 
 def _query_marks(session: Session, model: str) -> Iterable[Position]:

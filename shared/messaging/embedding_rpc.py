@@ -18,7 +18,7 @@ from PIL import Image
 
 from shared.errors import BaseAppException, BrokerUnavailableError, EmbeddingError, EmbeddingUnavailableError
 from shared.imaging import open_image
-from shared.messaging import queue
+from shared.messaging import foreign, queue
 from shared.messaging.redis import connect
 from shared.settings import get_settings
 from shared.singleton import process_singleton
@@ -76,7 +76,7 @@ def _request(payload: dict[str, Any]) -> Answer:
         raise EmbeddingUnavailableError from error
     if reply is None:
         raise EmbeddingUnavailableError
-    return _decoded(orjson.loads(reply[1]))
+    return _decoded(reply[1])
 
 
 @process_singleton
@@ -90,11 +90,18 @@ def _waiting_connection() -> redis.Redis:
     )
 
 
-def _decoded(reply: dict[str, Any]) -> Answer:
-    if "error" in reply:
-        raise EmbeddingError(reply["error"]["detail"], cause=reply["error"]["code"])
-    vectors = [np.frombuffer(base64.b64decode(vector), dtype="<f4") for vector in reply["vectors"]]
-    return Answer(space=reply["space"], vectors=np.stack(vectors).astype(np.float32))
+def _decoded(data: bytes | str) -> Answer:
+    try:
+        reply = orjson.loads(data)
+        if "error" in reply:
+            error = EmbeddingError(str(reply["error"]["detail"]), cause=str(reply["error"]["code"]))
+        else:
+            vectors = [np.frombuffer(base64.b64decode(vector), dtype="<f4") for vector in reply["vectors"]]
+            return Answer(space=str(reply["space"]), vectors=np.stack(vectors).astype(np.float32))
+    except (ValueError, TypeError, LookupError) as unreadable:
+        foreign.record_dropped("reply", unreadable)
+        raise EmbeddingUnavailableError from unreadable
+    raise error
 
 
 # --- the embed worker ---------------------------------------------------------------------------------------------
@@ -114,6 +121,9 @@ def answer(
     Raises:
         BrokerUnavailableError: Redis did not take the reply.
     """
+    if not _is_request(reply_key, payload):
+        foreign.record_dropped("queue", "no query")
+        return
     try:
         vectors = embed(_payload_items(payload))
         encoded = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
@@ -128,6 +138,16 @@ def answer(
             pipeline.execute()
     except redis.RedisError as error:
         raise BrokerUnavailableError from error
+
+
+def _is_request(reply_key: Any, payload: Any) -> bool:
+    """Whether `_request` made this. Another message could name any key of Redis."""
+    if not (str(reply_key).startswith(REPLY_PREFIX) and isinstance(payload, dict)):
+        return False
+    if "texts" in payload:
+        texts = payload["texts"]
+        return isinstance(texts, list) and bool(texts) and all(isinstance(text, str) for text in texts)
+    return str(payload.get("image_key")).startswith(IMAGE_PREFIX)
 
 
 def _payload_items(payload: dict[str, Any]) -> Sequence[str] | Sequence[Image.Image]:

@@ -22,6 +22,7 @@ import redis
 from PIL import Image
 
 from shared.contracts.jobs import Preview, Progress
+from shared.messaging import foreign
 from shared.messaging.redis import connect
 from shared.settings import QueueSettings, get_settings
 from shared.singleton import process_singleton
@@ -300,8 +301,8 @@ class Subscriber:
             if not watches:
                 return
             preview = Preview.model_validate_json(data)
-        except ValueError:
-            logger.warning("preview_not_understood")
+        except ValueError as error:
+            foreign.record_dropped("preview", error)
             return
         for watch in watches:
             watch.on_preview(preview)
@@ -311,8 +312,8 @@ class Subscriber:
             job_id = UUID(channel_name.decode().removeprefix(CHANNEL_PREFIX))
             message = orjson.loads(data)
             progress = None if message is None else Progress(step=message[0], total_steps=message[1])
-        except (ValueError, TypeError, LookupError):
-            logger.warning("progress_message_not_understood")
+        except (ValueError, TypeError, LookupError) as error:
+            foreign.record_dropped("job_update", error)
             return
         with self._lock:
             if progress is None:

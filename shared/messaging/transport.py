@@ -1,17 +1,40 @@
-"""Kombu's Redis transport with one fix: a lost connection does not end the whole worker."""
+"""Kombu's Redis transport for a broker that is lost, refuses writes, or holds messages of another program."""
 
 from typing import Any
 
+import orjson
 from kombu.transport import redis
+from redis.exceptions import RedisError, ResponseError
+
+from shared.messaging import foreign
+from shared.messaging.redis import CALL_ONCE
+
+BROKER_ERRORS = (RedisError, OSError)
+"""Errors of the broker itself. Any other error while a message is handled means that the message is unreadable."""
+
+
+class QoS(redis.QoS):
+    """Kombu's list of unacknowledged messages. It drops the entries that cannot be read."""
+
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
+        try:
+            super().restore_by_tag(tag, client=client, leftmost=leftmost)
+        except BROKER_ERRORS:
+            raise
+        except Exception as error:
+            self._remove_from_indices(tag).execute()  # type: ignore[attr-defined]
+            foreign.record_dropped("unacked", error)
 
 
 class Channel(redis.Channel):
-    """A channel that sends nothing after its connection is lost.
+    """A channel that sends nothing after its connection is lost, and drops the messages of other programs.
 
     Kombu 5.7.0 closes a broken connection twice. The second close raises an AttributeError, because the transport has
     no client any more. So does each acknowledgement of a task that ends later. Celery then ends the worker: a restart
     of the broker lost the work of every busy process.
     """
+
+    QoS = QoS
 
     @property
     def do_restore(self) -> bool:  # type: ignore[override]  # only ever read
@@ -32,6 +55,44 @@ class Channel(redis.Channel):
         transport: Any = self.connection
         return transport is not None and transport.client is not None
 
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        return {**super()._connparams(asynchronous), **CALL_ONCE}  # type: ignore[misc]
+
+    # --- messages of other programs
+
+    def _brpop_read(self, **options: Any) -> Any:
+        try:
+            return super()._brpop_read(**options)  # type: ignore[misc]
+        except (ValueError, RecursionError) as error:  # kombu has removed the message from its list
+            foreign.record_dropped("queue", error)
+            return True
+
+    def _do_restore_message(self, payload: Any, exchange: Any, routing_key: Any, *args: Any, **options: Any) -> None:
+        foreign.check_task_message(payload)
+        super()._do_restore_message(payload, exchange, routing_key, *args, **options)  # type: ignore[misc]
+
+    def _handle_message(self, client: Any, response: Any) -> dict[str, Any]:
+        message: dict[str, Any] = super()._handle_message(client, response)  # type: ignore[misc]
+        if isinstance(message["data"], bytes):
+            try:
+                orjson.loads(message["data"])
+            except orjson.JSONDecodeError as error:
+                foreign.record_dropped("broadcast", error)
+                message["data"] = None  # kombu skips a message without data
+        return message
+
+    def _deliver_fanout_message(self, message: Any, exchange: str) -> bool:
+        try:
+            return bool(super()._deliver_fanout_message(message, exchange))  # type: ignore[misc]
+        except BROKER_ERRORS:
+            raise
+        except Exception as error:
+            foreign.record_dropped("broadcast", error)
+            return True
+
 
 class Transport(redis.Transport):
     Channel = Channel
+
+    # A broker that refuses writes is a lost broker. It may be a former primary, or its disk may be full.
+    connection_errors = (*redis.Transport.connection_errors, ResponseError)

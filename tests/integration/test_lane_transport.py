@@ -52,6 +52,12 @@ def connection(redis_url: str) -> Iterator[Connection]:
         yield connection
 
 
+def publish(producer: Producer, lane: int) -> None:
+    """Publish a message of a task, as Celery does."""
+    task = {"task": "any", "id": "any"}
+    producer.publish([[], {}, {}], headers=task, routing_key=NAME, priority=lane, declare=[Queue(NAME)])
+
+
 def taken(connection: Connection) -> list[int]:
     """The lanes of the messages that a consumer takes at present."""
     with connection.channel() as channel:
@@ -62,8 +68,8 @@ def taken_at(connection: Connection, channel: Any) -> list[tuple[int, float]]:
     """The lane of each message that a consumer takes, and its time on the monotonic clock."""
     lanes: list[tuple[int, float]] = []
 
-    def take(lane: int, message: Message) -> None:
-        lanes.append((lane, time.monotonic()))
+    def take(_: Any, message: Message) -> None:
+        lanes.append((int(message.properties["priority"]), time.monotonic()))
         message.ack()
 
     with Consumer(channel, [Queue(NAME)], callbacks=[take]):
@@ -83,7 +89,7 @@ def test_a_lane_is_read_while_it_is_below_its_limit_and_the_highest_first(
         for job in unfinished:
             state.reserved_requests.add(job)
         for lane in reversed(range(len(Lane))):
-            producer.publish(lane, routing_key=NAME, priority=lane, declare=[Queue(NAME)])
+            publish(producer, lane)
         expected = [lane for lane, limit in enumerate(LIMITS) if jobs < limit]
         assert taken(connection) == expected
         state.reserved_requests.clear()
@@ -95,9 +101,7 @@ def test_a_lane_is_read_while_it_is_below_its_limit_and_the_highest_first(
 def pauses_of_a_bulk(connection: Connection, channel: Any) -> list[float]:
     """Seconds between five jobs of a bulk, without the first pause: a read that began earlier takes one job at once."""
     for _ in range(5):
-        Producer(connection).publish(
-            lane_transport.BULK, routing_key=NAME, priority=lane_transport.BULK, declare=[Queue(NAME)]
-        )
+        publish(Producer(connection), lane_transport.BULK)
     times = [at for _, at in taken_at(connection, channel)]
     assert len(times) == 5, "each job is taken in the end"
     return [after - before for before, after in pairwise(times[1:])]
@@ -125,7 +129,7 @@ def test_higher_priority_lanes_are_read_while_a_bulk_pauses(
     state.requests["an interactive job"] = UnfinishedJob(Lane.HIGH)
     higher, bulk = [Lane.NORMAL.rank] * 5, [Lane.BULK.rank] * 2
     for lane in bulk + higher:
-        Producer(connection).publish(lane, routing_key=NAME, priority=lane, declare=[Queue(NAME)])
+        publish(Producer(connection), lane)
     began = time.monotonic()
     with connection.channel() as channel:
         messages = taken_at(connection, channel)

@@ -9,11 +9,12 @@ the database, which know no lanes: see docs/decisions/0020-how-is-a-bulk-slowed-
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from celery.worker import state
 
 from shared.contracts.jobs import Lane
-from shared.messaging import queue, transport
+from shared.messaging import foreign, queue, transport
 
 FULL_POLL_S = 0.1
 """How soon after the end of a job a worker reads the lanes again whose limit it had reached."""
@@ -22,6 +23,8 @@ LANE_IN_USE_S = 10.0
 SHORTEST_BRPOP_S = 0.001
 """Shortest timeout of a BRPOP: some servers round a shorter one to 0, which means no timeout."""
 BULK = Lane.BULK.rank
+CONTROL_SUFFIX = ".pidbox"
+"""Ends the name of the queue through which a worker receives Celery's remote control commands."""
 
 
 class Channel(transport.Channel):
@@ -38,7 +41,9 @@ class Channel(transport.Channel):
     from it."""
     bulk_pause_s: float = 0.0
     """Transport option: seconds between two jobs of lane `bulk` while higher-priority lanes are in use, at least."""
-    from_transport_options = (*transport.Channel.from_transport_options, "lane_limits", "bulk_pause_s")
+    queues: Sequence[str] = ()
+    """Transport option: the queues that the worker reads."""
+    from_transport_options = (*transport.Channel.from_transport_options, "lane_limits", "bulk_pause_s", "queues")
 
     _last_high_priority_at = float("-inf")
     """When an unfinished job of a lane other than `bulk` was last seen."""
@@ -80,4 +85,29 @@ class Channel(transport.Channel):
 
 
 class Transport(transport.Transport):
+    """A transport that connects only to a broker that accepts writes, and that checks each message first.
+
+    Celery's consumer waits between two attempts to connect. A broker that refuses writes is so waited for like one that
+    is away.
+    """
+
     Channel = Channel
+
+    def establish_connection(self) -> Any:
+        connection = super().establish_connection()
+        channel: Any = self._avail_channels[-1]  # type: ignore[attr-defined]  # the stubs lack private attributes
+        try:
+            lists = [name for read in channel.queues for name in queue.broker_lists(read)]
+            foreign.drop_foreign_keys(channel.client, lists)
+            # A write that changes nothing, to a key that workers may write anyway.
+            channel.client.zadd(channel.unacked_index_key, {"none": 0}, xx=True)
+        except Exception:
+            self._avail_channels.remove(channel)  # type: ignore[attr-defined]
+            channel.close()
+            raise
+        return connection
+
+    def _deliver(self, message: Any, queue: Any) -> None:
+        check = foreign.check_command if str(queue).endswith(CONTROL_SUFFIX) else foreign.check_task_message
+        check(message)
+        super()._deliver(message, queue)

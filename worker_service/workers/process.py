@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
 from celery import Celery
-from celery.signals import worker_shutting_down
+from celery.signals import worker_shutdown, worker_shutting_down
 
 from shared.db import workers
 from shared.db.session import session_scope
@@ -112,6 +112,9 @@ class WorkerProcess:
         Celery's warm shutdown waits for running tasks without limit. `on_stop` therefore runs in another thread and
         must make the tasks end. A process that still runs `EXTRA_SHUTDOWN_S` after the grace time is ended hard, and
         its leases return its jobs to the queue.
+
+        Raises:
+            SystemExit: Celery ended because of an error that it does not recover from.
         """
 
         def stop(**_: object) -> None:
@@ -124,7 +127,15 @@ class WorkerProcess:
             hard_exit.daemon = True
             hard_exit.start()
 
+        status: list[int] = []
+
+        def keep_status(sender: Any, **_: object) -> None:
+            status.append(sender.exitcode or 0)
+
         worker_shutting_down.connect(stop, weak=False)
+        # `worker_main` does not return the exit status: a worker that failed would end with status 0.
+        worker_shutdown.connect(keep_status, weak=False)
+        app.conf.broker_transport_options["queues"] = queues
         revoke.cancel_revoked_jobs()
         self.write_heartbeat("ready")
         self.start_heartbeat()
@@ -142,6 +153,8 @@ class WorkerProcess:
                 f"--loglevel={self.settings.logging.level}",
             ]
         )
+        if any(status):
+            raise SystemExit(max(status))
 
 
 def _exit_on_signal(number: int, _frame: FrameType | None) -> NoReturn:
