@@ -25,6 +25,9 @@ from starter.train.export import export_clip, export_generator, replace_folder
 from starter.train.generator import GeneratorStage
 from starter.train.loop import CHECKPOINT, Plan, Stage, best_checkpoint, load_checkpoint, save_checkpoint, train
 from starter.train.measure import NONSENSE, recall, reconstruction_psnr, similarity_ranges, text_vectors
+from starter.train.picture_autoencoder import PictureAutoencoderStage
+from starter.train.picture_generator import PictureGeneratorStage, caption_texts
+from starter.train.picture_generator import learn_tokenizer as learn_picture_tokenizer
 from starter.train.plot import plot_losses
 from starter.train.queries import QueryStage
 from starter.train.texts import vocabulary_texts
@@ -62,6 +65,17 @@ def autoencoder(folder: Path) -> AutoencoderStage:
     return AutoencoderStage(load_dataset())
 
 
+def picture_autoencoder(folder: Path) -> PictureAutoencoderStage:
+    return PictureAutoencoderStage(load_dataset().samples)
+
+
+def picture_generator(folder: Path) -> PictureGeneratorStage:
+    """Return the stage on the best picture autoencoder in `folder`, which must not change later."""
+    stage = load_best(picture_autoencoder(folder), folder)
+    samples = stage.scenes.samples
+    return PictureGeneratorStage(samples, stage.autoencoder, learn_picture_tokenizer(caption_texts(samples)))
+
+
 def generator(folder: Path, *, compiled: bool = False) -> GeneratorStage:
     """Return the stage `generator` on the best CLIP and autoencoder in `folder`, which must not change later."""
     retriever, autoencoder_stage = load_best(clip(folder), folder), load_best(autoencoder(folder), folder)
@@ -76,6 +90,8 @@ RECIPE: dict[str, tuple[int, int]] = {
     "queries": (1150, 150),
     "generator": (6_000, 1_500),
     "judge": (700, 200),
+    "picture_autoencoder": (9000, 2000),
+    "picture_generator": (12_000, 3000),
 }
 """By stage: steps at the constant rate and steps of cool-down, in the order of the stages' dependencies."""
 
@@ -85,6 +101,8 @@ STAGES: dict[str, Callable[[Path], Stage]] = {
     "judge": judge,
     "autoencoder": autoencoder,
     "generator": partial(generator, compiled=True),
+    "picture_autoencoder": picture_autoencoder,
+    "picture_generator": picture_generator,
 }
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from starter.train.optimizer import Optimizer
+from starter.train.optimizer import Optimizer, has_bfloat16
 
 CHECKPOINT = "checkpoint.pt"
 COOLED = "cooled.pt"
@@ -66,10 +66,7 @@ class Plan:
 
 def autocast(bf16: bool | None) -> AbstractContextManager[Any]:
     """Use bfloat16 matrix products if the CPU has instructions for them (2.5 to 7 times faster), else float32."""
-    if bf16 is None:
-        has = torch.cpu.get_capabilities()
-        bf16 = bool(has.get("amx_bf16", False) or has.get("avx512_bf16", False))
-    return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16() if bf16 is None else bf16)
 
 
 def train(stage: Stage, folder: Path, plan: Plan) -> int:

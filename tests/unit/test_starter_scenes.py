@@ -1,0 +1,142 @@
+"""Training scenes show what their captions say, and the reference generator trains as its pipeline draws."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from starter.data.corpus import IMAGE_PX, Sample, read_corpus
+from starter.train.cutouts import HUES, cut_out, paste, recoloured
+from starter.train.dataset import to_unit
+from starter.train.loop import Plan, Stage, train
+from starter.train.picture_autoencoder import PictureAutoencoderStage, build_autoencoder, decode, encode
+from starter.train.picture_generator import (
+    TEXT_LAYERS,
+    TEXT_TOKENS,
+    PictureGeneratorStage,
+    caption_texts,
+    learn_tokenizer,
+    positions_of,
+    text_positions,
+)
+from starter.train.scenes import FULL_SIDE, HALF_SIDE, Scene, SceneMaker, plural
+
+KINDS = [(0, FULL_SIDE), (1, FULL_SIDE), (2, FULL_SIDE), (1, HALF_SIDE), (2, HALF_SIDE), (3, HALF_SIDE), (4, HALF_SIDE)]
+
+pytestmark = pytest.mark.extended  # it shows nothing about the running service
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return list(read_corpus())[::40]
+
+
+@pytest.fixture(scope="module")
+def generator(samples: list[Sample]) -> PictureGeneratorStage:
+    torch.manual_seed(0)
+    tokenizer = learn_tokenizer(caption_texts(samples))
+    return PictureGeneratorStage(samples, build_autoencoder().eval(), tokenizer, batch=2)
+
+
+def scenes(maker: SceneMaker, count: int, side: int, *, number: int = 2) -> list[Scene]:
+    rng = random.Random(3)
+    return [maker.scene(rng, references=count, side=side) for _ in range(number)]
+
+
+def assert_learns(stage: Stage, folder: Path, steps: int) -> None:
+    train(stage, folder, Plan(steps=steps, warmup=2, log_every=1, bf16=False))
+    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize(("count", "side"), KINDS)
+def test_a_scene_has_the_asked_references_and_none_is_held_out(samples: list[Sample], count: int, side: int) -> None:
+    for scene in scenes(SceneMaker(samples), count, side, number=20):
+        assert scene.picture.size == (IMAGE_PX, IMAGE_PX)
+        assert [reference.side for reference in scene.references] == [side] * count
+        assert not any(samples[reference.image].is_held_out for reference in scene.references)
+        assert "  " not in scene.caption
+
+
+def test_the_same_random_numbers_make_the_same_scene(samples: list[Sample]) -> None:
+    first, second = (scenes(SceneMaker(samples), 3, HALF_SIDE) for _ in range(2))
+    assert [scene.caption for scene in first] == [scene.caption for scene in second]
+    assert [scene.picture.tobytes() for scene in first] == [scene.picture.tobytes() for scene in second]
+
+
+def test_a_drawing_is_cut_out_and_its_inner_white_stays() -> None:
+    pixels = np.full((40, 40, 3), 255, dtype=np.uint8)
+    pixels[10:30, 10:30] = (200, 30, 30)
+    pixels[15:25, 15:25] = 255
+    drawing = cut_out(pixels)
+    assert drawing.size == (20, 20)
+    assert drawing.getpixel((10, 10)) == (255, 255, 255, 255)
+    canvas = Image.new("RGB", (40, 40), "blue")
+    paste(canvas, drawing, left=0, top=0, side=40)
+    assert canvas.getpixel((0, 0)) == (0, 0, 255)
+    assert canvas.getpixel((5, 20)) == (200, 30, 30)
+
+
+@pytest.mark.parametrize(("colour", "strongest"), [("red", 0), ("green", 1), ("blue", 2)])
+def test_a_drawing_takes_a_named_colour(colour: str, strongest: int) -> None:
+    assert colour in HUES
+    drawing = recoloured(Image.new("RGBA", (4, 4), (200, 120, 30, 255)), colour)
+    pixel = drawing.getpixel((0, 0))
+    assert isinstance(pixel, tuple)
+    assert max(range(3), key=lambda channel: pixel[channel]) == strongest
+
+
+@pytest.mark.parametrize(
+    ("noun", "expected"),
+    [
+        ("dog", "dogs"),
+        ("box", "boxes"),
+        ("cherry", "cherries"),
+        ("fox", "foxes"),
+        ("mouse", "mice"),
+        ("jeans", "jeans"),
+    ],
+)
+def test_plurals(noun: str, expected: str) -> None:
+    assert plural(noun) == expected
+
+
+def test_the_picture_autoencoder_learns_and_its_tokens_decode(samples: list[Sample], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stage = PictureAutoencoderStage(samples, batch=4)
+    assert_learns(stage, tmp_path, steps=20)
+    stage.module.eval()
+    images = to_unit(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    tokens = encode(stage.autoencoder, images)
+    assert tokens.shape == (1, 128, 4, 4)
+    assert decode(stage.autoencoder, tokens).shape == images.shape
+
+
+def test_the_reference_generator_learns(generator: PictureGeneratorStage, tmp_path: Path) -> None:
+    assert_learns(generator, tmp_path, steps=24)
+
+
+def test_the_stage_prepares_tokens_as_its_pipeline_does(generator: PictureGeneratorStage) -> None:
+    """Otherwise the trained weights would draw something else in the service."""
+    pipeline = generator.pipeline()
+    made = scenes(generator.scenes, 2, HALF_SIDE)
+    clean = generator.encode_pictures(made)
+    rows, positions = generator.with_references(clean, positions_of(8, 0), made, HALF_SIDE)
+    for row, scene in zip(rows, made, strict=True):
+        pixels = [generator.samples[reference.image].pixels(HALF_SIDE) for reference in scene.references]
+        images = [pipeline.image_processor.preprocess(Image.fromarray(each)) for each in pixels]
+        tokens, ids = pipeline.prepare_image_latents(
+            images=images, batch_size=1, generator=None, device="cpu", dtype=torch.float32
+        )
+        torch.testing.assert_close(row[64:], tokens[0], rtol=1e-4, atol=1e-4)
+        assert torch.equal(positions[64:], ids[0])
+    captions = ["A dog and a red car", "two cats"]
+    states, ids = pipeline.encode_prompt(
+        captions, max_sequence_length=TEXT_TOKENS, text_encoder_out_layers=(TEXT_LAYERS,)
+    )
+    torch.testing.assert_close(generator.encode_text(captions), states, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ids[0], text_positions())
