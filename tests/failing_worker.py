@@ -9,6 +9,7 @@ torch takes seconds.
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from worker_service.execution.steps import OnStep
 from worker_service.execution.watchdog import AcceleratorLostError, Stage, Watchdog
 from worker_service.jobs.leases import JobLeases
 from worker_service.jobs.run import run_job
+from worker_service.models.clip import ImageInput
 from worker_service.models.embedder import Embedder
 from worker_service.models.fake import FakeGenerator
 from worker_service.models.interface import ImageRequest
@@ -55,6 +57,15 @@ class FailingGenerator(FakeGenerator):
         return images
 
 
+class FailingEmbedder(Embedder):
+    fault = ""
+
+    def embed(self, items: Sequence[str] | Sequence[ImageInput]) -> np.ndarray:
+        if self.fault == "die-embedding" and any(FAULTY in item for item in items if isinstance(item, str)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().embed(items)
+
+
 class StuckPicture(Image.Image):
     def convert(self, *_: Any, **__: Any) -> NoReturn:
         threading.Event().wait()
@@ -66,7 +77,8 @@ def run(fault: str, job_ids: Sequence[UUID], settings: Settings) -> None:
         if fault == "hang-loading":
             with stage_watchdog.watch(Stage.LOAD, model="cheap"):
                 threading.Event().wait()
-        embedder = Embedder.load(settings, stage_watchdog)
+        embedder = FailingEmbedder.load(settings, stage_watchdog)
+        FailingEmbedder.fault = fault
         generator = settings.model.generators["cheap"]
         image_model = FailingGenerator(**vars(FakeGenerator.load("cheap", settings.model)))
         image_model.fault = fault

@@ -77,7 +77,7 @@ class GenerateRequest(Contract):
     width: int | None = Field(None, ge=16, le=2048, description="pixels; `null`: the default of the model")
     height: int | None = Field(None, ge=16, le=2048, description="pixels; `null`: the default of the model")
     exact_size: bool = Field(
-        False, description="refuse a size that the model cannot draw; false: scale the image to the size"
+        False, description="refuse a size that the model cannot draw; false: crop and scale the image to the size"
     )
     num_inference_steps: int | None = Field(None, ge=1, le=150)
     guidance_scale: float | None = Field(None, ge=0, le=30)
@@ -168,7 +168,7 @@ class GenerationParameters(Contract):
     min_similarity: float
     filter: ImageFilter
     references: list[PinnedReference] = Field(description="pinned references; empty: search")
-    exact_size: bool = Field(False, description="fail with `size_not_supported` instead of scaling")
+    exact_size: bool = Field(False, description="fail with `size_not_supported` instead of cropping and scaling")
     # Excluded when it is `None`, so that a worker of the previous release can read the row.
     preview_every: int | None = Field(
         None, exclude_if=lambda steps: steps is None, description="steps between previews; `null`: no previews"

@@ -64,6 +64,17 @@ class JobError(Contract):
     context: dict[str, Any] = Field(default_factory=dict)
 
 
+class JobWarning(Contract):
+    """A way in which the images differ from the request."""
+
+    code: str = Field(
+        description="`prompt_cut`, `negative_prompt_cut`, `caption_left_out`, `image_cropped` or `reference_padded`",
+        examples=["image_cropped"],
+    )
+    detail: str
+    context: dict[str, Any] = Field(default_factory=dict, description="such as the text that the model did not read")
+
+
 class UsedReference(Contract):
     """One reference of an output."""
 
@@ -124,6 +135,9 @@ class OutputView(Contract):
     safety: SafetyRecord | None = Field(
         None, description="decisions of the content policy on the image and its prompt; `null`: no policy was active"
     )
+    warnings: list[JobWarning] = Field(
+        default_factory=list, description="ways in which the image differs from the request"
+    )
     replay: Replay | None = Field(None, description="only for an output of a replay: its comparison with the original")
     provenance: dict[str, Any] = Field(description="all data that determined the pixels")
 
@@ -155,6 +169,9 @@ class JobView(Contract):
     )
     parameters: dict[str, Any] = Field(description="the request with every default resolved")
     resolution: dict[str, Any] | None = Field(None, description="the chosen mode and references, with reasons")
+    warnings: list[JobWarning] = Field(
+        default_factory=list, description="ways in which the images differ from the request, such as a cut prompt"
+    )
     safety: SafetyRecord | None = Field(
         None,
         description="decisions of the content policy; images with the action `block` are not among the outputs; "

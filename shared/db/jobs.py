@@ -250,6 +250,15 @@ def mark_model_started(session: Session, claim: Claim) -> bool:
     return session.scalar(statement) is not None
 
 
+def count_crashes(session: Session, claim: Claim, *, counted: bool) -> bool:
+    """Record whether a lease that is lost from here on counts as a crash. It starts no time limit of the job.
+
+    False when the attempt does not own the job any more.
+    """
+    statement = update(Job).where(_owned([claim])).values(model_started=counted).returning(Job.id)
+    return session.scalar(statement) is not None
+
+
 def expire(session: Session, claim: Claim) -> bool:
     """End the job as `expired`; False when its deadline has not passed or the attempt does not own it."""
     return _end(session, and_(_owned([claim]), ~_not_expired()), JobState.EXPIRED, data={})
@@ -382,7 +391,8 @@ WAITING_MODELS = text(
 def take_back_expired(session: Session, *, max_crashes: int, limit: int = 100) -> list[UUID]:
     """Return jobs whose lease has expired to the queue, or end them as `dead` after `max_crashes` crashes.
 
-    A crash is a lease that expired after the model's work had started. Returns the ids of all these jobs.
+    A crash is a lease that expired during the model's work: see `mark_model_started` and `count_crashes`.
+    Returns the ids of all these jobs.
     """
     lost = session.execute(
         select(Job.id, Job.attempt, Job.crashes, Job.model_started)

@@ -13,6 +13,7 @@ from PIL import Image
 from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
+from api_service.services import views
 from shared.contracts.generation import Mode, PinnedReference
 from shared.contracts.images import ImageState
 from shared.contracts.jobs import JobState, Lane, Replay
@@ -31,13 +32,14 @@ from worker_service.execution.steps import OnStep
 from worker_service.execution.watchdog import Watchdog
 from worker_service.indexing.embed_images import ImageEmbedding
 from worker_service.indexing.image_leases import ImageLeases
+from worker_service.jobs import outputs as outputs_of_jobs
 from worker_service.jobs.attempt import Outcome
 from worker_service.jobs.leases import JobLeases
 from worker_service.jobs.run import run_job
 from worker_service.models.clip import Clip
 from worker_service.models.embedder import Embedder
 from worker_service.models.fake import FakeGenerator
-from worker_service.models.interface import ImageRequest
+from worker_service.models.interface import ImageRequest, UnreadTexts
 from worker_service.models.worker_models import Models
 
 
@@ -303,6 +305,112 @@ def test_a_size_that_the_model_does_not_support_is_scaled_from_the_native_size(
     assert (made.width, made.height) == (48, 24)
     assert made.provenance["scaled"] is True
     assert made.provenance["drawn_width"] == 16
+
+
+def test_the_result_says_which_part_of_the_drawn_image_it_shows(
+    session: Session, models: Models, leases: JobLeases, model: RecordingGenerator
+) -> None:
+    model.capabilities = model.capabilities.model_copy(
+        update={"any_size": False, "native_width": 16, "native_height": 16}
+    )
+    job = submit(session, width=96, height=48, mode=Mode.NONE)
+    run(job.id, models, leases)
+    (made,) = outputs.list_by_job(session, [job.id])[job.id]
+    pixels = np.asarray(Image.open(io.BytesIO(get_blobs().get(made.blob_key))))
+    drawn = model.generate(model.received, lambda *_: True)[0]
+    assert pixels.shape == (48, 96, 3)
+    blocks = drawn[4:12:4, ::4].astype(int)  # the middle two rows of four blocks
+    assert np.abs(pixels[12::24, 12::24] - blocks).max() < 25, "each block is a square of 24 pixels, as it was one of 4"
+    assert made.provenance["crop"] == [0, 4, 16, 12]
+    (warning,) = made.provenance["warnings"]
+    assert (warning["code"], warning["context"]) == ("image_cropped", {"drawn": [16, 16], "crop": [0, 4, 16, 12]})
+    assert "The middle 16 x 8" in warning["detail"]
+    resolved = next(event for event in jobs.list_events(session, job.id, after=0) if event.type == "resolved")
+    assert resolved.data["warnings"] == [warning]
+    assert reload(session, job).resolution == resolved.data
+    view = views.job(session, job)
+    assert (
+        [each.code for each in view.warnings] == [each.code for each in view.outputs[0].warnings] == [warning["code"]]
+    )
+
+
+@pytest.mark.parametrize(("width", "height", "codes"), [(32, 32, []), (64, 32, ["reference_padded"])])
+def test_the_result_says_when_a_reference_has_another_ratio(
+    session: Session,
+    models: Models,
+    leases: JobLeases,
+    model: RecordingGenerator,
+    width: int,
+    height: int,
+    codes: list[str],
+) -> None:
+    model.capabilities = model.capabilities.model_copy(update={"native_width": 32, "native_height": 32})
+    add_embedded_image(session, models, "blue", "a sea")
+    job = submit(session, mode=Mode.IMG2IMG, width=width, height=height)
+    run(job.id, models, leases)
+    (made,) = outputs.list_by_job(session, [job.id])[job.id]
+    left = (width - height) // 2
+    assert made.provenance["initial_image_box"] == [left, 0, left + height, height]
+    assert [warning["code"] for warning in made.provenance["warnings"]] == codes
+
+
+def test_the_result_says_which_text_the_model_did_not_read(
+    session: Session, models: Models, leases: JobLeases, model: RecordingGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unread = UnreadTexts(prompt="the end", negative_prompt="the other end", captions=["a caption"])
+    monkeypatch.setattr(model, "unread_texts", lambda request: unread)
+    job = submit(session, mode=Mode.NONE)
+    run(job.id, models, leases)
+    (view,) = views.jobs(session, [reload(session, job)])
+    assert view.warnings == view.outputs[0].warnings
+    assert [(warning.code, warning.context) for warning in view.warnings] == [
+        ("prompt_cut", {"unread": "the end"}),
+        ("negative_prompt_cut", {"unread": "the other end"}),
+        ("caption_left_out", {"caption": "a caption"}),
+    ]
+
+
+def test_every_word_of_a_long_prompt_counts_in_the_search_for_references(models: Models) -> None:
+    start = "a word " * 20
+    one, other = models.embed_text(start + "apple"), models.embed_text(start + "river")
+    assert not np.allclose(one, other, atol=1e-3)
+
+
+def test_a_crash_during_the_work_on_prompt_and_references_counts(
+    session: Session, models: Models, leases: JobLeases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_embedded_image(session, models, "blue", "a sea")
+    job = submit(session, mode=Mode.IMG2IMG)
+    counted: list[tuple[str, bool]] = []
+
+    def note(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def noted(*arguments: object, **more: object) -> object:
+            counted.append((name, reload(session, job).model_started))
+            return function(*arguments, **more)
+
+        return noted
+
+    monkeypatch.setattr(models.embedder, "embed", note("embed", models.embedder.embed))
+    monkeypatch.setattr(outputs_of_jobs, "_pixels", note("decode", outputs_of_jobs._pixels))
+    monkeypatch.setattr(models.batcher, "submit", note("wait for the model", models.batcher.submit))
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    assert counted == [("embed", True), ("decode", True), ("wait for the model", False)]
+
+
+def test_a_job_that_waits_for_an_isolated_one_is_not_counted_with_it(
+    session: Session, models: Models, leases: JobLeases
+) -> None:
+    job = submit(session)
+    session.execute(update(Job).values(crashes=1))
+    session.commit()
+    with ThreadPoolExecutor(1) as pool:
+        with models.crash_isolation_lock:
+            outcome = pool.submit(run, job.id, models, leases)
+            wait_until(lambda: reload(session, job).state == JobState.PROCESSING, timeout_s=20, what="the claim")
+            with pytest.raises(TimeoutError):
+                outcome.result(0.3)
+            assert not reload(session, job).model_started
+        assert outcome.result(20) is Outcome.SUCCEEDED
 
 
 @pytest.mark.parametrize(

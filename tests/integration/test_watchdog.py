@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,6 +125,21 @@ def test_a_job_that_hangs_three_times_ends_dead_and_other_jobs_crash_at_most_onc
     assert workers.end() == 0, "neither waiting batches nor an idle process are a hang"
     session.expire_all()
     assert {job.state for job in [first, *others]} == {JobState.SUCCEEDED}
+
+
+def test_a_job_that_kills_its_worker_while_its_prompt_is_embedded_ends_dead(workers: Workers, session: Session) -> None:
+    faulty, beside = make_job(session, prompt=FAULTY), make_job(session, prompt="beside")
+    session.commit()
+    for crashes in (1, 2, 3):
+        workers.start("die-embedding", faulty.id, beside.id)
+        assert workers.end() == -signal.SIGKILL
+        take_back(session)
+        assert (faulty.crashes, beside.crashes) == (crashes, 0), "the other one was not started"
+    assert faulty.state == JobState.DEAD
+    workers.start("die-embedding", beside.id)
+    assert workers.end() == 0
+    session.expire_all()
+    assert beside.state == JobState.SUCCEEDED
 
 
 def test_a_stuck_model_call_ends_its_process(workers: Workers, session: Session, servers: LocalStack) -> None:

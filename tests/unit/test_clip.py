@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,45 @@ def test_an_empty_list_gives_no_vectors(clip: Clip) -> None:
     assert clip.encode_text([]).shape == clip.encode_image([]).shape == (0, clip.dim)
 
 
-def test_text_longer_than_the_context_is_truncated(clip: Clip) -> None:
-    assert close(clip.encode_text(["ab" * 500]), clip.encode_text(["ab" * 400]))
+def test_a_text_longer_than_the_context_has_the_mean_vector_of_its_parts(clip: Clip) -> None:
+    first, second = "a red apple on a", "blue dining table"  # a token for each letter, and 22 fit
+    assert clip.parts_of_text(f"{first} {second}") == [first, second]
+    both, one, other = clip.encode_text([f"{first} {second}", first, second])
+    assert close(both, np.average([one, other], axis=0, weights=[len(first), len(second)]))
+    assert not close(both, one)
+    assert clip.parts_of_text("a" * 22) == ["a" * 22]
+
+
+@pytest.mark.parametrize(
+    "text", ["ab" * 500, "a b " * 300, "a" * 100 + "   " + "b" * 100, "\N{BLACK CHESS KING}" * 2000, "", " "]
+)
+def test_no_part_of_a_text_is_cut_off_or_lost(clip: Clip, text: str) -> None:
+    parts = clip.parts_of_text(text)
+    assert "".join(parts).replace(" ", "") == text.replace(" ", "")
+    for part in parts:
+        assert len(clip.tokenizer.tokenizer(part).input_ids) <= clip.tokenizer.context_length
+    assert clip.encode_text([text]).shape == (1, clip.dim)
+
+
+def test_the_usual_tokenizer_divides_texts_too(clip: Clip) -> None:
+    usual = replace(clip, tokenizer=open_clip.tokenizer.SimpleTokenizer())
+    assert usual.parts_of_text("a word " * 30) == ["a word " * 29 + "a word "]
+    parts = usual.parts_of_text(" ".join(["a word"] * 40))
+    assert len(parts) == 2
+    assert " ".join(parts) == " ".join(["a word"] * 40)
+
+
+def test_a_tokenizer_with_a_token_behind_the_padding_cuts_long_texts(clip: Clip) -> None:
+    @dataclass
+    class ClassTokenLast:
+        context_length: int = 24
+
+        def __call__(self, texts: list[str], context_length: int = 24) -> torch.Tensor:
+            tokens: torch.Tensor = clip.tokenizer(texts, context_length)
+            tokens[:, -1] = 7
+            return tokens
+
+    assert replace(clip, tokenizer=ClassTokenLast()).parts_of_text("a word " * 30) == ["a word " * 30]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from shared.contracts.generation import Mode
 from shared.errors import ImageGenerationError, ReferenceUnavailableError
@@ -24,9 +23,15 @@ from worker_service.execution.steps import CallStopped
 from worker_service.models import conditioning, schedulers
 from worker_service.models.diffusion import Diffusion, PipelineState
 from worker_service.models.interface import ImageRequest, Reference
+from worker_service.models.long_prompts import TextReader
 
 Loaded = Callable[[str], Diffusion]
 PROMPTED = replace(REQUEST, mode=Mode.IMAGE_PROMPT, references=(reference(1),))
+
+
+@pytest.fixture(scope="module")
+def reader(loaded: Loaded) -> TextReader:
+    return loaded("sd15").text_reader
 
 
 def generated_by_diffusers(model: Diffusion, request: ImageRequest, **conditions: object) -> np.ndarray:
@@ -134,15 +139,6 @@ def test_the_initial_image_is_the_reference_with_the_highest_weight(loaded: Load
     assert distance(generated, generate_images(model, replace(request, references=(light,)))[0]) > DIFFERENT
 
 
-def test_the_initial_image_fills_the_canvas_undistorted() -> None:
-    wide = Image.new("RGB", (300, 100), "blue")
-    wide.paste("red", (100, 0, 200, 100))  # the middle third
-    request = replace(REQUEST, mode=Mode.IMG2IMG, references=(replace(reference(1), image=wide),))
-    initial = conditioning.initial_image(request)
-    assert initial.size == (64, 64)
-    assert np.asarray(initial)[:, :, 0].min() > 200  # red up to the edges, which are blended
-
-
 @pytest.mark.parametrize("pipeline", ["sd15_plain", "sdxl_turbo", "flux"])
 @pytest.mark.parametrize(("steps", "strength"), [(1, 0.6), (1, 0.05), (4, 0.1), (3, 1.0), (2, 1 / 49), (1, 1e-7)])
 def test_a_low_strength_still_runs_a_step(loaded: Loaded, pipeline: str, steps: int, strength: float) -> None:
@@ -155,36 +151,49 @@ def test_a_low_strength_still_runs_a_step(loaded: Loaded, pipeline: str, steps: 
     assert reported[-1][0] == reported[-1][1] <= math.ceil(steps * strength) + 1
 
 
-def test_at_most_two_captions_follow_the_prompt_in_order_of_weight() -> None:
+def test_at_most_two_captions_follow_the_prompt_in_order_of_weight(reader: TextReader) -> None:
     references = tuple(
         reference(i, weight=weight, caption=caption)
         for i, (weight, caption) in enumerate([(1, "a pear"), (3, "a plum"), (2, "a fig"), (0.5, "a lime")])
     )
     request = replace(REQUEST, mode=Mode.CAPTION, references=references)
-    assert conditioning.prompt_with_captions(request, None) == "a red apple, a plum, a fig"
+    assert conditioning.with_captions(request, reader) == ("a red apple, a plum, a fig", [])
 
 
-def test_an_empty_or_repeated_caption_is_left_out() -> None:
-    captions = ["Red Apple", "a plum", " a PLUM ", None, "", "a fig"]
+@pytest.mark.parametrize(
+    ("prompt", "captions", "text"),
+    [
+        ("a red apple", ["Red Apple", "a plum", " a PLUM ", None, "", "a fig"], "a red apple, a plum, a fig"),
+        ("a caterpillar", ["cat", "pillar", "Caterpillar"], "a caterpillar, cat, pillar"),
+        ("a cat, in a garden", ["cat in a garden", "cat garden"], "a cat, in a garden, cat garden"),
+        ("a cafe\u0301 table", ["caf\u00e9", "table top"], "a cafe\u0301 table, table top"),
+        ("!", ["?", "!"], "!, ?"),
+    ],
+)
+def test_an_empty_caption_or_one_whose_words_are_there_is_left_out(
+    reader: TextReader, prompt: str, captions: list[str | None], text: str
+) -> None:
     references = tuple(replace(reference(i), caption=caption) for i, caption in enumerate(captions))
-    request = replace(REQUEST, mode=Mode.CAPTION, references=references)
-    assert conditioning.prompt_with_captions(request, None) == "a red apple, a plum, a fig"
+    request = replace(REQUEST, prompt=prompt, mode=Mode.CAPTION, references=references)
+    assert conditioning.with_captions(request, reader)[0] == text
 
 
-def test_a_caption_beyond_the_limit_of_the_tokenizer_is_left_out(loaded: Loaded) -> None:
-    tokenizer = loaded("sd15").text_to_image.tokenizer  # one token per letter, 77 with start and end
+def test_a_caption_beyond_the_text_that_the_model_reads_is_left_out_and_named(loaded: Loaded) -> None:
+    model = loaded("flux")  # 511 tokens, two for each word of one letter
     request = replace(
         REQUEST,
         mode=Mode.CAPTION,
-        references=(reference(1, weight=2, caption="a" * 70), reference(2, caption="b" * 60)),
+        references=(reference(1, weight=2, caption="a " * 250), reference(2, caption="b " * 100)),
     )
-    with_captions = conditioning.prompt_with_captions(request, tokenizer)
-    assert with_captions == "a red apple, " + "b" * 60
-    assert len(tokenizer(with_captions).input_ids) <= tokenizer.model_max_length
+    assert conditioning.with_captions(request, model.text_reader) == (
+        "a red apple, " + ("b " * 100).strip(),
+        [("a " * 250).strip()],
+    )
+    assert list(model.unread_texts(request).captions) == [("a " * 250).strip()]
 
 
-def test_the_image_prompt_mode_uses_no_captions() -> None:
-    assert conditioning.prompt_with_captions(PROMPTED, None) == PROMPTED.prompt
+def test_the_image_prompt_mode_uses_no_captions(reader: TextReader) -> None:
+    assert conditioning.with_captions(PROMPTED, reader) == (PROMPTED.prompt, [])
 
 
 @pytest.mark.parametrize(

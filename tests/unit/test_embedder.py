@@ -69,6 +69,24 @@ def test_a_query_does_not_wait_for_images_on_a_cpu(pool: ThreadPoolExecutor, cli
     assert blocked.result(10).shape == (1, clip.dim)
 
 
+def test_a_short_query_does_not_wait_for_all_parts_of_a_long_one(clip: BlockedClip, pool: ThreadPoolExecutor) -> None:
+    embedder = make_embedder(clip, cores=0)
+    blocked = submit_images(pool, embedder, 1)
+    clip.wait_for_calls(1)
+    long = pool.submit(embedder.embed, ["ab" * 1000])
+    wait_until(lambda: len(embedder._queries._queue) > 100, timeout_s=10, what="the parts of the long query")
+    short = pool.submit(embedder.embed, ["a cat"])
+    wait_until(lambda: len(embedder._queries._queue) > 128, timeout_s=10, what="the short query")
+    ended: list[str] = []
+    long.add_done_callback(lambda _: ended.append("long"))
+    short.add_done_callback(lambda _: ended.append("short"))
+    clip.go.set()
+    assert np.allclose(long.result(30), clip.encode_text(["ab" * 1000]), atol=1e-4)
+    short.result(30)
+    blocked.result(30)
+    assert ended == ["short", "long"]
+
+
 def test_one_batch_of_images_runs_per_cpu_core(pool: ThreadPoolExecutor, clip: BlockedClip) -> None:
     embedder = make_embedder(clip, cores=2)
     first = submit_images(pool, embedder, 1)

@@ -1,19 +1,19 @@
 """One attempt at a job: the claim, the records that the attempt writes while it owns the job, and the end.
 
-Crash isolation: any job whose model work had started can be the cause when its worker process crashes. The reconciler
-therefore counts a crash for each of them, and from then on they are isolated. Each image of an isolated job runs in a
-batch of its own, and a process runs one isolated job at a time (`Models.crash_isolation_lock`). So another job shares
-at most one crash with a job that always crashes its worker. Normally only the latter reaches `jobs.max_crashes` and
-ends `dead`. Another job reaches it only through several different causes.
+Crash isolation: any job that a model or a decoder works on can be the cause when its worker process crashes. The
+reconciler therefore counts a crash for each of them, and from then on they are isolated. Each image of an isolated job
+runs in a batch of its own, and a process works on one isolated job at a time (`Models.crash_isolation_lock`). So
+another job shares at most one crash with a job that always crashes its worker. Normally only the latter reaches
+`jobs.max_crashes` and ends `dead`. Another job reaches it only through several different causes.
 
-A crash is a lease that expired after `mark_model_started`, whatever ended the worker: a job, SIGKILL, the watchdog or
-the loss of the machine. Before `mark_model_started`, nothing is counted.
+A crash is a lease that expired inside `counting_crashes` or after `mark_model_started`. It counts whatever ended the
+worker: a job, SIGKILL, the watchdog or the loss of the machine. While a job waits for the model, nothing is counted.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -141,6 +141,17 @@ class Attempt:
         if not in_time:
             raise LeaseLostError
         self._lease.deadline = time.monotonic() + self._timeout_s
+
+    @contextmanager
+    def counting_crashes(self, lock: AbstractContextManager[Any]) -> Iterator[None]:
+        """Count a crash of the worker inside the block against this job. lock: `Models.crash_isolation_lock`.
+
+        The block is work before `mark_model_started`: the embedding of the prompt, or the decoding of references.
+        """
+        with lock if self.isolated else nullcontext():
+            self._write(lambda session: jobs.count_crashes(session, self._lease.claim, counted=True))
+            yield
+            self._write(lambda session: jobs.count_crashes(session, self._lease.claim, counted=False))
 
     def record_degradation(self, memory_savers: Sequence[Sequence[str]]) -> None:
         """Append the event `degraded` if an image used memory savers, which change pixels. memory_savers: by image."""

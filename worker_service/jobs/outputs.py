@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from shared import retrieval
-from shared.contracts.generation import GenerationParameters, Mode
-from shared.contracts.jobs import UsedReference
+from shared.contracts.generation import Mode
+from shared.contracts.jobs import JobWarning, UsedReference
 from shared.contracts.safety import SafetyRecord, SafetyStage
 from shared.db.jobs import StoredOutput
 from shared.db.spaces import Space
@@ -21,6 +21,7 @@ from shared.errors import InvalidImageError, ReferenceDeletedError, ResourceNotF
 from shared.imaging import encode_image, open_image, pixels_sha256, thumbnail
 from shared.storage import get_blobs, output_key, output_thumbnail_key
 from worker_service.jobs.attempt import Attempt
+from worker_service.models import framing
 from worker_service.models.generate_batch import GeneratedImage
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.worker_models import Models
@@ -29,9 +30,17 @@ LIBRARIES = ("afterimage", "torch", "diffusers", "transformers", "open_clip_torc
 
 
 def resolved_event(
-    mode: Mode, reason: str, references: Sequence[retrieval.Candidate], *, space: Space
+    mode: Mode,
+    reason: str,
+    references: Sequence[retrieval.Candidate],
+    *,
+    space: Space,
+    warnings: Sequence[JobWarning],
 ) -> dict[str, Any]:
-    """Data of the event `resolved`: the mode, and all candidate references with the reason to use or refuse each."""
+    """Data of the event `resolved`: the mode, and all candidate references with the reason to use or refuse each.
+
+    warnings: ways in which the images will differ from the request.
+    """
     return {
         "mode": mode.value,
         "reason": reason,
@@ -40,6 +49,7 @@ def resolved_event(
             {**_used_reference(reference).model_dump(mode="json"), "used": reference.used, "reason": reference.reason}
             for reference in references
         ],
+        "warnings": [warning.model_dump(mode="json") for warning in warnings],
     }
 
 
@@ -63,6 +73,17 @@ def load_references(references: Sequence[retrieval.Candidate], *, with_pixels: b
     ]
 
 
+def initial_image_box(
+    request: ImageRequest, references: Sequence[retrieval.Candidate]
+) -> tuple[int, int, int, int] | None:
+    """The place of the reference from which img2img starts, in pixels of the drawn image; None in other modes."""
+    if not request.mode.traits.uses_initial_image:
+        return None
+    start = max(references, key=lambda reference: reference.weight).scored.image
+    drawn = (request.width, request.height)
+    return framing.placed_reference((start.width, start.height), drawn, request.output_size or drawn)
+
+
 def _pixels(reference: retrieval.Candidate) -> Image.Image:
     try:
         return open_image(get_blobs().get(reference.scored.image.blob_key))
@@ -81,9 +102,10 @@ def store(
     requests: Sequence[ImageRequest],
     images: Sequence[GeneratedImage | None],
     *,
+    warnings: Sequence[JobWarning],
     models: Models,
 ) -> list[StoredOutput]:
-    """Scale, encode and store the images of a job. Returns their rows, which the caller has to write.
+    """Crop, scale, encode and store the images of a job. Returns their rows, which the caller has to write.
 
     images: one per request; None for an image that the content policy blocked.
 
@@ -97,7 +119,7 @@ def store(
             attempt,
             index,
             image.pixels,
-            provenance_record(attempt, index, mode, reason, used, request, image, models=models),
+            provenance_record(attempt, index, mode, reason, used, request, image, warnings=warnings, models=models),
             used,
         )
         for index, (request, image) in enumerate(zip(requests, images, strict=True))
@@ -113,7 +135,7 @@ def _store_image(
     references: Sequence[retrieval.Candidate],
 ) -> StoredOutput:
     parameters = attempt.parameters
-    image = _scaled(pixels, parameters)
+    image = framing.to_requested_size(pixels, (parameters.width, parameters.height))
     data = encode_image(image, image_format=parameters.format, quality=parameters.quality, record=provenance)
     key = output_key(attempt.job_id, attempt=attempt.number, index=index, image_format=parameters.format)
     thumbnail_key = output_thumbnail_key(attempt.job_id, attempt=attempt.number, index=index)
@@ -143,13 +165,6 @@ def _store_image(
     return StoredOutput(output=output, references=rows)
 
 
-def _scaled(pixels: np.ndarray, parameters: GenerationParameters) -> np.ndarray:
-    if pixels.shape[:2] == (parameters.height, parameters.width):
-        return pixels
-    size = (parameters.width, parameters.height)
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
-
-
 def provenance_record(
     attempt: Attempt,
     index: int,
@@ -159,11 +174,12 @@ def provenance_record(
     request: ImageRequest,
     image: GeneratedImage,
     *,
+    warnings: Sequence[JobWarning],
     models: Models,
 ) -> dict[str, Any]:
     """Provenance of one image, as JSON: everything that decided its pixels, so that a replay can generate it again."""
     capabilities = models.capabilities
-    scaled = (request.width, request.height) != (attempt.parameters.width, attempt.parameters.height)
+    drawn = (request.width, request.height)
     return {
         "job_id": str(attempt.job_id),
         "index": index,
@@ -173,7 +189,11 @@ def provenance_record(
         "mode_reason": reason,
         "drawn_width": request.width,
         "drawn_height": request.height,
-        "scaled": scaled,
+        "scaled": drawn != (attempt.parameters.width, attempt.parameters.height),
+        "crop": framing.crop_of(request),
+        "initial_image_box": initial_image_box(request, references),
+        "text_parts": parts if (parts := models.image_model.text_parts(request)) > 1 else None,
+        "warnings": [warning.model_dump(mode="json") for warning in warnings],
         "memory_savers": list(image.memory_savers),
         "references": [_used_reference(reference).model_dump(mode="json") for reference in references],
         "embedding_space": models.space.digest,

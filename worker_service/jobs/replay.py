@@ -17,7 +17,18 @@ from worker_service.jobs.attempt import Attempt
 TOLERANCE_DB = 40.0
 """At this peak signal-to-noise ratio and above, a difference counts as rounding noise. 40 dB is a root-mean-square
 error of 1 % of the range."""
-DECISIVE_FIELDS = ("seed", "drawn_width", "drawn_height", "memory_savers", "embedding_space", "model", "versions")
+DECISIVE_FIELDS = (
+    "seed",
+    "drawn_width",
+    "drawn_height",
+    "crop",
+    "initial_image_box",
+    "text_parts",
+    "memory_savers",
+    "embedding_space",
+    "model",
+    "versions",
+)
 """Keys of a provenance record that decide pixels, without references and parameters: a replay uses the original's
 parameters."""
 DECISIVE_REFERENCE_FIELDS = ("sha256", "weight", "caption")

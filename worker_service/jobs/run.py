@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from uuid import UUID
 
 import numpy as np
@@ -22,7 +23,7 @@ from shared.errors import (
 )
 from shared.settings import Settings
 from shared.vectors import l2_normalised
-from worker_service.jobs import moderation, outputs, replay
+from worker_service.jobs import job_warnings, moderation, outputs, replay
 from worker_service.jobs.attempt import Attempt, Outcome, claimed
 from worker_service.jobs.leases import JobLeases
 from worker_service.models.interface import ImageRequest, Reference
@@ -43,9 +44,12 @@ def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settin
 
         # 1. Embed the prompt, check it against the content policy, and retrieve references from the corpus.
         check_capabilities(attempt.parameters, models=models)
-        with attempt.stage("embed"):
+        # Crash isolation (see `attempt`): of the jobs that were running when a worker crashed, one runs at a time.
+        embeds = needs_references(attempt.parameters)
+        counting = attempt.counting_crashes(models.crash_isolation_lock)
+        with attempt.stage("embed"), counting if embeds or models.policy.is_on else nullcontext():
             moderation.check_prompt(attempt, models.policy)
-            vector = models.embed_text(attempt.parameters.prompt) if needs_references(attempt.parameters) else None
+            vector = models.embed_text(attempt.parameters.prompt) if embeds else None
         with attempt.stage("retrieve"):
             candidates = retrieve(attempt, vector, models=models, settings=settings)
 
@@ -58,13 +62,18 @@ def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settin
             captions=sum(candidate.scored.image.caption is not None for candidate in used),
             pinned=bool(attempt.parameters.references),
         )
-        attempt.record_resolution(outputs.resolved_event(mode, reason, candidates, space=models.space))
+        requests = image_requests(attempt, mode, outputs.load_references(used, with_pixels=False), models=models)
+        differences = job_warnings.differences(requests[0], used, unread=models.image_model.unread_texts(requests[0]))
+        attempt.record_resolution(
+            outputs.resolved_event(mode, reason, candidates, space=models.space, warnings=differences)
+        )
 
         # 3. Generate: one request per image, in whatever batches they fit.
         with attempt.stage("load_references"):
-            references = outputs.load_references(used, with_pixels=models.needs_pixels(mode))
-        requests = image_requests(attempt, mode, references, models=models)
-        # Crash isolation (see `attempt`): of the jobs that were running when a worker crashed, one runs at a time.
+            if models.needs_pixels(mode):
+                with attempt.counting_crashes(models.crash_isolation_lock):
+                    references = tuple(outputs.load_references(used, with_pixels=True))
+                requests = [replace(request, references=references) for request in requests]
         with models.crash_isolation_lock if attempt.isolated else nullcontext():
             with attempt.stage("generate"):
                 images = models.generate(requests, attempt.submission())
@@ -73,7 +82,9 @@ def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settin
             # 4. Store the images that the policy allows, then publish them and end the job in one transaction.
             allowed = moderation.apply_policy(attempt, images, models.policy)
             with attempt.stage("store"):
-                stored = outputs.store(attempt, mode, reason, used, requests, allowed, models=models)
+                stored = outputs.store(
+                    attempt, mode, reason, used, requests, allowed, warnings=differences, models=models
+                )
                 replay.compare(attempt, stored)
             attempt.finish(stored)
     return attempt.outcome
@@ -158,6 +169,7 @@ def image_requests(
             width=width,
             height=height,
             loras=parameters.loras,
+            output_size=(parameters.width, parameters.height),
             mode=mode,
             references=references if mode is not Mode.NONE else (),
             preview_listener=None if models.policy.can_change_images else attempt.preview_listener(index),

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar, cast
 
@@ -31,8 +33,7 @@ TOKENIZER_PROBE_TEXT = "A photo of 2 red apples; naïve café, Tokyo's 東京!"
 class Clip:
     """A loaded CLIP model.
 
-    On a CPU, any number of threads may encode images at once. Only one thread at a time may encode texts, because the
-    tokenizer is not thread-safe.
+    On a CPU, any number of threads may use it at once. The tokenizer has a lock, because it is not thread-safe.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Clip:
     model: Any
     preprocess: Any
     tokenizer: Any
+    _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def load(cls, settings: ModelSettings) -> Self:
@@ -95,13 +97,49 @@ class Clip:
         self.encode_image([Image.new("RGB", (64, 64))])
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Projections of the texts, not normalised: shape (n, dim), float32. The end of a long text is cut off.
+        """Projections of the texts, not normalised: shape (n, dim), float32.
+
+        A text that is longer than the context of the model gets the mean of its parts: see `parts_of_text`.
 
         Raises:
             EmbeddingError: the model returned a vector that is zero or not finite.
             ModelOutOfMemoryError: a batch does not fit in memory.
         """
-        return self._in_batches(texts, lambda batch: self.model.encode_text(self.tokenizer(batch).to(self.device)))
+        parts = [self.parts_of_text(text) for text in texts]
+        vectors = self._in_batches(
+            [part for of_text in parts for part in of_text],
+            lambda batch: self.model.encode_text(self._tokens(batch).to(self.device)),
+        )
+        return mean_of_parts(parts, vectors)
+
+    def parts_of_text(self, text: str) -> list[str]:
+        """The text, or its halves or quarters and so on, until each part fits in the context of the model. Thread-safe.
+
+        The text is divided between words where it has several.
+        """
+        if len(text) < 2 or not self._divides_texts or self._fits(text):
+            return [text]
+        middle = len(text) // 2
+        spaces = (found.start() for found in re.finditer(r"\s", text) if 0 < found.start() < len(text) - 1)
+        cut = min(spaces, key=lambda space: abs(space - middle), default=middle)
+        return [*self.parts_of_text(text[:cut].strip()), *self.parts_of_text(text[cut:].strip())]
+
+    @cached_property
+    def _divides_texts(self) -> bool:
+        """Whether `_fits` works. It does not for a tokenizer that puts a token behind the padding."""
+        return self._fits("a")
+
+    def _fits(self, text: str) -> bool:
+        """Whether the tokenizer cuts off nothing. A cut shows when there is room for one token more."""
+        context: int = self.tokenizer.context_length
+        with self._tokenizer_lock:
+            (tokens,), (more, empty) = self.tokenizer([text]), self.tokenizer([text, ""], context + 1)
+        return bool((more[:-1] == tokens).all() and more[-1] == empty[-1])
+
+    def _tokens(self, texts: list[str]) -> torch.Tensor:
+        with self._tokenizer_lock:
+            tokens: torch.Tensor = self.tokenizer(texts)
+        return tokens
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """Pixels of an image as the model takes them: shape (3, height, width), float32. Thread-safe.
@@ -146,6 +184,20 @@ class Clip:
     def _on_cpu(encode: Callable[[list[Item]], torch.Tensor], batch: list[Item]) -> np.ndarray:
         vectors: np.ndarray = encode(batch).float().cpu().numpy()
         return vectors
+
+
+def mean_of_parts(parts: Sequence[Sequence[str]], vectors: np.ndarray) -> np.ndarray:
+    """One vector per text: the mean of the vectors of its parts, weighted by their length in characters.
+
+    parts: the parts of each text. vectors: of all parts in this order, shape (n, dim).
+    """
+    ends = np.cumsum([len(of_text) for of_text in parts])
+    means = [
+        np.average(of_text, axis=0, weights=[len(part) for part in parts[row]]) if len(parts[row]) > 1 else of_text[0]
+        for row, of_text in enumerate(np.split(vectors, ends[:-1]))
+        if len(of_text)
+    ]
+    return np.array(means, np.float32).reshape(len(parts), vectors.shape[1])
 
 
 def _crop_to_max_aspect(image: Image.Image) -> Image.Image:

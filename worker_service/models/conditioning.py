@@ -1,5 +1,7 @@
 """Converts references for a diffusion pipeline: to an image prompt, an initial image, or words in the prompt."""
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -7,11 +9,13 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageOps
+from PIL import Image
 
 from shared.errors import ImageGenerationError, ReferenceUnavailableError
+from worker_service.models import framing
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.load_pipeline import reference_dim
+from worker_service.models.long_prompts import TextReader
 
 MAX_CAPTIONS = 2
 """More captions move the image away from the prompt. ImageRAG (arXiv 2502.09411) found no gain from more."""
@@ -138,7 +142,7 @@ def _image(reference: Reference) -> Image.Image:
 
 
 def initial_image(request: ImageRequest) -> Image.Image:
-    """The image of the reference with the highest weight, cropped and scaled to the request's size.
+    """The image from which img2img starts: the reference with the highest weight, whole and in its own ratio.
 
     Raises:
         ReferenceUnavailableError: the request has no reference, or this reference has no image.
@@ -146,26 +150,38 @@ def initial_image(request: ImageRequest) -> Image.Image:
     if not request.references:
         raise ReferenceUnavailableError(f"Mode {request.mode.value!r} needs a reference to start from.")
     top = max(request.references, key=lambda reference: reference.weight)
-    return ImageOps.fit(_image(top), (request.width, request.height), Image.Resampling.LANCZOS)
+    drawn = (request.width, request.height)
+    return framing.initial_image(_image(top), drawn, request.output_size or drawn)
 
 
-def prompt_with_captions(request: ImageRequest, tokenizer: Any) -> str:
-    """The prompt; in a mode that needs captions, followed by the captions of the references with the highest weights.
+def with_captions(request: ImageRequest, reader: TextReader) -> tuple[str, list[str]]:
+    """The prompt, followed by captions where the mode needs them; and the captions that the model could not read.
 
-    A caption is left out if the text already contains it, or would be longer than the tokenizer's limit.
-    tokenizer: of transformers, or None for no limit.
+    The captions are those of the references with the highest weights. A caption whose words the text already contains
+    is left out. So is one beyond the text that the model reads, because half a caption may mean something else.
     """
     if not request.mode.traits.needs_captions:
-        return request.prompt
-    parts = [request.prompt]
+        return request.prompt, []
+    parts, left_out = [request.prompt], list[str]()
     for reference in sorted(request.references, key=lambda reference: -reference.weight):
         caption = (reference.caption or "").strip()
-        if not caption or any(caption.casefold() in part.casefold() for part in parts):
+        if not caption or any(_contains_words(part, caption) for part in parts):
             continue
-        longer = ", ".join([*parts, caption])
-        if tokenizer is not None and len(tokenizer(longer).input_ids) > tokenizer.model_max_length:
+        if reader.unread(", ".join([*parts, caption])):
+            left_out.append(caption)
             continue
         parts.append(caption)
         if len(parts) > MAX_CAPTIONS:
             break
-    return ", ".join(parts)
+    return ", ".join(parts), left_out
+
+
+def _contains_words(text: str, phrase: str) -> bool:
+    """Whether the words of the phrase follow each other in the text: "caterpillar" does not contain "cat"."""
+    return f" {_words(phrase)} " in f" {_words(text)} "
+
+
+def _words(text: str) -> str:
+    """The words in one form, with one space between them. A text without letters and digits counts as one word."""
+    plain = unicodedata.normalize("NFC", text).casefold()
+    return " ".join(re.findall(r"\w+", plain)) or plain

@@ -136,7 +136,7 @@ class Policy:
 def parts_of_prompt(prompt: str) -> list[str]:
     """The prompt, then overlapping windows of `WINDOW_WORDS` of its words, without duplicates.
 
-    One word among many hardly changes the vector of a whole prompt, and CLIP ignores text beyond its context length.
+    One word among many hardly changes the vector of a whole prompt, and a long prompt is only the mean of its parts.
     """
     words = re.findall(r"\w+", prompt)
     starts = range(0, max(1, len(words) - WINDOW_STRIDE), WINDOW_STRIDE)

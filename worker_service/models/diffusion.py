@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -19,8 +19,10 @@ from shared.errors import InvalidOutputError, ModelLoadError, UnsupportedParamet
 from shared.settings import GeneratorDefaults, GeneratorSettings, ModelSettings
 from worker_service.execution import accelerator
 from worker_service.execution.steps import CallStopped, OnStep
-from worker_service.models import conditioning, load_pipeline, loading, previews, schedulers
-from worker_service.models.interface import ImageRequest, Reference, previews_due
+from worker_service.models import conditioning, load_pipeline, loading, long_prompts, previews, schedulers
+from worker_service.models.framing import to_requested_ratio
+from worker_service.models.interface import ImageRequest, Reference, UnreadTexts, previews_due
+from worker_service.models.long_prompts import TextReader
 from worker_service.models.safety_checker import SafetyChecker
 
 VAE_SLICING, VAE_TILING = "vae_slicing", "vae_tiling"
@@ -64,6 +66,7 @@ class Diffusion:
     """State of the running call."""
 
     def __post_init__(self) -> None:
+        self.text_reader = TextReader(self.text_to_image)
         if self.settings.ip_adapter is not None:
             self.text_to_image.unet.encoder_hid_proj.register_forward_pre_hook(self._per_row_embeds)
 
@@ -123,6 +126,32 @@ class Diffusion:
         )
         self.generate([replace(request, num_inference_steps=2)], lambda step, steps: True)
 
+    def batch_key(self, request: ImageRequest) -> Hashable:
+        """See `ImageModel.batch_key`. All rows of a call have the same number of text parts.
+
+        A row that is filled up with empty parts would give another image than alone.
+        """
+        return request.batch_key(), self.text_parts(request)
+
+    def text_parts(self, request: ImageRequest) -> int:
+        """See `ImageModel.text_parts`."""
+        return max(len(self._prompt_parts(request)), len(self._negative_prompt_parts(request)))
+
+    def _prompt_parts(self, request: ImageRequest) -> Sequence[str]:
+        return self.text_reader.parts(conditioning.with_captions(request, self.text_reader)[0])
+
+    def _negative_prompt_parts(self, request: ImageRequest) -> Sequence[str]:
+        # Without guidance it is not read.
+        return self.text_reader.parts(request.negative_prompt or "") if request.guidance_scale > 1 else [""]
+
+    def unread_texts(self, request: ImageRequest) -> UnreadTexts:
+        """See `ImageModel.unread_texts`."""
+        return UnreadTexts(
+            prompt=self.text_reader.unread(request.prompt),
+            negative_prompt=self.text_reader.unread(request.negative_prompt or ""),
+            captions=conditioning.with_captions(request, self.text_reader)[1],
+        )
+
     @property
     def has_safety_checker(self) -> bool:
         return self.safety_checker is not None
@@ -166,7 +195,7 @@ class Diffusion:
                 takes fewer steps.
             ReferenceUnavailableError: a reference lacks the vector or the image that its mode needs.
         """
-        if len({request.batch_key() for request in requests}) != 1:
+        if len({self.batch_key(request) for request in requests}) != 1:
             raise ValueError("the requests of one call must have equal batch keys")
         for request in requests:
             check_parameters(
@@ -194,7 +223,7 @@ class Diffusion:
                 f"The model's scheduler takes at most {most} steps.", parameter="num_inference_steps", maximum=most
             )
         arguments: dict[str, Any] = {
-            "prompt": [conditioning.prompt_with_captions(r, getattr(pipeline, "tokenizer", None)) for r in requests],
+            "prompt": [conditioning.with_captions(request, self.text_reader)[0] for request in requests],
             "num_inference_steps": first.num_inference_steps,
             # On the CPU for every device, so that a seed means the same noise everywhere.
             "generator": [torch.Generator("cpu").manual_seed(request.seed) for request in requests],
@@ -225,7 +254,23 @@ class Diffusion:
         # With a scale of 0, diffusers skips the adapter.
         conditioned = any(conditioning.normalised_weights(request) for request in requests)
         with self._with_state(PipelineState(first.loras, first.ip_adapter_scale if conditioned else 0.0, image_prompt)):
+            if self.text_parts(first) > 1:
+                del arguments["prompt"]
+                arguments |= self._prompt_embeds(pipeline, requests, negated="negative_prompt" in arguments)
+                arguments.pop("negative_prompt", None)
             return _to_uint8(pipeline(**arguments).images, requests)
+
+    def _prompt_embeds(
+        self, pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], *, negated: bool
+    ) -> dict[str, torch.Tensor]:
+        """The texts as embeddings, for texts that are read in parts. negated: the requests have negative prompts."""
+        negative = [self._negative_prompt_parts(request) for request in requests]
+        return long_prompts.encode_in_parts(
+            pipeline,
+            [self._prompt_parts(request) for request in requests],
+            negative if negated else None,
+            guided=_uses_guidance(pipeline, requests[0].guidance_scale),
+        )
 
     def _image_prompt(
         self, pipeline: DiffusionPipeline, requests: Sequence[ImageRequest]
@@ -289,10 +334,11 @@ def _step_callback(
             raise InvalidOutputError("The model's latents are not finite numbers.")
         due = previews_due(requests, step, steps) if previewer is not None else []
         if previewer is not None and due:
-            for (_, listener), preview in zip(
+            for (row, listener), preview in zip(
                 due, previewer.images(tensors["latents"], [row for row, _ in due]), strict=False
             ):
-                listener.show(preview, step, steps)
+                size = requests[row].output_size or (requests[row].width, requests[row].height)
+                listener.show(to_requested_ratio(preview, size), step, steps)
         # `pipeline._interrupt` would stop the steps, too, but then decode the image.
         if not on_step(step, steps):
             raise CallStopped

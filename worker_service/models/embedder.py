@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from shared.settings import Settings
 from worker_service.execution.batcher import Batcher, Submission
 from worker_service.execution.cpu_threads import CpuThreads
 from worker_service.execution.watchdog import Stage, Watchdog
-from worker_service.models.clip import Clip, ImageInput
+from worker_service.models.clip import Clip, ImageInput, mean_of_parts
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +111,19 @@ class Embedder:
     def embed(self, items: Sequence[str] | Sequence[ImageInput]) -> np.ndarray:
         """Vectors of the texts or images of a query, before all corpus images; shape (n, space.dim).
 
+        The vector of a long text is the mean of its parts. They are items of their own, so that a batch stays short and
+        other queries need not wait for all of them.
+
         Raises:
             CallStopped: the embedder was closed.
             EmbeddingError: the model returned an invalid vector.
             ModelOutOfMemoryError: a single item does not fit in memory.
         """
-        return self._stack_and_count(self._queries.submit(items, Submission(lane=QUERY_LANE)))
+        texts = [item for item in items if isinstance(item, str)]
+        parts = [self._clip.parts_of_text(text) for text in texts]
+        queued = [part for of_text in parts for part in of_text] if texts else items
+        vectors = self._stack_and_count(self._queries.submit(queued, Submission(lane=QUERY_LANE, owner=uuid4())))
+        return mean_of_parts(parts, vectors) if texts else vectors
 
     def embed_corpus_images(self, images: Sequence[ImageInput]) -> np.ndarray:
         """Vectors of images, after all waiting queries; shape (n, space.dim).

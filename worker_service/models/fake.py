@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,8 @@ from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.settings import GeneratorDefaults, ModelSettings
 from worker_service.execution.steps import CallStopped, OnStep
-from worker_service.models.interface import PREVIEW_SIDE, ImageRequest, previews_due
+from worker_service.models.framing import to_requested_ratio
+from worker_service.models.interface import PREVIEW_SIDE, ImageRequest, UnreadTexts, previews_due
 
 
 @dataclass
@@ -60,6 +61,16 @@ class FakeGenerator:
     def warm_up(self) -> None:
         """Do nothing: the first call is not slower than others."""
 
+    def batch_key(self, request: ImageRequest) -> Hashable:
+        return request.batch_key()
+
+    def text_parts(self, request: ImageRequest) -> int:
+        """Always 1: a text of any length decides the colours."""
+        return 1
+
+    def unread_texts(self, request: ImageRequest) -> UnreadTexts:
+        return UnreadTexts()
+
     def memory_savers(self, images: int) -> Sequence[str]:
         """An empty list, because the generator needs no accelerator memory."""
         return ()
@@ -85,7 +96,7 @@ class FakeGenerator:
 def _preview(request: ImageRequest) -> np.ndarray:
     scale = min(1, PREVIEW_SIDE / max(request.width, request.height))
     small = replace(request, width=max(1, int(request.width * scale)), height=max(1, int(request.height * scale)))
-    return _blocks(small)
+    return to_requested_ratio(_blocks(small), request.output_size or (request.width, request.height))
 
 
 def _blocks(request: ImageRequest) -> np.ndarray:

@@ -65,6 +65,8 @@ class ImageRequest:
     strength: float
     """Share of the noise schedule that runs on an initial image, in (0, 1]. At least one step runs."""
     references: tuple[Reference, ...]
+    output_size: tuple[int, int] | None = None
+    """(width, height) to which the image is cropped and scaled afterwards: see `framing`; None: as it is drawn."""
     preview_listener: PreviewListener | None = field(default=None, compare=False, repr=False)
     """Has no effect on the image."""
 
@@ -81,6 +83,7 @@ class ImageRequest:
         references: Sequence[Reference] = (),
         negative_prompt: str | None = None,
         loras: Mapping[str, float] = MappingProxyType({}),
+        output_size: tuple[int, int] | None = None,
         preview_listener: PreviewListener | None = None,
     ) -> Self:
         """A request that takes its steps, guidance, scheduler and scales from `sampling`."""
@@ -98,11 +101,12 @@ class ImageRequest:
             ip_adapter_scale=sampling.ip_adapter_scale,
             strength=sampling.strength,
             references=tuple(references),
+            output_size=output_size,
             preview_listener=preview_listener,
         )
 
     def batch_key(self) -> Hashable:
-        """Images with equal keys can share one call: the key contains everything that diffusers takes once per call.
+        """Images with unequal keys cannot share one call: the key contains what diffusers takes once per call.
 
         A negative prompt counts only as present or absent. SDXL encodes an absent one as zeros, and any other with its
         text encoders.
@@ -121,6 +125,17 @@ class ImageRequest:
             self.strength if self.mode.traits.uses_initial_image else None,
             bool(self.negative_prompt),
         )
+
+
+@dataclass(frozen=True)
+class UnreadTexts:
+    """The parts of a request's texts that are beyond a limit of the model."""
+
+    prompt: str = ""
+    """The end of the prompt; empty when all of it is read."""
+    negative_prompt: str = ""
+    captions: Sequence[str] = ()
+    """Captions that the mode would append to the prompt."""
 
 
 def previews_due(requests: Sequence[ImageRequest], step: int, total_steps: int) -> list[tuple[int, PreviewListener]]:
@@ -158,6 +173,15 @@ class ImageModel(Protocol):
 
     def warm_up(self) -> None:
         """Run one small call, because the first call of a process is slow."""
+
+    def batch_key(self, request: ImageRequest) -> Hashable:
+        """Images with equal keys can share one call. It contains `request.batch_key()`. Any thread may call it."""
+
+    def text_parts(self, request: ImageRequest) -> int:
+        """In how many parts the model reads the texts of the request: 1, unless they are long."""
+
+    def unread_texts(self, request: ImageRequest) -> UnreadTexts:
+        """The parts of the request's texts that the model will not read. Any thread may call it."""
 
     def memory_savers(self, images: int) -> Sequence[str]:
         """Names of ways to need less memory in a call of `images` images, the one that changes least first."""

@@ -100,7 +100,7 @@ class Models:
         )
         batcher: Batcher[ImageRequest, GeneratedImage] = Batcher(
             timed_generate,
-            key=ImageRequest.batch_key,
+            key=image_model.batch_key,
             max_batch_size=image_model.capabilities.max_batch_size,
             name=image_model.name,
             watchdog=watchdog,
