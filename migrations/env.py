@@ -12,6 +12,12 @@ from shared.settings import get_settings
 LOCK = 7_046_029_254_386_353_131
 """Key of the advisory lock that serialises concurrent upgrades; an arbitrary constant."""
 
+SERVER_SETTINGS = (
+    "-c lock_timeout=5000"
+    # The server ends a frozen upgrade, which would keep tables, and every other upgrade, locked.
+    " -c idle_in_transaction_session_timeout=10000 -c idle_session_timeout=10000"
+)
+
 
 def include_object(_object: Any, name: str | None, type_: str, _reflected: bool, _compare_to: Any) -> bool:
     """Exclude vector tables: the service creates them per embedding space, so autogenerate must not drop them."""
@@ -20,8 +26,9 @@ def include_object(_object: Any, name: str | None, type_: str, _reflected: bool,
 
 def run() -> None:
     url = context.config.attributes.get("url") or database_url(get_settings().database)
-    engine = create_engine(url, poolclass=NullPool, connect_args={"options": "-c lock_timeout=5000"})
+    engine = create_engine(url, poolclass=NullPool, connect_args={"options": SERVER_SETTINGS})
     with engine.connect() as connection:
+        connection.execute(text("set local lock_timeout = 60000"))  # another upgrade may take that long
         connection.execute(text("select pg_advisory_lock(:lock)"), {"lock": LOCK})
         connection.commit()
         context.configure(

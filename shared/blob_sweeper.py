@@ -5,6 +5,7 @@ written. See docs/decisions/0008-how-are-unneeded-blobs-deleted.md.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -25,6 +26,9 @@ OWNER_KEY = "swept-for"
 KEYS_PER_QUERY = 1000
 BLOBS_PER_DELETE = 100
 """Blobs deleted under one set of locks. An upload of one of these blobs waits until they are deleted."""
+BLOBS_PER_CHECK = 10
+DELETE_LIMIT_S = blob_rows.LOCK_LIMIT_S / 3
+"""Blobs of a batch that are not deleted by then wait for the next sweep."""
 
 
 @dataclass
@@ -99,15 +103,19 @@ def _check_owner(blobs: Blobs, identity: str) -> None:
 
 def _delete(blobs: Blobs, batch: list[BlobInfo], swept: SweepResult) -> None:
     sizes = {info.key: info.size_bytes for info in batch}
+    locked_at = time.monotonic()
     with session_scope() as session:
         blob_rows.lock_keys(session, sizes)
-        keys = blob_rows.list_unneeded(session, list(sizes))
-        if keys:
+        unneeded = iter(blob_rows.list_unneeded(session, list(sizes)))
+        # This process may be frozen until the server has released the locks. It must then delete nothing more, so few
+        # blobs are deleted between two looks at the clock.
+        while time.monotonic() - locked_at < DELETE_LIMIT_S and (keys := list(islice(unneeded, BLOBS_PER_CHECK))):
             blobs.delete_all(keys)
-    swept.blobs += len(keys)
-    swept.size_bytes += sum(sizes[key] for key in keys)
-    increment_counter(BLOBS_SWEPT, len(keys))
-    increment_counter(BLOB_BYTES_SWEPT, sum(sizes[key] for key in keys))
+            swept.blobs += len(keys)
+            size_bytes = sum(sizes[key] for key in keys)
+            swept.size_bytes += size_bytes
+            increment_counter(BLOBS_SWEPT, len(keys))
+            increment_counter(BLOB_BYTES_SWEPT, size_bytes)
 
 
 def _time_ago(seconds: float) -> datetime:

@@ -21,7 +21,7 @@ import pytest
 import redis
 from hypothesis import settings as hypothesis_settings
 from psycopg2 import extensions
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, event, make_url
 from sqlalchemy.orm import Session
 
 from ops.local.stack import DATABASE, LocalStack
@@ -165,11 +165,21 @@ def process_settings(
 
 @pytest.fixture
 def session(settings: Settings) -> Iterator[Session]:
-    """A session on this test's database. Commit what other sessions (`session_scope`) have to see."""
+    """A session on this test's database. Commit what other sessions (`session_scope`) have to see.
+
+    It may idle in a transaction. The server ends such sessions of the product.
+    """
     engine = build_engine(settings.database)
+    event.listen(engine, "connect", _allow_idle_transactions)
     with Session(engine, expire_on_commit=False) as session:
         yield session
     engine.dispose()
+
+
+def _allow_idle_transactions(connection: Any, _record: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("set idle_in_transaction_session_timeout = 0")
+    connection.commit()
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,11 @@ def may_see_details(request: Request) -> bool:
         return False
 
 
+def statistics_owner(caller: Caller) -> UUID | None:
+    """The owner whose statistics the caller may see; None: those of the whole service."""
+    return None if "admin" in caller.scopes else caller.owner_id
+
+
 def scope_of(request: Request) -> str | None:
     """Return the scope that the request's operation needs; `None`: any valid key will do."""
     if request.blueprint in IMAGE_BLUEPRINTS:
@@ -81,10 +86,12 @@ def scope_of(request: Request) -> str | None:
 def cookie_name(request: Request) -> str:
     """Name of the cookie with the API key of a person who has signed in to Studio.
 
-    Under TLS its prefix keeps other hosts from setting it:
+    Under TLS its prefix keeps other hosts from setting it. `__Host-` needs the path `/`:
     https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Set-Cookie#cookie_prefixes.
     """
-    return "__Host-afterimage_key" if over_tls(request) else "afterimage_key"
+    if not over_tls(request):
+        return "afterimage_key"
+    return "__Secure-afterimage_key" if request.root_path else "__Host-afterimage_key"
 
 
 def over_tls(request: Request) -> bool:

@@ -1,11 +1,14 @@
 """Routes of the service itself: health probes, models, statistics and usage."""
 
+from collections.abc import Callable
+from functools import partial
+
 from flask import Response, g, request
 from flask_openapi3.models.tag import Tag
 
 from api_service import services
 from api_service.http import responses
-from api_service.http.auth import may_see_details
+from api_service.http.auth import may_see_details, statistics_owner
 from api_service.http.blueprint import ApiBlueprint
 from api_service.http.urls import API
 from shared.contracts.service import (
@@ -31,7 +34,7 @@ def get_health() -> Response:
     The answer is 503 while the database or the storage is down. It is 200 with `degraded` while the broker, the cache
     or a worker is missing. When keys are on, only a key with the scope `admin` sees details.
     """
-    return _health_response(services.health.everything())
+    return _health_response(services.health.everything(may_see_details=_may_see_details()))
 
 
 @probes.get("/health/live", operation_id="getLiveness", responses={200: HealthView})
@@ -50,7 +53,7 @@ def get_readiness(query: ReadinessQuery) -> Response:
     The answer is 503 while the database or the storage is down. It is 200 with `degraded` while the broker or a worker
     is missing, because jobs are accepted and run later. With `strict=true` that is 503, too.
     """
-    return _health_response(services.health.ready(strict=query.strict))
+    return _health_response(services.health.ready(strict=query.strict, may_see_details=_may_see_details()))
 
 
 @service.get("/models", operation_id="listModels", responses={200: ModelsResponse})
@@ -61,8 +64,12 @@ def list_models() -> ModelsResponse:
 
 @service.get("/stats", operation_id="getStats", responses={200: StatsView})
 def get_stats() -> StatsView:
-    """Get counts of images, jobs and outputs, and the state of queues, workers, cache and pools"""
-    return services.status.stats()
+    """Get counts of images, jobs and outputs, and the state of queues, workers, cache and pools
+
+    A key without the scope `admin` gets the counts of its own owner. It gets no names of hosts, and no statistics of
+    the cache, pools, requests, operations and vectors.
+    """
+    return services.status.stats(owner_id=statistics_owner(g.caller))
 
 
 @service.get("/usage", operation_id="getUsage", responses={200: UsageView})
@@ -71,9 +78,12 @@ def get_usage() -> UsageView:
     return services.status.own_usage(caller=g.caller)
 
 
+def _may_see_details() -> Callable[[], bool]:
+    """Whether the caller of this request may see details. The result may be called in another thread."""
+    return partial(may_see_details, request._get_current_object())  # type: ignore[attr-defined]
+
+
 def _health_response(view: HealthView) -> Response:
-    if not may_see_details(request):
-        view = view.without_details()
     response = responses.json(view, 503 if view.status is HealthStatus.DOWN else 200)
     if view.status is HealthStatus.DOWN:
         response.headers["Retry-After"] = "5"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import redis
 from sqlalchemy import text
@@ -29,40 +30,50 @@ def alive() -> HealthView:
     return HealthView(status=HealthStatus.OK, version=VERSION, components={})
 
 
-def ready(*, strict: bool) -> HealthView:
+def ready(*, strict: bool, may_see_details: Callable[[], bool]) -> HealthView:
     """Check whether this process can serve requests.
+
+    may_see_details: called beside the checks, because it may wait for the database. The view has details if it returns
+        True in time.
 
     strict: jobs must also be able to run now. Otherwise it is enough that they are accepted and run later.
     """
     accepting: dict[str, Check] = {"database": _check_database, "storage": _check_storage}
     running: dict[str, Check] = {"broker": _check_broker, "workers": _check_workers}
     if strict:
-        return _run_checks(needed=accepting | running, useful={})
-    return _run_checks(needed=accepting, useful=running)
+        return _run_checks(needed=accepting | running, useful={}, may_see_details=may_see_details)
+    return _run_checks(needed=accepting, useful=running, may_see_details=may_see_details)
 
 
-def everything() -> HealthView:
-    """Check all components."""
+def everything(*, may_see_details: Callable[[], bool]) -> HealthView:
+    """Check all components. may_see_details: as in `ready`."""
     return _run_checks(
         needed={"database": _check_database, "storage": _check_storage},
         # Without a broker or workers, jobs are accepted and run later. Without a cache, requests are slower.
         useful={"broker": _check_broker, "cache": _check_cache, "workers": _check_workers},
+        may_see_details=may_see_details,
     )
 
 
-def _run_checks(*, needed: dict[str, Check], useful: dict[str, Check]) -> HealthView:
+def _run_checks(
+    *, needed: dict[str, Check], useful: dict[str, Check], may_see_details: Callable[[], bool]
+) -> HealthView:
+    details = _check_executor().submit(may_see_details)
     futures = {name: _check_executor().submit(_timed, check) for name, check in (needed | useful).items()}
-    wait(futures.values(), timeout=CHECK_TIMEOUT_S)
+    running: list[Future[Any]] = [details, *futures.values()]
+    wait(running, timeout=CHECK_TIMEOUT_S)
     components = {
         name: _component_health(future, failed_status=HealthStatus.DOWN if name in needed else HealthStatus.DEGRADED)
         for name, future in futures.items()
     }
     order = [HealthStatus.OK, HealthStatus.DEGRADED, HealthStatus.DOWN]
-    return HealthView(
+    view = HealthView(
         status=max((component.status for component in components.values()), key=order.index),
         version=VERSION,
         components=components,
     )
+    details.cancel()
+    return view if details.done() and not details.cancelled() and details.result() else view.without_details()
 
 
 def _timed(check: Check) -> tuple[str | None, float]:
@@ -127,4 +138,4 @@ def _connection(url: str) -> redis.Redis:
 @process_singleton
 def _check_executor() -> ThreadPoolExecutor:
     # More threads than checks, so that checks that hang do not block the others.
-    return ThreadPoolExecutor(max_workers=16, thread_name_prefix="health")
+    return ThreadPoolExecutor(max_workers=32, thread_name_prefix="health")

@@ -2,8 +2,9 @@
 
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from api_service.http.auth import Caller
@@ -13,7 +14,7 @@ from shared.contracts.safety import ConceptView, PolicyView, SafetyAction
 from shared.contracts.service import JobWindow, ModelsResponse, ModelView, StatsView, UsageView
 from shared.db import queue_limits, quotas, spaces, workers
 from shared.db.session import session_scope
-from shared.db.tables import Image, Job, Output
+from shared.db.tables import Collection, Image, Job, Output
 from shared.metrics import recent_operations
 from shared.pools import pool_statistics
 from shared.request_stats import WINDOWS_MIN, request_stats
@@ -52,19 +53,26 @@ def _concept_view(concept: ConceptSettings) -> ConceptView:
     )
 
 
-def stats() -> StatsView:
-    """Return counts of rows, and the state of workers, cache, pools and recent requests."""
+def stats(*, owner_id: UUID | None) -> StatsView:
+    """Return counts of rows, and the state of workers, cache, pools and recent requests.
+
+    owner_id: count only the rows of this owner, and leave out what is for operators. None: the whole service.
+    """
+    everything = owner_id is None
+    own_images = [] if everything else [Image.collection_id.in_(select(Collection.id).filter_by(owner_id=owner_id))]
+    own_jobs = [] if everything else [Job.owner_id == owner_id]
+    own_outputs = [] if everything else [Output.owner_id == owner_id]
+    queued = select(Job.model, func.count()).where(Job.state == JobState.QUEUED, *own_jobs).group_by(Job.model)
     with session_scope() as session:
         return StatsView(
-            images=_count_by_name(session, select(Image.state, func.count()).group_by(Image.state)),
-            jobs=_count_by_name(session, select(Job.state, func.count()).group_by(Job.state)),
-            generations=session.scalar(select(func.count()).select_from(Output)) or 0,
-            queues=_count_by_name(
-                session, select(Job.model, func.count()).where(Job.state == JobState.QUEUED).group_by(Job.model)
-            ),
+            images=_count_by_name(session, select(Image.state, func.count()).where(*own_images).group_by(Image.state)),
+            jobs=_count_by_name(session, select(Job.state, func.count()).where(*own_jobs).group_by(Job.state)),
+            generations=session.scalar(select(func.count()).select_from(Output).where(*own_outputs)) or 0,
+            queues=_count_by_name(session, queued),
             workers=[
                 {
-                    "id": worker.id,
+                    # The name of the host follows the "@".
+                    "id": worker.id if everything else worker.id.partition("@")[0],
                     "kind": worker.kind,
                     "model": worker.model,
                     "state": worker.state,
@@ -72,15 +80,16 @@ def stats() -> StatsView:
                 }
                 for worker in workers.list_live(session)
             ],
-            cache=get_cache_manager().stats(),
-            pools=pool_statistics(),
+            cache=get_cache_manager().stats() if everything else {},
+            pools=pool_statistics() if everything else {},
             embedding_spaces=[
-                {"digest": space.digest, "model": space.model, "dim": space.dim, "active": active, "vectors": vectors}
+                {"digest": space.digest, "model": space.model, "dim": space.dim, "active": active}
+                | ({"vectors": vectors} if everything else {})
                 for space, active, vectors in spaces.list_all(session)
             ],
-            recent_requests=request_stats().read(),
-            recent_jobs=[_jobs_ended(session, seconds=minutes * 60) for minutes in WINDOWS_MIN],
-            operations=recent_operations(),
+            recent_requests=request_stats().read() if everything else [],
+            recent_jobs=[_jobs_ended(session, *own_jobs, seconds=minutes * 60) for minutes in WINDOWS_MIN],
+            operations=recent_operations() if everything else {},
         )
 
 
@@ -101,16 +110,16 @@ def own_usage(*, caller: Caller) -> UsageView:
     )
 
 
-def _jobs_ended(session: Session, *, seconds: float) -> JobWindow:
+def _jobs_ended(session: Session, *where: ColumnElement[bool], seconds: float) -> JobWindow:
     """Return statistics of the jobs that ended in the last `seconds`. All replicas read them from the same table."""
     waited = func.extract("epoch", Job.started_at - Job.created_at)
     took = func.extract("epoch", Job.finished_at - Job.created_at)
     recent = Job.finished_at > func.now() - timedelta(seconds=seconds)
-    ended = _count_by_name(session, select(Job.state, func.count()).where(recent).group_by(Job.state))
+    ended = _count_by_name(session, select(Job.state, func.count()).where(recent, *where).group_by(Job.state))
     percentiles = session.execute(
         select(
             func.percentile_cont(PERCENTILES).within_group(waited), func.percentile_cont(PERCENTILES).within_group(took)
-        ).where(recent)
+        ).where(recent, *where)
     ).one()
     wait, total = ([None if s is None else round(float(s), 3) for s in each or [None] * 3] for each in percentiles)
     return JobWindow(

@@ -40,11 +40,18 @@ def delete_old_claims(session: Session, *, older_than_s: float) -> None:
     session.execute(delete(BlobClaim).where(old).execution_options(synchronize_session=False))
 
 
+LOCK_LIMIT_S = 15
+"""After so long without a statement, the server releases the locks of a frozen sweeper."""
+
+
 def lock_keys(session: Session, keys: Collection[str]) -> None:
-    """Make every upload that claims one of these keys wait until this transaction ends."""
-    # The blob store may take long to delete the blobs. The server must not end this idle transaction, which
-    # would release the locks.
-    session.execute(select(func.set_config("idle_in_transaction_session_timeout", "0", True)))
+    """Make every upload that claims one of these keys wait until this transaction ends.
+
+    The caller must delete no blob later than `LOCK_LIMIT_S` seconds after this call.
+    """
+    # Longer than elsewhere, because the blob store may take long to delete the blobs.
+    limit = func.set_config("idle_in_transaction_session_timeout", f"{LOCK_LIMIT_S * 1000}", True)
+    session.execute(select(limit))
     _lock(session, keys, shared=False)
 
 

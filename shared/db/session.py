@@ -19,12 +19,17 @@ from shared.metrics import observe_database
 from shared.settings import DatabaseSettings, get_settings
 from shared.singleton import process_singleton
 
+IDLE_LIMIT_S = 5
+"""The server ends a transaction that runs no statement so long: its process is frozen, and others need its locks."""
+
 
 def build_engine(settings: DatabaseSettings) -> Engine:
     """An engine with a bounded pool, whose connections are pinged before use and recycled. Every wait has a timeout."""
     server_settings = {
         "statement_timeout": f"{settings.statement_timeout_s * 1000:.0f}",
-        "idle_in_transaction_session_timeout": "60000",
+        "idle_in_transaction_session_timeout": f"{IDLE_LIMIT_S * 1000}",
+        # A frozen client may also stop reading a large result, and a vanished one never confirms it.
+        "tcp_user_timeout": f"{IDLE_LIMIT_S * 1000}",
         "timezone": "UTC",
     }
     return create_engine(
@@ -49,6 +54,10 @@ def build_engine(settings: DatabaseSettings) -> Engine:
 
 def database_url(settings: DatabaseSettings) -> URL:
     return make_url(settings.url.get_secret_value())
+
+
+IDLE_IN_TRANSACTION = "25P03"
+"""The error code of a statement in a transaction that the server has ended after `IDLE_LIMIT_S`."""
 
 
 class BoundedWait:
@@ -127,6 +136,6 @@ def session_scope() -> Iterator[Session]:
     except OperationalError as error:
         raise DatabaseConnectionError from error
     except DBAPIError as error:
-        if error.connection_invalidated:
+        if error.connection_invalidated or getattr(error.orig, "pgcode", None) == IDLE_IN_TRANSACTION:
             raise DatabaseConnectionError from error
         raise DatabaseQueryError from error

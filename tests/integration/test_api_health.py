@@ -1,13 +1,16 @@
 """The health probes: which components they check, and which details they show to which caller."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
 from sqlalchemy.orm import Session
 
 from api_service.services import health
+from ops.local.stack import LocalStack
 from shared.db import workers
 from tests.integration.conftest import API, Client, a_key
+from tests.stack import wait_until
 
 READY = f"{API}/health/ready"
 STRICT_READY = f"{READY}?strict=true"
@@ -61,3 +64,26 @@ def test_only_an_operator_sees_why_a_component_is_down(keyed_client: Client, ses
     components = keyed_client.get(f"{API}/health", headers=operator).json["components"]
     assert "embed" in components["workers"]["detail"]
     assert components["database"]["latency_ms"] > 0
+
+
+def test_no_probe_and_no_document_waits_for_a_frozen_database_because_of_a_key(
+    keyed_client: Client, session: Session, servers: LocalStack
+) -> None:
+    cookie = {"Cookie": "afterimage_key=aft_wrong"}
+    for headers in ({}, a_key(session, "admin"), {"Authorization": "Bearer aft_wrong"}, cookie):
+        # A session that starts while the server is being frozen would go on.
+        wait_until(lambda: keyed_client.get(READY).status_code == 200, timeout_s=20, what="the database to answer")
+        servers.control.freeze("postgres")
+        try:
+            for path in ("/health/live", f"{API}/health/live", "/metrics", f"{API}/openapi.json", "/docs/swagger/",
+                         "/static/studio.css"):  # fmt: skip
+                started = time.monotonic()
+                keyed_client.get(path, headers=headers).close()
+                assert time.monotonic() - started < 1, path
+            for path in (READY, STRICT_READY, f"{API}/health"):
+                started = time.monotonic()
+                answer = keyed_client.get(path, headers=headers)
+                assert time.monotonic() - started < health.CHECK_TIMEOUT_S + 0.4, path
+                assert answer.json["components"]["database"]["status"] == "down", (path, headers, answer.json)
+        finally:
+            servers.control.thaw("postgres")

@@ -2,10 +2,14 @@
 
 import pytest
 from redis import Redis
+from sqlalchemy.orm import Session
 
 from ops.local.stack import LocalStack
+from shared.contracts.jobs import JobState
+from shared.db import workers
 from shared.request_stats import RequestStats
-from tests.integration.conftest import API, Client
+from tests.factories import make_job
+from tests.integration.conftest import API, Client, a_key
 from tests.stack import wait_until
 
 HALF_PAST = 1_800_000_030.0
@@ -99,3 +103,25 @@ def test_statistics_contain_recent_requests_and_jobs(client: Client) -> None:
     assert [window["ended"] for window in stats["recent_jobs"]] == [{"canceled": 1}] * 3
     assert stats["recent_jobs"][0]["wait_p50_s"] is None, "it was never started"
     assert 0 <= stats["recent_jobs"][0]["total_p50_s"] < 60
+
+
+def test_only_an_operator_sees_the_statistics_of_the_whole_service(keyed_client: Client, session: Session) -> None:
+    make_job(session, owner="team", state=JobState.SUCCEEDED)
+    make_job(session, owner="team")
+    make_job(session, owner="others")
+    workers.heartbeat(session, "generate.cheap-1@secret-host", kind="generate", model="cheap", state="ready")
+    own, operator = a_key(session, "search", owner="team"), a_key(session, "admin", owner="operators")
+
+    answer = keyed_client.get(f"{API}/stats", headers=own)
+    stats = answer.json
+    assert (stats["jobs"], stats["queues"], stats["generations"]) == ({"queued": 1, "succeeded": 1}, {"cheap": 1}, 0)
+    assert [worker["model"] for worker in stats["workers"]] == ["cheap"]
+    assert "secret-host" not in answer.text
+    assert (stats["cache"], stats["pools"], stats["recent_requests"], stats["operations"]) == ({}, {}, [], {})
+    page = keyed_client.get("/queue", headers=a_key(session, "generate", owner="team"))
+    assert "<b>1</b> waiting" in page.text
+
+    stats = keyed_client.get(f"{API}/stats", headers=operator).json
+    assert stats["jobs"] == {"queued": 2, "succeeded": 1}
+    assert stats["workers"][0]["id"] == "generate.cheap-1@secret-host"
+    assert stats["pools"] != {}
