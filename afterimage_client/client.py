@@ -9,7 +9,7 @@ import httpx
 import pydantic
 
 from afterimage_client.bulks import Bulks
-from afterimage_client.connection import Connection, parse_response, translate_transport_errors
+from afterimage_client.connection import Connection, parse_response, sent_tags, translate_transport_errors
 from afterimage_client.errors import error_from_response
 from afterimage_client.images import Images
 from afterimage_client.jobs import Jobs
@@ -81,9 +81,10 @@ class Afterimage:
 
         To use the same ones later, send their ids as `reference_ids`.
         """
-        return self._connection.get(
-            RagSearchResponse, "/rag/search", params=query.model_dump(mode="json", exclude_unset=True)
-        )
+        params = query.model_dump(mode="json", exclude_unset=True)
+        if "tags" in params:
+            params["tags"] = sent_tags(params["tags"])
+        return self._connection.get(RagSearchResponse, "/rag/search", params=params)
 
     def models(self) -> ModelsResponse:
         """Return the generators with their capabilities."""

@@ -1,5 +1,6 @@
 """HTTP requests to one service: errors become exception types, and temporary errors are retried."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -152,6 +153,11 @@ class Connection:
 def parse_response(answer: type[Model], response: httpx.Response) -> Model:
     """Parse the body; unknown fields, which a newer service may send, are ignored."""
     return answer.model_validate_json(response.content, extra="ignore")
+
+
+def sent_tags(tags: list[str]) -> list[str]:
+    """Return the values of a form or query for these tags. The service splits each at its commas, but no JSON array."""
+    return [json.dumps(tags, ensure_ascii=False)] if any(mark in tag for tag in tags for mark in ",[") else tags
 
 
 @contextmanager

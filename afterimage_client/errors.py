@@ -52,6 +52,7 @@ class ProblemError(AfterimageError):
     Attributes:
         code: stable; match on this.
         errors: the invalid fields of a `validation_failed`.
+        reason: the detail, with the invalid fields.
         retry_after_s: seconds from now after which the service advises to retry; None without advice.
     """
 
@@ -64,7 +65,8 @@ class ProblemError(AfterimageError):
         self.context: Mapping[str, Any] = problem.context
         self.retry_after_s = retry_after_s
         fields = "; ".join(f"{error.field}: {error.message}" for error in problem.errors)
-        super().__init__(f"{problem.code}: {problem.detail}" + (f" ({fields})" if fields else ""))
+        self.reason = problem.detail + (f" ({fields})" if fields else "")
+        super().__init__(f"{problem.code}: {self.reason}")
 
 
 class InvalidRequestError(ProblemError):

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from afterimage_client import download
-from afterimage_client.connection import Connection, parse_response
+from afterimage_client.connection import Connection, parse_response, sent_tags
 from shared.contracts.images import ImagePatch, ImageState, ImageView, UploadFields, UploadResponse
 from shared.contracts.jobs import OutputView
 
@@ -114,4 +114,6 @@ def _form(fields: UploadFields) -> Mapping[str, Any]:
     for name in ("attributes", "each"):
         if name in given:
             given[name] = json.dumps(given[name])
+    if "tags" in given:
+        given["tags"] = sent_tags(given["tags"])
     return {name: value for name, value in given.items() if value not in (None, [])}

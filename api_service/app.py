@@ -5,16 +5,17 @@ import re
 import time
 import uuid
 
-from flask import Response, g, redirect, request
+from flask import Response, g, redirect, request, url_for
 from flask_openapi3.models.info import Info
+from flask_openapi3.models.server import Server
 from flask_openapi3_swagger.plugins import RegisterPlugin as SwaggerUI
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from api_service import studio
-from api_service.http import browser_security, problems, rate_limits
+from api_service.http import browser_security, problems, rate_limits, requests
 from api_service.http.auth import Caller, authenticate
 from api_service.http.concurrency import ConcurrencyMiddleware
-from api_service.http.urls import API
+from api_service.http.urls import API, PathPrefixMiddleware
 from api_service.openapi.document import DocumentedApp
 from api_service.routes.admin import admin
 from api_service.routes.bulks import bulks
@@ -56,6 +57,7 @@ def create_app(settings: Settings | None = None) -> DocumentedApp:
             version=VERSION,
             description="Generates images from a prompt and the nearest images of a corpus.",
         ),
+        servers=[Server(url=settings.api.path_prefix)] if settings.api.path_prefix else None,
         security_schemes={"apiKey": {"type": "http", "scheme": "bearer"}},
         doc_ui=False,
         static_folder=None,
@@ -72,18 +74,20 @@ def create_app(settings: Settings | None = None) -> DocumentedApp:
     app.add_url_rule(DOCUMENT_PATH, "document", lambda: app.api_doc)
     app.add_url_rule("/metrics", "metrics", _metrics)
     if settings.security.docs_enabled:
-        app.register_blueprint(SwaggerUI.register(doc_url=DOCUMENT_PATH), url_prefix="/docs")
-        app.add_url_rule("/docs", "docs", lambda: redirect("/docs/swagger"))
+        app.register_blueprint(SwaggerUI.register(doc_url=settings.api.path_prefix + DOCUMENT_PATH), url_prefix="/docs")
+        app.add_url_rule("/docs", "docs", lambda: redirect(url_for("swagger.swagger")))
 
     problems.register(app)
     app.before_request(_start_request)
     app.before_request(_authenticate)
+    app.before_request(lambda: requests.refuse_encoded_body(request))
     rate_limits.register(app, settings)
     browser_security.register(app, settings)
     if settings.security.studio_enabled:
         studio.register(app)
     app.after_request(_finish_request)
-    app.wsgi_app = ConcurrencyMiddleware(app.wsgi_app, settings.api)  # type: ignore[method-assign] # as Flask documents it
+    limited = ConcurrencyMiddleware(app.wsgi_app, settings.api)
+    app.wsgi_app = PathPrefixMiddleware(limited, settings.api.path_prefix)  # type: ignore[method-assign] # as Flask documents it
     return app
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -25,6 +25,10 @@ FORMATS = {
 }
 MAX_CELL_CHARS = 16 * 2**20
 DELIMITERS = (",", ";", "\t", "|")
+FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""Beginning of a cell that a spreadsheet may run as a formula, or that `plain_cell` has changed."""
+PLAIN_CELL_COLUMNS = {"line", "row", "custom_id", "output_id"}
+"""Columns of the tables that this project writes, whose texts went through `plain_cell`."""
 SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?', re.IGNORECASE)
 
 Values = dict[str, Any]
@@ -49,7 +53,13 @@ class Row:
     problem: str | None = None
 
 
-def read_rows(path: Path, *, format: str | None = None, text_column: str = "prompt") -> Iterator[Row]:  # noqa: A002
+def read_rows(
+    path: Path,
+    *,
+    format: str | None = None,  # noqa: A002
+    text_column: str = "prompt",
+    on_comment: Callable[[int], object] = lambda number: None,
+) -> Iterator[Row]:
     """Yield every row, one at a time. Empty cells are left out, so that defaults apply.
 
     Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark. CSV cells may be separated by one of `DELIMITERS`, or by
@@ -59,7 +69,8 @@ def read_rows(path: Path, *, format: str | None = None, text_column: str = "prom
     Args:
         path: `-` is standard input, which needs a `format`.
         format: one of the values of `FORMATS`; None: by the suffix of the file name.
-        text_column: column name for the lines of a text file.
+        text_column: column name for the lines of a text file. Empty lines and lines that begin with `#` are left out.
+        on_comment: called with the number of each line of a text file that begins with `#`.
 
     Raises:
         TableFileError: the file does not exist or is not of that format, or pyarrow is missing for a Parquet file.
@@ -73,7 +84,7 @@ def read_rows(path: Path, *, format: str | None = None, text_column: str = "prom
     with _open_text(path) as file:
         match kind:
             case "txt":
-                yield from _read_text(file, text_column)
+                yield from _read_text(file, text_column, on_comment)
             case "jsonl":
                 yield from _read_json_lines(file, text_column)
             case _:
@@ -126,15 +137,27 @@ def plain_newlines(value: Any) -> Any:
     return value
 
 
+def plain_cell(value: Any) -> Any:
+    """Return the value for a CSV cell. A text that a spreadsheet could run as a formula begins with an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
+
+
+def _original_text(cell: str) -> str:
+    """Undo `plain_cell`."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell[1:]) else cell
+
+
 def _text_file(file: BinaryIO) -> IO[str]:
     buffered = io.BufferedReader(cast(io.RawIOBase, file))
     return io.TextIOWrapper(buffered, encoding=_encoding_of(buffered.peek(4)), newline="")
 
 
-def _read_text(file: IO[str], column: str) -> Iterator[Row]:
+def _read_text(file: IO[str], column: str, on_comment: Callable[[int], object]) -> Iterator[Row]:
     for number, line in enumerate(file, 1):
         text = line.strip()
-        if text and not text.startswith("#"):
+        if text.startswith("#"):
+            on_comment(number)
+        elif text:
             yield Row(number, {column: text})
 
 
@@ -182,6 +205,7 @@ def _read_csv(file: IO[str], usual_delimiter: str) -> Iterator[Row]:
     named = [name for name in names if name]
     if len(set(named)) < len(named):
         raise TableFileError(f"two columns have the same name: {', '.join(named)}")
+    names_plain_cells = set(names) >= PLAIN_CELL_COLUMNS
     before = lines_before + reader.line_num
     while True:
         try:
@@ -196,6 +220,8 @@ def _read_csv(file: IO[str], usual_delimiter: str) -> Iterator[Row]:
         if len(cells) > len(names):
             yield Row(first, {}, f"more cells than the {len(names)} columns: {', '.join(names)}")
         elif cells:
+            if names_plain_cells:
+                cells = [_original_text(cell) for cell in cells]
             yield Row(first, _cleaned({name: cell for name, cell in zip(names, cells, strict=False) if name}))
 
 

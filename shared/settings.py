@@ -429,6 +429,11 @@ class RetrievalSettings(Section):
 class APISettings(Section):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65_535, description="port to listen on")
+    path_prefix: Advanced[str] = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="path under which a proxy publishes the service, such as `/afterimage`; empty: the root",
+    )
     workers: int = Field(1, ge=1, le=64, description="API processes")
     threads: int = Field(
         32, ge=1, le=512, description="requests that one process works on at a time; waiting requests do not count"

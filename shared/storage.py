@@ -127,14 +127,18 @@ class Blobs:
         with _translated_errors("get", key):
             return bytes(obstore.get(self._store, key).bytes())
 
-    def stream(self, key: str) -> Iterator[bytes]:
+    def stream(self, key: str, positions: range | None = None) -> Iterator[bytes]:
         """The bytes under `key` in chunks of about 256 KiB, without the whole blob in memory.
+
+        positions: only the bytes at these positions, at least one; None: all.
 
         Raises:
             ResourceNotFoundError: the store has no such key. The call raises it, not the first chunk.
         """
         with _translated_errors("get", key):
-            chunks = iter(obstore.get(self._store, key).stream(min_chunk_size=STREAM_CHUNK_BYTES))
+            wanted = None if positions is None else {"range": (positions.start, positions.stop)}
+            found = obstore.get(self._store, key, options=wanted)  # type: ignore[arg-type]
+            chunks = iter(found.stream(min_chunk_size=STREAM_CHUNK_BYTES))
         return _each_chunk(chunks, key)
 
     def info(self, key: str) -> BlobInfo | None:

@@ -44,6 +44,9 @@ HEADER_COMPONENTS: dict[str, dict[str, Any]] = {
             "true",
         ),
         ("Content-Disposition", "the file's name", {"type": "string"}, 'inline; filename="apple.png"'),
+        ("Accept-Ranges", "`bytes`: ranges of the file can be requested", {"type": "string"}, "bytes"),
+        ("Content-Range", "place of these bytes in the file, and its size", {"type": "string"}, "bytes 0-99/1234"),
+        ("Accept-Encoding", "`identity`: bodies are read only without encoding", {"type": "string"}, "identity"),
     )
 }
 RATE_LIMITS = ("RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
@@ -58,16 +61,22 @@ def error_headers(status: HTTPStatus) -> dict[str, Any]:
         names.append("WWW-Authenticate")
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         names.append("Retry-After")
+    if status is HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
+        names.append("Accept-Encoding")
+    if status is HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        names.append("Content-Range")
     return _header_refs(names)
 
 
 def success_headers(operation_id: str, method: str, status: str, *, is_file: bool, needs_key: bool) -> dict[str, Any]:
     """References to the headers of a response that is not an error."""
     names = ["X-Request-ID", *(RATE_LIMITS if needs_key else ())]
-    if method == "get" and status in ("200", "304") and operation_id != "streamJobEvents":
+    if method == "get" and status in ("200", "206", "304") and operation_id != "streamJobEvents":
         names.append("ETag")
     if is_file:
-        names.append("Content-Disposition")
+        names += ["Content-Disposition", "Accept-Ranges"]
+    if status == "206":
+        names.append("Content-Range")
     if status == "202":
         names += ["Location", "Retry-After"]
     elif operation_id == "getJob":

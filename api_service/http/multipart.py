@@ -1,7 +1,6 @@
 """Parses multipart requests: uploaded files and form fields."""
 
 import base64
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +36,14 @@ def uploaded_files(request: Request) -> list[SentFile]:
 
 
 def upload_fields(request: Request) -> UploadFields:
-    """Parse the description of an upload: `tags` repeated or separated by commas, `attributes` and `each` as JSON.
+    """Parse the description of an upload: `tags` as in `requests.split_tags`, `attributes` and `each` as JSON.
 
     Raises:
         ValidationError: a field is invalid, or was sent more than once.
     """
     values = requests.field_values(UploadFields, request.form, where="form")
     if "tags" in values:
-        values["tags"] = split_tags(values["tags"])
+        values["tags"] = requests.split_tags(values["tags"])
     if len(values.get("each", [])) > 1:
         raise problems.field_error("form.each", "repeated", "Must be given once, as one JSON array.")
     if "each" in values:
@@ -52,12 +51,6 @@ def upload_fields(request: Request) -> UploadFields:
     _parse_json_field(values, "attributes")
     _parse_json_field(values, "each")
     return requests.parse_form(UploadFields, values)
-
-
-def split_tags(values: Iterable[str]) -> list[str]:
-    """Split each value at its commas; drop empty and repeated tags."""
-    tags = (tag.strip() for value in values for tag in value.split(","))
-    return list(dict.fromkeys(tag for tag in tags if tag))
 
 
 def search_request(request: Request) -> SearchRequest:

@@ -26,8 +26,11 @@ HTTP_CODES = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "body_too_large",
     HTTPStatus.REQUEST_URI_TOO_LONG: "uri_too_long",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported_media_type",
+    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE: "range_not_satisfiable",
 }
 """Error codes of requests that the framework itself refuses."""
+FRAMEWORK_HEADERS = {"Allow", "Accept-Encoding", "Content-Range"}
+"""Headers of the framework's errors that clients need."""
 
 
 def register(app: Flask) -> None:
@@ -65,9 +68,9 @@ def handle_http_error(error: HTTPException) -> Response:
         status,
         code=HTTP_CODES.get(status, "bad_request" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "internal_error"),
         detail=error.description or status.description,
+        errors=getattr(error, "errors", ()),
     )
-    if "Allow" in framework_response.headers:
-        response.headers["Allow"] = framework_response.headers["Allow"]
+    response.headers.extend((name, value) for name, value in framework_response.headers if name in FRAMEWORK_HEADERS)
     return response
 
 

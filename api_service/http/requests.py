@@ -5,11 +5,12 @@ also accepts any content type, and takes the first value of a repeated parameter
 """
 
 import types
+from collections.abc import Iterable
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import pydantic
 from flask import Request
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
 
@@ -19,12 +20,35 @@ from shared.errors import MalformedBodyError
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class UnsupportedContentEncoding(UnsupportedMediaType):
+    description = "The body must be sent without Content-Encoding: compressed bodies are not read."
+    errors = ({"field": "header.Content-Encoding", "code": "not_supported", "message": "Must be left out."},)
+
+    def get_headers(self, *arguments: Any) -> list[tuple[str, str]]:
+        return [*super().get_headers(*arguments), ("Accept-Encoding", "identity")]
+
+
+def refuse_encoded_body(request: Request) -> None:
+    """A small compressed body can become a very large one, so none is read.
+
+    Raises:
+        UnsupportedContentEncoding: the body has a `Content-Encoding`.
+    """
+    encodings = {each.strip().lower() for each in request.headers.get("Content-Encoding", "").split(",")}
+    if encodings - {"", "identity"}:
+        raise UnsupportedContentEncoding
+
+
 def parse_path(model: type[Model], values: dict[str, Any]) -> Model:
     return _validate(model, values, where="path")
 
 
 def parse_query(model: type[Model], request: Request) -> Model:
-    return _validate(model, field_values(model, request.args, where="query"), where="query")
+    values = field_values(model, request.args, where="query")
+    # An empty tag is an error: without it, the query would find more than was asked for.
+    if all(map(str.strip, values.get("tags", [""]))):
+        values["tags"] = split_tags(values["tags"])
+    return _validate(model, values, where="query")
 
 
 def parse_json_body(model: type[Model], request: Request) -> Model:
@@ -52,6 +76,18 @@ def parse_json_body(model: type[Model], request: Request) -> Model:
 
 def parse_form(model: type[Model], values: dict[str, Any]) -> Model:
     return _validate(model, values, where="form")
+
+
+def split_tags(values: Iterable[str]) -> list[str]:
+    """Split each value at its commas; drop empty and repeated tags. A JSON array has tags that contain commas."""
+    return list(dict.fromkeys(tag for value in values for tag in _tags_of(value)))
+
+
+def _tags_of(value: str) -> list[str]:
+    try:
+        return TypeAdapter(list[str]).validate_json(value)
+    except pydantic.ValidationError:
+        return [tag for part in value.split(",") if (tag := part.strip())]
 
 
 def field_values(model: type[BaseModel], sent: "MultiDict[str, str]", *, where: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from werkzeug.datastructures import Headers
 
 from api_service.http.concurrency import download_slots
+from api_service.http.ranges import requested_range
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobView
 from shared.errors import TooManyStreamsError
@@ -68,39 +69,58 @@ def no_content() -> Response:
 
 
 def stored_file(key: str, *, etag: str, media_type: str, size_bytes: int | None, filename: str) -> Response:
-    """Send the file stored under `key`, which caches may keep forever. A large one is streamed.
+    """Send the file stored under `key`, or a range of it. Caches may keep it forever. A large one is streamed.
+
+    size_bytes: `None` for a small file whose size the caller does not know.
 
     Raises:
+        RequestedRangeNotSatisfiable: the file has none of the requested bytes.
         ResourceNotFoundError: the blob store has no such file.
         StorageError: the blob store failed.
         TooManyStreamsError: the file is large, and this process or the owner has reached its limit of downloads.
     """
     headers = Headers()
     headers["Cache-Control"] = "private, max-age=31536000, immutable"
+    headers["Accept-Ranges"] = "bytes"
     headers.set("Content-Disposition", "inline", filename=filename)
     if request.if_none_match.contains_weak(etag):
         response = Response(status=304, headers=headers)
     else:
-        response = _file_response(key, size_bytes)
+        data = None
+        if size_bytes is None:
+            data = get_blobs().get(key)
+            size_bytes = len(data)
+        wanted = requested_range(request, etag=etag, size_bytes=size_bytes)
+        response = _file_response(key, data, wanted or range(size_bytes))
         response.content_type = media_type
         response.headers.extend(headers)
-        if size_bytes is not None:
-            response.content_length = size_bytes
+        if wanted is not None:
+            response.status_code = 206
+            response.headers["Content-Range"] = f"bytes {wanted.start}-{wanted.stop - 1}/{size_bytes}"
     response.set_etag(etag)
     return response
 
 
-def _file_response(key: str, size_bytes: int | None) -> Response:
+def _file_response(key: str, data: bytes | None, wanted: range) -> Response:
     if request.method == "HEAD":
-        return Response()
-    if (size_bytes or 0) <= MAX_UNSTREAMED_BYTES:
-        return Response(get_blobs().get(key))
+        response = Response()
+    elif data is not None:
+        response = Response(data[wanted.start : wanted.stop])
+    elif len(wanted) <= MAX_UNSTREAMED_BYTES:
+        response = Response(b"".join(get_blobs().stream(key, wanted)))
+    else:
+        response = _streamed_response(key, wanted)
+    response.content_length = len(wanted)
+    return response
+
+
+def _streamed_response(key: str, wanted: range) -> Response:
     owner_id = g.caller.owner_id
     if not download_slots().take(owner_id):
         raise TooManyStreamsError("This process has reached its limit of large downloads, in total or for this owner.")
     try:
         # Open the file before the headers are sent: a missing file is then a 404 and not a broken 200.
-        response = Response(get_blobs().stream(key))
+        response = Response(get_blobs().stream(key, wanted))
     except BaseException:
         download_slots().release(owner_id)
         raise

@@ -1,4 +1,31 @@
-"""Paths of the API."""
+"""Paths of the API, and the prefix under which a proxy publishes the service."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from shared.settings import get_settings
 
 API = "/api/v1"
 """Prefix of all paths of the API. Probes at the root, Studio, Swagger UI and metrics have none."""
+
+
+def api_address(path: str) -> str:
+    """Return the address of a resource for clients: its path in the API behind the prefix of the proxy."""
+    return f"{get_settings().api.path_prefix}{API}{path}"
+
+
+class PathPrefixMiddleware:
+    """Sets the prefix of the application's addresses, and removes the prefix from paths that have it.
+
+    Paths without it, such as those of probes, reach the service without the proxy, or through one that removes it.
+    """
+
+    def __init__(self, application: Callable[[dict[str, Any], Any], Iterable[bytes]], prefix: str) -> None:
+        self._application = application
+        self._prefix = prefix
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        environ["SCRIPT_NAME"] = self._prefix
+        if f"{environ['PATH_INFO']}/".startswith(f"{self._prefix}/"):
+            environ["PATH_INFO"] = environ["PATH_INFO"].removeprefix(self._prefix)
+        return self._application(environ, start_response)

@@ -29,6 +29,10 @@ ERROR_RESPONSES = {
     HTTPStatus.REQUEST_TIMEOUT: ("Timeout", "The body arrived too slowly: `request_timeout`."),
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("TooLarge", "The body, or an image in it, is over the limit."),
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: ("UnsupportedMediaType", "The body, or a file in it, has the wrong type."),
+    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE: (
+        "RangeNotSatisfiable",
+        "The file has none of the requested bytes: `range_not_satisfiable`.",
+    ),
     HTTPStatus.UNPROCESSABLE_ENTITY: (
         "Invalid",
         "The request is not valid; `errors` names each wrong field of `validation_failed`.",
@@ -139,10 +143,10 @@ def _complete_operation(operation: dict[str, Any], route: str) -> None:
     responses = operation["responses"]
     responses.pop("422")  # flask_openapi3 describes its own format, which this API does not use
     if name in FILE_MEDIA_TYPES:
-        responses["200"] = {
-            "description": "The file.",
-            "content": {media_type: {"schema": BINARY_SCHEMA} for media_type in FILE_MEDIA_TYPES[name]},
-        }
+        content = {media_type: {"schema": BINARY_SCHEMA} for media_type in FILE_MEDIA_TYPES[name]}
+        responses["200"] = {"description": "The file.", "content": content}
+        responses["206"] = {"description": "The range of the file that the request names.", "content": content}
+        operation["parameters"] = [*operation["parameters"], _RANGE, _IF_RANGE]
         responses["304"] = {"description": "The client already has this version."}
     match name:
         case "generate" | "ragGenerate":
@@ -206,11 +210,27 @@ def _error_statuses(operation: dict[str, Any], route: str) -> list[HTTPStatus]:
         statuses.append(HTTPStatus.NOT_FOUND)
     if operation.get("requestBody"):
         statuses += [HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNSUPPORTED_MEDIA_TYPE]
+    if operation["operationId"] in FILE_MEDIA_TYPES:
+        statuses.append(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
     if operation["operationId"] in OPERATIONS_WITH_CONFLICT:
         statuses.append(HTTPStatus.CONFLICT)
     return statuses
 
 
+_RANGE = {
+    "name": "Range",
+    "in": "header",
+    "schema": {"type": "string"},
+    "description": "one range of the file's bytes (RFC 9110); several ranges get the whole file",
+    "example": "bytes=0-99",
+}
+_IF_RANGE = {
+    "name": "If-Range",
+    "in": "header",
+    "schema": {"type": "string"},
+    "description": "the `ETag` of the version whose range is wanted; of another version the whole file is sent",
+    "example": '"5d41402abc4b2a76b9719d911017c592"',
+}
 _PREFER = {
     "name": "Prefer",
     "in": "header",

@@ -186,6 +186,7 @@ def _download(parts: Iterator[bytes], *, media_type: str, filename: str) -> Resp
     slot = services.bulks.take_transfer_slot()
     response = Response(parts, content_type=media_type)
     response.headers["Cache-Control"] = "no-store"
+    response.headers["Accept-Ranges"] = "none"  # a later download has other bytes; `cursor` continues one
     response.headers.set("Content-Disposition", "attachment", filename=filename)
     # Not in the generator: if it is closed before its first step, its `finally` does not run.
     response.call_on_close(slot.release)

@@ -14,7 +14,7 @@ import orjson
 from sqlalchemy.orm import Session
 
 from api_service.http.auth import Caller
-from api_service.http.urls import API
+from api_service.http.urls import api_address
 from api_service.services import bulk_items
 from api_service.services.bulk_lines import BulkBody, Line, in_chunks
 from shared.cache import get_cache_manager
@@ -301,7 +301,7 @@ def _refusal_error(session: Session, bulk: Bulk) -> BulkInvalidError:
         errors=list(reasons[:MAX_ERRORS_SHOWN]),
         bulk_id=str(bulk.id),
         invalid=bulk.invalid,
-        errors_url=f"{API}/bulks/{bulk.id}/errors",
+        errors_url=api_address(f"/bulks/{bulk.id}/errors"),
     )
 
 
@@ -515,7 +515,7 @@ def _cached_progress(session: Session, rows: Sequence[Bulk]) -> dict[UUID, bulks
 
 
 def _bulk_view(row: Bulk, progress: bulks.Progress) -> BulkView:
-    url = f"{API}/bulks/{row.id}"
+    url = api_address(f"/bulks/{row.id}")
     remaining = progress.counts.queued + progress.counts.processing
     rate_per_s = progress.rate_per_s
     return BulkView(
@@ -570,7 +570,7 @@ def _item_view(item: BulkItem, job: Job | None, state: ItemState, item_outputs: 
                 format=each.format,
                 size_bytes=each.size_bytes,
                 sha256=each.sha256,
-                content_url=f"{API}/generations/{each.id}/content",
+                content_url=api_address(f"/generations/{each.id}/content"),
             )
             for each in item_outputs
         ],

@@ -107,21 +107,24 @@ def search_images(request: SearchRequest, *, caller: Caller, decoder: UploadDeco
     return encoded
 
 
-def plan_references(query: RagSearchQuery, *, caller: Caller) -> RagSearchResponse:
+def plan_references(query: RagSearchQuery, *, caller: Caller, where: ImageFilter | None = None) -> RagSearchResponse:
     """Return the references that `POST /rag/generate` would use for this prompt, with weights and reasons.
+
+    where: the filter of the generation; `None`: collection and tags of the query.
 
     Raises:
         EmbeddingUnavailableError: no embed worker answered in time.
         ModelNotFoundError: no model of this name is configured.
         ValidationError: no collection has the requested name.
     """
+    where = where or ImageFilter(collection=query.collection, tags=query.tags)
     settings = get_settings()
     name = query.model or settings.model.default_generator
     generator = settings.model.generator(name)
     min_similarity = settings.retrieval.min_similarity if query.min_similarity is None else query.min_similarity
     with session_scope() as session:
         space = _active_space(session)
-        collection = find_collection(session, query.collection, caller=caller, field="query.collection")
+        collection = find_collection(session, where.collection, caller=caller, field="query.collection")
     vector = text_vector(query.prompt, space)
     with session_scope() as session:
         plan = retrieval.plan(
@@ -131,7 +134,7 @@ def plan_references(query: RagSearchQuery, *, caller: Caller) -> RagSearchRespon
             k=min(query.k or settings.retrieval.default_k, generator.max_references),
             min_similarity=min_similarity,
             collection_id=collection.id,
-            where=ImageFilter(collection=query.collection, tags=query.tags),
+            where=where,
             settings=settings.retrieval,
         )
         known = workers.list_capabilities(session).get(name)
@@ -176,7 +179,8 @@ def text_vector(text: str, space: Space) -> Vector:
 def _cache_key(request: SearchRequest, space: Space, collection: Collection) -> str:
     """The key contains the collection's version in Postgres, so an answer from before a change is never used."""
     request_digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
-    return f"search:{space.digest}:{collection.id}:{collection.version}:{request_digest}"
+    prefix = get_settings().api.path_prefix  # of the addresses in the answer
+    return f"search:{space.digest}:{collection.id}:{collection.version}:{request_digest}{prefix}"
 
 
 def _active_space(session: Session) -> Space:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from api_service.http.urls import API
+from api_service.http.urls import api_address
 from shared.cache import get_cache_manager
 from shared.contracts.common import ImageFormat
 from shared.contracts.images import ImageDescription, ImageState, ImageView
@@ -18,6 +18,7 @@ from shared.contracts.jobs import (
     JobKind,
     JobState,
     JobView,
+    JobWarning,
     Lane,
     OutputView,
     Progress,
@@ -67,6 +68,7 @@ def jobs(session: Session, rows: Sequence[Job]) -> list[JobView]:
             bulk_id=row.bulk_id,
             parameters=row.parameters,
             resolution=row.resolution,
+            warnings=_warnings(row.resolution),
             safety=_safety(row.safety),
             error=JobError.model_validate(row.error, extra="ignore") if row.error else None,
             outputs=[output(each, references_by_output.get(each.id, [])) for each in outputs_by_job.get(row.id, [])],
@@ -75,8 +77,8 @@ def jobs(session: Session, rows: Sequence[Job]) -> list[JobView]:
             started_at=row.started_at,
             finished_at=row.finished_at,
             timings=row.timings or {},
-            url=f"{API}/jobs/{row.id}",
-            events_url=f"{API}/jobs/{row.id}/events",
+            url=api_address(f"/jobs/{row.id}"),
+            events_url=api_address(f"/jobs/{row.id}/events"),
         )
         for row in rows
     ]
@@ -117,8 +119,8 @@ def output(row: Output, references: Sequence[OutputReference]) -> OutputView:
         size_bytes=row.size_bytes,
         sha256=row.sha256,
         created_at=row.created_at,
-        content_url=f"{API}/generations/{row.id}/content",
-        thumbnail_url=f"{API}/generations/{row.id}/thumbnail",
+        content_url=api_address(f"/generations/{row.id}/content"),
+        thumbnail_url=api_address(f"/generations/{row.id}/thumbnail"),
         references=[
             UsedReference(
                 image_id=each.image_id,
@@ -131,6 +133,7 @@ def output(row: Output, references: Sequence[OutputReference]) -> OutputView:
             for each in references
         ],
         safety=_safety(row.provenance.get("safety")),
+        warnings=_warnings(row.provenance),
         replay=None if row.replay is None else Replay.model_validate(row.replay, extra="ignore"),
         provenance=row.provenance,
     )
@@ -138,6 +141,10 @@ def output(row: Output, references: Sequence[OutputReference]) -> OutputView:
 
 def _safety(record: Any) -> SafetyRecord | None:
     return SafetyRecord.model_validate(record, extra="ignore") if record else None
+
+
+def _warnings(record: dict[str, Any] | None) -> list[JobWarning]:
+    return [JobWarning.model_validate(each, extra="ignore") for each in (record or {}).get("warnings", [])]
 
 
 def delivery(row: WebhookDelivery, type: str) -> DeliveryView:  # noqa: A002 - the field's name
@@ -177,9 +184,9 @@ def image(row: Image, collection: str) -> ImageView:
         size_bytes=row.size_bytes,
         sha256=row.sha256,
         created_at=row.created_at,
-        url=f"{API}/images/{row.id}",
-        content_url=f"{API}/images/{row.id}/content",
-        thumbnail_url=f"{API}/images/{row.id}/thumbnail",
+        url=api_address(f"/images/{row.id}"),
+        content_url=api_address(f"/images/{row.id}/content"),
+        thumbnail_url=api_address(f"/images/{row.id}/thumbnail"),
     )
 
 
@@ -196,6 +203,6 @@ def scored_image(found: ScoredImage) -> Neighbour:
         height=row.height,
         sha256=row.sha256,
         created_at=row.created_at,
-        content_url=f"{API}/images/{row.id}/content",
-        thumbnail_url=f"{API}/images/{row.id}/thumbnail",
+        content_url=api_address(f"/images/{row.id}/content"),
+        thumbnail_url=api_address(f"/images/{row.id}/thumbnail"),
     )

@@ -4,6 +4,8 @@ Every page works without a script. `static/studio.js` updates pages in place: wi
 only the part that changes.
 """
 
+from uuid import uuid4
+
 from flask import Flask, Response, request
 
 from api_service.studio.corpus import studio_corpus
@@ -19,6 +21,7 @@ def register(app: Flask) -> None:
     for blueprint in BLUEPRINTS:
         app.register_blueprint(blueprint)
     app.add_template_global(next_page_query)
+    app.add_template_global(lambda: uuid4().hex, "random_key")
     app.add_template_filter(pretty_json)
     app.after_request(_render_not_found)
 

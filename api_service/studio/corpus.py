@@ -28,7 +28,7 @@ def upload() -> Response:
         UploadFields, filled_fields(request.form, ("caption", "tags", "licence", "source", "collection")), where="form"
     )
     if "tags" in values:
-        values["tags"] = multipart.split_tags(values["tags"])
+        values["tags"] = requests.split_tags(values["tags"])
     fields = requests.parse_form(UploadFields, values)
     files = [file for file in multipart.uploaded_files(request) if file.name]
     services.images.upload(files, fields, caller=g.caller, decoder=current_app.extensions["decoder"])

@@ -1,14 +1,17 @@
 """Studio's pages of jobs and outputs: create, follow and manage jobs, and view outputs."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
+import orjson
 import pydantic
 from flask import Response, g, request
 
 from api_service import services
 from api_service.http import requests
+from api_service.http.auth import statistics_owner
 from api_service.studio.pages import (
     IMAGES_PER_PAGE,
     filled_fields,
@@ -18,11 +21,11 @@ from api_service.studio.pages import (
     render_page,
     wants_fragment,
 )
-from api_service.studio.search import pinned_images, plan_references
+from api_service.studio.search import pinned_images, plan_references, sent_filter
 from shared.cache import cache_result
 from shared.contracts.generation import DryRunView, GenerationParameters, Mode, PinnedReference, RagGenerateRequest
 from shared.contracts.images import ImageView
-from shared.contracts.jobs import JobQuery, JobView
+from shared.contracts.jobs import JobQuery
 from shared.contracts.outputs import OutputQuery
 from shared.contracts.service import StatsView
 from shared.errors import EmbeddingUnavailableError
@@ -45,6 +48,9 @@ REQUEST_FIELDS = (
     "similar_examples_count",
     "min_similarity",
     "collection",
+    "scheduler",
+    "format",
+    "quality",
 )
 PREVIEW_EVERY = 4
 RECENT_JOBS = 6
@@ -72,7 +78,6 @@ def create() -> Response:
         plan=plan,
         pinned=pinned,
         unavailable=unavailable,
-        once=uuid4().hex,
     )
 
 
@@ -91,9 +96,11 @@ def generate() -> Response:
 def _idempotency_key(generate_request: RagGenerateRequest) -> str | None:
     """Return a key with which the same form, sent again, makes no second job; a changed form does."""
     once = request.form.get("once")
-    if not once:
-        return None
-    return hashlib.sha256(f"{once} {services.generation.fingerprint(generate_request)}".encode()).hexdigest()
+    return once and _digest(f"{once} {services.generation.fingerprint(generate_request)}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _request_from_form() -> RagGenerateRequest:
@@ -104,10 +111,9 @@ def _request_from_form() -> RagGenerateRequest:
     """
     form = request.form
     sent = filled_fields(form, REQUEST_FIELDS)
-    collection = sent.pop("collection", None)
+    sent.poplist("collection")
     values = requests.field_values(RagGenerateRequest, sent, where="form")
-    if collection:
-        values["filter"] = {"collection": collection}
+    values["filter"] = sent_filter(form)
     planned = dict(pair.split("=", 1) for pair in form.get("planned", "").split() if "=" in pair)
     chosen = [*form.getlist("pin"), *form.getlist("use")]
     used = {image_id: form.get(f"weight.{image_id}", "").strip() for image_id in chosen}
@@ -124,18 +130,31 @@ def _request_from_form() -> RagGenerateRequest:
 @studio_generation.get("/jobs/<uuid:job_id>")
 def job(job_id: UUID) -> Response:
     view = services.jobs.get(job_id, caller=g.caller)
-    return render_page("job", active="queue", job=view, create_values=_create_values(view))
+    return render_page("job", active="queue", job=view, create_values=_create_values(view.parameters))
 
 
-def _create_values(job: JobView) -> dict[str, Any]:
-    """Return the query values with which the page `create` repeats the job; none if another release wrote the job."""
+def _create_values(recorded: dict[str, Any], references: Sequence[PinnedReference] = ()) -> dict[str, Any]:
+    """Return the query values with which the page `create` repeats a job; only its prompt if another release wrote it.
+
+    recorded: the parameters of the job. references: pinned instead of those that the job pins.
+    """
     try:
-        parameters = GenerationParameters.model_validate(job.parameters, extra="ignore")
+        parameters = GenerationParameters.model_validate(recorded, extra="ignore")
     except pydantic.ValidationError:
-        return {}
+        return {"prompt": recorded.get("prompt")}
     settings = parameters.model_dump(mode="json", include=set(REQUEST_FIELDS), exclude_none=True)
-    pinned = [str(reference.image_id) for reference in parameters.references]
-    return {**settings, "num_images": len(parameters.seeds), "collection": parameters.filter.collection, "pin": pinned}
+    conditions = parameters.filter.model_dump(mode="json", exclude={"collection"}, exclude_defaults=True)
+    pinned = list(references or parameters.references)
+    weights = {f"weight.{each.image_id}": each.weight or 1 for each in pinned}
+    return {
+        **settings,
+        "num_images": len(parameters.seeds),
+        "similar_examples_count": len(pinned) or parameters.k,
+        "collection": parameters.filter.collection,
+        "filter": orjson.dumps(conditions).decode() if conditions else None,
+        "pin": [str(each.image_id) for each in pinned],
+        **(weights if any(each.weight for each in pinned) else {}),
+    }
 
 
 @studio_generation.post("/jobs/<uuid:job_id>/cancel")
@@ -164,14 +183,17 @@ def gallery() -> Response:
 @studio_generation.get("/gallery/<uuid:generation_id>")
 def output(generation_id: UUID) -> Response:
     """Show an output with its references and its provenance."""
-    return render_page("output", active="gallery", output=services.outputs.get(generation_id, caller=g.caller))
+    view = services.outputs.get(generation_id, caller=g.caller)
+    references = [PinnedReference(image_id=each.image_id, weight=each.weight or None) for each in view.references]
+    create_values = _create_values(view.provenance.get("parameters", {}), references)
+    return render_page("output", active="gallery", output=view, create_values=create_values)
 
 
 @studio_generation.post("/gallery/<uuid:generation_id>/replay")
 def replay(generation_id: UUID) -> Response:
-    return redirect_to(
-        "studio_generation.job", job_id=services.generation.replay(generation_id, caller=g.caller).view.id
-    )
+    once = request.form.get("once")
+    submitted = services.generation.replay(generation_id, caller=g.caller, key=once and _digest(once))
+    return redirect_to("studio_generation.job", job_id=submitted.view.id)
 
 
 @studio_generation.post("/gallery/<uuid:generation_id>/delete")
@@ -184,11 +206,15 @@ def delete_output(generation_id: UUID) -> Response:
 def queue() -> Response:
     query = read_form(JobQuery, request.args, ("state", "cursor"))
     return render_page(
-        "queue", active="queue", jobs=services.jobs.list_page(query, caller=g.caller), query=query, stats=_stats()
+        "queue",
+        active="queue",
+        jobs=services.jobs.list_page(query, caller=g.caller),
+        query=query,
+        stats=_stats(statistics_owner(g.caller)),
     )
 
 
 @cache_result(key_prefix="studio", ttl=STATS_TTL_S)
-def _stats() -> StatsView:
-    """Return cached statistics, because counting reads whole tables."""
-    return services.status.stats()
+def _stats(owner_id: UUID | None) -> StatsView:
+    """Return cached statistics, because counting reads whole tables. owner_id: as in `services.status.stats`."""
+    return services.status.stats(owner_id=owner_id)

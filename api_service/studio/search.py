@@ -3,16 +3,19 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
+import orjson
 from flask import Response, current_app, g, request
 from werkzeug.datastructures import MultiDict
 
 from api_service import services
-from api_service.http import requests
+from api_service.http import problems, requests
 from api_service.studio.pages import filled_fields, page_blueprint, render_page
 from shared.contracts.images import ImageView
 from shared.contracts.search import (
+    ImageFilter,
     PlannedReference,
     RagSearchQuery,
     RagSearchResponse,
@@ -48,22 +51,26 @@ class Plan:
 
 
 def plan_references(form: "MultiDict[str, str]", pinned: Sequence[ImageView]) -> Plan | None:
-    """Plan the references for the form's prompt, beside the pinned images; `None`: the form has no prompt.
+    """Plan the references for the form's prompt, beside the pinned images.
+
+    `None`: the form has no prompt, or wants no references.
 
     Raises:
         EmbeddingUnavailableError: no embed worker answered in time.
         ModelNotFoundError: no model of this name is configured.
         ValidationError: a value of the form is not valid.
     """
-    sent = filled_fields(form, ("prompt", "model", "collection", "min_similarity", "similar_examples_count"))
-    if "prompt" not in sent:
+    sent = filled_fields(form, ("prompt", "model", "min_similarity", "similar_examples_count"))
+    if "prompt" not in sent or sent.get("similar_examples_count") == "0":
         return None
     if "similar_examples_count" in sent:
         sent["k"] = sent.pop("similar_examples_count")
     query = requests.parse_form(RagSearchQuery, requests.field_values(RagSearchQuery, sent, where="form"))
-    response = services.search.plan_references(query, caller=g.caller)
+    where = requests.parse_form(ImageFilter, sent_filter(form))
+    response = services.search.plan_references(query, caller=g.caller, where=where)
     models = get_settings().model
-    room = max(0, models.generators[query.model or models.default_generator].max_references - len(pinned))
+    most = models.generators[query.model or models.default_generator].max_references
+    room = max(0, min(most, query.k or most) - len(pinned))
     pinned_ids = {image.id for image in pinned}
     used = [each.image_id for each in response.references if each.used and each.image_id not in pinned_ids]
     return Plan(response, frozenset(used[room:]))
@@ -78,6 +85,22 @@ def pinned_images(form: "MultiDict[str, str]") -> list[ImageView]:
         except (ValueError, ResourceNotFoundError):
             continue
     return pinned
+
+
+def sent_filter(form: "MultiDict[str, str]") -> dict[str, Any]:
+    """Return the form's filter: its field `filter`, a JSON object, with its field `collection`.
+
+    Raises:
+        ValidationError: `filter` is not a JSON object.
+    """
+    sent = filled_fields(form, ("filter", "collection"))
+    try:
+        conditions = orjson.loads(sent.get("filter", "{}"))
+    except orjson.JSONDecodeError:
+        conditions = None
+    if not isinstance(conditions, dict):
+        raise problems.field_error("form.filter", "json_invalid", 'Must be a JSON object, such as {"tags": ["fruit"]}.')
+    return conditions | ({"collection": sent["collection"]} if "collection" in sent else {})
 
 
 @studio_search.route("/search", methods=["GET", "POST"])

@@ -1,5 +1,7 @@
 """Studio's pages to sign in with an API key and to sign out, and its static files."""
 
+from typing import Any
+
 from flask import Response, request
 
 from api_service.http.auth import FOREIGN_ORIGIN, cookie_name, from_own_page, over_tls
@@ -30,7 +32,7 @@ def check_key() -> Response:
         return page
     response = redirect_to("studio_generation.create" if "generate" in key.scopes else "studio_corpus.memory")
     # Scripts cannot read it, pages of other sites cannot send it with a change, and it ends with the browser session.
-    response.set_cookie(cookie_name(request), secret, httponly=True, samesite="Lax", secure=over_tls(request))
+    response.set_cookie(cookie_name(request), secret, **_cookie_options())
     return response
 
 
@@ -38,9 +40,15 @@ def check_key() -> Response:
 def sign_out() -> Response:
     _check_origin()
     response = redirect_to("studio.sign_in")
-    response.delete_cookie(cookie_name(request), httponly=True, samesite="Lax", secure=over_tls(request))
+    response.delete_cookie(cookie_name(request), **_cookie_options())
     response.headers["Clear-Site-Data"] = '"cache"'  # browsers cache images for a long time
     return response
+
+
+def _cookie_options() -> dict[str, Any]:
+    # Other services on the same host do not get the key.
+    path = request.root_path or "/"
+    return {"path": path, "httponly": True, "samesite": "Lax", "secure": over_tls(request)}
 
 
 def _check_origin() -> None:

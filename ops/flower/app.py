@@ -4,6 +4,13 @@ Other modules must not import it, because the import reads the settings. Flower 
 that workers send.
 """
 
+from flower.views.monitor import Metrics  # type: ignore[import-untyped]
+from tornado.web import authenticated
+
 from shared.messaging.queue import celery_app
+
+# Flower asks for its password everywhere but at `/healthcheck`, which says only `OK`, and here. Its metrics name tasks
+# and workers.
+Metrics.get = authenticated(Metrics.get)
 
 app = celery_app()

@@ -3,7 +3,7 @@
 import argparse
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,11 @@ and CSV) with the provenance of each image, and a contact sheet. After an interr
 the same command with the same --out continues. No item is generated twice, and no file is missing or partial.
 
 A longer input, or a higher --limit, adds its new items as one more bulk. It must begin with the same items; another
-input needs another --out. Capitals in the names of columns do not matter."""
+input needs another --out. Capitals in the names of columns do not matter.
+
+In a TXT file each line is a prompt. Empty lines and lines that begin with # are left out, and the summary counts the
+latter. A prompt that begins with # needs a CSV or JSONL file. In manifest.csv, an apostrophe precedes a text that a
+spreadsheet would run as a formula. This script reads such a file with the original texts."""
 
 EXAMPLES = f"""\
 examples:
@@ -133,8 +137,12 @@ def choose_first_seed(arguments: argparse.Namespace) -> int:
     return secrets.randbelow(2**32) if given is None else given
 
 
-def planned_items(arguments: argparse.Namespace, first_seed: int) -> Iterator[PlannedItem | RejectedRow]:
+def planned_items(
+    arguments: argparse.Namespace, first_seed: int, *, on_comment: Callable[[int], object] = lambda number: None
+) -> Iterator[PlannedItem | RejectedRow]:
     """Yield the items that the options describe.
+
+    on_comment: called with the number of each line of a text file that begins with `#`.
 
     Raises:
         PlanError: the options are not valid.
@@ -143,7 +151,11 @@ def planned_items(arguments: argparse.Namespace, first_seed: int) -> Iterator[Pl
     if arguments.seeds < 1 or (arguments.limit is not None and arguments.limit < 1) or arguments.concurrency < 1:
         raise PlanError("--seeds, --limit and --concurrency must be at least 1")
     # Without an input file there is one row without columns, for the template.
-    rows = read_rows(arguments.input, format=arguments.format) if arguments.input else iter([Row(1, {})])
+    rows = (
+        read_rows(arguments.input, format=arguments.format, on_comment=on_comment)
+        if arguments.input
+        else iter([Row(1, {})])
+    )
     return _first(plan_items(rows, _plan_options(arguments, first_seed)), arguments.limit)
 
 

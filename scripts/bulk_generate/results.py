@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from scripts.bulk_generate.folder import write_atomically, write_json_line
+from scripts.table_files import plain_cell
 
 Record = dict[str, Any]
 
@@ -42,7 +43,10 @@ def write_results(records: Iterable[Record], *, manifest: Path, table: Path, she
         for record in records:
             write_json_line(lines, record)
             for row in _table_rows(record):
-                rows.writerow(row)
+                # Similarities are numbers, of which some begin with a minus.
+                rows.writerow(
+                    {name: value if name == "similarities" else plain_cell(value) for name, value in row.items()}
+                )
                 page.write(_figure(row))
         page.write(_PAGE_END)
 

@@ -56,7 +56,8 @@ def dry_run(arguments: argparse.Namespace, output: ConsoleOutput) -> ExitCode:
     """Print the planned items; contact no service and write no file."""
     items, images = 0, 0
     rejected: list[RejectedRow] = []
-    for item in options.planned_items(arguments, options.choose_first_seed(arguments)):
+    comments: list[int] = []
+    for item in options.planned_items(arguments, options.choose_first_seed(arguments), on_comment=comments.append):
         if isinstance(item, RejectedRow):
             rejected.append(item)
             continue
@@ -66,8 +67,8 @@ def dry_run(arguments: argparse.Namespace, output: ConsoleOutput) -> ExitCode:
             output.info(f"{item.files[0]}\n    {item.request['prompt']}")
     if items > DRY_RUN_EXAMPLES:
         output.info("...")
-    output.info(f"{items} items, {images} images")
-    output.event("planned", items=items, images=images, rejected=len(rejected))
+    output.info(f"{items} items, {images} images{_comment_lines(comments)}")
+    output.event("planned", items=items, images=images, rejected=len(rejected), comments=len(comments))
     if rejected:
         output.error(describe_rejected(rejected))
     return ExitCode.DONE if items and (not rejected or arguments.skip_invalid) else ExitCode.INVALID_INPUT
@@ -81,16 +82,18 @@ def _load_or_plan_run(folder: BulkFolder, arguments: argparse.Namespace, output:
         if not has_input or arguments.cancel or arguments.retry_failed:
             raise FolderError(f"{folder.path} has no run: name a file or a --template to start one")
         first_seed = options.choose_first_seed(arguments)
+        comments: list[int] = []
         run = folder.save_plan(
-            options.planned_items(arguments, first_seed),
+            options.planned_items(arguments, first_seed, on_comment=comments.append),
             options.fixed_options(arguments),
             header=lambda items: options.header(arguments, items),
             skip_rejected=arguments.skip_invalid,
             first_seed=first_seed,
         )
         rejected = folder.load_rejected()
-        output.info(f"{run.items} items planned" + (f", {len(rejected)} rows left out" if rejected else ""))
-        output.event("planned", items=run.items, rejected=len(rejected))
+        left_out = f", {len(rejected)} rows left out" if rejected else ""
+        output.info(f"{run.items} items planned{left_out}{_comment_lines(comments)}")
+        output.event("planned", items=run.items, rejected=len(rejected), comments=len(comments))
     elif has_input:
         run = _continue_run(folder, run, arguments, output)
     elif ignored := options.changed_options(arguments, run.options):
@@ -98,6 +101,10 @@ def _load_or_plan_run(folder: BulkFolder, arguments: argparse.Namespace, output:
             f"{folder.path} has a run with another {', '.join(ignored)}: name its input too, or choose another --out"
         )
     return run
+
+
+def _comment_lines(comments: Sequence[int]) -> str:
+    return f", {len(comments)} lines with # left out" if comments else ""
 
 
 def _continue_run(folder: BulkFolder, run: Run, arguments: argparse.Namespace, output: ConsoleOutput) -> Run:

@@ -144,7 +144,7 @@ class Uploader:
         except SkippedFileError as error:
             return ReportEntry(file.name, Outcome.SKIPPED, sha256, error.code, str(error), file.stamp)
         except InvalidRequestError as error:
-            return ReportEntry(file.name, Outcome.SKIPPED, sha256, error.code, error.detail, file.stamp)
+            return ReportEntry(file.name, Outcome.SKIPPED, sha256, error.code, error.reason, file.stamp)
         if outcome is None:
             new_images.append(_NewImage(file, sample, sha256, description))
             return None
@@ -186,7 +186,7 @@ class Uploader:
             (image,) = new_images
             self._seen_sha256.discard(image.sha256)
             return [
-                ReportEntry(image.file.name, Outcome.SKIPPED, image.sha256, error.code, error.detail, image.file.stamp)
+                ReportEntry(image.file.name, Outcome.SKIPPED, image.sha256, error.code, error.reason, image.file.stamp)
             ]
         except BaseException:
             self._seen_sha256.difference_update(image.sha256 for image in new_images)

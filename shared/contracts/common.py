@@ -1,6 +1,7 @@
 """Types that requests and responses share."""
 
 import re
+import unicodedata
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Generic, TypeVar
@@ -25,6 +26,10 @@ def _plain_text(text: str) -> str:
     return text
 
 
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
 def _not_a_number(moment: object) -> object:
     # Pydantic reads 0.5 as half a second after the start of 1970, which no client means.
     if isinstance(moment, int | float) or (isinstance(moment, str) and re.fullmatch(r"\s*[\d.eE+-]+\s*", moment)):
@@ -46,12 +51,14 @@ Text = Annotated[
     AfterValidator(_plain_text),
     Field(json_schema_extra={"pattern": r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f]*$"}),
 ]
+MatchedText = Annotated[Text, AfterValidator(_composed)]
+"""A text that filters compare, in Unicode's form NFC: macOS writes `é` as two characters, other systems as one."""
 Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 """A point in time, converted to UTC."""
 QueryMoment = Annotated[AwareDatetime, BeforeValidator(_not_a_number), AfterValidator(_in_utc)]
 """A `Moment` in a query string. A number is an error there, not seconds since 1970."""
 Prompt = Annotated[Text, Field(min_length=1, max_length=2000)]
-Tag = Annotated[Text, Field(min_length=1, max_length=64)]
+Tag = Annotated[MatchedText, Field(min_length=1, max_length=64)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Metadata = Annotated[

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from pydantic import Field
 
-from shared.contracts.common import Contract, Name, OnInvalid, PageQuery, Tag, Text
+from shared.contracts.common import Contract, MatchedText, Name, OnInvalid, PageQuery, Tag, Text
 
 
 class ImageState(StrEnum):
@@ -18,7 +18,7 @@ class ImageState(StrEnum):
 
 Caption = Annotated[Text, Field(max_length=2000)]
 Attributes = Annotated[
-    dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=200)]],
+    dict[Annotated[MatchedText, Field(min_length=1, max_length=64)], Annotated[MatchedText, Field(max_length=200)]],
     Field(max_length=32),
 ]
 
@@ -28,8 +28,8 @@ class ImageDescription(Contract):
 
     caption: Caption | None = None
     tags: list[Tag] = Field(default_factory=list, max_length=32)
-    licence: Annotated[Text, Field(max_length=100)] | None = None
-    source: Annotated[Text, Field(max_length=200)] | None = None
+    licence: Annotated[MatchedText, Field(max_length=100)] | None = None
+    source: Annotated[MatchedText, Field(max_length=200)] | None = None
     attributes: Attributes = Field(default_factory=dict)
 
 
@@ -53,8 +53,8 @@ class ImagePatch(Contract):
 
     caption: Caption | None = None
     tags: Annotated[list[Tag], Field(max_length=32)] | None = None
-    licence: Annotated[Text, Field(max_length=100)] | None = None
-    source: Annotated[Text, Field(max_length=200)] | None = None
+    licence: Annotated[MatchedText, Field(max_length=100)] | None = None
+    source: Annotated[MatchedText, Field(max_length=200)] | None = None
     attributes: Attributes | None = None
     file_description: ImageDescription | None = Field(
         None,
@@ -114,5 +114,5 @@ class ImageQuery(PageQuery):
     collection: Name = "shared"
     state: ImageState | None = None
     tag: Tag | None = None
-    source: Annotated[Text, Field(max_length=200)] | None = None
-    licence: Annotated[Text, Field(max_length=100)] | None = None
+    source: Annotated[MatchedText, Field(max_length=200)] | None = None
+    licence: Annotated[MatchedText, Field(max_length=100)] | None = None

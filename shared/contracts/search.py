@@ -6,7 +6,7 @@ from uuid import UUID
 
 from pydantic import Field, model_validator
 
-from shared.contracts.common import Contract, Moment, Name, Prompt, Tag, Text
+from shared.contracts.common import Contract, MatchedText, Moment, Name, Prompt, Tag
 
 
 class ImageFilter(Contract):
@@ -16,10 +16,11 @@ class ImageFilter(Contract):
     tags: Annotated[list[Tag], Field(max_length=16)] = Field(
         default_factory=list, description="tags that an image must have, all of them"
     )
-    source: Annotated[Text, Field(max_length=200)] | None = None
-    licence: Annotated[Text, Field(max_length=100)] | None = None
+    source: Annotated[MatchedText, Field(max_length=200)] | None = None
+    licence: Annotated[MatchedText, Field(max_length=100)] | None = None
     attributes: Annotated[
-        dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=200)]], Field(max_length=16)
+        dict[Annotated[MatchedText, Field(max_length=64)], Annotated[MatchedText, Field(max_length=200)]],
+        Field(max_length=16),
     ] = Field(default_factory=dict, description="name and value pairs that an image must have, all of them")
     created_after: Moment | None = None
     created_before: Moment | None = None
@@ -28,7 +29,9 @@ class ImageFilter(Contract):
 class SearchRequest(Contract):
     """Find images by text, by an image, or by both (the normalised sum of the two vectors)."""
 
-    query: Prompt | None = Field(None, description="text to search for", examples=["a cat playing"])
+    query: Prompt | None = Field(
+        None, description="text to search for; a long text counts as the mean of its parts", examples=["a cat playing"]
+    )
     image_id: UUID | None = Field(None, description="image of the corpus that the results resemble")
     image: str | None = Field(
         None, description="PNG, JPEG, WebP or AVIF file in base64 that the results resemble", repr=False
@@ -40,7 +43,8 @@ class SearchRequest(Contract):
         0,
         ge=0,
         le=1,
-        description="0 ranks by similarity alone; more ranks by maximal marginal relevance",
+        description="0 ranks by similarity alone; more ranks by maximal marginal relevance, so `similarity` may "
+        "rise from one result to the next",
     )
 
     @model_validator(mode="after")
@@ -70,7 +74,7 @@ class Neighbour(Contract):
 
 
 class SearchResponse(Contract):
-    results: list[Neighbour] = Field(description="most similar first")
+    results: list[Neighbour] = Field(description="most similar first; with `diversity` in the order of their choice")
     requested: int = Field(description="`k` of the request")
     shortfall: int = Field(description="`requested` minus the number of results")
     embedding_space: str

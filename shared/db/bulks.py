@@ -21,7 +21,7 @@ from shared.db import jobs, paging, quotas, webhooks
 from shared.db.tables import Bulk, BulkItem, BulkLineError, Job
 from shared.errors import BulkStateError, ResourceNotFoundError
 from shared.metrics import JOBS_SUBMITTED
-from shared.settings import LimitSettings
+from shared.settings import LimitSettings, get_settings
 
 RATE_WINDOW_S = 60
 """`rate_per_s` is measured over this many seconds."""
@@ -531,7 +531,7 @@ def webhook_body(bulk: Bulk, counts: BulkCounts) -> dict[str, Any]:
             "total": bulk.total,
             "counts": counts.model_dump(),
             "metadata": bulk.bulk_metadata,
-            "url": f"/api/v1/bulks/{bulk.id}",
+            "url": f"{get_settings().api.path_prefix}/api/v1/bulks/{bulk.id}",
         },
     }
 

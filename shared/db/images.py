@@ -474,7 +474,7 @@ def nearest(
         select(Image, distance.label("distance"), table.c.embedding, table.c.norm)
         .join(table, table.c.image_id == Image.id)
         .where(*conditions)
-        .order_by(order)
+        .order_by(*((order, Image.id) if exact else (order,)))
         .limit(k)
     )
     if not exact:
@@ -486,6 +486,8 @@ def nearest(
         ScoredImage(image=image, similarity=1 - float(distance), vector=_as_vector(embedding), norm=norm)
         for image, distance, embedding, norm in session.execute(statement)
     ]
+    # The index orders by vectors that it has normalised and rounded again, so its order differs in the last digits.
+    found.sort(key=lambda each: (-each.similarity, each.image.id))
     for neighbour in found:
         RETRIEVAL_SIMILARITY.observe(neighbour.similarity)
     return Nearest(images=found, exact=exact)

@@ -15,6 +15,7 @@ from shared.contracts.webhooks import DeliveryQuery
 from shared.db import leasing, paging
 from shared.db.tables import Job, JobEvent, WebhookDelivery, WebhookSecret
 from shared.errors import ResourceNotFoundError
+from shared.settings import get_settings
 
 RETRY_AFTER_S = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600)
 """Pauses between attempts in seconds, about 18 hours in total. It is the schedule that Standard Webhooks recommends,
@@ -97,7 +98,7 @@ def _body(job: Job, event: JobEvent) -> dict[str, Any]:
             "seq": event.seq,
             "event": event.data,
             "metadata": job.job_metadata,
-            "url": f"/api/v1/jobs/{job.id}",
+            "url": f"{get_settings().api.path_prefix}/api/v1/jobs/{job.id}",
         },
     }
 

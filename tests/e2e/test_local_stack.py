@@ -351,8 +351,11 @@ def test_every_process_without_http_routes_serves_its_metrics(stack: RunningStac
 
 def test_flower_requires_its_password_and_controls_nothing(stack: RunningStack) -> None:
     wait_until(lambda: _status(f"{stack.flower_url}/healthcheck") == 200, timeout_s=30, what="flower")
-    assert _status(f"{stack.flower_url}/workers") == 401
-    assert _status(f"{stack.flower_url}/workers", auth=stack.flower_login) == 200
+    for path in ("workers", "metrics", "api/tasks", "broker"):
+        assert _status(f"{stack.flower_url}/{path}") == 401, path
+        assert _status(f"{stack.flower_url}/{path}", auth=("afterimage", "wrong")) == 401, path
+    for path in ("workers", "metrics"):
+        assert _status(f"{stack.flower_url}/{path}", auth=stack.flower_login) == 200, path
     for action in ("worker/shutdown/anything", "worker/pool/grow/anything", "task/revoke/anything"):
         answer = httpx.post(f"{stack.flower_url}/api/{action}", auth=stack.flower_login)
         assert answer.status_code == 403, action

@@ -346,3 +346,27 @@ def test_diversity_prefers_different_images_over_similar_ones(session: Session) 
     found = nearest(session, space, axis(0)).images
     chosen = {d: [f.image.id for f in retrieval.diversify(found, k=2, diversity=d)] for d in (0.0, 0.6)}
     assert chosen == {0.0: [best.id, alike.id], 0.6: [best.id, different.id]}
+
+
+@pytest.mark.parametrize("exact_below", [10_000, 0])
+def test_images_come_in_the_order_of_their_similarity(session: Session, exact_below: int) -> None:
+    space = make_space(session)
+    random = np.random.default_rng(7)
+    base = random.normal(size=DIM)
+    for _ in range(400):
+        make_image(session, vector=(base + 0.03 * random.normal(size=DIM)).astype(np.float32))
+    for name in ("sort", "hashjoin", "mergejoin"):  # so few images would be sorted and not taken from the index
+        session.execute(text(f"set local enable_{name} = off"))
+    for number in range(4):
+        query = base + 0.03 * random.normal(size=DIM)
+        unit = (query / np.linalg.norm(query)).astype(np.float32)
+        found = nearest(session, space, unit, k=100, exact_below=exact_below).images
+        similarities = [each.similarity for each in found]
+        assert len(found) == 100, number
+        assert similarities == sorted(similarities, reverse=True), number
+
+
+def test_equally_similar_images_come_in_a_fixed_order(session: Session) -> None:
+    space = make_space(session)
+    made = sorted(make_image(session, vector=axis(0)).id for _ in range(8))
+    assert [each.image.id for each in nearest(session, space, axis(0), k=5).images] == made[:5]

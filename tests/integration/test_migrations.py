@@ -7,7 +7,7 @@ import psycopg2
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine, inspect, make_url
+from sqlalchemy import create_engine, inspect, make_url, text
 from sqlalchemy.orm import Session
 
 from ops.local.stack import LocalStack
@@ -67,3 +67,35 @@ def test_migrations_create_the_declared_tables_also_with_a_vector_table(empty_da
         spaces.ensure(session, digest="d", model="m", dim=8)
     engine.dispose()
     command.check(config)  # raises when autogenerate would change anything
+
+
+def test_texts_that_filters_compare_are_composed_by_the_upgrade(empty_database_url: str) -> None:
+    config = alembic(empty_database_url)
+    command.upgrade(config, "0007")
+    engine = create_engine(empty_database_url)
+    one, two = "caf\u00e9", "cafe\u0301"
+    with engine.begin() as connection:
+        collection = connection.scalar(text("select id from collections where shared"))
+        for number, (tags, word) in enumerate([([two, "b"], two), ([], "plain"), ([one], one), ([], two)]):
+            connection.execute(
+                text(
+                    "insert into images (id, collection_id, sha256, blob_key, thumbnail_key, format, width, height, "
+                    "size_bytes, perceptual_hash, tags, source, licence, attributes) values (gen_random_uuid(), "
+                    ":collection, :sha256, '', '', 'png', 1, 1, 1, 0, :tags, :word, null, "
+                    "jsonb_build_object(:word, :word))"
+                ),
+                {"collection": collection, "sha256": str(number), "tags": tags, "word": word},
+            )
+        before = connection.scalar(text("select version from collections where id = :id"), {"id": collection})
+    command.upgrade(config, "head")
+    with engine.begin() as connection:
+        rows = connection.execute(text("select tags, source, licence, attributes from images order by sha256")).all()
+        after = connection.scalar(text("select version from collections where id = :id"), {"id": collection})
+    engine.dispose()
+    assert [tuple(row) for row in rows] == [
+        ([one, "b"], one, None, {one: one}),
+        ([], "plain", None, {"plain": "plain"}),
+        ([one], one, None, {one: one}),
+        ([], one, None, {one: one}),
+    ]
+    assert after == before + 1

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from api_service.app import create_app
 from api_service.services import jobs
-from shared.contracts.jobs import Change, Replay, ReplayVerdict
+from shared.contracts.jobs import Change, JobWarning, Replay, ReplayVerdict
 from shared.db import images
 from shared.db.spaces import Space
 from shared.db.tables import Image, Job, OutputReference
@@ -240,6 +240,19 @@ def test_an_output_is_shown_with_its_references(client: Client, session: Session
     assert client.get(page.text.split('figure class="large"><img src="')[1].split('"')[0]).status_code == 200
     assert client.post(f"/gallery/{output.id}/delete", headers=SAME_ORIGIN).status_code == 303
     assert client.get(f"/gallery/{output.id}").status_code == 404
+
+
+def test_the_differences_from_the_request_are_shown(client: Client, session: Session) -> None:
+    output = make_output(session, 7)
+    unread = JobWarning(code="prompt_cut", detail="The end is not read.", context={"unread": "a pear & a plum"})
+    warnings = [unread.model_dump(mode="json")]
+    output.provenance = {**output.provenance, "warnings": warnings}
+    session.get_one(Job, output.job_id).resolution = {"mode": "none", "reason": "asked", "warnings": warnings}
+    session.commit()
+    page = client.get(f"/gallery/{output.id}").text
+    assert "The end is not read." in page
+    assert "<q>a pear &amp; a plum</q>" in page
+    assert "The end is not read." in client.get(f"/jobs/{output.job_id}").text
 
 
 def test_an_output_is_replayed(client: Client, session: Session, space: Space) -> None:

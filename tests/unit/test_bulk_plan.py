@@ -1,5 +1,6 @@
 """The bulk command plans items from files, templates and grids before it sends anything."""
 
+import csv
 import io
 import json
 import re
@@ -21,6 +22,7 @@ from ops.local.stack import REPOSITORY
 from scripts.bulk_generate import options
 from scripts.bulk_generate.__main__ import main
 from scripts.bulk_generate.plan import PlannedItem, PlanOptions, RejectedRow, plan_items, slug
+from scripts.bulk_generate.results import write_results
 from scripts.bulk_generate.run import run
 from scripts.console import ConsoleOutput, ExitCode
 from scripts.table_files import Row, TableFileError, read_rows
@@ -367,6 +369,59 @@ def test_the_manifest_has_the_items_of_all_bulks_of_a_folder(tmp_path: Path, mon
     assert len(seeds) == 1, "new items get the same first seed"
     records = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert [(record["row"], record["custom_id"]) for record in records] == [(1, "000001"), (2, "000002"), (3, "000003")]
+
+
+FORMULAS = [
+    '=HYPERLINK("http://a.example")',
+    "+1+1",
+    "-2+3",
+    "@SUM(A1)",
+    "\uff1d1+1",
+    "'=already with an apostrophe",
+    "''-two",
+    "'tis a text",
+    "a = b",
+    "-",
+]
+
+
+def test_formulas_in_the_table_are_texts_and_are_read_back_as_they_were(tmp_path: Path) -> None:
+    table = tmp_path / "manifest.csv"
+    records = [
+        {
+            "line": number,
+            "row": number,
+            "custom_id": text,
+            "state": "failed",
+            "prompt": text,
+            "parameters": {"negative_prompt": text},
+            "error": {"code": "x", "detail": text},
+            "outputs": [],
+        }
+        for number, text in enumerate(FORMULAS, 2)
+    ]
+    write_results(records, manifest=tmp_path / "manifest.jsonl", table=table, sheet=tmp_path / "sheet.html", title="x")
+    with table.open(newline="", encoding="utf-8") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not [cell for cell in cells if re.match(r"[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]", cell)]
+    read = list(read_rows(table))
+    for column in ("custom_id", "prompt", "negative_prompt", "error_detail"):
+        assert [row.values[column] for row in read] == FORMULAS
+
+
+def test_an_apostrophe_in_a_table_of_somebody_else_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt\n'-_-' a face\n")
+    assert [row.values["prompt"] for row in read_rows(tmp_path / "p.csv")] == ["'-_-' a face"]
+
+
+def test_lines_with_a_number_sign_are_counted(tmp_path: Path) -> None:
+    file, out = tmp_path / "p.txt", tmp_path / "out"
+    file.write_text("# fruit\na red apple\n\n   # a note\na #red pear\n")
+    shown = command(str(file), "--dry-run", "--out", str(out))
+    assert "2 items, 2 images, 2 lines with # left out" in shown.stderr
+    planned = json.loads(run_unreachable(out, str(file)).stdout.splitlines()[0])
+    assert (planned["event"], planned["items"], planned["comments"]) == ("planned", 2, 2)
+    assert planned_prompts(out) == ["a red apple", "a #red pear"]
 
 
 def test_the_examples_of_the_help_are_valid(tmp_path: Path) -> None:

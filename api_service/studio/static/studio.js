@@ -5,12 +5,12 @@ const JOB_EVENTS = ["queued", "started", "resolved", "degraded", "moderated", "r
 const MAX_STREAMS = 2;
 const TYPING_PAUSE_MS = 350;
 const RETRY_MS = 2500;
-const PLAN_FIELDS = ["prompt", "model", "collection", "min_similarity", "similar_examples_count"];
+const PLAN_FIELDS = ["prompt", "model", "collection", "min_similarity", "similar_examples_count", "filter"];
 
 async function fetchPart(address, options = {}) {
   try {
     const response = await fetch(address, { ...options, headers: { "X-Fragment": "1" } });
-    if (response.status === 401) location.assign("/sign-in");
+    if (response.status === 401) location.assign(new URL("../sign-in", import.meta.url));
     const retryMs = Math.max(RETRY_MS, 1000 * Number(response.headers.get("Retry-After") ?? 0));
     return { ok: response.ok, gone: [404, 410].includes(response.status), html: await response.text(), retryMs };
   } catch {
@@ -95,7 +95,7 @@ function updatePlanAsTyped(form, shown) {
   const update = async () => {
     if (isRequesting) return void (hasChanged = true);
     isRequesting = true;
-    const sent = [...new FormData(form)].filter(([name]) => name === "pin" || PLAN_FIELDS.includes(name));
+    const sent = [...new FormData(form)].filter(([name]) => name === "pin" || name.startsWith("weight.") || PLAN_FIELDS.includes(name));
     const { ok, html } = await fetchPart(`${form.dataset.asTyped}?${new URLSearchParams(sent)}`);
     isRequesting = false;
     if (hasChanged) {
