@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import pairwise
+from pathlib import PurePath
 from typing import Any
 from uuid import UUID
 
@@ -21,15 +22,17 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from standardwebhooks import Webhook
 
+from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import SafetyAction
 from shared.db import spaces
 from shared.db.images import count_without_vector
 from shared.db.tables import Image, Job, JobEvent, Output, WebhookSecret
+from shared.storage import image_key
 from tests.chaos import orders
 from tests.chaos.load import Submission
 from tests.chaos.receiver import Receipt
-from tests.chaos.scene import FINAL, Scene
+from tests.chaos.scene import FINAL, OWNERS, Scene
 
 
 class Breach(StrEnum):
@@ -75,7 +78,8 @@ def broken(scene: Scene) -> list[Broken]:
         *right_ends(submissions, jobs, outputs),
         *complete_event_logs(jobs, events),
         *([Broken(Breach.STUCK, f"{leases} leases are left")] if leases else []),
-        *intact(scene, [output for of_job in outputs.values() for output in of_job]),
+        *intact(scene, [(jobs[output.job_id], output) for made in outputs.values() for output in made]),
+        *unchanged(scene, [image for image in images.values() if image.state == "ready"]),
         *generated_once(scene.mailbox.notes(orders.GENERATED), jobs, events),
         *uploads_kept(scene.load.uploads, images),
         *([Broken(Breach.LOST, f"{unfindable} images are ready and no search finds them")] if unfindable else []),
@@ -145,26 +149,48 @@ def complete_event_logs(jobs: Mapping[UUID, Job], events: Mapping[UUID, list[Job
                 yield Broken(Breach.DOUBLED, f"job {job.id} was started again (seq {event.seq}) while it ran")
 
 
-def intact(scene: Scene, outputs: Sequence[Output]) -> Iterator[Broken]:
-    """Every image can be downloaded and decoded, and its bytes have the recorded checksum."""
-    with httpx.Client(base_url=f"{scene.stack.url}/api/v1", timeout=30) as client, ThreadPoolExecutor(4) as pool:
-        for output, problem in zip(outputs, pool.map(lambda each: _damage(client, each), outputs), strict=True):
-            if problem:
-                yield Broken(Breach.LOST, f"image {output.index} of job {output.job_id}: {problem}")
+def intact(scene: Scene, outputs: Sequence[tuple[Job, Output]]) -> Iterator[Broken]:
+    """Every generated image can be downloaded and decoded, and its bytes have the recorded checksum."""
+
+    def problem(job: Job, output: Output) -> str | None:
+        content = _content(scene, f"/generations/{output.id}/content", job.owner_id)
+        if isinstance(content, str):
+            return content
+        if hashlib.sha256(content).hexdigest() != output.sha256:
+            return "its bytes are not those that were recorded"
+        with Picture.open(io.BytesIO(content)) as picture:
+            picture.load()
+            return None if picture.size == (output.width, output.height) else f"its size is {picture.size}"
+
+    with ThreadPoolExecutor(4) as pool:
+        for (_, output), found in zip(outputs, pool.map(lambda each: problem(*each), outputs), strict=True):
+            if found:
+                yield Broken(Breach.LOST, f"image {output.index} of job {output.job_id}: {found}")
 
 
-def _damage(client: httpx.Client, output: Output) -> str | None:
+def unchanged(scene: Scene, images: Sequence[Image]) -> Iterator[Broken]:
+    """Every image of the corpus can be downloaded, and its bytes are those that its key names."""
+
+    def problem(image: Image) -> str | None:
+        content = _content(scene, f"/images/{image.id}/content", scene.owner_ids[OWNERS[0]])
+        if isinstance(content, str):
+            return content
+        key = image_key(image.sha256, ImageFormat(PurePath(image.blob_key).suffix.removeprefix(".")), content)
+        return None if key == image.blob_key else "its bytes are not those that its key names"
+
+    with ThreadPoolExecutor(4) as pool:
+        for image, found in zip(images, pool.map(problem, images), strict=True):
+            if found:
+                yield Broken(Breach.LOST, f"image {image.id}: {found}")
+
+
+def _content(scene: Scene, path: str, owner_id: UUID) -> bytes | str:
+    """The bytes of a file, or the problem as text."""
     try:
-        answer = client.get(f"/generations/{output.id}/content")
+        answer = httpx.get(f"{scene.stack.url}/api/v1{path}", headers=scene.headers(owner_id), timeout=30)
     except httpx.TransportError as error:  # for instance fewer bytes than announced
         return repr(error)
-    if not answer.is_success:
-        return f"{answer.status_code} {answer.text}"
-    if hashlib.sha256(answer.content).hexdigest() != output.sha256:
-        return "its bytes are not those that were recorded"
-    with Picture.open(io.BytesIO(answer.content)) as picture:
-        picture.load()
-        return None if picture.size == (output.width, output.height) else f"its size is {picture.size}"
+    return answer.content if answer.is_success else f"{answer.status_code} {answer.text}"
 
 
 def generated_once(

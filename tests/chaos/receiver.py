@@ -1,8 +1,8 @@
-"""A webhook receiver: a small HTTP server that keeps every delivery and can stop answering."""
+"""A webhook receiver: a small HTTP server that keeps every delivery and can stop answering, or answer without end."""
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -36,10 +36,20 @@ class Receiver:
     """While it is cleared, deliveries wait. They end without an answer when it is set."""
     pause_s: float = 0
     """Seconds before each answer."""
+    drips: threading.Event = field(default_factory=threading.Event)
+    """While it is set, each answer comes byte by byte and does not end."""
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/hook"
+
+    @contextmanager
+    def dripping(self) -> Iterator[None]:
+        self.drips.set()
+        try:
+            yield
+        finally:
+            self.drips.clear()
 
 
 @contextmanager
@@ -68,10 +78,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.receiver.answers.wait()
             self.close_connection = True
             return
+        if self.receiver.drips.is_set():
+            self._drip()
+            return
         threading.Event().wait(self.receiver.pause_s)
         self.receiver.receipts.append(Receipt({name.lower(): value for name, value in self.headers.items()}, body))
         self.send_response(204)
         self.end_headers()
+
+    def _drip(self) -> None:
+        self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 204 No Content\r\nX-Drip: ")
+        with suppress(OSError):  # the client has hung up
+            while self.receiver.drips.is_set():
+                self.wfile.write(b"x")
+                threading.Event().wait(0.2)
 
     def log_message(self, *_: Any) -> None:
         """Log nothing. Requests of killed workers would fill the output."""

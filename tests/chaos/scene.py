@@ -4,7 +4,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from ops.local.stack import REPOSITORY
 from shared.contracts.jobs import JobState
 from shared.db.session import build_engine
-from shared.db.tables import Image, Job, JobEvent, WebhookDelivery, Worker
+from shared.db.tables import Image, Job, JobEvent, Owner, WebhookDelivery, Worker
 from shared.errors import StorageError
 from shared.messaging import queue
 from shared.settings import DatabaseSettings
@@ -36,8 +36,13 @@ from tests.stack import RunningStack, clean_environment, wait_until
 FINAL = [state.value for state in JobState if state.is_final]
 PATIENCE_S = 60.0
 """The limit for waits that take a second or two on a quiet machine."""
+BURST = 6
+"""Jobs that a fault submits at a time."""
 SEARCH_TRIES = 3
 """A search fails for a moment where an earlier fault has just killed the embed worker that answers it."""
+
+OWNERS = ("alice", "bob", "carol")
+SCOPES = ("generate", "search", "corpus:write")
 
 Position = dict[UUID, int]
 """The seq of the last event of each job, by job id."""
@@ -62,9 +67,25 @@ class Scene:
     store: Store
     mailbox: Mailbox
     random: random.Random
+    models: Sequence[str]
     lease_s: float
     webhook_timeout_s: float
     watchdog_s: float
+
+    @cached_property
+    def owner_ids(self) -> dict[str, UUID]:
+        """The ids of the owners of the load, by name."""
+        return {row.name: row.id for row in self.rows(select(Owner.id, Owner.name)) if row.name in OWNERS}
+
+    def headers(self, owner_id: UUID) -> dict[str, str]:
+        """The headers of an owner's requests."""
+        names = {each: name for name, each in self.owner_ids.items()}
+        return self.load.headers(names[owner_id])
+
+    def get(self, path: str) -> httpx.Response:
+        """Send one GET request of one of the owners."""
+        headers = self.load.headers(self.random.choice(OWNERS))
+        return httpx.get(f"{self.stack.url}/api/v1{path}", headers=headers, timeout=PATIENCE_S)
 
     @cached_property
     def engine(self) -> Any:
@@ -140,6 +161,15 @@ class Scene:
     def pending_images(self) -> list[UUID]:
         return [row.id for row in self.rows(select(Image.id).where(Image.state == "pending"))]
 
+    def an_upload(self) -> tuple[str, Any]:
+        """The token of an uploaded image, chosen by the seed, with its `id`, `blob_key` and `thumbnail_key`."""
+        if not any(self.load.uploads.values()):
+            self.load.upload(1)
+            self.load.wait_until_sent()
+        token, (image_id, *_) = self.random.choice([each for each in self.load.uploads.items() if each[1]])
+        (image,) = self.rows(select(Image.id, Image.blob_key, Image.thumbnail_key).where(Image.id == image_id))
+        return token, image
+
     def are_embedded(self, images: Iterable[UUID]) -> bool:
         return not self.rows(select(Image.id).where(Image.id.in_(images), Image.state == "pending"))
 
@@ -149,7 +179,12 @@ class Scene:
             text = f"a picture {self.random.random()}"
             answers: list[int] = []
             while not answers or (answers[-1] != httpx.codes.OK and len(answers) < SEARCH_TRIES):
-                answer = httpx.post(f"{self.stack.url}/api/v1/search", json={"query": text}, timeout=PATIENCE_S)
+                answer = httpx.post(
+                    f"{self.stack.url}/api/v1/search",
+                    json={"query": text},
+                    headers=self.load.headers(OWNERS[0]),
+                    timeout=PATIENCE_S,
+                )
                 answers.append(answer.status_code)
             assert answers[-1] == httpx.codes.OK, f"searches got {answers}"
 
@@ -162,9 +197,10 @@ class Scene:
 
     def redeliver(self, deliveries: Iterable[UUID]) -> None:
         """Redeliver by the API, as an owner does who does not wait five minutes for the third try."""
-        for delivery in deliveries:
-            url = f"{self.stack.url}/api/v1/webhooks/deliveries/{delivery}/redeliver"
-            httpx.post(url, timeout=PATIENCE_S).raise_for_status()
+        owners = select(WebhookDelivery.id, WebhookDelivery.owner_id).where(WebhookDelivery.id.in_(list(deliveries)))
+        for delivery in self.rows(owners):
+            url = f"{self.stack.url}/api/v1/webhooks/deliveries/{delivery.id}/redeliver"
+            httpx.post(url, headers=self.headers(delivery.owner_id), timeout=PATIENCE_S).raise_for_status()
 
     def are_delivered(self, deliveries: Iterable[UUID]) -> bool:
         undelivered = select(WebhookDelivery.id)
@@ -198,6 +234,15 @@ class Scene:
             for name, process in self.stack.control.states().items()
             if name.startswith(kind) and process.state == "RUNNING" and process.pid and str(process.pid) in pids
         }
+
+    def pids(self) -> dict[str, int | None]:
+        """The process ids of all processes, by name, once all run."""
+        wait_until(
+            lambda: all(process.state == "RUNNING" for process in self.stack.control.states().values()),
+            timeout_s=PATIENCE_S * 2,
+            what="all processes to run",
+        )
+        return {name: process.pid for name, process in self.stack.control.states().items()}
 
     def a_ready(self, kind: str) -> tuple[str, int]:
         """Wait until two workers of a kind (or its only one) are ready. Return the name and process id of one.
@@ -242,8 +287,12 @@ class Scene:
             self.stack.control.stop(name)
 
     def answers(self, api: str) -> bool:
+        return self.is_ready(self.stack.api_url(api))
+
+    def is_ready(self, url: str) -> bool:
+        """Whether the API process at this URL is ready for requests."""
         try:
-            return httpx.get(f"{self.stack.api_url(api)}/api/v1/health/ready", timeout=3).is_success
+            return httpx.get(f"{url}/api/v1/health/ready", timeout=3).is_success
         except httpx.TransportError:
             return False
 
@@ -259,13 +308,30 @@ class Scene:
         except (redis.ConnectionError, redis.TimeoutError):
             return False
 
-    def messages(self) -> dict[str, int]:
-        """The number of messages in the broker by list, without empty lists. `unacked`: unacknowledged messages."""
-        lists = [
-            *(name for model in ("cheap", "starter") for name in queue.broker_lists(queue.generate_queue(model))),
+    def lists(self) -> list[str]:
+        """The names of all lists of messages that a worker consumes."""
+        return [
+            *(name for model in self.models for name in queue.broker_lists(queue.generate_queue(model))),
             *(queue.EMBED_QUERIES_QUEUE, queue.EMBED_IMAGES_QUEUE, queue.IO_QUEUE),
         ]
+
+    def messages(self) -> dict[str, int]:
+        """The number of messages in the broker by list, without empty lists. `unacked`: unacknowledged messages."""
         with self.broker() as broker:
-            held = {name: int(broker.llen(name)) for name in lists}
+            held = {name: int(broker.llen(name)) for name in {*self.lists(), "generate.starter"}}
             held["unacked"] = int(broker.hlen("unacked"))
         return {name: number for name, number in held.items() if number}
+
+
+def carried_out(scene: Scene, order: str) -> tuple[int, float]:
+    """Place an order and submit jobs. Return the id of the process that carried it out, and the Unix time."""
+    before = len(list(scene.mailbox.notes(order)))
+    scene.mailbox.order(order)
+    scene.load.jobs(BURST)
+    wait_until(
+        lambda: len(list(scene.mailbox.notes(order))) > before,
+        timeout_s=PATIENCE_S,
+        what=f"a worker to carry out {order}",
+    )
+    note = list(scene.mailbox.notes(order))[-1]
+    return note["pid"], note["at"]

@@ -20,7 +20,7 @@ from tests.chaos.load import Load
 from tests.chaos.mailbox import VARIABLE, Mailbox
 from tests.chaos.promises import Broken
 from tests.chaos.receiver import receiving
-from tests.chaos.scene import Hit, Scene
+from tests.chaos.scene import OWNERS, SCOPES, Hit, Scene
 from tests.chaos.store import small_store
 from tests.stack import running_stack, wait_until
 
@@ -52,13 +52,20 @@ class Plan:
     def visibility_timeout_s(self) -> int:
         return max(5, int(self.lease_s * 2))
 
+    @property
+    def models(self) -> Sequence[str]:
+        return ("cheap", "starter") if self.starter_share else ("cheap",)
+
     def environment(self) -> dict[str, str]:
         cheap = {"kind": "fake", "cost_ms": 200, "max_batch_size": 4}
         starter = ModelSettings().generators["starter"].model_dump(mode="json", exclude_defaults=True)
-        generators = {"cheap": cheap} | ({"starter": starter} if self.starter_share else {})
+        generators = {"cheap": cheap, "starter": starter}
         settings = {
             "ENVIRONMENT": "test",
-            "MODEL__GENERATORS": orjson.dumps(generators).decode(),
+            "SECURITY__REQUIRE_API_KEYS": "true",
+            "LIMITS__WRITES_PER_MINUTE": 120,
+            "QUEUE__MAX_QUEUED_PER_OWNER": 60,
+            "MODEL__GENERATORS": orjson.dumps({name: generators[name] for name in self.models}).decode(),
             "MODEL__DEFAULT_GENERATOR": "cheap",
             "MODEL__THREADS": 1,
             "JOBS__LEASE_S": self.lease_s,
@@ -95,6 +102,8 @@ class Outcome:
     jobs: int = 0
     uploads: int = 0
     deliveries: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    """The requests that a limit refused, by error code. The clients sent them again."""
     faults: Counter[str] = field(default_factory=Counter)
     recovery_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     broken: list[Broken] = field(default_factory=list)
@@ -113,6 +122,7 @@ class Outcome:
             "jobs": self.jobs,
             "uploads": self.uploads,
             "webhooks": self.deliveries,
+            "refused": dict(self.refused),
             "faults": sum(self.faults.values()),
             "kinds": len(self.faults),
             **{breach.value: breaches[breach.value] for breach in promises.Breach},
@@ -146,6 +156,7 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
     ):
         load = Load(
             [stack.api_url("api"), stack.api_url("api-2")],
+            keys={name: stack.new_key(name, *SCOPES) for name in OWNERS},
             seed=plan.seed,
             receiver_url=receiver.url,
             starter_share=plan.starter_share,
@@ -157,6 +168,7 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
             store=store,
             mailbox=mailbox,
             random=random.Random(plan.seed + 1),
+            models=plan.models,
             lease_s=plan.lease_s,
             webhook_timeout_s=plan.webhook_timeout_s,
             watchdog_s=plan.watchdog_s,
@@ -174,7 +186,7 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
             scene.sweep()
             outcome.broken = promises.broken(scene)
             outcome.jobs, outcome.uploads = len(load.submissions), len(load.uploads)
-            outcome.deliveries = len(receiver.receipts)
+            outcome.deliveries, outcome.refused = len(receiver.receipts), load.refused
             outcome.took_s = time.monotonic() - started
             yield scene, outcome
         finally:

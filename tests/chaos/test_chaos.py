@@ -1,4 +1,4 @@
-"""The short version of `make chaos`: all promises under ten faults.
+"""The short version of `make chaos`: all promises under fifteen faults.
 
 `tests/e2e/test_faults.py` already kills a busy worker and empties the broker, so this storm leaves out both.
 """
@@ -22,12 +22,17 @@ KINDS = (
     "kill_after_commit",
     "restart_postgres",
     "deliver_twice",
+    "foreign_messages",
+    "freeze_limits",
     "steal_lease",
+    "freeze_lock_holder",
     "poison",
     "out_of_memory",
     "garbage",
     "full_store",
+    "other_encoder",
     "hang_receivers",
+    "drip_receivers",
 )
 
 pytestmark = [pytest.mark.extended, pytest.mark.timeout(900)]  # the first test's time includes the storm
@@ -60,6 +65,7 @@ def test_nothing_is_lost_doubled_or_stuck(after_the_storm: tuple[Scene, Outcome]
 
 def test_the_checks_report_every_kind_of_breach(after_the_storm: tuple[Scene, Outcome]) -> None:
     scene, _ = after_the_storm
+    _, changed = scene.an_upload()
     with Session(scene.engine, expire_on_commit=False) as session, session.begin():
         lost, gapped, altered, hidden = session.scalars(select(Output).order_by(Output.id).limit(4)).all()
         others = {each.job_id for each in (lost, gapped, altered, hidden)}
@@ -69,7 +75,7 @@ def test_the_checks_report_every_kind_of_breach(after_the_storm: tuple[Scene, Ou
         session.execute(delete(Output).where(Output.id == lost.id))
         session.execute(delete(Job).where(Job.id == gone))
         session.execute(delete(JobEvent).where(JobEvent.job_id == gapped.job_id, JobEvent.seq == 1))
-        image = session.scalars(select(Image.id).limit(1)).one()
+        image = session.scalars(select(Image.id).where(Image.id != changed.id).limit(1)).one()
         session.execute(update(Image).where(Image.id == image).values(state="pending"))
     (scene.store.folder / altered.blob_key).write_bytes(bytes(altered.size_bytes))
     (scene.store.folder / hidden.blob_key).unlink()
@@ -78,6 +84,8 @@ def test_the_checks_report_every_kind_of_breach(after_the_storm: tuple[Scene, Ou
     scene.receiver.receipts[:] = [receipt for receipt in scene.receiver.receipts if receipt.event != notified]
     with scene.broker() as broker:
         broker.lpush("generate.starter", "{}")  # no worker consumes this queue
+    blob = scene.store.folder / changed.blob_key
+    blob.write_bytes(bytes(blob.stat().st_size))
 
     reported = {(each.breach, each.what) for each in promises.broken(scene)}
 
@@ -88,6 +96,7 @@ def test_the_checks_report_every_kind_of_breach(after_the_storm: tuple[Scene, Ou
     assert is_reported(Breach.LOST, gone, "is gone")
     assert is_reported(Breach.LOST, gapped.job_id, "gaps")
     assert is_reported(Breach.STUCK, image, "still waits")
+    assert is_reported(Breach.LOST, changed.id, "its bytes")
     assert is_reported(Breach.LOST, altered.job_id, "bytes are not those")
     assert is_reported(Breach.LOST, hidden.job_id, "404")
     assert is_reported(Breach.LOST, hidden.blob_key, "is gone")

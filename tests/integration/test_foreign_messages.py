@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
-from uuid import uuid4
 
 import orjson
 import pytest
@@ -28,6 +27,7 @@ from shared.metrics import MESSAGES_DROPPED
 from shared.request_stats import request_stats
 from shared.settings import Settings, get_settings
 from tests.factories import make_job
+from tests.foreign_broker import FOREIGN, REFUSALS, SECRET, Refusal, body, message, refusing_writes
 from tests.integration.conftest import API, Client, a_key
 from tests.integration.test_worker_process import worker
 from tests.small_pipelines import save_clip
@@ -35,66 +35,7 @@ from tests.stack import wait_until
 from worker_service.maintenance.reconciler import Reconciler
 
 START_S = 60
-SECRET = "do-not-log-this"
 LISTS = queue.broker_lists(queue.generate_queue("cheap"))
-
-
-def message(**changes: Any) -> dict[str, Any]:
-    """A message as this service publishes it, with changes in its headers, properties or other parts."""
-    job_id = str(uuid4())
-    parts: dict[str, Any] = {
-        "body": body([job_id], {}, {}),
-        "content-encoding": "utf-8",
-        "content-type": "application/json",
-        "headers": {"task": queue.GENERATE, "id": job_id},
-        "properties": {
-            "delivery_tag": str(uuid4()),
-            "delivery_info": {"exchange": "", "routing_key": LISTS[0]},
-            "priority": 0,
-            "body_encoding": "base64",
-        },
-    }
-    for name, value in changes.items():
-        part = name.replace("_", "-") if name.startswith("content") else name
-        parts[part] = parts[part] | value if isinstance(value, dict) else value
-    return parts
-
-
-def body(*parts: Any) -> str:
-    return base64.b64encode(orjson.dumps(parts)).decode()
-
-
-FOREIGN = [
-    *(SECRET.encode(), b"\xff\xfe", b"", b"[" * 100_000, b"null", b"[]", b"1", b'"text"', b"{}", b'{"properties": {}}'),
-    *(
-        orjson.dumps(each)
-        for each in (
-            message(headers={"task": None}),
-            message(headers={"task": SECRET}),
-            message(headers={"id": 5}),
-            message(headers={"expires": SECRET}),
-            message(headers={"eta": "2020-01-01T00:00:00"}),
-            message(headers={"timelimit": SECRET}),
-            message(headers={"stamped_headers": 5}),
-            message(headers={"task": queue.EMBED_QUERY}),
-            message(properties={"delivery_tag": {"a": 1}}),
-            message(properties={"delivery_info": None}),
-            message(properties={"priority": SECRET}),
-            message(properties={"body_encoding": "rot13"}),
-            message(content_type="application/x-python-serialize"),
-            message(content_encoding="utf-16"),
-            message(body=SECRET),
-            message(body=body({"task": queue.GENERATE, "args": [SECRET], "id": "1"})),
-            message(body=body([SECRET], {}, {})),
-            message(body=body([5], {}, {})),
-            message(body=body([], {}, {})),
-            message(body=body(["a", "b"], {}, {})),
-            message(body=body([], {"other": SECRET}, {})),
-            # Celery's protocol 1
-            message(headers={}, body=body()) | {"headers": {}, "body": base64.b64encode(b'{"task": "x"}').decode()},
-        )
-    ),
-]
 
 
 @pytest.fixture
@@ -200,25 +141,14 @@ def test_the_reconciler_drops_what_it_cannot_read_and_finds_the_jobs_beside_it(
     assert len([each for name in LISTS for each in broker.lrange(name, 0, -1)]) == 1, "it published the job again"
 
 
-@contextmanager
-def refusing_writes(redis_url: str, how: str) -> Iterator[None]:
-    with redis.Redis.from_url(redis_url) as admin:
-        (admin.replicaof("127.0.0.1", 1) if how == "READONLY" else admin.config_set("min-replicas-to-write", 1))
-        try:
-            yield
-        finally:
-            admin.config_set("min-replicas-to-write", 0)
-            admin.replicaof("NO", "ONE")
-
-
-def refused(redis_url: str, how: str) -> int:
+def refused(redis_url: str, how: Refusal) -> int:
     with redis.Redis.from_url(redis_url) as admin:
         return int(admin.info("errorstats").get(f"errorstat_{how}", {"count": 0})["count"])
 
 
-@pytest.mark.parametrize("how", ["READONLY", "NOREPLICAS"])
+@pytest.mark.parametrize("how", REFUSALS)
 def test_a_worker_waits_for_a_broker_that_refuses_writes(
-    environment: dict[str, str], session: Session, redis_url: str, client: Client, how: str
+    environment: dict[str, str], session: Session, redis_url: str, client: Client, how: Refusal
 ) -> None:
     with worker("generate", environment) as process, refusing_then(redis_url, how, process):
         answer = client.post(f"{API}/generate", json={"prompt": "a cat", "num_inference_steps": 2})
@@ -239,7 +169,7 @@ def test_a_worker_waits_for_a_broker_that_refuses_writes(
 
 
 @contextmanager
-def refusing_then(redis_url: str, how: str, process: "Popen[bytes]") -> Iterator[None]:
+def refusing_then(redis_url: str, how: Refusal, process: "Popen[bytes]") -> Iterator[None]:
     """Let the broker refuse writes until the worker has tried several times, and check that the worker lives."""
     before = refused(redis_url, how)
     with refusing_writes(redis_url, how):

@@ -1,7 +1,6 @@
 """The bytes of a stored image never change, also when another release encodes the same upload to other bytes."""
 
 import io
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,26 +9,11 @@ from sqlalchemy.orm import Session
 
 from shared import blob_sweeper
 from shared.db.tables import Image
-from shared.imaging import DecodedImage, UploadDecoder, open_image
 from shared.settings import Settings
 from shared.storage import get_blobs
 from tests.integration.conftest import AppFactory, Client, picture
 from tests.integration.test_api_images import upload, uploaded
-
-
-class OtherEncoder(UploadDecoder):
-    """The decoder of another release: it encodes to other bytes."""
-
-    def decode(self, data: bytes, **options: Any) -> DecodedImage:
-        decoded = super().decode(data, **options)
-        return replace(decoded, data=_encoded(decoded.data, "PNG"), thumbnail=_encoded(decoded.thumbnail, "WEBP"))
-
-
-def _encoded(data: bytes, kind: str) -> bytes:
-    file = io.BytesIO()
-    options = {"compress_level": 0} if kind == "PNG" else {"lossless": True, "exact": True, "quality": 1}
-    open_image(data).save(file, kind, **options)
-    return file.getvalue()
+from tests.other_encoder import OtherEncoder
 
 
 @pytest.fixture
