@@ -1,6 +1,6 @@
 """`make chaos`: inject faults at random moments under load, then check every promise of the service.
 
-CHAOS="--jobs 500 --faults 25 --seed 7" sets the load and the faults. The seed repeats a failed run.
+CHAOS="--jobs 500 --faults 10 --seed 7" sets the load and the faults. The seed repeats a failed run.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="make chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=500, help="the least number of jobs (default: 500)")
-    parser.add_argument("--faults", type=int, default=25, help="the number of faults (default: 25)")
+    parser.add_argument("--faults", type=int, default=len(KINDS), help="the number of faults (default: each kind once)")
     parser.add_argument("--seed", type=int, help="repeats the order of faults and requests of a run")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"only these of {', '.join(KINDS)}")
     parser.add_argument("--lease-s", type=float, default=30, help="the lease of a job in seconds (default: 30)")

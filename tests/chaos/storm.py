@@ -35,7 +35,7 @@ class Plan:
     seed: int
     jobs: int = 500
     """The least number of submitted jobs."""
-    faults: int = 25
+    faults: int = len(KINDS)
     kinds: Sequence[str] = tuple(KINDS)
     lease_s: float = 30
     slack_s: float = 0

@@ -2,9 +2,9 @@
 
     python -m tests.fuzz --examples 100 --seed 7
 
-Two passes with every check: with a key that has all scopes, and without a key. The command writes summary.json and the
-reports of Schemathesis into `out/fuzz/`. Its exit code is 1 when a check failed, or when it sent fewer requests than
-`--at-least`.
+Two passes with every check: with a key that has all scopes, and without a key. A third pass sends bulks whose keys and
+bytes are hostile. The command writes summary.json and the reports of Schemathesis into `out/fuzz/`. Its exit code is 1
+when a check failed, or when it sent fewer requests than `--at-least`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 
+from tests.fuzz import bulks
 from tests.fuzz.hooks import SPARED
 from tests.stack import RunningStack, running_stack
 
@@ -91,6 +92,15 @@ def main() -> None:
     ):
         for name, key in (("owner", stack.new_key("fuzz", *SCOPES)), ("anonymous", None)):
             found.add(run_pass(stack, name, key, arguments))
+        hostile = bulks.run(
+            stack.url,
+            stack.new_key("fuzz", *SCOPES),
+            examples=arguments.examples * 2,
+            run_seed=arguments.seed,
+        )
+    found.requests += hostile.requests
+    found.failures += hostile.failures
+    (arguments.out / "bulks.json").write_text(json.dumps(hostile.failures, indent=2))
     summary = found.summary(arguments.seed)
     (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))

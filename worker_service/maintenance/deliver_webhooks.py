@@ -128,4 +128,5 @@ def _record_failure(
         final = status == GONE
         webhooks.record_failure(session, delivery, error=error, status=status, retry_after_s=retry_after_s, final=final)
     increment_counter(WEBHOOK_DELIVERIES, labels={"outcome": outcome})
-    logger.warning("webhook_failed", extra={"delivery_id": str(delivery.id), "outcome": outcome, "status": status})
+    fields = {"delivery_id": str(delivery.id), "outcome": outcome, "error": error, "status": status}
+    logger.warning("webhook_failed", extra=fields)

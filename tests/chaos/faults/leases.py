@@ -104,7 +104,8 @@ def freeze_lock_holder(scene: Scene) -> Hit:
             scene.load.jobs(BURST)
             scene.load.upload_again(token)
             scene.load.upload(2)
-            hit.jobs = scene.waiting()
+            scene.load.wait_until_sent()
+            hit.jobs = scene.unfinished()
             scene.wait_until_recovered(hit.jobs, timeout_s=PATIENCE_S)
         finally:
             holder.kill()

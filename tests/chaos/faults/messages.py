@@ -52,7 +52,8 @@ def foreign_messages(scene: Scene) -> Hit:
         broker.publish("/0.celery.pidbox", FOREIGN[0])
     scene.load.jobs(BURST)
     scene.load.upload(2)
-    hit = Hit(jobs=scene.waiting())
+    scene.load.wait_until_sent()
+    hit = Hit(jobs=scene.unfinished())
     wait_until(lambda: not _foreign_left(scene), timeout_s=PATIENCE_S, what="foreign messages to be dropped")
     assert scene.pids() == before, "a foreign message ended a process"
     return hit

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 
 from ops.local.layout import free_port
 from ops.local.stack import REPOSITORY
@@ -47,11 +47,13 @@ def drip_receivers(scene: Scene) -> Hit:
         scene.load.jobs(BURST)
         wait_until(scene.leased_deliveries, timeout_s=PATIENCE_S, what="deliveries that drip")
         dripping = scene.leased_deliveries()
-        timed_out = select(WebhookDelivery.id).where(
-            WebhookDelivery.id.in_(dripping), WebhookDelivery.last_error == "TimeoutError"
+        ended = select(WebhookDelivery.id).where(
+            WebhookDelivery.id.in_(dripping),
+            # A delivery that began before may have succeeded.
+            or_(WebhookDelivery.state == "delivered", WebhookDelivery.last_error == "TimeoutError"),
         )
         wait_until(
-            lambda: len(scene.rows(timed_out)) == len(dripping),
+            lambda: len(scene.rows(ended)) == len(dripping),
             timeout_s=scene.webhook_timeout_s * 2 + PATIENCE_S,
             what="dripping deliveries to end at their time limit",
         )

@@ -93,9 +93,11 @@ def freeze_limits(scene: Scene) -> Hit:
     scene.stack.control.freeze("cache")
     try:
         scene.load.jobs(BURST)
+        scene.load.wait_until_sent()
+        hit = Hit(jobs=scene.unfinished())
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda _: scene.get("/jobs").status_code, range(64)))
     finally:
         scene.stack.control.thaw("cache")
     assert set(answers) == {httpx.codes.OK}, f"requests got {sorted(set(answers))}"
-    return Hit(jobs=scene.waiting())
+    return hit
