@@ -104,6 +104,9 @@ MESSAGES_DROPPED = Counter(
 JOBS_REPUBLISHED = Counter(
     "jobs_republished_total", "Queued jobs published again because the broker had lost their message."
 )
+JOBS_UNSERVED = Counter(
+    "jobs_unserved_total", "Queued jobs that failed because no settings name their model and no worker serves it."
+)
 
 # --- models -------------------------------------------------------------------------------------------------------
 

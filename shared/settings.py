@@ -181,6 +181,13 @@ class JobSettings(Section):
     reconcile_s: Advanced[float] = Field(
         5, gt=0, le=60, description="how often the reconciler compares the jobs in Postgres with the broker"
     )
+    unserved_after_s: Advanced[float] = Field(
+        900,
+        ge=0,
+        le=86_400,
+        description="queued jobs of a model that is not one of `model.generators` fail when no worker has served it "
+        "for this long; 0: they wait without limit",
+    )
     max_crashes: Advanced[int] = Field(
         3,
         ge=1,

@@ -22,7 +22,14 @@ from shared.contracts.generation import GenerationParameters, Webhook
 from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
 from shared.db import leasing, paging, quotas, webhooks
 from shared.db.tables import Bulk, Job, JobEvent, Output, OutputReference, Owner
-from shared.errors import BaseAppException, JobCrashedError, JobStateError, JobUnreadableError, ResourceNotFoundError
+from shared.errors import (
+    BaseAppException,
+    JobCrashedError,
+    JobStateError,
+    JobUnreadableError,
+    ModelNotFoundError,
+    ResourceNotFoundError,
+)
 from shared.metrics import JOBS_FINISHED
 
 FINAL = [state for state in JobState if state.is_final]
@@ -417,6 +424,15 @@ def end_expired(session: Session, *, limit: int = 1000) -> list[UUID]:
     overdue = select(Job.id).where(Job.state == JobState.QUEUED, Job.expires_at <= func.now())
     overdue = overdue.order_by(Job.expires_at).limit(limit).with_for_update(skip_locked=True)
     return _end_all(session, Job.id.in_(overdue.scalar_subquery()), JobState.EXPIRED, data={})
+
+
+def fail_unserved(session: Session, model: str, *, limit: int) -> list[UUID]:
+    """End queued jobs of a `model` that is gone as `failed`; return their ids. Jobs of paused bulks stay queued."""
+    message = f"The settings do not name the model {model!r} any more, and no worker serves it."
+    error = ModelNotFoundError(message, model=model).body()
+    waiting = select(Job.id).where(Job.model == model, Job.state == JobState.QUEUED, _bulk_runs())
+    waiting = waiting.limit(limit).with_for_update(skip_locked=True)
+    return _end_all(session, Job.id.in_(waiting.scalar_subquery()), JobState.FAILED, data=error, error=error)
 
 
 def list_published(session: Session, *, older_than_s: float) -> list[tuple[UUID, str]]:

@@ -34,6 +34,16 @@ def list_live(session: Session) -> list[Worker]:
     return list(session.scalars(statement.order_by(Worker.kind, Worker.id)))
 
 
+def list_served_models(session: Session, *, load_limit_s: float) -> set[str]:
+    """Models with a live worker, or with a worker that started to load less than `load_limit_s` ago.
+
+    A worker that loads sends no heartbeats.
+    """
+    live = Worker.heartbeat_at > func.now() - timedelta(seconds=LIVE_S)
+    loading = (Worker.state == "loading") & (Worker.heartbeat_at > func.now() - timedelta(seconds=load_limit_s))
+    return set(session.scalars(select(Worker.model).where(Worker.model.is_not(None), live | loading).distinct()))
+
+
 def publish_capabilities(session: Session, model: str, capabilities: Capabilities) -> None:
     """Store the capabilities of a model that a worker has loaded."""
     values = {"capabilities": capabilities.model_dump(mode="json"), "updated_at": func.now()}

@@ -42,9 +42,31 @@ def environment(settings: Settings, tmp_path: Path) -> dict[str, str]:
     }
 
 
+LOADING = """
+import time
+from shared.settings import get_settings
+from worker_service.workers.process import WorkerProcess
+
+with WorkerProcess("embed", None, get_settings()):
+    while True:
+        try:
+            while True:
+                time.sleep(0.01)
+        except BaseException as error:
+            {reaction}
+"""
+"""A worker that loads without end, in a library that catches every exception."""
+
+
 @contextmanager
 def worker(kind: str, environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    process = subprocess.Popen([sys.executable, "-m", "worker_service", kind], cwd=REPOSITORY, env=environment)
+    with running(["-m", "worker_service", kind], environment) as process:
+        yield process
+
+
+@contextmanager
+def running(arguments: list[str], environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen([sys.executable, *arguments], cwd=REPOSITORY, env=environment)
     try:
         yield process
     finally:
@@ -67,6 +89,15 @@ def stop(process: "subprocess.Popen[bytes]", session: Session) -> int:
 
 def test_a_worker_that_loads_its_models_ends_at_once(environment: dict[str, str], session: Session) -> None:
     with worker("embed", environment) as process:
+        wait_until(lambda: states(session) == ["loading"], timeout_s=START_S, what="the worker to load")
+        assert stop(process, session) == 0
+
+
+@pytest.mark.parametrize("reaction", ["raise RuntimeError('the file is damaged') from error", "pass"])
+def test_a_loading_worker_ends_with_status_0_in_a_library_that_catches_every_exception(
+    environment: dict[str, str], session: Session, reaction: str
+) -> None:
+    with running(["-c", LOADING.format(reaction=reaction)], environment) as process:
         wait_until(lambda: states(session) == ["loading"], timeout_s=START_S, what="the worker to load")
         assert stop(process, session) == 0
 

@@ -1,7 +1,7 @@
 """The reconciler: a loop that finds jobs and images that are stuck, and recovers them.
 
-It takes back jobs and images whose lease has expired, and publishes jobs again whose message the broker lost. It also
-dispatches waiting jobs and notifies workers, in case a notification was lost.
+It takes back jobs and images whose lease has expired, and publishes jobs again whose message the broker lost. It fails
+jobs whose model is gone. It also dispatches waiting jobs and notifies workers, in case a notification was lost.
 
 It runs in its own process and without Celery, because it repairs Celery's broker. Any number of reconcilers may run: a
 lock that ends with its transaction lets one of them repair at a time.
@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from shared import metrics
 from shared.contracts.images import ImageState
-from shared.db import bulks, idempotency, images, jobs, spaces, webhooks
+from shared.db import bulks, idempotency, images, jobs, spaces, webhooks, workers
 from shared.db.session import session_scope
 from shared.errors import BrokerUnavailableError, DatabaseError
 from shared.messaging import foreign, queue
@@ -39,6 +39,8 @@ CLAIM_GRACE_S = 5.0
 """A job published longer ago than this should be claimed or in a list of the broker. Workers claim a job within
 milliseconds after they receive it."""
 
+UNSERVED_JOBS_PER_TICK = 1000
+"""At most so many jobs of a model that is gone fail in one tick."""
 IMAGES_CHECKED_PER_TICK = 10_000
 """A pass over a large corpus takes many ticks, so that each tick stays short."""
 
@@ -52,6 +54,8 @@ class Reconciler:
         self._models_with_depth: set[str] = set()
         self._next_count_at = 0.0
         self._take_back_from = 0.0
+        self._served_at: dict[str, float] = {}
+        self._counting_from = 0.0
         self._checked_to: UUID | None = None
 
     def tick(self) -> None:
@@ -88,12 +92,16 @@ class Reconciler:
                 logger.warning("jobs_missing_from_broker", extra={"jobs": unpublished})
         with session_scope() as session:
             models = {*jobs.list_waiting_models(session), *bulks.list_running_models(session)}
+            served = workers.list_served_models(session, load_limit_s=get_settings().watchdog.load_s)
             images_wait = images.any_pending(session)
             webhooks_wait = webhooks.any_due(session)
             if time.monotonic() >= self._next_count_at:
                 self._set_queue_depths(jobs.count_queued_by_model(session), paused=bulks.count_paused_by_model(session))
                 set_gauge(metrics.BULK_ITEMS_WAITING, bulks.count_waiting_items(session))
-        for model in models:
+        unserved = self._unserved_models({*models, *(model for _, model in published)}, served)
+        for model in unserved:
+            self._fail_jobs_of(model)
+        for model in models - unserved:
             queue.dispatch_jobs(model)
         if images_wait:
             _publish_if_empty(queue.EMBED_IMAGES_QUEUE, queue.publish_embed_pending)
@@ -111,6 +119,31 @@ class Reconciler:
         if found.image_ids:
             logger.warning("images_without_vector", extra={"images": len(found.image_ids)})
 
+    def _unserved_models(self, models: set[str], served: set[str]) -> set[str]:
+        """Those of `models` that the settings do not name and that no worker has served for `unserved_after_s`.
+
+        During an upgrade, another release may know more models than this process. Its API accepts their jobs before
+        its workers have loaded them.
+        """
+        limit_s, now, named = self._settings.unserved_after_s, time.monotonic(), get_settings().model.generators
+        self._served_at.update(dict.fromkeys(served, now))
+        return {
+            model
+            for model in models
+            if limit_s and model not in named and now - self._served_at.get(model, self._counting_from) >= limit_s
+        }
+
+    def _fail_jobs_of(self, model: str) -> None:
+        """Fail queued jobs of a model that is gone. Items of bulks become jobs first, so each gets its own error."""
+        with session_scope() as session:
+            if not _lock(session):
+                return
+            bulks.top_up(session, model, window=UNSERVED_JOBS_PER_TICK // 2)
+            failed = jobs.fail_unserved(session, model, limit=UNSERVED_JOBS_PER_TICK)
+        if failed:
+            increment_counter(metrics.JOBS_UNSERVED, len(failed))
+            logger.warning("model_unserved", extra={"model": model, "jobs": len(failed)})
+
     def _set_queue_depths(self, queued: dict[str, int], *, paused: dict[str, int]) -> None:
         """Set the metric of each model: its queued jobs, without those of paused bulks."""
         self._next_count_at = time.monotonic() + QUEUE_DEPTH_INTERVAL_S
@@ -122,11 +155,12 @@ class Reconciler:
     def _grace_after_gap(self) -> None:
         """After a gap between ticks, give every worker one full lease to renew before its jobs are taken back.
 
-        The fault that stopped the ticks may also have stopped the renewals.
+        The fault that stopped the ticks may also have stopped the renewals. The time without a worker counts anew too.
         """
         now = time.monotonic()
         if self._last_tick is None or now - self._last_tick > 3 * self._settings.reconcile_s:
             self._take_back_from = now + self._settings.lease_s
+            self._served_at, self._counting_from = {}, now
 
     def _missing_from_broker(self, published: Iterable[tuple[UUID, str]]) -> list[UUID]:
         """Published jobs whose message is in none of the broker's lists. published: (job id, model).

@@ -32,8 +32,8 @@ EXTRA_SHUTDOWN_S = 15
 class WorkerProcess:
     """A worker process and its row in the database: `loading`, then `ready`, and deleted when the process ends.
 
-    A context manager around the life of the process. While it loads, SIGTERM or SIGINT end it with exit status 0.
-    When it serves, Celery's signal handlers take over.
+    A context manager around the life of the process. While it loads, SIGTERM or SIGINT end it at once, with exit
+    status 0. When it serves, Celery's signal handlers take over.
     """
 
     kind: str
@@ -45,10 +45,12 @@ class WorkerProcess:
     """Seconds between two jobs of lane `bulk` while higher-priority lanes are in use, at least."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the process should stop."""
+    _row_lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the row is written or deleted, so that no heartbeat adds it again."""
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _exit_on_signal)
+            signal.signal(number, self._end_on_signal)
         self.write_heartbeat("loading")
         return self
 
@@ -56,12 +58,7 @@ class WorkerProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stopping.set()
-        try:
-            with session_scope() as session:
-                workers.remove(session, self.id)
-        except DatabaseError as failure:
-            # The row stays, but without heartbeats the worker soon does not count as live.
-            logger.warning("worker_not_withdrawn", extra={"cause": failure.code})
+        self._withdraw()
 
     @property
     def id(self) -> str:
@@ -86,13 +83,15 @@ class WorkerProcess:
         return app
 
     def write_heartbeat(self, state: str) -> None:
-        """Write the process's state, `loading` or `ready`, and the time of this heartbeat.
+        """Write the process's state, `loading` or `ready`, and the time of this heartbeat, unless the process stops.
 
         Raises:
             DatabaseError: the database failed.
         """
-        with session_scope() as session:
-            workers.heartbeat(session, self.id, kind=self.kind, model=self.model, state=state)
+        with self._row_lock:
+            if not self.stopping.is_set():
+                with session_scope() as session:
+                    workers.heartbeat(session, self.id, kind=self.kind, model=self.model, state=state)
 
     def start_heartbeat(self) -> None:
         """Write `ready` every `HEARTBEAT_S` seconds, in a thread, until the process stops."""
@@ -156,7 +155,25 @@ class WorkerProcess:
         if any(status):
             raise SystemExit(max(status))
 
+    def _end_on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """End the process, which has claimed nothing yet, from another thread.
 
-def _exit_on_signal(number: int, _frame: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-    raise SystemExit(0)
+        An exception would be raised inside a library that loads a model, and the library may catch it.
+        """
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+        self.stopping.set()
+        threading.Thread(target=self._end, name="stop", daemon=True).start()
+
+    def _end(self) -> NoReturn:
+        logger.info("stopped_while_loading", extra={"worker": self.id})
+        self._withdraw()
+        os._exit(0)
+
+    def _withdraw(self) -> None:
+        """Delete the process's row. A database error is logged."""
+        try:
+            with self._row_lock, session_scope() as session:
+                workers.remove(session, self.id)
+        except DatabaseError as failure:
+            # The row stays, but without heartbeats the worker soon does not count as live.
+            logger.warning("worker_not_withdrawn", extra={"cause": failure.code})
