@@ -4,7 +4,8 @@
     .venv/bin/python -m benchmarks.plain_loop FOLDER --model
 
 It decodes, embeds, stores and inserts each file. With `--model` it only opens, preprocesses and embeds. It uses the
-database, blob store and CLIP that the settings name. Prints files, images, seconds and processor seconds as JSON.
+database, blob store and CLIP that the settings name. The CLIP must be that of the active embedding space. Prints files,
+images, seconds and processor seconds as JSON.
 """
 
 import argparse
@@ -44,7 +45,9 @@ def main() -> None:
     else:
         with session_scope() as session:
             collection_id = owners.ensure_collection(session, "loop", owner_id=owners.ensure(session, "loop")).id
-            space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
+            space = spaces.find_or_add_first(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
+            if space is None or not spaces.is_active(session, space):
+                parser.exit(2, "The database has another active embedding space: use an empty database, or its CLIP.\n")
         started, spent = time.perf_counter(), time.process_time()
         count = index_files(files, clip, space, collection_id)
     seconds = time.perf_counter() - started

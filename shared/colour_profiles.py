@@ -1,4 +1,4 @@
-"""ICC profiles for pictures that describe their colours without one, by the rules of the PNG specification.
+"""ICC profiles for pictures that describe their colours without one: PNG and AVIF.
 
 Of the chunks of a PNG the first of these counts: `cICP`, `iCCP`, `sRGB`, `gAMA` with `cHRM`. Chromium does the same.
 https://www.w3.org/TR/png-3/#color-space-priority. `gAMA` alone has the primaries of sRGB.
@@ -30,6 +30,8 @@ CODED_CURVES: dict[int, tuple[float, ...]] = {
     14: BT709_CURVE,
     15: BT709_CURVE,
 }
+VIDEO_CURVES = (1, 6, 14, 15)
+"""In an AVIF, Chromium reads these as the curve of sRGB (ui/gfx/color_space.cc), and so do most players of videos."""
 BRADFORD = ((0.8951, 0.2664, -0.1614), (-0.7502, 1.7135, 0.0367), (0.0389, -0.0685, 1.0296))
 D50 = (0.9642, 1.0, 0.8249)
 
@@ -49,6 +51,20 @@ def of_png(chunks: dict[bytes, bytes], embedded: bytes | None) -> bytes | None:
     if len(chromaticities) == 32:
         primaries = tuple(value / 100_000 for value in struct.unpack(">8I", chromaticities))
     if (curve, primaries) == (SRGB_CURVE, SRGB_PRIMARIES):
+        return None
+    return build(primaries, curve)
+
+
+def of_avif(codes: tuple[int, int] | None, embedded: bytes | None) -> bytes | None:
+    """The profile of an AVIF's pixels; None: they are in sRGB. codes: of its primaries and its curve; 2: unspecified.
+
+    An embedded profile counts more than the codes, as in browsers.
+    """
+    if embedded or codes is None:
+        return embedded
+    primaries = SRGB_PRIMARIES if codes[0] == 2 else CODED_PRIMARIES.get(codes[0])
+    curve = SRGB_CURVE if codes[1] in (2, *VIDEO_CURVES) else CODED_CURVES.get(codes[1])
+    if primaries is None or curve is None or (curve, primaries) == (SRGB_CURVE, SRGB_PRIMARIES):
         return None
     return build(primaries, curve)
 

@@ -1,4 +1,4 @@
-"""Reads the structure of PNG, JPEG and WebP files without decoding them. Pillow does not offer these facts."""
+"""Reads the structure of image files without decoding them. Pillow does not offer these facts."""
 
 import re
 import struct
@@ -171,3 +171,29 @@ def is_heic(data: bytes) -> bool:
 
 def is_avif(data: bytes) -> bool:
     return data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1", b"msf1") and not is_heic(data)
+
+
+def avif_colour_codes(data: bytes) -> tuple[int, int] | None:
+    """The code points of primaries and curve in the first `colr` box of kind `nclx`; None without one.
+
+    ISO/IEC 23008-12, 9.3 and 6.5.5: such a box is in meta/iprp/ipco.
+    """
+    meta = _box(data, b"meta")[4:]  # after version and flags
+    for name, body in _boxes(_box(_box(meta, b"iprp"), b"ipco")):
+        if name == b"colr" and body.startswith(b"nclx") and len(body) >= 8:
+            return int.from_bytes(body[4:6], "big"), int.from_bytes(body[6:8], "big")
+    return None
+
+
+def _box(data: bytes, name: bytes) -> bytes:
+    """The body of the first box of this name; empty without one."""
+    return next((body for found, body in _boxes(data) if found == name), b"")
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Each box's name and body. A box of 4 GiB or more is not read."""
+    offset = 0
+    while offset + 8 <= len(data):
+        size = int.from_bytes(data[offset : offset + 4], "big") or len(data) - offset
+        yield data[offset + 4 : offset + 8], data[offset + 8 : offset + size]
+        offset += max(size, 8)

@@ -79,6 +79,7 @@ DECODER_ERRORS = (
     LookupError,
     MemoryError,
     TypeError,
+    RuntimeError,
     struct.error,
 )
 DECOMPRESSION_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -154,7 +155,10 @@ def decode_upload(data: bytes, *, max_bytes: int, max_pixels: int) -> DecodedIma
             file.load()
             image = file if png is None else _with_key_as_alpha(file, png, data)
             profile = file.info.get("icc_profile")
-            profile = profile if png is None else colour_profiles.of_png(png.chunks, profile)
+            if png is not None:
+                profile = colour_profiles.of_png(png.chunks, profile)
+            elif file.format == "AVIF":
+                profile = colour_profiles.of_avif(image_files.avif_colour_codes(data), profile)
             picture = _rgb_on_white(_with_exif_orientation(image), profile)
             is_lossless = image_files.is_lossless_webp(data)
             if file.format == "AVIF" and max(picture.size) > WEBP_MAX_SIDE:

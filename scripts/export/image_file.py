@@ -63,6 +63,7 @@ IMAGE_COLUMNS = [
     ("source", pyarrow.string()),
     ("licence", pyarrow.string()),
     ("attributes", pyarrow.string()),  # a JSON object of strings
+    ("file_description", pyarrow.string()),  # a JSON object, or null; files of earlier releases have no such column
     ("filename", pyarrow.string()),
     ("created_at", pyarrow.timestamp("us", tz="UTC")),
     ("image", pyarrow.binary()),

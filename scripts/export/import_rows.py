@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import numpy as np
-from sqlalchemy import select
+from sqlalchemy import null, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
@@ -103,9 +103,13 @@ class _ImportedImage:
                 "attributes": json.loads(self.row["attributes"]),
             }
         )
+        of_file: Any = null()
+        if self.row.get("file_description") is not None:  # files of earlier releases have no such column
+            of_file = ImageDescription.model_validate_json(self.row["file_description"]).model_dump()
         return {
             **{name: self.row[name] for name in COPIED_COLUMNS},
             **described.model_dump(),
+            "file_description": of_file,
             "id": self._id,
             "format": self.format.value,
             "blob_key": self.blob_key,

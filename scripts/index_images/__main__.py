@@ -16,12 +16,12 @@ from scripts.console import (
 )
 from scripts.index_images.index import index_files, wait_and_print_summary
 from scripts.index_images.report import Report
-from scripts.index_images.sources import DESCRIPTION_FIELDS, SourceError, read_source
+from scripts.index_images.sources import DESCRIPTION_FIELDS, IMAGE_SUFFIXES, SourceError, read_source
 from scripts.index_images.upload import Uploader
 from scripts.index_images.watch import watch_folder
 from scripts.table_files import FORMATS, TableFileError
 
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Index images with their descriptions into a collection, and wait until they are searchable.
 
 SOURCE is one of
@@ -30,9 +30,9 @@ SOURCE is one of
   a table      CSV, TSV, JSONL or Parquet with a column `file`, relative to the table, and columns of the same names;
                TXT with one file per line
   a tar        a WebDataset, with members as in a folder; also .tar.gz, .tar.bz2 and .tar.xz
-The service decodes PNG, JPEG and WebP, whatever the file name says. Other files are listed as skipped; they do not
-make the run fail. Suffixes may be in capitals. A sidecar describes every image that has its name, and its place in a
-tar does not matter. Hidden files are left out.
+Files with one of these suffixes are read, also in capitals: {", ".join(IMAGE_SUFFIXES)}.
+Other files are listed as skipped; they do not make the run fail. The service decodes a file by its content. A sidecar
+describes every image that has its name, and its place in a tar does not matter. Hidden files are left out.
 
 Images that the collection already has are not sent again: to resume an interrupted run, start it again.
 

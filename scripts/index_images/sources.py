@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 
 from scripts.table_files import FORMATS, decode_text, describe_columns, plain_newlines, read_rows
 
-IMAGE_SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".avif", ".webp", ".png", ".jpg", ".jpeg", ".jpe", ".jfif")
 SIDECAR_SUFFIXES = (".json", ".txt")
 FILE_COLUMNS = ("file", "path", "filename", "file_name", "image")
 NOT_AN_IMAGE = "not_an_image"

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from scripts.export import __main__ as export
 from shared.contracts.common import ImageFormat
+from shared.contracts.images import ImageDescription
 from shared.contracts.search import ImageFilter
 from shared.db import images, owners, spaces
 from shared.db.tables import Collection, EmbeddingSpace, Image
@@ -28,6 +29,7 @@ from tests.integration.conftest import picture
 
 COUNT = 70
 """More than one page of rows."""
+EMPTY = ImageDescription().model_dump()
 
 
 @pytest.fixture
@@ -41,6 +43,8 @@ def corpus(session: Session, settings: Settings) -> None:
         key = image_key(decoded.sha256, ImageFormat.PNG, decoded.data)
         get_blobs().put(key, decoded.data, media_type="image/png")
         get_blobs().put(thumbnail_key(decoded.sha256, decoded.thumbnail), decoded.thumbnail, media_type="image/webp")
+        of_file = EMPTY | {"caption": f"{number}", "tags": ["of the file"]}
+        optional: dict[str, Any] = {} if number == 3 else {"file_description": of_file}
         make_image(
             session,
             vector=random.normal(size=16) if number < COUNT else None,
@@ -50,6 +54,7 @@ def corpus(session: Session, settings: Settings) -> None:
             caption=None if number == 3 else f"bild nummer {number}, „schön“",
             tags=["even"] if number % 2 == 0 else [],
             attributes={"number": str(number)},
+            **optional,
             perceptual_hash=number - 70,
         )
     session.commit()
@@ -93,7 +98,10 @@ def wipe(session: Session) -> None:
 @pytest.mark.usefixtures("corpus")
 def test_an_exported_and_imported_corpus_returns_the_same_scores(session: Session, tmp_path: Path) -> None:
     before = answers(session)
-    columns = (Image.id, Image.sha256, Image.tags, Image.attributes, Image.created_at, Image.perceptual_hash)
+    columns = (
+        *(Image.id, Image.sha256, Image.tags, Image.attributes, Image.created_at, Image.perceptual_hash),
+        *(Image.file_description, Image.file_description.is_(None)),
+    )
     rows = session.execute(select(*columns).order_by(Image.id)).all()
     some = session.scalars(select(Image).limit(1)).one()
     content = get_blobs().get(some.blob_key)
@@ -125,6 +133,16 @@ def test_a_corpus_can_be_imported_into_a_collection_of_another_owner(session: Se
     copy = session.scalars(select(Collection.id).where(Collection.name == "copy")).one()
     assert answers(session, copy) == before
     assert answers(session) == before
+
+
+@pytest.mark.usefixtures("corpus")
+def test_a_file_of_the_release_before_is_imported(session: Session, tmp_path: Path) -> None:
+    file = tmp_path / "corpus.parquet"
+    run("corpus", str(file))
+    wipe(session)
+    parquet.write_table(parquet.read_table(file).drop_columns("file_description"), file)
+    assert run("import", str(file))["new"] == COUNT + 1
+    assert session.scalars(select(Image.file_description.is_(None)).distinct()).all() == [True]
 
 
 @pytest.mark.usefixtures("corpus")

@@ -366,7 +366,13 @@ def test_more_pixels_than_a_header_claims_are_not_decoded() -> None:
     assert peak < 10_000_000
 
 
-@given(st.binary(max_size=400), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\1\0\0WEBPVP8 "]))
+AVIF_HEAD = b"\0\0\0\x14ftypavif\0\0\0\0avif"
+
+
+@given(
+    st.binary(max_size=400),
+    st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\1\0\0WEBPVP8 ", AVIF_HEAD]),
+)
 def test_random_bytes_are_always_an_invalid_image(tail: bytes, head: bytes) -> None:
     with pytest.raises(InvalidImageError):
         decode(head + tail)
@@ -379,6 +385,7 @@ SEEDS = [
     encoded(picture(20, 14), "WEBP"),
     encoded(picture(20, 14).convert("P"), "PNG", transparency=3),
     encoded(picture(20, 14), "PNG", icc_profile=_red_green_swapped_profile()),
+    encoded(picture(20, 14), "AVIF"),
 ]
 
 

@@ -2,6 +2,8 @@
 
 import struct
 import zlib
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -184,6 +186,81 @@ def test_wide_primaries_are_converted(chunk: dict[str, bytes]) -> None:
 def test_a_cmyk_jpeg_ignores_a_profile_of_rgb_kind_without_failing() -> None:
     data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100, icc_profile=icc("GRAY"))
     assert first_pixel(data) == pytest.approx([255, 0, 0], abs=3)
+
+
+def jpeg_of_four(samples: Sequence[int], *, adobe_transform: int | None, profile: bytes | None = None) -> bytes:
+    """A JPEG that stores these samples in each pixel. adobe_transform: of its Adobe marker; None: it has none."""
+    # Pillow stores inverted inks, as Adobe's programs do.
+    image = Image.new("CMYK", (16, 16), tuple(255 - sample for sample in samples))
+    data = encoded(image, "JPEG", quality=100, subsampling=0, **({} if profile is None else {"icc_profile": profile}))
+    place = data.index(b"\xff\xee\0\x0eAdobe")
+    marker = b"" if adobe_transform is None else data[place : place + 15] + bytes([adobe_transform])
+    return data[:place] + marker + data[place + 16 :]
+
+
+INKS = [30, 200, 120, 220]
+"""Inverted: 255 means without ink."""
+SHOWN = near(*(ink * INKS[3] // 255 for ink in INKS[:3]))
+
+
+@pytest.mark.parametrize("adobe_transform", [0, None])
+def test_a_cmyk_jpeg_stores_inverted_inks(adobe_transform: int | None) -> None:
+    assert first_pixel(jpeg_of_four(INKS, adobe_transform=adobe_transform)) == SHOWN
+
+
+def test_a_ycck_jpeg_stores_inverted_inks_as_luminance_and_colour() -> None:
+    # libjpeg computes each stored ink as 255 minus the red, green or blue of YCbCr.
+    pixel = Image.new("RGB", (1, 1), tuple(255 - ink for ink in INKS[:3])).convert("YCbCr").getpixel((0, 0))
+    assert isinstance(pixel, tuple)
+    assert first_pixel(jpeg_of_four([*pixel, INKS[3]], adobe_transform=2)) == pytest.approx(SHOWN.expected, abs=4)
+
+
+def test_the_profile_of_a_cmyk_jpeg_is_applied_to_its_inks() -> None:
+    lightness = {0: 100, 0b0001: 50}  # by the inks that are full, cyan first: only black is half as light
+    corners = b"".join(bytes([lightness.get(inks, 0) * 255 // 100, 128, 128]) for inks in range(16))
+    ramp = bytes(range(256))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(">9i", *(65536, 0, 0, 0, 65536, 0, 0, 0, 65536))
+    table += ramp * 4 + corners + ramp * 3
+    head = bytearray(icc()[:128])
+    head[12:24] = b"prtrCMYKLab "
+    profile = bytes(head) + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+    profile = struct.pack(">I", len(profile)) + profile[4:]
+    for samples, shown in (([255] * 4, WHITE), ([255, 255, 255, 0], [119] * 3), ([0, 255, 255, 255], [0] * 3)):
+        data = jpeg_of_four(samples, adobe_transform=0, profile=profile)
+        assert first_pixel(data) == pytest.approx(shown, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("primaries", "curve", "shown"),
+    [
+        (1, 13, (200, 100, 100)),
+        (2, 2, (200, 100, 100)),
+        (12, 13, (214, 93, 97)),
+        (12, 2, (214, 93, 97)),
+        (1, 8, (229, 168, 168)),
+        (1, 1, (200, 100, 100)),  # browsers show the curves of video as that of sRGB
+        (12, 14, (214, 93, 97)),
+        (12, 16, (200, 100, 100)),  # HDR
+    ],
+)
+def test_the_coded_colours_of_an_avif_are_converted(primaries: int, curve: int, shown: tuple[int, int, int]) -> None:
+    image = Image.new("RGB", (16, 16), (200, 100, 100))
+    options: dict[str, Any] = {"quality": 100, "subsampling": "4:4:4"}
+    data = encoded(image, "AVIF", **options)
+    place = data.index(b"nclx") + 4
+    codes = struct.pack(">HH", primaries, curve)
+    assert first_pixel(data[:place] + codes + data[place + 4 :]) == pytest.approx(shown, abs=3)
+    with_profile = encoded(image, "AVIF", icc_profile=icc(gamma=2.2), **options)
+    place = with_profile.index(b"nclx") + 4
+    assert first_pixel(with_profile[:place] + codes + with_profile[place + 4 :]) == pytest.approx([200, 98, 98], abs=4)
+
+
+def test_a_damaged_description_of_an_avif_is_an_invalid_image_or_an_image() -> None:
+    data = encoded(Image.new("RGB", (16, 16), (200, 100, 100)), "AVIF")
+    for place in range(data.index(b"mdat")):
+        for value in (0, 1, 255):
+            with suppress(InvalidImageError):
+                decode(data[:place] + bytes([value]) + data[place + 1 :])
 
 
 # --- formats ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import io
 import json
 import lzma
+import re
 import tarfile
 import tracemalloc
 import zlib
@@ -11,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from afterimage_client import Afterimage
 from scripts.index_images import sources, upload
+from scripts.index_images.__main__ import DESCRIPTION
 from scripts.index_images.report import Report
 from scripts.index_images.sources import Sample, SkippedFileError, SourceError, read_source
 from scripts.index_images.upload import Uploader
+from shared.errors import UnsupportedImageTypeError
+from shared.imaging import UPLOAD_FORMATS
 
 MIB = 2**20
 
@@ -47,6 +52,23 @@ def make_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     return folder
+
+
+def test_every_format_that_the_service_accepts_is_read_and_named(tmp_path: Path) -> None:
+    suffixes = Image.registered_extensions()
+    assert {suffixes[suffix] for suffix in sources.IMAGE_SUFFIXES} == set(UPLOAD_FORMATS)
+    folder = make_folder(tmp_path, {f"a{suffix}": b"image" for suffix in sources.IMAGE_SUFFIXES})
+    assert read_all(folder) == {f"a{suffix}": None for suffix in sources.IMAGE_SUFFIXES}
+    for suffix in sources.IMAGE_SUFFIXES:
+        assert suffix in DESCRIPTION, "of --help"
+
+
+def test_texts_and_forms_name_every_format_that_the_service_accepts() -> None:
+    pages = Path("api_service/studio/templates/studio")
+    accepted = set(re.findall(r'accept="([^"]*)"', "".join(page.read_text() for page in pages.glob("*.html"))))
+    assert [set(types.split(",")) for types in accepted] == [{Image.MIME[name] for name in UPLOAD_FORMATS}]
+    for name in UPLOAD_FORMATS:
+        assert name in UnsupportedImageTypeError().message.upper()
 
 
 # --- tars ---------------------------------------------------------------------------------------------------------
