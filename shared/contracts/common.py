@@ -59,6 +59,11 @@ QueryMoment = Annotated[AwareDatetime, BeforeValidator(_not_a_number), AfterVali
 """A `Moment` in a query string. A number is an error there, not seconds since 1970."""
 Prompt = Annotated[Text, Field(min_length=1, max_length=2000)]
 Tag = Annotated[MatchedText, Field(min_length=1, max_length=64)]
+_WithoutRepeats = AfterValidator(lambda tags: list(dict.fromkeys(tags)))
+Tags = Annotated[list[Tag], Field(max_length=32), _WithoutRepeats]
+"""The tags of an image. Each is kept once."""
+FilterTags = Annotated[list[Tag], Field(max_length=16), _WithoutRepeats]
+"""The tags that an image must have, all of them."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Metadata = Annotated[

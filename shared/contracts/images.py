@@ -7,7 +7,7 @@ from uuid import UUID
 
 from pydantic import Field
 
-from shared.contracts.common import Contract, MatchedText, Name, OnInvalid, PageQuery, Tag, Text
+from shared.contracts.common import Contract, MatchedText, Name, OnInvalid, PageQuery, Tag, Tags, Text
 
 
 class ImageState(StrEnum):
@@ -27,7 +27,7 @@ class ImageDescription(Contract):
     """The description of an image."""
 
     caption: Caption | None = None
-    tags: list[Tag] = Field(default_factory=list, max_length=32)
+    tags: Tags = Field(default_factory=list)
     licence: Annotated[MatchedText, Field(max_length=100)] | None = None
     source: Annotated[MatchedText, Field(max_length=200)] | None = None
     attributes: Attributes = Field(default_factory=dict)
@@ -52,7 +52,7 @@ class ImagePatch(Contract):
     """New values for the given fields. Other fields keep their values."""
 
     caption: Caption | None = None
-    tags: Annotated[list[Tag], Field(max_length=32)] | None = None
+    tags: Tags | None = None
     licence: Annotated[MatchedText, Field(max_length=100)] | None = None
     source: Annotated[MatchedText, Field(max_length=200)] | None = None
     attributes: Attributes | None = None

@@ -6,16 +6,14 @@ from uuid import UUID
 
 from pydantic import Field, model_validator
 
-from shared.contracts.common import Contract, MatchedText, Moment, Name, Prompt, Tag
+from shared.contracts.common import Contract, FilterTags, MatchedText, Moment, Name, Prompt
 
 
 class ImageFilter(Contract):
     """Conditions on the images. All of them must hold."""
 
     collection: Name = Field("shared", description="name of a collection of the caller, or `shared`")
-    tags: Annotated[list[Tag], Field(max_length=16)] = Field(
-        default_factory=list, description="tags that an image must have, all of them"
-    )
+    tags: FilterTags = Field(default_factory=list, description="tags that an image must have, all of them")
     source: Annotated[MatchedText, Field(max_length=200)] | None = None
     licence: Annotated[MatchedText, Field(max_length=100)] | None = None
     attributes: Annotated[
@@ -88,7 +86,7 @@ class RagSearchQuery(Contract):
     k: int | None = Field(None, ge=1, le=16)
     min_similarity: float | None = Field(None, ge=-1, le=1)
     collection: Name = "shared"
-    tags: list[Tag] = Field(default_factory=list, max_length=16)
+    tags: FilterTags = Field(default_factory=list)
     model: Name | None = None
 
 

@@ -89,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _drip(self) -> None:
         self.close_connection = True
         self.wfile.write(b"HTTP/1.1 204 No Content\r\nX-Drip: ")
-        with suppress(OSError):  # the client has hung up
+        with suppress(OSError):  # the client has closed the connection
             while self.receiver.drips.is_set():
                 self.wfile.write(b"x")
                 threading.Event().wait(0.2)

@@ -63,7 +63,7 @@ class Plan:
         settings = {
             "ENVIRONMENT": "test",
             "SECURITY__REQUIRE_API_KEYS": "true",
-            "LIMITS__WRITES_PER_MINUTE": 120,
+            "LIMITS__WRITES_PER_MINUTE": 60,
             "QUEUE__MAX_QUEUED_PER_OWNER": 60,
             "MODEL__GENERATORS": orjson.dumps({name: generators[name] for name in self.models}).decode(),
             "MODEL__DEFAULT_GENERATOR": "cheap",

@@ -1,4 +1,4 @@
-"""The short version of `make chaos`: all promises under fifteen faults.
+"""The short version of `make chaos`: all promises under sixteen faults.
 
 `tests/e2e/test_faults.py` already kills a busy worker and empties the broker, so this storm leaves out both.
 """
@@ -31,6 +31,7 @@ KINDS = (
     "garbage",
     "full_store",
     "other_encoder",
+    "flood",
     "hang_receivers",
     "drip_receivers",
 )

@@ -87,3 +87,12 @@ def test_the_client_keeps_commas_in_tags(app: Flask, session: Session, space: Sp
         session.commit()
         planned = service.references(RagSearchQuery(prompt="red", tags=tags)).references
         assert [each.image_id for each in planned] == [UUID(str(image.id))]
+
+
+def test_a_repeated_tag_is_kept_once_and_counts_for_the_limit(client: Client) -> None:
+    image = uploaded(client, picture(), tags="a,b,a")
+    assert image["tags"] == ["a", "b"]
+    changed = client.patch(f"{API}/images/{image['id']}", json={"tags": ["b", "c", "b"]})
+    assert changed.json["tags"] == ["b", "c"]
+    refused = client.get(f"{API}/rag/search", query_string={"prompt": "a cat", "tags": ["b"] * 17})
+    assert (refused.status_code, refused.json["code"]) == (422, "validation_failed")

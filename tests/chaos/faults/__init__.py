@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tests.chaos.faults.leases import freeze_lock_holder, freeze_worker_past_its_lease, steal_lease
 from tests.chaos.faults.messages import deliver_twice, foreign_messages
 from tests.chaos.faults.models import garbage, hang, out_of_memory, poison, second_clip
-from tests.chaos.faults.outside import drip_receivers, full_store, hang_receivers, other_encoder
+from tests.chaos.faults.outside import drip_receivers, flood, full_store, hang_receivers, other_encoder
 from tests.chaos.faults.processes import (
     kill_after_commit,
     kill_api,
@@ -85,6 +85,7 @@ KINDS = {
     "second_clip": Kind(second_clip),
     "full_store": Kind(full_store),
     "other_encoder": Kind(other_encoder),
+    "flood": Kind(flood),
     "hang_receivers": Kind(hang_receivers),
     "drip_receivers": Kind(drip_receivers),
 }

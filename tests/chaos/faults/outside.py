@@ -1,10 +1,13 @@
-"""The blob store, an API process whose encoder writes other bytes, and webhook receivers."""
+"""The blob store, an API process whose encoder writes other bytes, clients, and webhook receivers."""
 
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 from sqlalchemy import or_, select
 
 from ops.local.layout import free_port
@@ -81,3 +84,16 @@ def other_encoder(scene: Scene) -> Hit:
             process.terminate()
     uploaded = scene.pending_images()
     return Hit(also=lambda: scene.are_embedded(uploaded))
+
+
+def flood(scene: Scene) -> Hit:
+    """Let one owner send far more than the limits of its key. Only its own requests may be refused."""
+    headers = {"Authorization": f"Bearer {scene.stack.new_key('dave', 'generate')}"}
+    url, body = f"{scene.stack.url}/api/v1/generate", {"prompt": "a flood", "dry_run": True}
+    with ThreadPoolExecutor(16) as pool:
+        sent = [pool.submit(httpx.post, url, json=body, headers=headers, timeout=PATIENCE_S) for _ in range(300)]
+        scene.load.jobs(BURST)
+        answers = Counter(each.result().status_code for each in sent)
+    scene.load.wait_until_sent()
+    assert answers.keys() == {httpx.codes.OK, httpx.codes.TOO_MANY_REQUESTS}, f"requests got {answers}"
+    return Hit(jobs=scene.unfinished())
