@@ -35,7 +35,13 @@ from afterimage_client.images import ImageFile
 from afterimage_client.jobs import Update
 from shared.contracts.bulks import BulkItemView, BulkOptions, BulkState, BulkView, ItemState
 from shared.contracts.common import OnInvalid
-from shared.contracts.generation import GenerateRequest, Mode, PinnedReference, RagGenerateRequest
+from shared.contracts.generation import (
+    GenerateRequest,
+    Mode,
+    PinnedReference,
+    RagGenerateRequest,
+    SentReferenceImage,
+)
 from shared.contracts.images import (
     FileOutcome,
     ImageDescription,
@@ -55,9 +61,11 @@ from shared.contracts.jobs import (
     OutputView,
     Preview,
     Progress,
+    ReferenceImageView,
     Replay,
     ReplayVerdict,
 )
+from shared.contracts.outputs import RememberRequest
 from shared.contracts.search import ImageFilter, RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
 
 __all__ = [
@@ -101,10 +109,13 @@ __all__ = [
     "RagSearchQuery",
     "RagSearchResponse",
     "RateLimitedError",
+    "ReferenceImageView",
+    "RememberRequest",
     "Replay",
     "ReplayVerdict",
     "SearchRequest",
     "SearchResponse",
+    "SentReferenceImage",
     "ServerError",
     "TooManyStreamsError",
     "UnavailableError",

@@ -31,6 +31,8 @@ from shared.contracts.common import Page
 
 TEMPORARY_STATUS = frozenset({408, 429, 502, 503, 504})
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 20.0
+MAX_DECODE_S = 20.0
+"""Time in which a service decodes one file, by its default settings."""
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
@@ -60,6 +62,11 @@ class Connection:
         """Return the usual limits with another read timeout."""
         usual = self.http.timeout
         return httpx.Timeout(connect=usual.connect, write=usual.write, pool=usual.pool, read=read_s)
+
+    def decode_timeout(self, *, files: int) -> httpx.Timeout:
+        """Return the limits for a request whose files the service decodes, one by one, before it answers."""
+        usual = self.http.timeout
+        return usual if usual.read is None else self.timeout(read_s=usual.read + MAX_DECODE_S * files)
 
     def pause(self, seconds: float) -> None:
         """Wait; `close` interrupts it.

@@ -12,9 +12,6 @@ from afterimage_client.connection import Connection, parse_response, sent_tags
 from shared.contracts.images import ImagePatch, ImageState, ImageView, UploadFields, UploadResponse
 from shared.contracts.jobs import OutputView
 
-MAX_DECODE_S = 20.0
-"""Time in which a service decodes one file, by its default settings."""
-
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -47,7 +44,6 @@ class Images:
             InvalidRequestError: the service does not accept a file and must not skip it; `context["index"]` is its
                 index.
         """
-        usual_s = self._connection.http.timeout.read
         return parse_response(
             UploadResponse,
             self._connection.send(
@@ -55,8 +51,7 @@ class Images:
                 "/upload",
                 data=_form(fields or UploadFields()),
                 files=[("file", (file.name, file.data)) for file in files],
-                # The service decodes the files before it answers, one by one, after those of other clients.
-                timeout=self._connection.timeout(read_s=(usual_s or 0) + MAX_DECODE_S * len(files)),
+                timeout=self._connection.decode_timeout(files=len(files)),
             ),
         )
 

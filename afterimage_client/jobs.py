@@ -13,7 +13,16 @@ from httpx_sse import EventSource
 from afterimage_client.connection import Connection, parse_response
 from afterimage_client.errors import TooManyStreamsError, WaitTimeoutError
 from shared.contracts.generation import DryRunView, GenerateRequest, RagGenerateRequest
-from shared.contracts.jobs import EventType, EventView, JobKind, JobState, JobView, Preview, Progress
+from shared.contracts.jobs import (
+    EventType,
+    EventView,
+    JobKind,
+    JobState,
+    JobView,
+    Preview,
+    Progress,
+    ReferenceImageView,
+)
 
 LONG_POLL_S = 10.0
 """Length of one long-poll; shorter than the default limit of the service."""
@@ -162,11 +171,21 @@ class Jobs:
         """Delete an ended job with its outputs."""
         self._connection.delete(f"/jobs/{_id(job)}")
 
+    def reference_content(self, picture: ReferenceImageView) -> bytes:
+        """Return the stored file of a picture that the request of a job brought.
+
+        Raises:
+            NotFoundError: the job was deleted.
+        """
+        return self._connection.send("GET", f"/reference-images/{picture.id}/content").content
+
     def _post(self, request: GenerateRequest, key: str | None) -> httpx.Response:
         path = "/rag/generate" if isinstance(request, RagGenerateRequest) else "/generate"
         body = request.model_dump_json(exclude_unset=True).encode()
         headers = {"Content-Type": "application/json"} | ({"Idempotency-Key": key} if key else {})
-        return self._connection.send("POST", path, content=body, headers=headers)
+        pictures = len(request.reference_images) if isinstance(request, RagGenerateRequest) else 0
+        timeout = self._connection.decode_timeout(files=pictures)
+        return self._connection.send("POST", path, content=body, headers=headers, timeout=timeout)
 
     def _updates_from_stream(self, job_id: UUID, *, until: float) -> Iterator[Update]:
         """Yield updates until the job has ended or `time.monotonic()` reaches `until`."""

@@ -7,7 +7,9 @@ from uuid import UUID, uuid4
 from afterimage_client import download
 from afterimage_client.connection import Connection
 from shared.contracts.bulks import BulkOutput
+from shared.contracts.images import ImageView
 from shared.contracts.jobs import JobView, OutputView
+from shared.contracts.outputs import RememberRequest
 
 
 class Outputs:
@@ -49,6 +51,24 @@ class Outputs:
         """
         headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
         return self._connection.post(JobView, f"/generations/{output_id}/replay", headers=headers)
+
+    def remember(
+        self, output_id: UUID, request: RememberRequest | None = None, *, idempotency_key: str | None = None
+    ) -> ImageView:
+        """Add the output to the corpus. If the collection already has its file, the answer is the existing image.
+
+        request: collection, caption and tags of the image; by default the collection `shared` without a description.
+        idempotency_key: as in `Jobs.submit`.
+
+        Raises:
+            NotFoundError: the output was deleted.
+            PermissionDeniedError: the API key lacks the scope `corpus:write`.
+        """
+        body = (request or RememberRequest()).model_dump(mode="json", exclude_unset=True)
+        headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
+        timeout = self._connection.decode_timeout(files=1)
+        path = f"/generations/{output_id}/remember"
+        return self._connection.post(ImageView, path, json=body, headers=headers, timeout=timeout)
 
     def delete(self, output_id: UUID) -> None:
         """Delete one output, but not its job."""

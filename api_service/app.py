@@ -23,6 +23,7 @@ from api_service.routes.generation import generation
 from api_service.routes.images import images
 from api_service.routes.jobs import jobs
 from api_service.routes.outputs import outputs
+from api_service.routes.reference_images import reference_images
 from api_service.routes.search import search
 from api_service.routes.service import probes, service
 from api_service.routes.webhooks import webhooks
@@ -68,7 +69,19 @@ def create_app(settings: Settings | None = None) -> DocumentedApp:
     )
     app.extensions["decoder"] = UploadDecoder(settings.api)
 
-    for resource in (generation, bulks, search, images, jobs, outputs, webhooks, service, admin, probes):
+    for resource in (
+        generation,
+        bulks,
+        search,
+        images,
+        jobs,
+        outputs,
+        reference_images,
+        webhooks,
+        service,
+        admin,
+        probes,
+    ):
         app.register_api(resource)
     app.register_blueprint(probes, name="root_probes", url_prefix="/")
     app.add_url_rule(DOCUMENT_PATH, "document", lambda: app.api_doc)

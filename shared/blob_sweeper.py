@@ -17,7 +17,7 @@ from shared.db.session import session_scope
 from shared.errors import ForeignStorageError, ResourceNotFoundError
 from shared.metrics import BLOB_BYTES_SWEPT, BLOBS_SWEPT, increment_counter
 from shared.settings import Settings
-from shared.storage import IMAGES, OUTPUTS, THUMBNAILS, BlobInfo, Blobs
+from shared.storage import IMAGES, OUTPUTS, REFERENCES, THUMBNAILS, BlobInfo, Blobs
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def sweep(blobs: Blobs, *, older_than_s: float, stopping: Callable[[], bool] = l
 def list_unneeded(blobs: Blobs, *, older_than_s: float) -> Iterator[BlobInfo]:
     """Yield the blobs that are older than `older_than_s` and not needed now. They are checked in pages."""
     stored_before = _time_ago(older_than_s)
-    for prefix in (IMAGES, THUMBNAILS, OUTPUTS):
+    for prefix in (IMAGES, THUMBNAILS, REFERENCES, OUTPUTS):
         old = (info for info in blobs.list(prefix) if info.last_modified <= stored_before)
         while page := list(islice(old, KEYS_PER_QUERY)):
             with session_scope() as session:
@@ -111,11 +111,21 @@ def _delete(blobs: Blobs, batch: list[BlobInfo], swept: SweepResult) -> None:
         # blobs are deleted between two looks at the clock.
         while time.monotonic() - locked_at < DELETE_LIMIT_S and (keys := list(islice(unneeded, BLOBS_PER_CHECK))):
             blobs.delete_all(keys)
+            if time.monotonic() - locked_at >= blob_rows.LOCK_LIMIT_S:
+                _log_needed(blobs, keys)
             swept.blobs += len(keys)
             size_bytes = sum(sizes[key] for key in keys)
             swept.size_bytes += size_bytes
             increment_counter(BLOBS_SWEPT, len(keys))
             increment_counter(BLOB_BYTES_SWEPT, size_bytes)
+
+
+def _log_needed(blobs: Blobs, deleted: list[str]) -> None:
+    """Log which of these blobs an upload stored again, after the locks were gone and before they were deleted."""
+    with session_scope() as session:
+        needed = set(deleted).difference(blob_rows.list_unneeded(session, deleted))
+    if lost := sorted(key for key in needed if not blobs.exists(key)):
+        logger.error("needed_blobs_deleted", extra={"keys": lost})
 
 
 def _time_ago(seconds: float) -> datetime:

@@ -11,6 +11,7 @@ import numpy as np
 from sqlalchemy.orm import Session
 
 from shared.contracts.generation import PinnedReference
+from shared.contracts.jobs import ReferenceKind
 from shared.contracts.search import ImageFilter
 from shared.db import images
 from shared.db.images import ScoredImage, Vector
@@ -25,7 +26,7 @@ OVERFETCH = 4
 
 @dataclass(frozen=True)
 class Candidate:
-    """A corpus image and the decision whether to use it as a reference.
+    """A corpus image, or a picture of the request, and the decision whether to use it as a reference.
 
     weight: its share of the conditioning. The weights of the used candidates sum to 1; the others have 0.
     """
@@ -35,6 +36,7 @@ class Candidate:
     reason: str
     weight: float = 0.0
     pinned: bool = False
+    kind: ReferenceKind = ReferenceKind.CORPUS
 
 
 def plan(
@@ -87,9 +89,16 @@ def decide(
 
 
 def plan_pinned(
-    session: Session, space: Space, references: Sequence[PinnedReference], vector: Vector | None
+    session: Session,
+    space: Space,
+    references: Sequence[PinnedReference],
+    vector: Vector | None,
+    *,
+    sent: Sequence[tuple[ScoredImage, float | None]] = (),
 ) -> list[Candidate]:
     """Exactly these references in this order, whatever their similarity.
+
+    sent: pictures of the request with their relative weights (None: 1). They come after the corpus images.
 
     Raises:
         ReferenceUnavailableError: an image was deleted or has no vector in this space.
@@ -98,16 +107,15 @@ def plan_pinned(
     missing = [str(reference.image_id) for reference in references if reference.image_id not in found]
     if missing:
         raise ReferenceUnavailableError(image_ids=missing)
-    total = sum(reference.weight or 1.0 for reference in references)
+    pinned = [(found[reference.image_id], reference.weight) for reference in references]
+    total = sum(weight or 1.0 for _, weight in (*pinned, *sent))
     return [
-        Candidate(
-            scored=found[reference.image_id],
-            used=True,
-            reason="pinned by the request",
-            weight=(reference.weight or 1.0) / total,
-            pinned=True,
+        Candidate(scored=scored, used=True, reason=reason, weight=(weight or 1.0) / total, pinned=True, kind=kind)
+        for kind, reason, group in (
+            (ReferenceKind.CORPUS, "pinned by the request", pinned),
+            (ReferenceKind.REQUEST, "sent with the request", sent),
         )
-        for reference in references
+        for scored, weight in group
     ]
 
 

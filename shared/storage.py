@@ -28,9 +28,12 @@ from shared.singleton import process_singleton
 
 IMAGES = "images/"
 THUMBNAILS = "thumbnails/"
+REFERENCES = "references/"
 OUTPUTS = "outputs/"
 
-CONTENT_KEY = re.compile(rf"(?:{IMAGES}|{THUMBNAILS})[0-9a-f]{{2}}/([0-9a-f]{{64}})(?:-[0-9a-f]{{32}})?\.[a-z]+")
+CONTENT_KEY = re.compile(
+    rf"(?:{IMAGES}|{THUMBNAILS}|{REFERENCES})[0-9a-f]{{2}}/([0-9a-f]{{64}})(?:-[0-9a-f]{{32}})?(?:\.thumbnail)?\.[a-z]+"
+)
 """Keys of earlier releases name only the upload."""
 ATTEMPT_KEY = re.compile(rf"{OUTPUTS}([0-9a-f-]{{36}})/(\d+)/\d+(?:\.thumbnail)?\.[a-z]+")
 LEFTOVER = re.compile(r"#\d+$")
@@ -55,6 +58,15 @@ def thumbnail_key(sha256: str, stored: bytes) -> str:
     return f"{THUMBNAILS}{sha256[:2]}/{sha256}-{_digest(stored)}.webp"
 
 
+def reference_key(sha256: str, image_format: ImageFormat, stored: bytes) -> str:
+    """The key of a picture that a request brought. It never equals that of a corpus image: see `image_key`."""
+    return f"{REFERENCES}{sha256[:2]}/{sha256}-{_digest(stored)}.{image_format.value}"
+
+
+def reference_thumbnail_key(sha256: str, stored: bytes) -> str:
+    return f"{REFERENCES}{sha256[:2]}/{sha256}-{_digest(stored)}.thumbnail.webp"
+
+
 def output_key(job_id: UUID, *, attempt: int, index: int, image_format: ImageFormat) -> str:
     """The key of a generated image. Two attempts at a job never write the same key."""
     return f"{OUTPUTS}{job_id}/{attempt}/{index}.{image_format.value}"
@@ -65,7 +77,7 @@ def output_thumbnail_key(job_id: UUID, *, attempt: int, index: int) -> str:
 
 
 def parse_content_key(key: str) -> str | None:
-    """The upload's sha256 in the key of a corpus image or of its thumbnail; None for any other key."""
+    """The sha256 of the sent file in the key of a corpus image, a request's picture or a thumbnail; None for others."""
     match = CONTENT_KEY.fullmatch(key)
     return match[1] if match else None
 

@@ -16,6 +16,7 @@ BLUEPRINT_SCOPES = {
     "bulks": "generate",
     "jobs": "generate",
     "outputs": "generate",
+    "reference_images": "generate",
     "search": "search",
     "webhooks": "generate",
     "admin": "admin",

@@ -51,7 +51,7 @@ HEADER_COMPONENTS: dict[str, dict[str, Any]] = {
 }
 RATE_LIMITS = ("RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
 WAIT_OPERATIONS = ("generate", "ragGenerate", "getJob")
-SUBMIT_OPERATIONS = ("generate", "ragGenerate", "createBulk")
+SUBMIT_OPERATIONS = ("generate", "ragGenerate", "createBulk", "replayGeneration", "rememberGeneration")
 
 
 def error_headers(status: HTTPStatus) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from flask import Request
 from werkzeug.exceptions import UnsupportedMediaType
 
 from api_service.http import problems, requests
+from shared.contracts.generation import RagGenerateRequest
 from shared.contracts.images import UploadFields
 from shared.contracts.search import SearchRequest
+from shared.errors import MalformedBodyError
 
 MULTIPART = "multipart/form-data"
 
@@ -70,6 +72,48 @@ def search_request(request: Request) -> SearchRequest:
     if sent:
         values["image"] = base64.b64encode(sent[0].read()).decode()
     return requests.parse_form(SearchRequest, values)
+
+
+def rag_generate_request(request: Request) -> RagGenerateRequest:
+    """Parse a multipart generation: the JSON body in the field `request`, and pictures under `reference_image`.
+
+    The entries of `reference_images` describe the files, in order. They may be left out.
+
+    Raises:
+        MalformedBodyError: the field `request` is not valid JSON.
+        ValidationError: a field is missing or wrong, or the numbers of files and descriptions differ.
+    """
+    _require_files_named(request, "reference_image")
+    for other in request.form:
+        if other != "request":
+            raise problems.field_error(f"form.{other}", "extra_forbidden", "Put it into the JSON of `request`.")
+    texts = request.form.getlist("request")
+    if len(texts) != 1:
+        raise problems.field_error("form.request", "missing" if not texts else "repeated", "Must be given once.")
+    try:
+        body = orjson.loads(texts[0])
+    except orjson.JSONDecodeError:
+        raise MalformedBodyError("The field `request` is not valid JSON.") from None
+    if not isinstance(body, dict):
+        raise problems.field_error("form.request", "dict_type", "Must be a JSON object.")
+    files = request.files.getlist("reference_image")
+    descriptions = body.get("reference_images", [{} for _ in files])
+    if isinstance(descriptions, list):
+        if len(descriptions) != len(files):
+            message = f"There are {len(files)} files for {len(descriptions)} entries of `reference_images`."
+            raise problems.field_error("form.reference_image", "length", message)
+        for index, (each, file) in enumerate(zip(descriptions, files, strict=True)):
+            if isinstance(each, dict):
+                if "data" in each:
+                    field = f"body.reference_images.{index}.data"
+                    raise problems.field_error(field, "extra_forbidden", "The picture is the file.")
+                each["data"] = base64.b64encode(file.read()).decode()
+        body["reference_images"] = descriptions
+    try:
+        text = orjson.dumps(body)
+    except orjson.JSONEncodeError as error:  # it takes fewer levels than `orjson.loads`
+        raise MalformedBodyError(f"The field `request` is not valid JSON: {error}.") from None
+    return requests.parse_json(RagGenerateRequest, text)
 
 
 def is_multipart(request: Request) -> bool:

@@ -68,6 +68,16 @@ def parse_json_body(model: type[Model], request: Request) -> Model:
         raise RequestEntityTooLarge
     if not data:
         raise MalformedBodyError("The body is empty.")
+    return parse_json(model, data)
+
+
+def parse_json(model: type[Model], data: bytes) -> Model:
+    """Parse JSON as strictly as a body.
+
+    Raises:
+        MalformedBodyError: the data is not valid JSON.
+        ValidationError: the JSON does not match the contract.
+    """
     try:
         return model.model_validate_json(data, strict=True)
     except pydantic.ValidationError as error:
@@ -79,8 +89,8 @@ def parse_form(model: type[Model], values: dict[str, Any]) -> Model:
 
 
 def split_tags(values: Iterable[str]) -> list[str]:
-    """Split each value at its commas; drop empty and repeated tags. A JSON array has tags that contain commas."""
-    return list(dict.fromkeys(tag for value in values for tag in _tags_of(value)))
+    """Split each value at its commas; drop empty tags. A JSON array has tags that contain commas."""
+    return [tag for value in values for tag in _tags_of(value)]
 
 
 def _tags_of(value: str) -> list[str]:

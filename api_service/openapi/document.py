@@ -67,8 +67,10 @@ BINARY_SCHEMA = {"type": "string", "format": "binary"}
 FILE_MEDIA_TYPES = {
     "getImageContent": [image_format.media_type for image_format in ImageFormat],
     "getGenerationContent": [image_format.media_type for image_format in ImageFormat],
+    "getReferenceImageContent": [image_format.media_type for image_format in ImageFormat],
     "getImageThumbnail": [ImageFormat.WEBP.media_type],
     "getGenerationThumbnail": [ImageFormat.WEBP.media_type],
+    "getReferenceImageThumbnail": [ImageFormat.WEBP.media_type],
 }
 OPERATIONS_WITHOUT_KEY = ("getHealth", "getLiveness", "getReadiness")
 OPERATIONS_WITH_CONFLICT = (
@@ -155,12 +157,22 @@ def _complete_operation(operation: dict[str, Any], route: str) -> None:
                 "content": {"application/json": {"schema": {"$ref": f"{SCHEMA_REF_PREFIX}SubmitAnswer"}}},
             }
             operation["parameters"] = [*operation.get("parameters", []), _PREFER, _IDEMPOTENCY_KEY]
-        case "replayGeneration":
+            if name == "ragGenerate":
+                operation["requestBody"] = {
+                    "required": True,
+                    "content": {
+                        "application/json": {"schema": {"$ref": f"{SCHEMA_REF_PREFIX}RagGenerateRequest"}},
+                        "multipart/form-data": _RAG_GENERATE_FORM,
+                    },
+                }
+        case "replayGeneration" | "retryJob":
             responses["200"] = {
                 "description": "The ended job after `Prefer: wait`.",
                 "content": {"application/json": {"schema": {"$ref": f"{SCHEMA_REF_PREFIX}JobView"}}},
             }
             operation["parameters"] = [*operation["parameters"], _PREFER, _IDEMPOTENCY_KEY]
+        case "rememberGeneration":
+            operation["parameters"] = [*operation["parameters"], _IDEMPOTENCY_KEY]
         case "getJob":
             operation["parameters"].append(_PREFER)
         case "streamJobEvents":
@@ -266,6 +278,27 @@ _LAST_EVENT_ID = {
     "in": "header",
     "schema": {"type": "integer", "minimum": 0},
     "description": "only events with a higher number",
+}
+
+
+_RAG_GENERATE_FORM = {
+    "schema": {
+        "type": "object",
+        "properties": {
+            "request": {
+                "type": "object",
+                "description": "a `RagGenerateRequest`; its `reference_images` have no `data`, and may be left out",
+            },
+            "reference_image": {
+                "type": "array",
+                "items": BINARY_SCHEMA,
+                "maxItems": 16,
+                "description": "PNG, JPEG, WebP or AVIF; may be repeated",
+            },
+        },
+        "required": ["request"],
+    },
+    "encoding": {"request": {"contentType": "application/json"}},
 }
 
 

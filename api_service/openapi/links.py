@@ -9,6 +9,7 @@ OPERATIONS_BY_PARAMETER: dict[str, tuple[str, ...]] = {
         "getGenerationContent",
         "getGenerationThumbnail",
         "replayGeneration",
+        "rememberGeneration",
         "deleteGeneration",
     ),
     "image_id": (
@@ -19,6 +20,7 @@ OPERATIONS_BY_PARAMETER: dict[str, tuple[str, ...]] = {
         "changeImage",
         "deleteImage",
     ),
+    "reference_id": ("getReferenceImageContent", "getReferenceImageThumbnail"),
     "bulk_id": (
         "getBulk",
         "appendBulkLines",
@@ -39,7 +41,7 @@ OPERATIONS_BY_PARAMETER: dict[str, tuple[str, ...]] = {
 }
 """Operations that take an id, by the name of their path parameter."""
 
-_JOB = {"job_id": "/id", "generation_id": "/outputs/0/id"}
+_JOB = {"job_id": "/id", "generation_id": "/outputs/0/id", "reference_id": "/reference_images/0/id"}
 _BULK = {"bulk_id": "/id"}
 _IMAGE = {"image_id": "/id"}
 _UPLOADED_IMAGE = {"image_id": "/images/0/id"}
@@ -56,6 +58,8 @@ ID_POINTERS: dict[tuple[str, str], dict[str, str]] = {
     ("listGenerationsOfImage", "200"): {"generation_id": "/items/0/id", "job_id": "/items/0/job_id"},
     ("uploadImages", "200"): _UPLOADED_IMAGE,
     ("uploadImages", "201"): _UPLOADED_IMAGE,
+    ("rememberGeneration", "200"): _IMAGE,
+    ("rememberGeneration", "201"): _IMAGE,
     ("getImage", "200"): _IMAGE,
     ("changeImage", "200"): _IMAGE,
     ("listImages", "200"): {"image_id": "/items/0/id"},

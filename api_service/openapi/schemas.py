@@ -8,13 +8,20 @@ from pydantic import BaseModel
 
 from shared.contracts.bulks import BulkGenerateItem, BulkHeader, BulkManifestLine, BulkRagGenerateItem
 from shared.contracts.common import Problem
-from shared.contracts.generation import DryRunView
+from shared.contracts.generation import DryRunView, RagGenerateRequest
 from shared.contracts.images import ImageDescription
 from shared.contracts.search import SearchRequest
 
 SCHEMA_REF_PREFIX = "#/components/schemas/"
 RESPONSE_SCHEMAS = (DryRunView, BulkManifestLine)
-REQUEST_SCHEMAS = (ImageDescription, SearchRequest, BulkHeader, BulkGenerateItem, BulkRagGenerateItem)
+REQUEST_SCHEMAS = (
+    ImageDescription,
+    SearchRequest,
+    RagGenerateRequest,
+    BulkHeader,
+    BulkGenerateItem,
+    BulkRagGenerateItem,
+)
 """Like `RESPONSE_SCHEMAS`, contracts that no route's signature names: alternatives, form parts and JSON Lines."""
 
 Schema = dict[str, Any]

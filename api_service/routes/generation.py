@@ -3,11 +3,11 @@
 import re
 from contextlib import suppress
 
-from flask import Response, g, request
+from flask import Response, current_app, g, request
 from flask_openapi3.models.tag import Tag
 
 from api_service import services
-from api_service.http import problems, responses
+from api_service.http import multipart, problems, requests, responses
 from api_service.http.blueprint import ApiBlueprint
 from api_service.http.urls import API
 from shared.contracts.generation import DryRunView, GenerateRequest, RagGenerateRequest
@@ -36,12 +36,22 @@ def generate(body: GenerateRequest) -> Response:
 
 
 @generation.post("/rag/generate", operation_id="ragGenerate", responses={202: JobView})
-def rag_generate(body: RagGenerateRequest) -> Response:
+def rag_generate() -> Response:
     """Generate images conditioned on the nearest images of the corpus
 
-    The references are the images nearest to the prompt, or those in `reference_ids`. Answers like `POST /generate`.
+    The references are the images nearest to the prompt, or those in `reference_ids` and `reference_images`. Answers
+    like `POST /generate`.
+
+    Send JSON, or multipart with the JSON in the field `request` and pictures as files under `reference_image`.
     """
-    return submit_response(services.generation.rag_generate(body, caller=g.caller, key=idempotency_key()))
+    if multipart.is_multipart(request):
+        body = multipart.rag_generate_request(request)
+    else:
+        body = requests.parse_json_body(RagGenerateRequest, request)
+    submitted = services.generation.rag_generate(
+        body, caller=g.caller, decoder=current_app.extensions["decoder"], key=idempotency_key()
+    )
+    return submit_response(submitted)
 
 
 def submit_response(submitted: services.generation.Submitted | DryRunView) -> Response:

@@ -9,6 +9,7 @@ from api_service import services
 from api_service.http import problems, responses
 from api_service.http.blueprint import ApiBlueprint
 from api_service.http.urls import API
+from api_service.routes.generation import idempotency_key, submit_response
 from shared.contracts.common import Contract, Page
 from shared.contracts.jobs import EventsQuery, JobQuery, JobView, JobWait
 
@@ -70,8 +71,11 @@ def cancel_job(path: JobPath) -> JobView:
 
 @jobs.post("/<job_id>/retry", operation_id="retryJob", responses={202: JobView})
 def retry_job(path: JobPath) -> Response:
-    """Retry a job that did not succeed, as a new job"""
-    return responses.accepted(services.generation.retry(path.job_id, caller=g.caller))
+    """Retry a job that did not succeed, as a new job
+
+    Answers like `POST /generate`.
+    """
+    return submit_response(services.generation.retry(path.job_id, caller=g.caller, key=idempotency_key()))
 
 
 @jobs.delete("/<job_id>", operation_id="deleteJob", responses={204: None})

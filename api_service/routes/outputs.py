@@ -1,8 +1,8 @@
-"""Routes of outputs, the generated images: list, read, replay and delete."""
+"""Routes of outputs, the generated images: list, read, replay, remember and delete."""
 
 from uuid import UUID
 
-from flask import Response, g
+from flask import Response, current_app, g
 from flask_openapi3.models.tag import Tag
 
 from api_service import services
@@ -11,8 +11,9 @@ from api_service.http.blueprint import ApiBlueprint
 from api_service.http.urls import API
 from api_service.routes.generation import idempotency_key, submit_response
 from shared.contracts.common import Contract, ImageFormat, Page
+from shared.contracts.images import ImageView
 from shared.contracts.jobs import JobView, OutputView
-from shared.contracts.outputs import OutputQuery
+from shared.contracts.outputs import OutputQuery, RememberRequest
 
 outputs = ApiBlueprint(
     "outputs",
@@ -66,6 +67,27 @@ def replay_generation(path: OutputPath) -> Response:
     changed since. Answers like `POST /generate`.
     """
     return submit_response(services.generation.replay(path.generation_id, caller=g.caller, key=idempotency_key()))
+
+
+@outputs.post(
+    "/<generation_id>/remember", operation_id="rememberGeneration", responses={201: ImageView, 200: ImageView}
+)
+def remember_generation(path: OutputPath, body: RememberRequest) -> Response:
+    """Add a generated image to the corpus
+
+    The output's file becomes an image of the collection, as if it were uploaded. Its attribute `generation_id` has the
+    id of the output. The answer is 200 with the existing image if the collection already has it. The key needs the
+    scopes `generate` and `corpus:write`.
+    """
+    remembered = services.outputs.remember(
+        path.generation_id,
+        body,
+        caller=g.caller,
+        decoder=current_app.extensions["decoder"],
+        key=idempotency_key(),
+    )
+    headers = {"Idempotent-Replayed": "true"} if remembered.already_answered else None
+    return responses.json(remembered.image, 201 if remembered.created else 200, headers)
 
 
 @outputs.delete("/<generation_id>", operation_id="deleteGeneration", responses={204: None})

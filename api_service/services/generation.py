@@ -14,10 +14,11 @@ import pydantic
 from sqlalchemy.orm import Session
 
 from api_service.http.auth import Caller
-from api_service.services import views
+from api_service.services import reference_images, views
 from api_service.services.images import find_collection
+from api_service.services.stored_blobs import session_for_rows_of
 from shared import metrics
-from shared.capabilities import check_parameters, drawable_size
+from shared.capabilities import check_parameters, default_references, drawable_size, resolve_defaults
 from shared.contracts.generation import (
     DryRunView,
     GenerateRequest,
@@ -25,9 +26,10 @@ from shared.contracts.generation import (
     Mode,
     PinnedReference,
     RagGenerateRequest,
+    ResolvedReferenceImage,
     seeds_from,
 )
-from shared.contracts.jobs import JobKind, JobView, Lane
+from shared.contracts.jobs import JobKind, JobView, Lane, ReferenceKind
 from shared.contracts.search import ImageFilter
 from shared.contracts.service import Capabilities
 from shared.db import idempotency, images, jobs, outputs, queue_limits, quotas, spaces, workers
@@ -39,12 +41,13 @@ from shared.errors import (
     UnsupportedParameterError,
     UnsupportedSizeError,
 )
+from shared.imaging import DecodedImage, UploadDecoder
 from shared.messaging.coalesce import dispatch_soon
 from shared.settings import GeneratorSettings, Settings, get_settings
 from shared.ssrf import check_url
 
-REPLAY_ROUTE = "replay"
-"""Name under which the idempotency keys of replays are stored."""
+REPLAY_ROUTE, RETRY_ROUTE = "replay", "retry"
+"""Names under which the idempotency keys of replays and retries are stored."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,32 @@ def generate(request: GenerateRequest, *, caller: Caller, key: str | None = None
     return _submit(JobKind.GENERATE, request, retrieval_of(request), caller=caller, key=key)
 
 
-def rag_generate(request: RagGenerateRequest, *, caller: Caller, key: str | None = None) -> Submitted | DryRunView:
-    """Queue a job that generates images conditioned on the nearest corpus images, or on pinned references.
+def rag_generate(
+    request: RagGenerateRequest, *, caller: Caller, decoder: UploadDecoder, key: str | None = None
+) -> Submitted | DryRunView:
+    """Queue a job that generates images conditioned on the nearest corpus images, or on the request's references.
 
     Raises:
         Exception: all errors of `generate`.
         UnsupportedModeError: the model cannot work in the requested mode.
         ReferenceUnavailableError: a pinned image does not exist, is not visible to the caller, or is not searchable.
-        ValidationError: no collection has the requested name.
+        ValidationError: no collection has the requested name, or a picture is not base64.
+        InvalidImageError: a picture is not an image that the service accepts.
+        DecoderBusyError, UploadInterruptedError, StorageError: as an upload, for a request with pictures.
     """
-    return _submit(JobKind.RAG_GENERATE, request, retrieval_of(request), caller=caller, key=key)
+    retrieval, pictures = retrieval_of(request), list[DecodedImage]()
+    if request.reference_images:
+        # Decoding takes long. So a request that was answered before, or that cannot run, gets its answer before it.
+        with session_scope() as session:
+            known = _find_answer(session, JobKind.RAG_GENERATE, request, caller=caller, key=key)
+            if known is not None:
+                return known
+            _resolve_and_check(session, request, retrieval, caller=caller, settings=get_settings())
+        pictures = reference_images.decode(request.reference_images, caller=caller, decoder=decoder)
+    return _submit(JobKind.RAG_GENERATE, request, retrieval, caller=caller, key=key, pictures=pictures)
 
 
-def retry(job_id: UUID, *, caller: Caller) -> JobView:
+def retry(job_id: UUID, *, caller: Caller, key: str | None = None) -> Submitted:
     """Queue a new job that repeats one that ended without success.
 
     Raises:
@@ -94,18 +110,26 @@ def retry(job_id: UUID, *, caller: Caller) -> JobView:
         JobUnreadableError: another release accepted the job, in a form that this release cannot read.
         ModelNotFoundError: the model of the job is not configured any more.
         ReferenceUnavailableError: a pinned reference does not exist any more.
-        OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError: as `generate`.
+        IdempotencyKeyReusedError, OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError:
+            as `generate`.
     """
     settings = get_settings()
     with session_scope() as session:
+        if key is not None:
+            known = idempotency.begin(
+                session, owner_id=caller.owner_id, route=RETRY_ROUTE, key=key, fingerprint=str(job_id)
+            )
+            if known is not None:
+                return Submitted(_stored_view(session, known, caller=caller), already_submitted=True)
         old = jobs.get(session, job_id, owner_id=caller.owner_id)
         queue_limits.refuse_when_full(session, caller.owner_id, settings.queue)
         job = jobs.insert_retry(session, old)
+        reference_images.copy(session, from_job_id=old.id, to_job_id=job.id)
         settings.model.generator(job.model)  # raises when the model is not configured any more
         parameters = GenerationParameters.model_validate(job.parameters)
         _check_pinned_images(session, parameters.references, caller=caller)
-        view = _finish_submit(session, job, route="retry", caller=caller, key=None, settings=settings)
-    return _dispatch(view).view
+        view = _finish_submit(session, job, route=RETRY_ROUTE, caller=caller, key=key, settings=settings)
+    return _dispatch(view)
 
 
 def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Submitted:
@@ -128,22 +152,23 @@ def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Su
             if known is not None:
                 return Submitted(_stored_view(session, known, caller=caller), already_submitted=True)
         original = outputs.get(session, generation_id, owner_id=caller.owner_id)
-        parameters = _recorded_parameters(
-            original, outputs.list_references(session, [original.id]).get(original.id, [])
-        )
+        used = outputs.list_references(session, [original.id]).get(original.id, [])
+        parameters = _recorded_parameters(original, used)
         settings.model.generator(parameters.model)  # raises when the model is not configured any more
         _check_pinned_images(session, parameters.references, caller=caller)
         queue_limits.refuse_when_full(session, caller.owner_id, settings.queue)
         job = jobs.insert(
             session,
             owner_id=caller.owner_id,
-            kind=JobKind.RAG_GENERATE if parameters.references else JobKind.GENERATE,
+            kind=JobKind.RAG_GENERATE if parameters.named_references else JobKind.GENERATE,
             lane=Lane.NORMAL,
             parameters=parameters,
             metadata={},
             timeout_s=settings.jobs.timeout_s,
             replay_of=original.id,
         )
+        sent_ids = [each.image_id for each in used if each.kind == ReferenceKind.REQUEST]
+        reference_images.copy(session, from_job_id=original.job_id, to_job_id=job.id, only=sent_ids)
         view = _finish_submit(session, job, route=REPLAY_ROUTE, caller=caller, key=key, settings=settings)
     return _dispatch(view)
 
@@ -157,7 +182,16 @@ def _recorded_parameters(original: Output, references: Sequence[OutputReference]
                 "seeds": [original.seed],
                 "mode": original.provenance["mode"],
                 "k": 0,
-                "references": [{"image_id": each.image_id, "weight": each.weight} for each in references],
+                "references": [
+                    {"image_id": each.image_id, "weight": each.weight}
+                    for each in references
+                    if each.kind == ReferenceKind.CORPUS
+                ],
+                "reference_images": [
+                    {"sha256": each.sha256, "weight": each.weight, "caption": each.caption}
+                    for each in references
+                    if each.kind == ReferenceKind.REQUEST
+                ],
             }
         )
     except (pydantic.ValidationError, KeyError) as error:
@@ -173,11 +207,17 @@ class Retrieval:
     min_similarity: float | None = None
     where: ImageFilter = field(default_factory=ImageFilter)
     pinned: Sequence[PinnedReference] = ()
+    pictures: Sequence[ResolvedReferenceImage] = ()
     ip_adapter_scale: float | None = None
     strength: float | None = None
 
 
 def retrieval_of(request: GenerateRequest) -> Retrieval:
+    """Return the part of the request that is about references.
+
+    Raises:
+        ValidationError: a picture is not base64.
+    """
     if not isinstance(request, RagGenerateRequest):
         return Retrieval(mode=Mode.NONE)
     return Retrieval(
@@ -186,16 +226,24 @@ def retrieval_of(request: GenerateRequest) -> Retrieval:
         min_similarity=request.min_similarity,
         where=request.filter,
         pinned=request.pinned,
+        pictures=reference_images.resolve(request.reference_images),
         ip_adapter_scale=request.ip_adapter_scale,
         strength=request.strength,
     )
 
 
 def _submit(
-    kind: JobKind, request: GenerateRequest, retrieval: Retrieval, *, caller: Caller, key: str | None
+    kind: JobKind,
+    request: GenerateRequest,
+    retrieval: Retrieval,
+    *,
+    caller: Caller,
+    key: str | None,
+    pictures: Sequence[DecodedImage] = (),
 ) -> Submitted | DryRunView:
+    """Queue the job. pictures: those of the request, decoded."""
     settings = get_settings()
-    with session_scope() as session:
+    with session_for_rows_of({} if request.dry_run else reference_images.new_blobs(pictures)) as session:
         if request.webhook is not None:
             check_url(request.webhook.url, settings.webhooks)
         if key is not None and not request.dry_run:
@@ -220,6 +268,7 @@ def _submit(
             expires_in_s=request.expires_in_s,
             webhook=request.webhook,
         )
+        reference_images.add(session, pictures, job_id=job.id)
         view = _finish_submit(session, job, route=kind, caller=caller, key=key, settings=settings)
     return _dispatch(view)
 
@@ -228,6 +277,7 @@ def _finish_submit(
     session: Session, job: Job, *, route: str, caller: Caller, key: str | None, settings: Settings
 ) -> JobView:
     """Store the answer for the idempotency key and reserve the quota. Call it last in the transaction of the job."""
+    session.flush()
     session.refresh(job)
     view = views.job(session, job)
     if key is not None:
@@ -235,6 +285,18 @@ def _finish_submit(
     # Last, because from here on the owner's other submits wait for the end of this transaction.
     job.quota_day = quotas.reserve(session, caller.owner_id, job.images, settings.limits)
     return view
+
+
+def _find_answer(
+    session: Session, kind: JobKind, request: GenerateRequest, *, caller: Caller, key: str | None
+) -> Submitted | None:
+    """Return the stored answer of an earlier request with this key."""
+    if key is None or request.dry_run:
+        return None
+    known = idempotency.find_answer(
+        session, owner_id=caller.owner_id, route=kind, key=key, fingerprint=fingerprint(request)
+    )
+    return None if known is None else Submitted(_stored_view(session, known, caller=caller), already_submitted=True)
 
 
 def _stored_view(session: Session, answer: dict[str, Any], *, caller: Caller) -> JobView:
@@ -288,13 +350,16 @@ def resolve(
     """
     name = request.model or settings.model.default_generator
     generator = settings.model.generator(name)
-    defaults = generator.defaults
-    width, height = request.width or defaults.width, request.height or defaults.height
     known = capabilities.get(name)
+    defaults = resolve_defaults(generator.defaults, known[0] if known else None)
+    width, height = request.width or defaults.width, request.height or defaults.height
     _check_request(request, retrieval, generator, known[0] if known else None, width=width, height=height)
 
-    requested_k = retrieval.k if retrieval.k is not None else settings.retrieval.default_k
-    searched = retrieval.mode is not Mode.NONE and not retrieval.pinned
+    requested_k = retrieval.k
+    if requested_k is None:
+        loaded = known[0] if known else None
+        requested_k = default_references(loaded, retrieval.mode, default=settings.retrieval.default_k)
+    searched = retrieval.mode is not Mode.NONE and not retrieval.pinned and not retrieval.pictures
     return GenerationParameters(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt or None,
@@ -316,6 +381,7 @@ def resolve(
         min_similarity=_or_default(retrieval.min_similarity, settings.retrieval.min_similarity),
         filter=retrieval.where,
         references=list(retrieval.pinned),
+        reference_images=list(retrieval.pictures),
         preview_every=request.preview_every,
     )
 
@@ -338,11 +404,14 @@ def _check_request(
     Until a worker has published the model's capabilities, only the settings are checked. The job then fails later, with
     the same code.
     """
-    if len(retrieval.pinned) > generator.max_references:
+    named = len(retrieval.pinned) + len(retrieval.pictures)
+    # The settings may have changed since the worker published the capabilities.
+    most = min(generator.max_references, capabilities.max_references if capabilities else generator.max_references)
+    if named > most:
         raise UnsupportedParameterError(
-            f"This model takes at most {generator.max_references} references, not {len(retrieval.pinned)}.",
-            parameter="reference_ids",
-            maximum=generator.max_references,
+            f"This model takes at most {most} references, not {named}.",
+            parameter="reference_images" if retrieval.pictures else "reference_ids",
+            maximum=most,
         )
     unknown = sorted(set(request.loras) - set(generator.loras))
     if unknown:
@@ -356,7 +425,7 @@ def _check_request(
         mode=retrieval.mode,
         scheduler=request.scheduler,
         loras=request.loras,
-        references=len(retrieval.pinned),
+        references=named,
         negative_prompt=request.negative_prompt,
     )
     drawable = drawable_size(capabilities, width, height)

@@ -14,6 +14,7 @@ from api_service.http.auth import Caller
 from api_service.http.concurrency import decoding
 from api_service.http.multipart import SentFile
 from api_service.services import file_description, views
+from api_service.services.stored_blobs import NewBlob, session_for_rows_of
 from shared import metrics
 from shared.contracts.common import ImageFormat, OnInvalid, Page
 from shared.contracts.images import (
@@ -27,21 +28,21 @@ from shared.contracts.images import (
     UploadFields,
     UploadResponse,
 )
-from shared.db import blobs, images, owners
+from shared.db import images, owners
 from shared.db.session import session_scope
 from shared.db.tables import Collection, Image
-from shared.errors import InvalidImageError, ResourceNotFoundError, UploadInterruptedError
+from shared.errors import InvalidImageError, ResourceNotFoundError
 from shared.imaging import DecodedImage, UploadDecoder
 from shared.messaging.coalesce import notify_embed_workers_soon
 from shared.settings import get_settings
-from shared.storage import get_blobs, image_key, thumbnail_key
+from shared.storage import image_key, thumbnail_key
 
 SHARED_COLLECTION = "shared"
 MAX_FILENAME_LENGTH = 200
 
 
 @dataclass(frozen=True)
-class _CheckedFile:
+class CheckedFile:
     """A file that is a valid image, with its description."""
 
     file: SentFile
@@ -70,27 +71,23 @@ def upload(files: list[SentFile], fields: UploadFields, *, caller: Caller, decod
         raise problems.field_error("form.each", "length", f"Has {len(fields.each)} entries for {len(files)} files.")
     # 1. Check every file before storing any.
     outcomes = [_check_file(file, index, fields, caller, decoder) for index, file in enumerate(files)]
-    checked = [outcome for outcome in outcomes if isinstance(outcome, _CheckedFile)]
+    checked = [outcome for outcome in outcomes if isinstance(outcome, CheckedFile)]
     if not checked:
         return _upload_response(outcomes, [], fields.collection)
-    # 2. Bytes before rows: the sweeper deletes a blob without a row, but a row without its blob would be broken. The
-    # claim keeps the sweeper from deleting the blobs in between.
-    with session_scope() as session:
-        claim_id = blobs.claim(session, _blob_keys(checked))
-    for image in (each.image for each in checked):
-        get_blobs().put(_blob_key(image), image.data, media_type=image.format.media_type)
-        get_blobs().put(_thumbnail_key(image), image.thumbnail, media_type=ImageFormat.WEBP.media_type)
-    # 3. All rows in one transaction.
-    with session_scope() as session:
-        if not blobs.end_claim(session, claim_id):
-            raise UploadInterruptedError
-        collection = _ensure_collection(session, fields.collection, caller=caller)
-        response = _upload_response(outcomes, _add_rows(session, collection, checked), collection.name)
-    metrics.increment_counter(metrics.UPLOADS, response.created, {"outcome": "created"})
-    metrics.increment_counter(metrics.UPLOADS, response.existing, {"outcome": "existing"})
-    if any(image.state is ImageState.PENDING for image in response.images):
-        notify_embed_workers_soon()
+    # 2. Store all blobs, then write all rows in one transaction.
+    with session_for_rows_of(new_blobs(checked)) as session:
+        collection = ensure_collection(session, fields.collection, caller=caller)
+        response = _upload_response(outcomes, add_rows(session, collection, checked), collection.name)
+    after_upload(response.images, created=response.created)
     return response
+
+
+def after_upload(stored: Sequence[ImageView], *, created: int) -> None:
+    """Count stored images, and notify the embed workers if an image has no vector yet. Call it after the commit."""
+    metrics.increment_counter(metrics.UPLOADS, created, {"outcome": "created"})
+    metrics.increment_counter(metrics.UPLOADS, len(stored) - created, {"outcome": "existing"})
+    if any(image.state is ImageState.PENDING for image in stored):
+        notify_embed_workers_soon()
 
 
 def list_page(query: ImageQuery, *, caller: Caller) -> Page[ImageView]:
@@ -182,7 +179,7 @@ def find_collection(session: Session, name: str, *, caller: Caller, field: str) 
 
 def _check_file(
     file: SentFile, index: int, fields: UploadFields, caller: Caller, decoder: UploadDecoder
-) -> _CheckedFile | UploadedFile:
+) -> CheckedFile | UploadedFile:
     try:
         with decoding(caller.owner_id):
             image = decoder.decode(file.data, owner=caller.owner_id)
@@ -197,13 +194,13 @@ def _check_file(
     description = fields.each[index] if fields.each else ImageDescription()
     common = {name: getattr(fields, name) for name in ImageDescription.model_fields}
     own = {name: getattr(description, name) for name in description.model_fields_set}
-    return _CheckedFile(file, image, ImageDescription.model_construct(**common | own))
+    return CheckedFile(file, image, ImageDescription.model_construct(**common | own))
 
 
 def _upload_response(
-    outcomes: Sequence[_CheckedFile | UploadedFile], rows: Sequence[tuple[Image, bool]], collection: str
+    outcomes: Sequence[CheckedFile | UploadedFile], rows: Sequence[tuple[Image, bool]], collection: str
 ) -> UploadResponse:
-    """rows: row of each `_CheckedFile` of `outcomes`, in the same order, and whether it is new."""
+    """rows: row of each `CheckedFile` of `outcomes`, in the same order, and whether it is new."""
     next_row = iter(rows)
     files = [outcome if isinstance(outcome, UploadedFile) else _uploaded_file(*next(next_row)) for outcome in outcomes]
     counts = Counter(file.outcome for file in files)
@@ -219,8 +216,13 @@ def _uploaded_file(row: Image, is_new: bool) -> UploadedFile:
     return UploadedFile(outcome=FileOutcome.CREATED if is_new else FileOutcome.EXISTING, image_id=row.id)
 
 
-def _blob_keys(checked: Sequence[_CheckedFile]) -> set[str]:
-    return {key for each in checked for key in (_blob_key(each.image), _thumbnail_key(each.image))}
+def new_blobs(checked: Sequence[CheckedFile]) -> dict[str, NewBlob]:
+    """Return the blobs of the images and of their thumbnails, by key."""
+    blobs = {}
+    for image in (each.image for each in checked):
+        blobs[_blob_key(image)] = NewBlob(image.data, image.format.media_type)
+        blobs[_thumbnail_key(image)] = NewBlob(image.thumbnail, ImageFormat.WEBP.media_type)
+    return blobs
 
 
 def _blob_key(image: DecodedImage) -> str:
@@ -231,14 +233,14 @@ def _thumbnail_key(image: DecodedImage) -> str:
     return thumbnail_key(image.sha256, image.thumbnail)
 
 
-def _ensure_collection(session: Session, name: str, *, caller: Caller) -> Collection:
+def ensure_collection(session: Session, name: str, *, caller: Caller) -> Collection:
     """Return the shared collection, or the caller's collection of this name, created if it does not exist."""
     if name == SHARED_COLLECTION:
         return images.get_collection(session, name, owner_id=caller.owner_id)
     return owners.ensure_collection(session, name, owner_id=caller.owner_id)
 
 
-def _add_rows(session: Session, collection: Collection, checked: Sequence[_CheckedFile]) -> list[tuple[Image, bool]]:
+def add_rows(session: Session, collection: Collection, checked: Sequence[CheckedFile]) -> list[tuple[Image, bool]]:
     """Return the row of each file, in the order of the files, and whether it is new."""
     # Rows are added in the order of their digests. Otherwise two uploads of the same files could deadlock.
     order = sorted(range(len(checked)), key=lambda index: checked[index].image.sha256)
@@ -246,7 +248,7 @@ def _add_rows(session: Session, collection: Collection, checked: Sequence[_Check
     return [rows[index] for index in range(len(checked))]
 
 
-def _add_row(session: Session, collection: Collection, checked: _CheckedFile) -> tuple[Image, bool]:
+def _add_row(session: Session, collection: Collection, checked: CheckedFile) -> tuple[Image, bool]:
     image, description = checked.image, checked.description
     return images.add(
         session,

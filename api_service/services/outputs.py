@@ -1,15 +1,49 @@
-"""Use cases of outputs, the generated images: list, read and delete."""
+"""Use cases of outputs, the generated images: list, read, remember and delete."""
 
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Self
 from uuid import UUID
 
 from api_service.http.auth import Caller
-from api_service.services import views
+from api_service.http.concurrency import decoding
+from api_service.http.multipart import SentFile
+from api_service.services import images, views
+from api_service.services.stored_blobs import session_for_rows_of
 from shared.contracts.common import Page
+from shared.contracts.images import ImageDescription, ImageView
 from shared.contracts.jobs import OutputView
-from shared.contracts.outputs import OutputQuery
-from shared.db import outputs
+from shared.contracts.outputs import OutputQuery, RememberRequest
+from shared.db import idempotency, outputs
 from shared.db.session import session_scope
 from shared.db.tables import Output
+from shared.errors import AuthorizationError
+from shared.imaging import UploadDecoder
+from shared.storage import get_blobs
+
+REMEMBER_ROUTE = "remember"
+"""Name under which the idempotency keys of `remember` are stored."""
+GENERATION_ATTRIBUTE = "generation_id"
+"""Attribute of a remembered image: the id of its output."""
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """The corpus image of an output."""
+
+    image: ImageView
+    created: bool
+    """False: the collection already had the image."""
+    already_answered: bool = False
+    """The idempotency key belongs to an earlier request, and this is the answer to that request."""
+
+    @classmethod
+    def stored(cls, answer: dict[str, Any]) -> Self:
+        image = ImageView.model_validate(answer["image"], extra="ignore")
+        return cls(image, answer["created"], already_answered=True)
+
+    def answer(self) -> dict[str, Any]:
+        return {"image": self.image.model_dump(mode="json"), "created": self.created}
 
 
 def list_page(query: OutputQuery, *, caller: Caller) -> Page[OutputView]:
@@ -46,6 +80,62 @@ def get_row(generation_id: UUID, *, caller: Caller) -> Output:
     """
     with session_scope() as session:
         return outputs.get(session, generation_id, owner_id=caller.owner_id)
+
+
+def remember(
+    generation_id: UUID,
+    request: RememberRequest,
+    *,
+    caller: Caller,
+    decoder: UploadDecoder,
+    key: str | None = None,
+) -> Remembered:
+    """Store an output as an image of the corpus, as an upload of its file does. The image names the output.
+
+    Raises:
+        AuthorizationError: the caller must not change the corpus.
+        ResourceNotFoundError: the caller has no output with this id, or its file is gone.
+        IdempotencyKeyReusedError: `key` was sent with another request in the last 24 hours.
+        ImageTooLargeError: the output's file is larger than an upload may be.
+        DecoderBusyError, UploadInterruptedError, StorageError, DatabaseConnectionError: as an upload.
+    """
+    if "corpus:write" not in caller.scopes:
+        raise AuthorizationError("This API key lacks the scope 'corpus:write'.", scope="corpus:write")
+    fingerprint = hashlib.sha256(f"{generation_id} {request.model_dump_json()}".encode()).hexdigest()
+    # 1. Read and decode the output's file. Decoding drops its provenance record, which contains the prompt.
+    with session_scope() as session:
+        if key is not None:
+            known = idempotency.find_answer(
+                session, owner_id=caller.owner_id, route=REMEMBER_ROUTE, key=key, fingerprint=fingerprint
+            )
+            if known is not None:
+                return Remembered.stored(known)
+        row = outputs.get(session, generation_id, owner_id=caller.owner_id)
+        blob_key, name = row.blob_key, f"{row.id}.{row.format}"
+    file = SentFile(name, get_blobs().get(blob_key))
+    with decoding(caller.owner_id):
+        decoded = decoder.decode(file.data, owner=caller.owner_id)
+    description = ImageDescription(
+        caption=request.caption, tags=request.tags, attributes={GENERATION_ATTRIBUTE: str(generation_id)}
+    )
+    checked = [images.CheckedFile(file, decoded, description)]
+    # 2. Store the image. The answer for the idempotency key is stored in the same transaction.
+    with session_for_rows_of(images.new_blobs(checked)) as session:
+        if key is not None:
+            known = idempotency.begin(
+                session, owner_id=caller.owner_id, route=REMEMBER_ROUTE, key=key, fingerprint=fingerprint
+            )
+            if known is not None:
+                return Remembered.stored(known)
+        collection = images.ensure_collection(session, request.collection, caller=caller)
+        ((image, is_new),) = images.add_rows(session, collection, checked)
+        remembered = Remembered(views.image(image, collection.name), created=is_new)
+        if key is not None:
+            idempotency.store_answer(
+                session, remembered.answer(), owner_id=caller.owner_id, route=REMEMBER_ROUTE, key=key
+            )
+    images.after_upload([remembered.image], created=int(is_new))
+    return remembered
 
 
 def delete(generation_id: UUID, *, caller: Caller) -> None:

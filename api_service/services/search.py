@@ -16,7 +16,7 @@ from api_service.services import views
 from api_service.services.images import find_collection
 from shared import retrieval
 from shared.cache import get_cache_manager
-from shared.capabilities import resolve_mode
+from shared.capabilities import default_references, resolve_mode
 from shared.contracts.generation import Mode
 from shared.contracts.search import (
     ImageFilter,
@@ -34,6 +34,7 @@ from shared.db.tables import Collection
 from shared.errors import (
     EmbeddingError,
     EmbeddingUnavailableError,
+    NoReferenceError,
     ReferenceUnavailableError,
 )
 from shared.imaging import UploadDecoder, open_image
@@ -127,22 +128,28 @@ def plan_references(query: RagSearchQuery, *, caller: Caller, where: ImageFilter
         collection = find_collection(session, where.collection, caller=caller, field="query.collection")
     vector = text_vector(query.prompt, space)
     with session_scope() as session:
+        known = workers.list_capabilities(session).get(name)
+        loaded = known[0] if known else None
+        most = generator.max_references if loaded is None else loaded.max_references
+        default_k = default_references(loaded, Mode.AUTO, default=settings.retrieval.default_k)
         plan = retrieval.plan(
             session,
             space,
             vector,
-            k=min(query.k or settings.retrieval.default_k, generator.max_references),
+            k=min(query.k or default_k, generator.max_references, most),
             min_similarity=min_similarity,
             collection_id=collection.id,
             where=where,
             settings=settings.retrieval,
         )
-        known = workers.list_capabilities(session).get(name)
     mode, reason = Mode.AUTO, "No worker has loaded this model yet, so the mode is chosen when the job runs."
     if known is not None:
         used = [reference for reference in plan if reference.used]
         captions = sum(reference.scored.image.caption is not None for reference in used)
-        mode, reason = resolve_mode(known[0], Mode.AUTO, references=len(used), captions=captions)
+        try:
+            mode, reason = resolve_mode(known[0], Mode.AUTO, references=len(used), captions=captions)
+        except NoReferenceError as error:  # the plan shows why no reference is used
+            mode, reason = Mode.REFERENCE, str(error)
     return RagSearchResponse(
         prompt=query.prompt,
         references=[

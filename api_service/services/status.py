@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from api_service.http.auth import Caller
 from shared.cache import get_cache_manager
+from shared.capabilities import resolve_defaults
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import ConceptView, PolicyView, SafetyAction
 from shared.contracts.service import JobWindow, ModelsResponse, ModelView, StatsView, UsageView
@@ -36,7 +37,7 @@ def models() -> ModelsResponse:
                 default=name == settings.default_generator,
                 ready_workers=sum(worker.model == name and worker.state == "ready" for worker in live),
                 capabilities=known[name][0] if name in known else None,
-                defaults=generator.defaults.model_dump(),
+                defaults=resolve_defaults(generator.defaults, known[name][0] if name in known else None).model_dump(),
                 updated_at=known[name][1].updated_at if name in known else None,
             )
             for name, generator in settings.generators.items()

@@ -22,15 +22,17 @@ from shared.contracts.jobs import (
     Lane,
     OutputView,
     Progress,
+    ReferenceImageView,
+    ReferenceKind,
     Replay,
     UsedReference,
 )
 from shared.contracts.safety import SafetyRecord
 from shared.contracts.search import Neighbour
 from shared.contracts.webhooks import DeliveryState, DeliveryView
-from shared.db import outputs, queue_position, throughput
+from shared.db import outputs, queue_position, reference_images, throughput
 from shared.db.images import ScoredImage
-from shared.db.tables import Image, Job, JobEvent, Output, OutputReference, WebhookDelivery
+from shared.db.tables import Image, Job, JobEvent, Output, OutputReference, ReferenceImage, WebhookDelivery
 from shared.db.throughput import Throughput
 
 THROUGHPUT_TTL_S = 2
@@ -53,6 +55,8 @@ def jobs(session: Session, rows: Sequence[Job]) -> list[JobView]:
     references_by_output = outputs.list_references(
         session, [each.id for of_job in outputs_by_job.values() for each in of_job]
     )
+    with_pictures = [row.id for row in rows if row.parameters.get("reference_images")]
+    pictures_by_job = reference_images.list_by_job(session, with_pictures) if with_pictures else {}
     return [
         JobView(
             id=row.id,
@@ -67,6 +71,12 @@ def jobs(session: Session, rows: Sequence[Job]) -> list[JobView]:
             replay_of=row.replay_of,
             bulk_id=row.bulk_id,
             parameters=row.parameters,
+            reference_images=[
+                _reference_image(each, described)
+                for each, described in zip(
+                    pictures_by_job.get(row.id, []), row.parameters.get("reference_images", []), strict=False
+                )
+            ],
             resolution=row.resolution,
             warnings=_warnings(row.resolution),
             safety=_safety(row.safety),
@@ -107,6 +117,22 @@ def event(row: JobEvent) -> EventView:
     return EventView(seq=row.seq, type=EventType(row.type), at=row.at, data=row.data)
 
 
+def _reference_image(row: ReferenceImage, described: dict[str, Any]) -> ReferenceImageView:
+    """described: the picture in the parameters of its job."""
+    return ReferenceImageView(
+        id=row.id,
+        sha256=row.sha256,
+        weight=described["weight"],
+        caption=described["caption"],
+        format=row.format,
+        width=row.width,
+        height=row.height,
+        size_bytes=row.size_bytes,
+        content_url=api_address(f"/reference-images/{row.id}/content"),
+        thumbnail_url=api_address(f"/reference-images/{row.id}/thumbnail"),
+    )
+
+
 def output(row: Output, references: Sequence[OutputReference]) -> OutputView:
     return OutputView(
         id=row.id,
@@ -123,6 +149,7 @@ def output(row: Output, references: Sequence[OutputReference]) -> OutputView:
         thumbnail_url=api_address(f"/generations/{row.id}/thumbnail"),
         references=[
             UsedReference(
+                kind=ReferenceKind(each.kind),
                 image_id=each.image_id,
                 sha256=each.sha256,
                 similarity=each.similarity,

@@ -7,7 +7,7 @@ from uuid import UUID
 
 import orjson
 import pydantic
-from flask import Response, g, request
+from flask import Response, current_app, g, request
 
 from api_service import services
 from api_service.http import requests
@@ -25,8 +25,8 @@ from api_service.studio.search import pinned_images, plan_references, sent_filte
 from shared.cache import cache_result
 from shared.contracts.generation import DryRunView, GenerationParameters, Mode, PinnedReference, RagGenerateRequest
 from shared.contracts.images import ImageView
-from shared.contracts.jobs import JobQuery
-from shared.contracts.outputs import OutputQuery
+from shared.contracts.jobs import JobQuery, ReferenceKind
+from shared.contracts.outputs import OutputQuery, RememberRequest
 from shared.contracts.service import StatsView
 from shared.errors import EmbeddingUnavailableError
 
@@ -85,7 +85,10 @@ def create() -> Response:
 def generate() -> Response:
     generate_request = _request_from_form()
     submitted = services.generation.rag_generate(
-        generate_request, caller=g.caller, key=_idempotency_key(generate_request)
+        generate_request,
+        caller=g.caller,
+        decoder=current_app.extensions["decoder"],
+        key=_idempotency_key(generate_request),
     )
     assert not isinstance(submitted, DryRunView)
     if wants_fragment():
@@ -97,6 +100,12 @@ def _idempotency_key(generate_request: RagGenerateRequest) -> str | None:
     """Return a key with which the same form, sent again, makes no second job; a changed form does."""
     once = request.form.get("once")
     return once and _digest(f"{once} {services.generation.fingerprint(generate_request)}")
+
+
+def _form_key() -> str | None:
+    """Return a key with which the same form, sent again, makes no second job."""
+    once = request.form.get("once")
+    return once and _digest(once)
 
 
 def _digest(text: str) -> str:
@@ -165,7 +174,8 @@ def cancel(job_id: UUID) -> Response:
 
 @studio_generation.post("/jobs/<uuid:job_id>/retry")
 def retry(job_id: UUID) -> Response:
-    return redirect_to("studio_generation.job", job_id=services.generation.retry(job_id, caller=g.caller).id)
+    submitted = services.generation.retry(job_id, caller=g.caller, key=_form_key())
+    return redirect_to("studio_generation.job", job_id=submitted.view.id)
 
 
 @studio_generation.post("/jobs/<uuid:job_id>/delete")
@@ -184,16 +194,27 @@ def gallery() -> Response:
 def output(generation_id: UUID) -> Response:
     """Show an output with its references and its provenance."""
     view = services.outputs.get(generation_id, caller=g.caller)
-    references = [PinnedReference(image_id=each.image_id, weight=each.weight or None) for each in view.references]
+    references = [
+        PinnedReference(image_id=each.image_id, weight=each.weight or None)
+        for each in view.references
+        if each.kind is ReferenceKind.CORPUS
+    ]
     create_values = _create_values(view.provenance.get("parameters", {}), references)
     return render_page("output", active="gallery", output=view, create_values=create_values)
 
 
 @studio_generation.post("/gallery/<uuid:generation_id>/replay")
 def replay(generation_id: UUID) -> Response:
-    once = request.form.get("once")
-    submitted = services.generation.replay(generation_id, caller=g.caller, key=once and _digest(once))
+    submitted = services.generation.replay(generation_id, caller=g.caller, key=_form_key())
     return redirect_to("studio_generation.job", job_id=submitted.view.id)
+
+
+@studio_generation.post("/gallery/<uuid:generation_id>/remember")
+def remember(generation_id: UUID) -> Response:
+    """Add the output to the corpus. Sending it twice does no harm, because a collection has each file once."""
+    decoder = current_app.extensions["decoder"]
+    remembered = services.outputs.remember(generation_id, RememberRequest(), caller=g.caller, decoder=decoder)
+    return redirect_to("studio_corpus.image", image_id=remembered.image.id)
 
 
 @studio_generation.post("/gallery/<uuid:generation_id>/delete")
@@ -205,12 +226,14 @@ def delete_output(generation_id: UUID) -> Response:
 @studio_generation.get("/queue")
 def queue() -> Response:
     query = read_form(JobQuery, request.args, ("state", "cursor"))
+    owner_id = statistics_owner(g.caller)
     return render_page(
         "queue",
         active="queue",
         jobs=services.jobs.list_page(query, caller=g.caller),
         query=query,
-        stats=_stats(statistics_owner(g.caller)),
+        stats=_stats(owner_id),
+        counts_everything=owner_id is None,
     )
 
 

@@ -12,7 +12,7 @@ from uuid import UUID
 from pydantic import Field
 
 from shared.contracts.common import Contract, FieldProblem, Metadata, OnInvalid, PageQuery, Text
-from shared.contracts.generation import GenerateRequest, RagGenerateRequest
+from shared.contracts.generation import GenerateRequest, RagGenerateRequest, SentReferenceImage
 from shared.contracts.jobs import JobError, JobKind, Lane, OutputView
 from shared.contracts.safety import SafetyRecord
 
@@ -86,6 +86,9 @@ class BulkRagGenerateItem(RagGenerateRequest):
     """A line that asks for retrieval-augmented images."""
 
     kind: Literal[JobKind.RAG_GENERATE] = JobKind.RAG_GENERATE
+    reference_images: list[SentReferenceImage] = Field(
+        default_factory=list, max_length=0, description="always empty: a line of a bulk brings no pictures"
+    )
     custom_id: CustomId | None = Field(None, description="name that the caller gives the item, unique in the bulk")
 
 

@@ -1,5 +1,6 @@
 """Requests for images."""
 
+import base64
 import secrets
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,6 +10,7 @@ from uuid import UUID
 from pydantic import Field, model_validator
 
 from shared.contracts.common import Contract, ImageFormat, Metadata, Name, Prompt, Seed, Text
+from shared.contracts.images import Caption
 from shared.contracts.jobs import EventType, JobKind, Lane
 from shared.contracts.search import ImageFilter
 
@@ -22,7 +24,7 @@ class ModeTraits:
     uses_initial_image: bool = False
     """The first reference is the image that img2img starts from."""
     uses_native_references: bool = False
-    """The pipeline itself reads several reference images, beside the prompt. No diffusers pipeline offers it yet."""
+    """The pipeline itself reads several reference images, beside the prompt."""
     needs_pixels: bool = False
     """The references are read as images; without it, their vectors or captions are enough."""
     needs_captions: bool = False
@@ -30,7 +32,7 @@ class ModeTraits:
 
 
 class Mode(StrEnum):
-    """How references condition the image. No diffusers pipeline offers `reference` yet."""
+    """How references condition the image."""
 
     AUTO = "auto"
     IMAGE_PROMPT = "image_prompt"
@@ -115,14 +117,34 @@ class PinnedReference(Contract):
     weight: float | None = Field(None, gt=0, le=100, description="relative weight; `null`: 1")
 
 
+class SentReferenceImage(Contract):
+    """A picture that only this job uses as a reference. It does not become an image of the corpus."""
+
+    data: str = Field(description="PNG, JPEG, WebP or AVIF file in base64", repr=False)
+    weight: float | None = Field(None, gt=0, le=100, description="relative weight; `null`: 1")
+    caption: Caption | None = None
+
+    @classmethod
+    def of(cls, file: bytes, *, weight: float | None = None, caption: str | None = None) -> Self:
+        """A reference from the bytes of an image file."""
+        return cls(data=base64.b64encode(file).decode(), weight=weight, caption=caption)
+
+
 class RagGenerateRequest(GenerateRequest):
-    """Generate images conditioned on the corpus images nearest to the prompt, or on pinned references."""
+    """Generate images conditioned on the corpus images nearest to the prompt, or on the references of the request."""
 
     similar_examples_count: int | None = Field(None, ge=0, le=16, description="number of references to search")
     mode: Mode = Mode.AUTO
     reference_ids: Annotated[
         list[Annotated[UUID | PinnedReference, Field(title="Reference")]], Field(max_length=16)
     ] = Field(default_factory=list, description="use exactly these images in this order, without a search")
+    # Excluded when it is empty, so that requests without pictures have the fingerprint of the previous release.
+    reference_images: list[SentReferenceImage] = Field(
+        default_factory=list,
+        max_length=16,
+        exclude_if=lambda images: not images,
+        description="pictures to use after those of `reference_ids`, without a search",
+    )
     min_similarity: float | None = Field(
         None, ge=-1, le=1, description="lowest cosine of a reference that is used; `null`: the value of the service"
     )
@@ -140,6 +162,14 @@ class RagGenerateRequest(GenerateRequest):
     @property
     def pinned(self) -> list[PinnedReference]:
         return [r if isinstance(r, PinnedReference) else PinnedReference(image_id=r) for r in self.reference_ids]
+
+
+class ResolvedReferenceImage(Contract):
+    """A picture of the request. Its file is stored beside the job."""
+
+    sha256: str = Field(description="SHA-256 of the file that was sent")
+    weight: float | None
+    caption: str | None
 
 
 class GenerationParameters(Contract):
@@ -167,12 +197,23 @@ class GenerationParameters(Contract):
     k: int = Field(description="number of references to search; 0: no search")
     min_similarity: float
     filter: ImageFilter
-    references: list[PinnedReference] = Field(description="pinned references; empty: search")
+    references: list[PinnedReference] = Field(description="pinned images of the corpus")
+    # Excluded when it is empty, so that a worker of the previous release can read the row.
+    reference_images: list[ResolvedReferenceImage] = Field(
+        default_factory=list,
+        exclude_if=lambda images: not images,
+        description="pictures of the request, used after the pinned images",
+    )
     exact_size: bool = Field(False, description="fail with `size_not_supported` instead of cropping and scaling")
     # Excluded when it is `None`, so that a worker of the previous release can read the row.
     preview_every: int | None = Field(
         None, exclude_if=lambda steps: steps is None, description="steps between previews; `null`: no previews"
     )
+
+    @property
+    def named_references(self) -> int:
+        """Number of references that the request names or brings; 0: they are searched."""
+        return len(self.references) + len(self.reference_images)
 
 
 class DryRunView(Contract):

@@ -68,17 +68,26 @@ class JobWarning(Contract):
     """A way in which the images differ from the request."""
 
     code: str = Field(
-        description="`prompt_cut`, `negative_prompt_cut`, `caption_left_out`, `image_cropped` or `reference_padded`",
+        description="`prompt_cut`, `negative_prompt_cut`, `caption_left_out`, `image_cropped`, `reference_padded` or "
+        "`weights_not_applied`",
         examples=["image_cropped"],
     )
     detail: str
     context: dict[str, Any] = Field(default_factory=dict, description="such as the text that the model did not read")
 
 
+class ReferenceKind(StrEnum):
+    """Where a reference comes from."""
+
+    CORPUS = "corpus"  # an image of the corpus
+    REQUEST = "request"  # a picture that the request brought
+
+
 class UsedReference(Contract):
     """One reference of an output."""
 
-    image_id: UUID
+    kind: ReferenceKind = ReferenceKind.CORPUS
+    image_id: UUID = Field(description="id of the corpus image or, for the kind `request`, of the job's picture")
     sha256: str
     similarity: float | None = Field(description="cosine to the vector of the prompt; `null` if it was not computed")
     weight: float
@@ -142,6 +151,21 @@ class OutputView(Contract):
     provenance: dict[str, Any] = Field(description="all data that determined the pixels")
 
 
+class ReferenceImageView(Contract):
+    """A picture that the request of a job brought as a reference."""
+
+    id: UUID
+    sha256: str = Field(description="SHA-256 of the file that was sent")
+    weight: float | None
+    caption: str | None
+    format: str
+    width: int
+    height: int
+    size_bytes: int
+    content_url: str
+    thumbnail_url: str
+
+
 class JobView(Contract):
     """A job as its owner sees it."""
 
@@ -168,6 +192,9 @@ class JobView(Contract):
         "model's workers; `null` in lists, when the speed is unknown, and when no worker is ready",
     )
     parameters: dict[str, Any] = Field(description="the request with every default resolved")
+    reference_images: list[ReferenceImageView] = Field(
+        default_factory=list, description="pictures of the request, kept until the job is deleted"
+    )
     resolution: dict[str, Any] | None = Field(None, description="the chosen mode and references, with reasons")
     warnings: list[JobWarning] = Field(
         default_factory=list, description="ways in which the images differ from the request, such as a cut prompt"

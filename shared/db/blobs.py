@@ -13,7 +13,7 @@ from sqlalchemy import ARRAY, Text, cast, delete, func, insert, select, text
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
-from shared.db.tables import BlobClaim, Image, Job, Output
+from shared.db.tables import BlobClaim, Image, Job, Output, ReferenceImage
 from shared.storage import parse_content_key, parse_output_key
 
 
@@ -65,7 +65,7 @@ def list_unneeded(session: Session, keys: Sequence[str]) -> list[str]:
     # Claims and running attempts are read before the rows. A key whose rows are written in between is then found twice;
     # in the other order it would be missed.
     expected = _claimed(session, known) | _of_running_attempts(session, known)
-    named = _named_by_images(session, known) | _named_by_outputs(session, known)
+    named = _named_by_content(session, known) | _named_by_outputs(session, known)
     return [key for key in known if key not in expected and key not in named]
 
 
@@ -82,10 +82,13 @@ def _of_running_attempts(session: Session, keys: Sequence[str]) -> set[str]:
     return {key for key, attempt in attempts.items() if attempt in running}
 
 
-def _named_by_images(session: Session, keys: Sequence[str]) -> set[str]:
+def _named_by_content(session: Session, keys: Sequence[str]) -> set[str]:
     digests = {sha256 for key in keys if (sha256 := parse_content_key(key)) is not None}
-    statement = select(Image.blob_key, Image.thumbnail_key).where(Image.sha256.in_(digests))
-    return {key for row in session.execute(statement) for key in row}
+    named: set[str] = set()
+    for table in (Image, ReferenceImage):
+        statement = select(table.blob_key, table.thumbnail_key).where(table.sha256.in_(digests))
+        named.update(key for row in session.execute(statement) for key in row)
+    return named
 
 
 def _named_by_outputs(session: Session, keys: Sequence[str]) -> set[str]:

@@ -33,7 +33,20 @@ def begin(session: Session, *, owner_id: UUID, route: str, key: str, fingerprint
     first = session.scalar(insert.on_conflict_do_nothing().returning(IdempotencyKey.key))
     if first is not None:
         return None
-    stored = session.scalars(select(IdempotencyKey).where(_matches(owner_id, route, key))).one()
+    return find_answer(session, owner_id=owner_id, route=route, key=key, fingerprint=fingerprint)
+
+
+def find_answer(session: Session, *, owner_id: UUID, route: str, key: str, fingerprint: str) -> dict[str, Any] | None:
+    """The stored answer of this key; None if no request with it has finished.
+
+    For requests with long work before their transaction. They call `begin` in the transaction nevertheless.
+
+    Raises:
+        IdempotencyKeyReusedError: the key came with another request before.
+    """
+    stored = session.scalar(select(IdempotencyKey).where(_matches(owner_id, route, key), ~_has_expired()))
+    if stored is None:
+        return None
     if stored.fingerprint != fingerprint:
         raise IdempotencyKeyReusedError
     return stored.answer

@@ -235,6 +235,24 @@ class Job(Base):
     finished_at: Mapped[datetime | None]
 
 
+class ReferenceImage(Base):
+    """A picture that the request of a job brought as a reference. It is in no collection, and goes with the job."""
+
+    __tablename__ = "reference_images"
+    __table_args__ = (UniqueConstraint("job_id", "position"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    position: Mapped[int] = mapped_column(Integer)
+    sha256: Mapped[str] = mapped_column(index=True)
+    blob_key: Mapped[str]
+    thumbnail_key: Mapped[str]
+    format: Mapped[str]
+    width: Mapped[int] = mapped_column(Integer)
+    height: Mapped[int] = mapped_column(Integer)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+
+
 class Bulk(Base):
     """Many generation requests sent as one stream of lines. Its items become jobs step by step: `bulks.top_up`."""
 
@@ -418,12 +436,16 @@ class Output(Base):
 
 
 class OutputReference(Base):
-    """A reference image that conditioned an output. It outlives the image, so it has no foreign key to `images`."""
+    """A reference that conditioned an output. It outlives the image, so it has no foreign key to `images`.
+
+    Of the kind `request`, `image_id` is the id of a row of `reference_images`.
+    """
 
     __tablename__ = "generation_references"
 
     generation_id: Mapped[UUID] = mapped_column(ForeignKey("generations.id", ondelete="CASCADE"), primary_key=True)
     position: Mapped[int] = mapped_column(Integer, primary_key=True)
+    kind: Mapped[str] = mapped_column(server_default="corpus")
     image_id: Mapped[UUID] = mapped_column(index=True)
     sha256: Mapped[str]
     similarity: Mapped[float | None]

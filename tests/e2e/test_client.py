@@ -1,5 +1,6 @@
 """The typed client on a whole stack: every call, and a wait while the API is killed."""
 
+import io
 import re
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from PIL import Image, ImageColor
 
 from afterimage_client import (
     Afterimage,
@@ -25,8 +27,10 @@ from afterimage_client import (
     NotFoundError,
     RagGenerateRequest,
     RagSearchQuery,
+    RememberRequest,
     ReplayVerdict,
     SearchRequest,
+    SentReferenceImage,
     Update,
     UploadFields,
     header_line,
@@ -73,6 +77,11 @@ def test_jobs_are_submitted_once_followed_listed_and_deleted(service: Afterimage
     again = service.jobs.wait(service.outputs.replay(done.outputs[1].id))
     assert again.replay_of == done.outputs[1].id
     assert [output.replay and output.replay.verdict for output in again.outputs] == [ReplayVerdict.IDENTICAL]
+    described = RememberRequest(collection="remembered", caption="once more", tags=["drawn"])
+    image = service.outputs.remember(done.outputs[1].id, described)
+    assert (image.collection, image.caption, image.tags) == ("remembered", "once more", ["drawn"])
+    assert image.sha256 == done.outputs[1].sha256
+    assert service.outputs.remember(done.outputs[1].id, described).id == image.id
     with pytest.raises(ConflictError):
         service.jobs.retry(job)
     with pytest.raises(ConflictError):
@@ -115,6 +124,26 @@ def test_images_are_uploaded_found_changed_and_deleted(service: Afterimage, tmp_
     service.images.delete(first)
     with pytest.raises(NotFoundError):
         service.images.get(first)
+
+
+def test_a_request_brings_a_picture_of_its_own(service: Afterimage) -> None:
+    picture = SentReferenceImage.of(disc("salmon"), weight=2, caption="a disc")
+    job = service.jobs.submit(RagGenerateRequest(prompt="a disc", reference_images=[picture]))
+    (own,) = job.reference_images
+    assert (own.weight, own.caption, own.width, own.height) == (2, "a disc", 128, 128)
+    stored = Image.open(io.BytesIO(service.jobs.reference_content(own)))
+    assert stored.getpixel((64, 64)) == ImageColor.getrgb("salmon")
+    done = service.jobs.wait(job)
+    assert [(each.kind, each.image_id) for each in done.outputs[0].references] == [("request", own.id)]
+    with pytest.raises(InvalidRequestError) as refused:
+        service.jobs.submit(RagGenerateRequest(prompt="a disc", reference_images=[SentReferenceImage.of(b"no")]))
+    assert (refused.value.code, refused.value.errors[0].field) == (
+        "unsupported_image_type",
+        "body.reference_images.0.data",
+    )
+    service.jobs.delete(done)
+    with pytest.raises(NotFoundError):
+        service.jobs.reference_content(own)
 
 
 def test_a_bulk_is_sent_paused_resumed_and_listed(service: Afterimage) -> None:

@@ -3,6 +3,7 @@
 The generated package exists only while this module runs.
 """
 
+import base64
 import importlib
 import subprocess
 import sys
@@ -62,6 +63,7 @@ class GeneratedClient:
         self.jobs = generated.JobsApi(self.http)
         self.images = generated.ImagesApi(self.http)
         self.outputs = generated.OutputsApi(self.http)
+        self.reference_images = generated.ReferenceImagesApi(self.http)
         self.search = generated.SearchApi(self.http)
         self.bulks = generated.BulksApi(self.http)
         self.service = generated.ServiceApi(self.http)
@@ -109,6 +111,14 @@ def test_the_generated_client_does_the_main_job(generated: ModuleType, client: G
     assert job.state is generated.JobState.SUCCEEDED
     assert [output.seed for output in job.outputs] == [7, 8]
     assert {reference.image_id for reference in job.outputs[0].references} == {image.id}
+    description = generated.RememberRequest(caption="drawn", collection="remembered")
+    remembered = client.outputs.remember_generation(job.outputs[0].id, description)
+    assert (remembered.sha256, remembered.caption) == (job.outputs[0].sha256, "drawn")
+    brought = generated.SentReferenceImage(data=base64.b64encode(disc("orchid")).decode(), weight=2)
+    own = client.generation.rag_generate(generated.RagGenerateRequest(prompt="a disc", reference_images=[brought]))
+    (picture,) = own.reference_images
+    assert picture.weight == 2
+    assert client.reference_images.get_reference_image_content(picture.id).startswith(b"\x89PNG")
     assert "event: succeeded" in client.jobs.stream_job_events(job.id)
     content = client.outputs.get_generation_content(job.outputs[0].id)
     assert content.startswith(b"\x89PNG")

@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session
 
 from api_service.http.concurrency import SlotPool
 from shared.cache import get_cache_manager
+from shared.capabilities import resolve_defaults
 from shared.contracts.jobs import JobState
-from shared.contracts.service import Capabilities
+from shared.contracts.service import Capabilities, ModelDefaults
 from shared.db import jobs, owners, queue_limits, workers
 from shared.db.session import bound_waits, session_scope
 from shared.db.tables import Job, ModelRecord
@@ -94,7 +95,7 @@ def test_the_first_versions_example_request_is_accepted_for_any_native_size(clie
 
 
 def test_defaults_come_from_the_model_and_are_all_resolved(client: Client, settings: Settings) -> None:
-    defaults = settings.model.generators["cheap"].defaults
+    defaults = resolve_defaults(settings.model.generators["cheap"].defaults, None)
     parameters = submit(client, "/rag/generate", guidance_scale=0)["parameters"]
     assert parameters["width"] == defaults.width
     assert parameters["num_inference_steps"] == defaults.num_inference_steps
@@ -102,6 +103,17 @@ def test_defaults_come_from_the_model_and_are_all_resolved(client: Client, setti
     assert parameters["k"] == settings.retrieval.default_k
     assert parameters["min_similarity"] == settings.retrieval.min_similarity
     assert parameters["guidance_scale"] == 0, "a requested zero is not a missing value"
+
+
+def test_what_settings_and_request_leave_open_comes_from_the_loaded_model(client: Client, session: Session) -> None:
+    known = {"width": 96, "height": 64, "num_inference_steps": 4, "guidance_scale": 3.5}
+    told = ModelDefaults.model_validate({**known, "ip_adapter_scale": 1, "strength": 0.5})
+    workers.publish_capabilities(session, "cheap", CAPABILITIES.model_copy(update={"defaults": told}))
+    session.commit()
+    parameters = submit(client, num_inference_steps=5)["parameters"]
+    assert {name: parameters[name] for name in known} == known | {"num_inference_steps": 5}
+    (model,) = [each for each in client.get(f"{API}/models").json["models"] if each["name"] == "cheap"]
+    assert {name: model["defaults"][name] for name in known} == known
 
 
 def test_a_dry_run_shows_what_would_run_and_queues_nothing(client: Client, session: Session) -> None:
@@ -543,6 +555,17 @@ def test_a_retry_is_a_new_job_with_the_same_parameters(client: Client) -> None:
     assert answer.json["retry_of"] == job["id"]
     assert answer.json["parameters"] == job["parameters"]
     assert answer.json["metadata"] == job["metadata"]
+
+
+def test_a_retry_with_the_same_idempotency_key_makes_one_job(client: Client, session: Session) -> None:
+    jobs = [submit(client), submit(client)]
+    for job in jobs:
+        client.post(f"{job['url']}/cancel")
+    key = {"Idempotency-Key": "k"}
+    first, again = (client.post(f"{jobs[0]['url']}/retry", headers=key) for _ in range(2))
+    assert (again.json["id"], again.headers["Idempotent-Replayed"]) == (first.json["id"], "true")
+    assert code(client.post(f"{jobs[1]['url']}/retry", headers=key)) == (422, "idempotency_key_reused")
+    assert job_count(session) == 3
 
 
 def test_a_job_that_succeeded_is_not_retried(client: Client) -> None:

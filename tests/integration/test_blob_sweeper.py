@@ -1,5 +1,6 @@
 """The sweeper on a real store and database: it deletes unneeded blobs and keeps those of uploads in progress."""
 
+import base64
 import io
 import os
 import threading
@@ -22,7 +23,7 @@ from shared.db import blobs as blob_rows
 from shared.db import images, jobs, owners
 from shared.db.session import session_scope
 from shared.db.tables import BlobClaim, Image, Job
-from shared.errors import ForeignStorageError
+from shared.errors import DatabaseConnectionError, ForeignStorageError
 from shared.settings import Settings, load_settings
 from shared.storage import Blobs, get_blobs, image_key, output_key, output_thumbnail_key, thumbnail_key
 from tests.factories import make_image, make_job
@@ -196,7 +197,7 @@ class PausedBlobs(Blobs):
 @pytest.fixture
 def paused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> PausedBlobs:
     blobs = PausedBlobs(settings)
-    monkeypatch.setattr("api_service.services.images.get_blobs", lambda: blobs)
+    monkeypatch.setattr("api_service.services.stored_blobs.get_blobs", lambda: blobs)
     return blobs
 
 
@@ -239,6 +240,22 @@ def test_an_upload_that_has_no_rows_yet_keeps_its_blobs_even_if_they_look_old(
         assert session.scalar(select(func.count()).select_from(BlobClaim)) == 0
 
 
+def test_a_request_with_a_picture_that_has_no_job_yet_keeps_its_blobs_even_if_they_look_old(
+    client: Client, paused: PausedBlobs, folder: Path, background: ThreadPoolExecutor
+) -> None:
+    paused.at = "put"
+    request = {"prompt": "a", "reference_images": [{"data": base64.b64encode(picture("red")).decode()}]}
+    sent = background.submit(client.post, f"{API}/rag/generate", json=request)
+    assert paused.reached.wait(20)
+    age_everything(folder)
+    assert sweep().blobs == 0
+    paused.go.set()
+    answer = sent.result(20)
+    assert answer.status_code == 202
+    assert client.get(answer.json["reference_images"][0]["content_url"]).status_code == 200
+    assert len(stored()) == 2
+
+
 def test_an_upload_of_content_that_is_being_swept_waits_and_stores_it_again(
     client: Client, paused: PausedBlobs, folder: Path, background: ThreadPoolExecutor
 ) -> None:
@@ -256,6 +273,32 @@ def test_an_upload_of_content_that_is_being_swept_waits_and_stores_it_again(
     assert again.result(20).status_code == 201
     assert swept.result(20).blobs == 2
     assert blobs_of(again.result()) <= stored()
+
+
+def test_blobs_that_a_frozen_sweeper_deletes_after_an_upload_stored_them_again_are_named(
+    client: Client,
+    paused: PausedBlobs,
+    folder: Path,
+    background: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(blob_rows, "LOCK_LIMIT_S", 1)  # then the server releases the locks
+    first = upload(client, picture("red"))
+    upload(client, picture("blue"))
+    client.delete(first.json["images"][0]["url"])
+    age_everything(folder)
+    paused.at = "delete"
+    swept = background.submit(blob_sweeper.sweep, paused, older_than_s=DAY_S)
+    assert paused.reached.wait(20)
+    again = upload(client, picture("red"))
+    assert again.status_code == 201
+    paused.go.set()
+    with pytest.raises(DatabaseConnectionError):
+        swept.result(20)
+    (logged,) = [record for record in caplog.records if record.msg == "needed_blobs_deleted"]
+    assert set(logged.__dict__["keys"]) == blobs_of(again)
+    assert blobs_of(again).isdisjoint(stored())
 
 
 def test_an_upload_whose_claim_has_expired_is_refused(

@@ -13,18 +13,19 @@ from PIL import Image
 from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
-from api_service.services import views
-from shared.contracts.generation import Mode, PinnedReference
+from api_service.services import reference_images, views
+from shared.contracts.generation import Mode, PinnedReference, ResolvedReferenceImage
 from shared.contracts.images import ImageState
 from shared.contracts.jobs import JobState, Lane, Replay
 from shared.db import images, jobs, outputs, spaces
 from shared.db.tables import Image as ImageRow
-from shared.db.tables import Job, Output
+from shared.db.tables import Job, Output, ReferenceImage
 from shared.errors import ModelError, ModelLoadError, ModelOutOfMemoryError, StorageError
 from shared.imaging import decode_upload, read_record
 from shared.messaging.job_updates import close_subscriber, subscriber
 from shared.settings import ModelSettings, Settings, get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key
+from shared.vectors import l2_normalised
 from tests.factories import SHARED_COLLECTION, make_job
 from tests.small_pipelines import CLIP_DIM, save_clip, save_sd15
 from tests.stack import wait_until
@@ -255,6 +256,139 @@ def test_the_reason_of_the_mode_names_pinned_references(session: Session, models
     assert (resolution["mode"], "pinned" in resolution["reason"]) == ("image_prompt", True)
 
 
+def make_job_with_pictures(
+    session: Session,
+    *pictures: Image.Image,
+    captions: Sequence[str | None] = (),
+    weights: Sequence[float] = (),
+    **more: object,
+) -> Job:
+    """A job whose request brought these pictures, stored as the API stores them."""
+    decoded = []
+    for image in pictures:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        decoded.append(decode_upload(file.getvalue(), max_bytes=10**6, max_pixels=10**6))
+    described = [
+        ResolvedReferenceImage(
+            sha256=image.sha256,
+            weight=weights[index] if weights else None,
+            caption=captions[index] if captions else None,
+        )
+        for index, image in enumerate(decoded)
+    ]
+    for key, blob in reference_images.new_blobs(decoded).items():
+        get_blobs().put(key, blob.data, media_type=blob.media_type)
+    job = make_job(session, k=0, reference_images=described, **more)  # type: ignore[arg-type]
+    reference_images.add(session, decoded, job_id=job.id)
+    session.commit()
+    return job
+
+
+def test_pictures_of_a_request_condition_the_image_like_pinned_references(
+    session: Session, models: Models, leases: JobLeases, model: RecordingGenerator, clip: Clip
+) -> None:
+    pinned = add_embedded_image(session, models, "red", "a red square")
+    blue, green = Image.new("RGB", (40, 40), "blue"), Image.new("RGB", (20, 60), "green")
+    job = make_job_with_pictures(
+        session,
+        blue,
+        green,
+        captions=["a sea", None],
+        weights=[2, 1],
+        references=[PinnedReference(image_id=pinned)],
+        seeds=[5],
+        min_similarity=1.0,
+    )
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    received = model.received[0].references
+    assert [reference.weight for reference in received] == pytest.approx([0.25, 0.5, 0.25])
+    assert [reference.caption for reference in received] == ["a red square", "a sea", None]
+    for reference, expected in zip(received[1:], clip.encode_image([blue, green]), strict=True):
+        assert reference.vector is not None
+        assert reference.vector == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+    (view,) = views.jobs(session, [reload(session, job)])
+    used = view.outputs[0].references
+    assert [each.kind for each in used] == ["corpus", "request", "request"]
+    assert [each.image_id for each in used] == [pinned, *(each.id for each in view.reference_images)]
+    assert [each.sha256 for each in used[1:]] == [each.sha256 for each in view.reference_images]
+    words = l2_normalised(clip.encode_text(["a red apple"])[0])
+    similarities = [float(words @ unit) for unit in l2_normalised(clip.encode_image([blue, green]))]
+    assert [each.similarity for each in used[1:]] == pytest.approx(similarities, abs=1e-4)
+    provenance = view.outputs[0].provenance
+    assert [each["kind"] for each in provenance["references"]] == ["corpus", "request", "request"]
+    assert provenance["parameters"]["reference_images"][0]["caption"] == "a sea"
+    resolution = reload(session, job).resolution
+    assert resolution is not None
+    assert [each["reason"] for each in resolution["references"]] == [
+        "pinned by the request",
+        "sent with the request",
+        "sent with the request",
+    ]
+    assert "pinned" in resolution["reason"]
+
+
+@pytest.mark.parametrize("mode", [Mode.IMG2IMG, Mode.IMAGE_PROMPT_IMG2IMG, Mode.REFERENCE])
+def test_modes_that_need_pixels_get_those_of_a_picture_of_the_request(
+    session: Session, models: Models, leases: JobLeases, model: RecordingGenerator, mode: Mode
+) -> None:
+    job = make_job_with_pictures(session, Image.new("RGB", (40, 40), "blue"), mode=mode)
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    (reference,) = model.received[0].references
+    assert reference.image is not None
+    assert reference.image.getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_the_mode_caption_uses_the_caption_of_a_picture_of_the_request(
+    session: Session, models: Models, leases: JobLeases, model: RecordingGenerator
+) -> None:
+    model.capabilities = model.capabilities.model_copy(update={"modes": ["none", "caption"]})
+    job = make_job_with_pictures(session, Image.new("RGB", (40, 40), "blue"), captions=["a sea"])
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    assert (model.received[0].mode, model.received[0].references[0].caption) == (Mode.CAPTION, "a sea")
+
+
+def test_a_replay_with_a_picture_of_the_request_is_identical(
+    session: Session, models: Models, leases: JobLeases
+) -> None:
+    blue = Image.new("RGB", (40, 40), "blue")
+    job = make_job_with_pictures(session, blue, seeds=[5], mode=Mode.IMAGE_PROMPT)
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    (original,) = outputs.list_by_job(session, [job.id])[job.id]
+    verdicts = []
+    for image in (blue, Image.new("RGB", (40, 40), "green")):
+        again = make_job_with_pictures(session, image, seeds=[5], mode=Mode.IMAGE_PROMPT)
+        again.replay_of = original.id
+        session.commit()
+        assert run(again.id, models, leases) is Outcome.SUCCEEDED
+        (output,) = outputs.list_by_job(session, [again.id])[again.id]
+        replay = Replay.model_validate(output.replay)
+        verdicts.append((replay.verdict, [change.what for change in replay.changed]))
+    assert verdicts == [("identical", []), ("different", ["references.0.sha256"])]
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"), [("delete", "reference_deleted"), ("replace", "invalid_image"), ("rows", "reference_deleted")]
+)
+def test_a_picture_of_the_request_that_is_gone_or_damaged_fails_the_job_with_a_code(
+    session: Session, models: Models, leases: JobLeases, damage: str, code: str
+) -> None:
+    job = make_job_with_pictures(session, Image.new("RGB", (40, 40), "blue"))
+    (row,) = session.scalars(select(ReferenceImage))
+    if damage == "delete":
+        get_blobs().delete(row.blob_key)
+    elif damage == "replace":
+        get_blobs().put(row.blob_key, b"not an image", media_type="image/png")
+    else:
+        session.delete(row)
+        session.commit()
+    assert run(job.id, models, leases) is Outcome.FAILED
+    error = reload(session, job).error
+    assert error is not None
+    assert error["code"] == code
+
+
 def test_img2img_gets_the_pixels_of_its_reference(
     session: Session, models: Models, leases: JobLeases, model: RecordingGenerator
 ) -> None:
@@ -395,6 +529,22 @@ def test_a_crash_during_the_work_on_prompt_and_references_counts(
     monkeypatch.setattr(models.batcher, "submit", note("wait for the model", models.batcher.submit))
     assert run(job.id, models, leases) is Outcome.SUCCEEDED
     assert counted == [("embed", True), ("decode", True), ("wait for the model", False)]
+
+
+def test_a_crash_during_the_work_on_a_picture_of_the_request_counts(
+    session: Session, models: Models, leases: JobLeases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job_with_pictures(session, Image.new("RGB", (40, 40), "blue"))
+    counted: list[bool] = []
+
+    def decode(image: ImageRow) -> Image.Image:
+        counted.append(reload(session, job).model_started)
+        return picture_of(image)
+
+    picture_of = outputs_of_jobs.picture_of
+    monkeypatch.setattr(outputs_of_jobs, "picture_of", decode)
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    assert counted == [True, True], "for CLIP, then for the model"
 
 
 def test_a_job_that_waits_for_an_isolated_one_is_not_counted_with_it(

@@ -15,7 +15,7 @@ from api_service.services import jobs
 from shared.contracts.jobs import Change, JobWarning, Replay, ReplayVerdict
 from shared.db import images
 from shared.db.spaces import Space
-from shared.db.tables import Image, Job, OutputReference
+from shared.db.tables import ApiKey, Image, Job, OutputReference, Owner
 from shared.settings import Settings, get_settings
 from tests.factories import make_image, make_job, make_space
 from tests.integration.conftest import API, Client, a_key, picture
@@ -255,6 +255,15 @@ def test_the_differences_from_the_request_are_shown(client: Client, session: Ses
     assert "The end is not read." in client.get(f"/jobs/{output.job_id}").text
 
 
+def test_an_output_is_remembered_and_its_image_is_shown(client: Client, session: Session) -> None:
+    output = make_output(session, 7)
+    assert f'action="/gallery/{output.id}/remember"' in client.get(f"/gallery/{output.id}").text
+    answer = client.post(f"/gallery/{output.id}/remember", headers=SAME_ORIGIN)
+    (image,) = session.scalars(select(Image))
+    assert (answer.status_code, answer.location) == (303, f"/memory/{image.id}")
+    assert output.sha256 in client.get(answer.location).text
+
+
 def test_an_output_is_replayed(client: Client, session: Session, space: Space) -> None:
     image = make_image(session, vector=towards(a0=1))
     output = make_output(session, 7)
@@ -341,7 +350,7 @@ def sign_in(browser: FlaskClient, session: Session, *scopes: str) -> Any:
 
 def test_with_keys_every_page_redirects_to_sign_in(browser: FlaskClient) -> None:
     rules = [rule for rule in browser.application.url_map.iter_rules() if rule.endpoint.startswith("studio")]
-    assert len(rules) == 21
+    assert len(rules) == 22
     open_to_all = set()
     for rule in rules:
         address = re.sub(r"<uuid:\w+>", str(uuid4()), rule.rule)
@@ -379,6 +388,26 @@ def sign_in_over_tls(browser: FlaskClient, session: Session) -> str:
     secret = a_key(session, "generate")["Authorization"].split()[1]
     behind_proxies = {"Origin": "https://localhost", "X-Forwarded-Proto": "https, http"}
     return str(browser.post("/sign-in", data={"key": secret}, headers=behind_proxies).headers["Set-Cookie"])
+
+
+@pytest.mark.parametrize(
+    ("scopes", "queued", "whose"),
+    [
+        (["generate", "search"], 1, "They count only your own jobs and collections"),
+        (["generate", "search", "admin"], 3, "They count the jobs and images of all owners"),
+    ],
+)
+def test_the_queue_says_what_its_numbers_count(
+    browser: FlaskClient, session: Session, scopes: list[str], queued: int, whose: str
+) -> None:
+    sign_in(browser, session, *scopes)
+    mine = session.scalars(select(ApiKey.owner_id)).one()
+    for owner in (session.get_one(Owner, mine).name, "one", "another"):
+        make_job(session, owner=owner)
+    session.commit()
+    page = browser.get("/queue").text
+    assert f"<b>{queued}</b> jobs queued" in page
+    assert whose in page
 
 
 def test_pages_have_the_scopes_of_their_key(browser: FlaskClient, session: Session) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
@@ -167,6 +167,19 @@ def test_links_from_an_image_keep_its_collection(client: Client, session: Sessio
     for page in (client.get(f"/memory/{image.id}").text, found):
         (link,) = re.findall(r'href="(/\?[^"]*pin=[^"]+)"', page)
         assert "collection=mine" in link
+
+
+def test_a_retry_that_is_sent_twice_makes_one_job(client: Client, session: Session) -> None:
+    job = make_job(session, state=JobState.CANCELED)
+    session.commit()
+    page = client.get(f"/jobs/{job.id}").text
+    (once,) = re.findall(r'/retry"[^>]*><input type="hidden" name="once" value="(\w+)"', page)
+    places = [
+        client.post(f"/jobs/{job.id}/retry", data={"once": sent}, headers=SAME_ORIGIN).location
+        for sent in (once, once, "other\0one")
+    ]
+    assert places[0] == places[1] != places[2]
+    assert session.scalar(select(func.count()).where(Job.retry_of == job.id)) == 2
 
 
 def test_a_replay_that_is_sent_twice_makes_one_job(client: Client, session: Session, space: Space) -> None:

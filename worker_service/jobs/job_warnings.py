@@ -10,13 +10,19 @@ from worker_service.models.interface import ImageRequest, UnreadTexts
 
 
 def differences(
-    request: ImageRequest, references: Sequence[retrieval.Candidate], *, unread: UnreadTexts
+    request: ImageRequest, references: Sequence[retrieval.Candidate], *, unread: UnreadTexts, weighed: bool
 ) -> list[JobWarning]:
     """Warnings about the images of a job. Its requests differ in the seed only, so that one stands for all.
 
-    references: those that the job uses. unread: texts of the request that are beyond a limit of the model.
+    references: those that the job uses. unread: texts of the request that are beyond a limit of the model. weighed:
+    no warning about weights is needed, because the model weighs references, or the request named no weights.
     """
-    return [*_of_texts(unread), *_of_size(request), *_of_initial_image(request, references)]
+    return [
+        *_of_texts(unread),
+        *_of_size(request),
+        *_of_initial_image(request, references),
+        *(() if weighed else _of_weights(request, references)),
+    ]
 
 
 def _of_texts(unread: UnreadTexts) -> Iterator[JobWarning]:
@@ -44,6 +50,14 @@ def _of_size(request: ImageRequest) -> Iterator[JobWarning]:
         f"{bottom - top:.0f} of them become the {width} x {height} of the image.",
         context={"drawn": [request.width, request.height], "crop": crop},
     )
+
+
+def _of_weights(request: ImageRequest, references: Sequence[retrieval.Candidate]) -> Iterator[JobWarning]:
+    # Only of references that the request named: the weights of searched ones are no wish of the request.
+    weights = {reference.weight for reference in references if reference.pinned}
+    if request.mode.traits.uses_native_references and len(weights) > 1:
+        detail = "The model does not weigh references. Their weights decide only their order, heaviest first."
+        yield JobWarning(code="weights_not_applied", detail=detail)
 
 
 def _of_initial_image(request: ImageRequest, references: Sequence[retrieval.Candidate]) -> Iterator[JobWarning]:

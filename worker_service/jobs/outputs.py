@@ -16,6 +16,7 @@ from shared.contracts.jobs import JobWarning, UsedReference
 from shared.contracts.safety import SafetyRecord, SafetyStage
 from shared.db.jobs import StoredOutput
 from shared.db.spaces import Space
+from shared.db.tables import Image as ImageRow
 from shared.db.tables import Output, OutputReference
 from shared.errors import InvalidImageError, ReferenceDeletedError, ResourceNotFoundError
 from shared.imaging import encode_image, open_image, pixels_sha256, thumbnail
@@ -68,6 +69,7 @@ def load_references(references: Sequence[retrieval.Candidate], *, with_pixels: b
             image=_pixels(reference) if with_pixels else None,
             weight=reference.weight,
             caption=reference.scored.image.caption,
+            sha256=reference.scored.image.sha256,
         )
         for reference in references
     ]
@@ -85,13 +87,24 @@ def initial_image_box(
 
 
 def _pixels(reference: retrieval.Candidate) -> Image.Image:
+    return picture_of(reference.scored.image)
+
+
+def picture_of(image: ImageRow) -> Image.Image:
+    """Read the stored file of a reference.
+
+    Raises:
+        ReferenceDeletedError: the file is gone.
+        InvalidImageError: the file is damaged.
+        StorageError: the blob store failed.
+    """
     try:
-        return open_image(get_blobs().get(reference.scored.image.blob_key))
+        return open_image(get_blobs().get(image.blob_key))
     except ResourceNotFoundError as error:
-        raise ReferenceDeletedError(image_ids=[str(reference.scored.image.id)]) from error
+        raise ReferenceDeletedError(image_ids=[str(image.id)]) from error
     except InvalidImageError as error:
         message = "The stored image of a reference is damaged."
-        raise InvalidImageError(message, image_ids=[str(reference.scored.image.id)]) from error
+        raise InvalidImageError(message, image_ids=[str(image.id)]) from error
 
 
 def store(
@@ -192,6 +205,7 @@ def provenance_record(
         "scaled": drawn != (attempt.parameters.width, attempt.parameters.height),
         "crop": framing.crop_of(request),
         "initial_image_box": initial_image_box(request, references),
+        "reference_call": models.image_model.reference_call(request),
         "text_parts": parts if (parts := models.image_model.text_parts(request)) > 1 else None,
         "warnings": [warning.model_dump(mode="json") for warning in warnings],
         "memory_savers": list(image.memory_savers),
@@ -202,6 +216,7 @@ def provenance_record(
             "source_revision": models.settings.revision,
             "pipeline": capabilities.pipeline,
             "weights_digest": capabilities.weights_digest,
+            "weights_digest_kind": capabilities.weights_digest_kind,
             "device": capabilities.device,
             "dtype": capabilities.dtype,
         },
@@ -228,6 +243,7 @@ def _safety(attempt: Attempt, image: GeneratedImage) -> dict[str, Any]:
 def _used_reference(reference: retrieval.Candidate) -> UsedReference:
     image = reference.scored.image
     return UsedReference(
+        kind=reference.kind,
         image_id=image.id,
         sha256=image.sha256,
         similarity=reference.scored.similarity,

@@ -23,6 +23,7 @@ DECISIVE_FIELDS = (
     "drawn_height",
     "crop",
     "initial_image_box",
+    "reference_call",
     "text_parts",
     "memory_savers",
     "embedding_space",
@@ -31,6 +32,8 @@ DECISIVE_FIELDS = (
 )
 """Keys of a provenance record that decide pixels, without references and parameters: a replay uses the original's
 parameters."""
+DIGEST_KIND = "model.weights_digest_kind"
+"""Missing in records of releases that had digests of tensors only."""
 DECISIVE_REFERENCE_FIELDS = ("sha256", "weight", "caption")
 WEIGHT_DIGITS = 9
 """Decimal places to which weights are compared. Weights are divided by their sum, and a replay does it once more, which
@@ -87,6 +90,9 @@ def difference(original: np.ndarray, replayed: np.ndarray) -> tuple[int, float |
 def changes(original: Mapping[str, Any], replayed: Mapping[str, Any]) -> Iterator[Change]:
     """Values that decide pixels and differ between two provenance records, sorted by name."""
     was, now = dict(_decisive_values(original)), dict(_decisive_values(replayed))
+    if was.setdefault(DIGEST_KIND, "tensors") != now.setdefault(DIGEST_KIND, "tensors"):
+        # The weights may be the same: the kind is reported as changed, and the digests are not compared.
+        was["model.weights_digest"] = now["model.weights_digest"] = None
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
             yield Change(what=name, was=was.get(name), now=now.get(name))

@@ -14,6 +14,7 @@ from shared import retrieval
 from shared.capabilities import check_parameters, drawable_size, resolve_mode
 from shared.contracts.generation import GenerationParameters, Mode
 from shared.db import images, spaces
+from shared.db.images import ScoredImage
 from shared.db.session import session_scope
 from shared.errors import (
     EmbeddingUnavailableError,
@@ -23,7 +24,7 @@ from shared.errors import (
 )
 from shared.settings import Settings
 from shared.vectors import l2_normalised
-from worker_service.jobs import job_warnings, moderation, outputs, replay
+from worker_service.jobs import job_warnings, moderation, outputs, reference_images, replay
 from worker_service.jobs.attempt import Attempt, Outcome, claimed
 from worker_service.jobs.leases import JobLeases
 from worker_service.models.interface import ImageRequest, Reference
@@ -50,8 +51,9 @@ def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settin
         with attempt.stage("embed"), counting if embeds or models.policy.is_on else nullcontext():
             moderation.check_prompt(attempt, models.policy)
             vector = models.embed_text(attempt.parameters.prompt) if embeds else None
+            sent = [] if vector is None else reference_images.embed(attempt, vector, models=models)
         with attempt.stage("retrieve"):
-            candidates = retrieve(attempt, vector, models=models, settings=settings)
+            candidates = retrieve(attempt, vector, sent, models=models, settings=settings)
 
         # 2. Decide how the references condition the image, and append the event `resolved`.
         used = [candidate for candidate in candidates if candidate.used]
@@ -60,10 +62,16 @@ def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settin
             attempt.parameters.mode,
             references=len(used),
             captions=sum(candidate.scored.image.caption is not None for candidate in used),
-            pinned=bool(attempt.parameters.references),
+            pinned=attempt.parameters.named_references > 0,
         )
         requests = image_requests(attempt, mode, outputs.load_references(used, with_pixels=False), models=models)
-        differences = job_warnings.differences(requests[0], used, unread=models.image_model.unread_texts(requests[0]))
+        differences = job_warnings.differences(
+            requests[0],
+            used,
+            unread=models.image_model.unread_texts(requests[0]),
+            # A replay pins what its original searched: those weights are no wish of a request.
+            weighed=models.capabilities.weighs_references or attempt.replay_of is not None,
+        )
         attempt.record_resolution(
             outputs.resolved_event(mode, reason, candidates, space=models.space, warnings=differences)
         )
@@ -106,7 +114,7 @@ def check_capabilities(parameters: GenerationParameters, *, models: Models) -> N
         mode=parameters.mode,
         scheduler=parameters.scheduler,
         loras=parameters.loras,
-        references=len(parameters.references),
+        references=parameters.named_references,
         negative_prompt=parameters.negative_prompt,
     )
     size = (parameters.width, parameters.height)
@@ -115,16 +123,17 @@ def check_capabilities(parameters: GenerationParameters, *, models: Models) -> N
 
 
 def needs_references(parameters: GenerationParameters) -> bool:
-    """Whether the job retrieves or pins references."""
-    return parameters.mode is not Mode.NONE and (parameters.k > 0 or bool(parameters.references))
+    """Whether the job retrieves references, or its request names or brings them."""
+    return parameters.mode is not Mode.NONE and (parameters.k > 0 or parameters.named_references > 0)
 
 
 def retrieve(
-    attempt: Attempt, vector: np.ndarray | None, *, models: Models, settings: Settings
+    attempt: Attempt, vector: np.ndarray | None, sent: Sequence[ScoredImage], *, models: Models, settings: Settings
 ) -> Sequence[retrieval.Candidate]:
     """Candidate references for the prompt, with the decision on each; empty without a vector.
 
     vector: CLIP's projection of the prompt, shape (dim,), float32, not normalised. None: the job needs no references.
+    sent: pictures of the request.
 
     Raises:
         ReferenceDeletedError: a pinned image was deleted since the submit.
@@ -137,9 +146,11 @@ def retrieve(
     with session_scope() as session:
         if spaces.find_active(session) != models.space:
             raise EmbeddingUnavailableError("This worker's CLIP is not that of the active embedding space.")
-        if parameters.references:
+        if parameters.named_references:
+            weights = [each.weight for each in parameters.reference_images]
+            weighted = list(zip(sent, weights, strict=True))
             try:
-                return retrieval.plan_pinned(session, models.space, parameters.references, unit_vector)
+                return retrieval.plan_pinned(session, models.space, parameters.references, unit_vector, sent=weighted)
             except ReferenceUnavailableError as error:
                 raise ReferenceDeletedError(**error.context) from error
         return retrieval.plan(
