@@ -3,12 +3,13 @@
 The API refuses a request at submit if the model cannot run it. The worker uses the same functions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import sqrt
 
 from shared.contracts.generation import Mode
-from shared.contracts.service import Capabilities
-from shared.errors import UnsupportedModeError, UnsupportedParameterError
+from shared.contracts.service import Capabilities, ModelDefaults
+from shared.errors import NoReferenceError, UnsupportedModeError, UnsupportedParameterError
+from shared.settings import GeneratorDefaults
 
 MAX_AREA_RATIO = 2.0
 MIN_AREA_RATIO = 0.5
@@ -38,6 +39,36 @@ def _nearest(length: float, multiple: int) -> int:
     return max(1, round(length / multiple)) * multiple
 
 
+UNKNOWN_MODEL = {"width": 512, "height": 512, "num_inference_steps": 30, "guidance_scale": 7.5}
+"""Values for fields that neither the request nor the settings set, until a worker has published those of the model."""
+
+
+def resolve_defaults(settings: GeneratorDefaults, model: Capabilities | Mapping[str, float] | None) -> ModelDefaults:
+    """The values of the settings, and for unset ones those of the model.
+
+    model: its published capabilities, or its own values by name; None if they are not known.
+    """
+    if isinstance(model, Capabilities):
+        model = model.defaults.model_dump() if model.defaults else None
+    return ModelDefaults.model_validate({**(model or UNKNOWN_MODEL), **settings.model_dump(exclude_none=True)})
+
+
+MOST_READ_REFERENCES = 3
+"""References that mode `reference` searches, unless the request says how many. Models that read pictures draw worse
+with more: MultiBanana (arXiv 2511.22989), and the card of Qwen-Image-Edit-2509 ("1 to 3")."""
+
+
+def default_references(capabilities: Capabilities | None, mode: Mode, *, default: int) -> int:
+    """How many references are searched for a request that does not say.
+
+    capabilities: None if no worker has published them. default: the number for the other modes.
+    """
+    reads = mode is Mode.REFERENCE
+    if mode is Mode.AUTO and capabilities is not None:
+        reads = supports(capabilities, Mode.REFERENCE) and not supports(capabilities, Mode.IMAGE_PROMPT)
+    return min(default, MOST_READ_REFERENCES) if reads else default
+
+
 def supports(capabilities: Capabilities, mode: Mode) -> bool:
     """Whether the model can work in this mode; always True for `auto`."""
     return mode is Mode.AUTO or mode.value in capabilities.modes
@@ -57,10 +88,13 @@ def check_parameters(
     references: how many are pinned.
 
     Raises:
+        NoReferenceError: `mode` is `none`, and the model only edits pictures.
         UnsupportedModeError: the model does not support `mode`.
         UnsupportedParameterError: the model has no such scheduler or LoRA, it takes fewer references, or it takes no
             negative prompt.
     """
+    if mode is Mode.NONE and capabilities.needs_reference:
+        raise NoReferenceError(mode=mode.value, modes=capabilities.modes)
     if not supports(capabilities, mode):
         raise UnsupportedModeError(
             f"This model cannot work in mode {mode.value!r}; it can in {', '.join(capabilities.modes)}.",
@@ -101,8 +135,11 @@ def resolve_mode(
 
     Raises:
         UnsupportedModeError: the model does not support the explicit `mode`.
+        NoReferenceError: the model only edits pictures, and there is no reference.
     """
     check_parameters(capabilities, mode=mode)
+    if references == 0 and capabilities.needs_reference:
+        raise NoReferenceError(modes=capabilities.modes)
     given = "the request pinned references" if pinned else "relevant references were found"
     if mode is Mode.NONE:
         return Mode.NONE, "The request asked for no references."

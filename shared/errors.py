@@ -118,6 +118,13 @@ class UnsupportedModeError(ImageGenerationError):
     status = 422
 
 
+class NoReferenceError(ImageGenerationError):
+    """This model only edits pictures, and there is no relevant reference."""
+
+    code = "no_reference"
+    status = 422
+
+
 class UnsupportedSizeError(ImageGenerationError):
     """This model cannot draw that exact size."""
 

@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import (
@@ -280,20 +281,51 @@ class LoraSettings(Section):
     )
 
 
-class GeneratorDefaults(Section):
-    """Values for the fields that a request leaves out."""
+class QuantizationSettings(Section):
+    backend: Advanced[Literal["torchao", "bitsandbytes"]] = Field(
+        "torchao",
+        description="library that stores the weights in fewer bits; each is an extra of this package; bitsandbytes "
+        "needs a GPU",
+    )
+    type: Advanced[Literal["int8", "float8", "nf4", "fp4"]] = Field(
+        "int8", description="type of the weights: int8 or float8 with torchao; int8, nf4 or fp4 with bitsandbytes"
+    )
+    components: Advanced[list[str]] = Field(
+        default_factory=list,
+        description="parts of the pipeline, such as transformer and text_encoder; empty: only the denoiser",
+    )
 
-    width: Advanced[int] = Field(512, ge=16, le=4096, description="pixels")
-    height: Advanced[int] = Field(512, ge=16, le=4096, description="pixels")
-    num_inference_steps: Advanced[int] = Field(30, ge=1, le=200, description="denoising steps")
-    guidance_scale: Advanced[float] = Field(
-        7.5, ge=0, le=30, description="classifier-free guidance; 1 or less turns it off"
+    @model_validator(mode="after")
+    def _the_backend_has_the_type(self) -> Self:
+        types = {"torchao": ("int8", "float8"), "bitsandbytes": ("int8", "nf4", "fp4")}[self.backend]
+        if self.type not in types:
+            raise ValueError(f"{self.backend} has the types {', '.join(types)}, not {self.type}")
+        return self
+
+
+class GeneratorDefaults(Section):
+    """Values for the fields that a request leaves out. `GET /models` shows the values of a loaded model."""
+
+    width: Advanced[int | None] = Field(None, ge=16, le=4096, description="pixels; unset: the model's native width")
+    height: Advanced[int | None] = Field(None, ge=16, le=4096, description="pixels; unset: the model's native height")
+    num_inference_steps: Advanced[int | None] = Field(
+        None, ge=1, le=200, description="denoising steps; unset: the default of the model's pipeline"
+    )
+    guidance_scale: Advanced[float | None] = Field(
+        None,
+        ge=0,
+        le=30,
+        description="guidance as the model's pipeline defines it, true or distilled; 1 or less turns it off in most "
+        "models, 0 in all; unset: the default of the pipeline",
     )
     scheduler: Advanced[str | None] = Field(
         None, description="a name of the scheduler allowlist; unset: the model's own scheduler"
     )
     ip_adapter_scale: Advanced[float] = Field(
-        0.5, ge=0, le=2, description="weight of the references against the prompt"
+        0.5,
+        ge=0,
+        le=2,
+        description="weight of the references against the prompt; unset: 1 with `weigh_references`, else 0.5",
     )
     strength: Advanced[float] = Field(
         0.6,
@@ -318,6 +350,11 @@ class GeneratorSettings(Section):
     source: str = Field("", description="folder or hub id of a diffusers pipeline")
     revision: str | None = Field(None, description="commit of the hub repository; required for a hub id")
     variant: Advanced[str | None] = Field(None, description="variant of the pipeline's files, such as fp16")
+    single_file: Advanced[str | None] = Field(
+        None,
+        description="safetensors file with the weights of all parts or of the denoiser alone, or GGUF file with those "
+        "of the denoiser; `source` gives the configuration, the tokenizers and the other parts",
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
@@ -325,6 +362,27 @@ class GeneratorSettings(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 on CUDA, float32 elsewhere"
+    )
+    offload: Advanced[Literal["none", "model", "group"]] = Field(
+        "none",
+        description="weights that wait in the memory of the CPU until they are used: `model`, whole models, such as "
+        "the text encoder; `group`, layers, which needs the least memory of the GPU; images do not change",
+    )
+    quantization: Advanced[QuantizationSettings | None] = Field(
+        None, description="weights in fewer bits, which need less memory and change the images a little"
+    )
+    attention: Advanced[
+        Literal["native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"]
+        | Literal["flex", "flash", "_flash_3", "sage", "xformers"]
+        | None
+    ] = Field(
+        None,
+        description="attention backend of the denoiser, by its name in diffusers; flash, _flash_3, sage and xformers "
+        "need their library; unset: as diffusers chooses",
+    )
+    compile: Advanced[Literal["none", "regional"]] = Field(
+        "none",
+        description="`regional`: torch compiles the repeated blocks of the denoiser, at the first call of each shape",
     )
     ip_adapter: IPAdapterSettings | None = Field(
         None, description="IP-Adapter that conditions the model on images; unset: no image prompts"
@@ -336,6 +394,18 @@ class GeneratorSettings(Section):
     )
     max_batch_size: int = Field(4, ge=1, le=64, description="images per call of the model")
     max_references: Advanced[int] = Field(4, ge=1, le=16, description="references per image")
+    reference_side: Advanced[int | None] = Field(
+        None,
+        ge=16,
+        le=2048,
+        description="mode `reference`: pixels per side of a reference, where the pipeline takes a size; unset: 512, or "
+        "what the pipeline chooses",
+    )
+    weigh_references: Advanced[bool] = Field(
+        False,
+        description="mode `reference`: the references' weights and `ip_adapter_scale` act on the attention, where the "
+        "model can; this needs an attention that takes a mask, which is slower; false: weights decide only the order",
+    )
     safety_checker: Literal["off", "flag", "blur", "block"] = Field(
         "block",
         description="action on an image that the model's own safety checker rejects; no effect without a checker",
@@ -343,14 +413,39 @@ class GeneratorSettings(Section):
     cost_ms: Advanced[float] = Field(5, ge=0, le=10_000, description="fake generator only: time of one batch")
 
     @model_validator(mode="after")
+    def _weighed_references_have_the_scale_of_the_training(self) -> Self:
+        if self.weigh_references and "ip_adapter_scale" not in self.defaults.model_fields_set:
+            # The model is frozen for its readers, not yet for its validators.
+            self.__dict__["defaults"] = self.defaults.model_copy(update={"ip_adapter_scale": 1.0})
+        return self
+
+    @model_validator(mode="after")
     def _a_pipeline_is_named_and_pinned(self) -> Self:
         if self.kind == "fake":
             return self
         if not self.source:
             raise ValueError("source is required")
+        if self.source.endswith(MODEL_FILES):
+            raise ValueError("source is a file: name it in single_file, and in source the pipeline it belongs to")
         if not _is_folder(self.source) and self.revision is None:
             raise ValueError(f"{self.source!r} is not a folder, so it is a hub id, and a hub id needs a revision")
         return self
+
+    @model_validator(mode="after")
+    def _compiled_blocks_take_no_scales(self) -> Self:
+        if self.compile != "none" and (self.ip_adapter is not None or self.loras):
+            raise ValueError("compile is not for an ip_adapter or loras: with each scale the blocks are compiled again")
+        return self
+
+    @field_validator("single_file")
+    @classmethod
+    def _the_file_holds_no_code(cls, file: str | None) -> str | None:
+        if file is not None and not file.endswith((".safetensors", ".gguf")):
+            raise ValueError(f"{file!r} is neither a safetensors nor a GGUF file; other files may contain code")
+        return file
+
+
+MODEL_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def _is_folder(source: str) -> bool:

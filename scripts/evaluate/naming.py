@@ -10,7 +10,7 @@ which are decoys. naming-key.json has the solution, which the viewer must not se
 import argparse
 import json
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,7 +71,8 @@ def generate_images(concepts: list[str]) -> list[Image.Image]:
     requests = image_requests(cases, Arm.RETRIEVED, model=model, store=store)
     images = (
         model.generate(batch, lambda _step, _steps: True)
-        for batch in batched(requests, model.capabilities.max_batch_size)
+        for _, equal in groupby(requests, model.batch_key)
+        for batch in batched(equal, model.capabilities.max_batch_size)
     )
     return [Image.fromarray(pixels) for batch in images for pixels in batch]
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 
 import numpy as np
 from PIL import Image
@@ -104,13 +104,14 @@ class _TimedModel:
     seconds: float = 0.0
 
     def generate(self, requests: Iterator[ImageRequest], on_images: Callable[[int], None]) -> Iterator[Pixels]:
-        """Yield the images in order. All requests must have the same batch key, as in one arm."""
-        while batch := list(islice(requests, self.model.capabilities.max_batch_size)):
-            started = time.perf_counter()
-            images = self.model.generate(batch, lambda step, steps: True)
-            self.seconds += time.perf_counter() - started
-            on_images(len(images))
-            yield from images
+        """Yield the images in order. Neighbours with the same batch key share a call."""
+        for _, equal in groupby(requests, self.model.batch_key):
+            while batch := list(islice(equal, self.model.capabilities.max_batch_size)):
+                started = time.perf_counter()
+                images = self.model.generate(batch, lambda step, steps: True)
+                self.seconds += time.perf_counter() - started
+                on_images(len(images))
+                yield from images
 
 
 def _reference_images(case: Case, arm: Arm, store: Store) -> dict[str, Image.Image]:

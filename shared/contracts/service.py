@@ -2,7 +2,7 @@
 
 from datetime import date, datetime
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -38,6 +38,18 @@ class ReadinessQuery(Contract):
     )
 
 
+class ModelDefaults(Contract):
+    """Values for the fields that a request leaves out."""
+
+    width: int = Field(description="pixels")
+    height: int = Field(description="pixels")
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str | None = None
+    ip_adapter_scale: float
+    strength: float
+
+
 class Capabilities(Contract):
     """The abilities of a loaded model. Its worker writes them after warm-up, and the API reads them."""
 
@@ -56,6 +68,28 @@ class Capabilities(Contract):
     weights_digest: str
     device: str
     dtype: str
+    # Fields with a default are missing in rows that a worker of the previous release has written.
+    weights_digest_kind: Literal["tensors", "files"] = Field(
+        "tensors", description="input of `weights_digest`; digests of different kinds cannot be compared"
+    )
+    defaults: ModelDefaults | None = Field(
+        None, description="values for the fields that a request leaves out: by the settings, else by the pipeline"
+    )
+    batching_changes_images: bool = Field(
+        False, description="measured at start: an image depends on the others of its batch, so each is drawn alone"
+    )
+    interruption_changes_images: bool = Field(
+        False,
+        description="measured at start: an image changes when another is drawn between two of its steps, so jobs of "
+        "higher-priority lanes wait for its end",
+    )
+    reference_side: int | None = Field(
+        None, description="mode `reference`: pixels per side of a reference; `null`: the pipeline decides"
+    )
+    needs_reference: bool = Field(False, description="the model edits pictures only, and draws nothing without one")
+    weighs_references: bool = Field(
+        False, description="mode `reference`: weights and `ip_adapter_scale` have an effect beyond the order"
+    )
 
 
 class ModelView(Contract):

@@ -3,7 +3,7 @@
 import io
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -29,6 +29,7 @@ from shared.vectors import l2_normalised
 from tests.factories import SHARED_COLLECTION, make_job
 from tests.small_pipelines import CLIP_DIM, save_clip, save_sd15
 from tests.stack import wait_until
+from worker_service.execution.batcher import Submission
 from worker_service.execution.steps import OnStep
 from worker_service.execution.watchdog import Watchdog
 from worker_service.indexing.embed_images import ImageEmbedding
@@ -40,6 +41,7 @@ from worker_service.jobs.run import run_job
 from worker_service.models.clip import Clip
 from worker_service.models.embedder import Embedder
 from worker_service.models.fake import FakeGenerator
+from worker_service.models.generate_batch import GeneratedImage
 from worker_service.models.interface import ImageRequest, UnreadTexts
 from worker_service.models.worker_models import Models
 
@@ -904,3 +906,37 @@ def test_jobs_that_may_have_crashed_a_process_run_one_at_a_time(
     assert prompts == ["first", "first", "first", "second"], (
         "the job of the higher-priority lane waits, too: a crash would count against both"
     )
+
+
+@pytest.mark.parametrize("changes_images", [False, True])
+def test_an_urgent_image_waits_for_the_end_of_another_only_where_it_would_change_it(
+    settings: Settings, session: Session, clip: Clip, changes_images: bool
+) -> None:
+    events: list[str] = []
+    urgent: list[Future[list[GeneratedImage]]] = []
+
+    class Steps(RecordingGenerator):
+        def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
+            events.append(f"{requests[0].prompt} starts")
+            if not urgent:
+                urgent.append(pool.submit(models.generate, [request("urgent")], Submission(lane=0)))
+                wait_until(lambda: len(models.batcher._queue) == 1, timeout_s=10, what="the urgent image")
+            images = super().generate(requests, on_step)
+            events.append(f"{requests[0].prompt} ends")
+            return images
+
+    model = Steps(settings.model)
+    model.capabilities = model.capabilities.model_copy(update={"interruption_changes_images": changes_images})
+
+    def request(prompt: str) -> ImageRequest:
+        return ImageRequest.of(model.defaults, prompt=prompt, seed=1, width=32, height=32, mode=Mode.NONE)
+
+    space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
+    watchdog = Watchdog(settings.watchdog)
+    models = Models.of(Embedder(clip, space, watchdog), model, settings.model.generators["cheap"], watchdog)
+    with ThreadPoolExecutor(1) as pool:
+        models.generate([request("bulk")], Submission(lane=2))
+        urgent[0].result(10)
+    models.close(5)
+    inside = ["bulk starts", "urgent starts", "urgent ends", "bulk ends"]
+    assert events == (["bulk starts", "bulk ends", "urgent starts", "urgent ends"] if changes_images else inside)

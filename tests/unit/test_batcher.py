@@ -48,7 +48,11 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def make_batcher(
-    model: Model, *, max_batch_size: int = 4, starvation_timeout_s: float = float("inf")
+    model: Model,
+    *,
+    max_batch_size: int = 4,
+    starvation_timeout_s: float = float("inf"),
+    interruptible: bool = True,
 ) -> Batcher[int, int]:
     return Batcher(
         model.run,
@@ -57,6 +61,7 @@ def make_batcher(
         name="test",
         watchdog=Watchdog(WatchdogSettings()),
         starvation_timeout_s=starvation_timeout_s,
+        interruptible=interruptible,
     )
 
 
@@ -341,6 +346,21 @@ def test_a_higher_priority_lane_runs_between_two_steps_in_batches_of_its_own(poo
     assert bulk.result(10) == [2, 4, 6, 8, 10]
     assert model.batches == [[1, 2, 3, 4], [9], [8], [5]]
     assert model.reported == [(1, 1), (9, 1), (9, 2), (8, 1), (8, 2), (1, 2), (5, 1), (5, 2)]
+
+
+def test_a_model_whose_calls_cannot_be_nested_ends_a_batch_before_a_higher_priority_lane_runs(
+    pool: ThreadPoolExecutor,
+) -> None:
+    model = Stepping(steps=2)
+    batcher = make_batcher(model, interruptible=False)
+    bulk = pool.submit(batcher.submit, [1, 2, 3, 4, 5], Submission(lane=2))
+    assert model.started.wait(10)
+    wait_for_queued(batcher, 1)
+    urgent = pool.submit(batcher.submit, [9], Submission(lane=0))
+    wait_for_queued(batcher, 2)
+    model.go.set()
+    assert urgent.result(10) + bulk.result(10) == [18, 2, 4, 6, 8, 10]
+    assert model.reported == [(1, 1), (1, 2), (9, 1), (9, 2), (5, 1), (5, 2)]
 
 
 def test_an_interrupting_batch_can_be_interrupted_itself(pool: ThreadPoolExecutor) -> None:

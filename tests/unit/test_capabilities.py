@@ -6,10 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.capabilities import check_parameters, drawable_size, resolve_mode, supports
+from shared.capabilities import (
+    check_parameters,
+    default_references,
+    drawable_size,
+    resolve_defaults,
+    resolve_mode,
+    supports,
+)
 from shared.contracts.generation import Mode
-from shared.contracts.service import Capabilities
-from shared.errors import UnsupportedModeError, UnsupportedParameterError
+from shared.contracts.service import Capabilities, ModelDefaults
+from shared.errors import NoReferenceError, UnsupportedModeError, UnsupportedParameterError
+from shared.settings import GeneratorDefaults
 
 ALL_MODES = [mode.value for mode in Mode if mode is not Mode.AUTO]
 
@@ -126,3 +134,61 @@ def test_a_request_within_the_capabilities_passes() -> None:
     check_parameters(
         capabilities(), mode=Mode.IMAGE_PROMPT, scheduler="euler", loras=["ink"], references=4, negative_prompt="blurry"
     )
+
+
+READS_PICTURES = ["reference", "caption", "none"]
+
+
+def test_auto_prefers_pictures_to_captions() -> None:
+    mode, reason = resolve_mode(capabilities(modes=READS_PICTURES), Mode.AUTO, references=2, captions=2)
+    assert mode is Mode.REFERENCE
+    assert "several reference images" in reason
+    assert resolve_mode(capabilities(modes=["image_prompt", *READS_PICTURES]), Mode.AUTO, references=1)[0] is (
+        Mode.IMAGE_PROMPT
+    )
+
+
+@pytest.mark.parametrize("mode", [Mode.AUTO, Mode.REFERENCE])
+def test_a_model_that_only_edits_pictures_fails_without_one(mode: Mode) -> None:
+    edits = capabilities(modes=["reference"], needs_reference=True)
+    assert resolve_mode(edits, mode, references=1)[0] is Mode.REFERENCE
+    with pytest.raises(NoReferenceError):
+        resolve_mode(edits, mode, references=0)
+    with pytest.raises(NoReferenceError):
+        check_parameters(edits, mode=Mode.NONE)
+
+
+@pytest.mark.parametrize(
+    ("modes", "mode", "k"),
+    [
+        (READS_PICTURES, Mode.AUTO, 3),
+        (READS_PICTURES, Mode.REFERENCE, 3),
+        (READS_PICTURES, Mode.CAPTION, 4),
+        (["image_prompt", *READS_PICTURES], Mode.AUTO, 4),
+        (None, Mode.REFERENCE, 3),
+        (None, Mode.AUTO, 4),
+    ],
+)
+def test_mode_reference_searches_three_references(modes: list[str] | None, mode: Mode, k: int) -> None:
+    known = None if modes is None else capabilities(modes=modes)
+    assert default_references(known, mode, default=4) == k
+    assert default_references(known, mode, default=2) == 2
+
+
+def test_the_settings_decide_a_default_and_the_model_decides_what_they_leave_open() -> None:
+    of_the_model = ModelDefaults(
+        width=1024, height=768, num_inference_steps=28, guidance_scale=3.5, ip_adapter_scale=1, strength=0.5
+    )
+    loaded = capabilities(defaults=of_the_model)
+    silent = resolve_defaults(GeneratorDefaults(), loaded)
+    assert (silent.width, silent.height, silent.num_inference_steps, silent.guidance_scale) == (1024, 768, 28, 3.5)
+    decided = resolve_defaults(GeneratorDefaults(num_inference_steps=7, guidance_scale=0, scheduler="euler"), loaded)
+    assert (decided.num_inference_steps, decided.guidance_scale, decided.scheduler) == (7, 0, "euler")
+    assert (decided.width, decided.height) == (1024, 768)
+
+
+@pytest.mark.parametrize("published", [None, capabilities()], ids=["no worker yet", "a worker of the last release"])
+def test_until_a_worker_has_published_defaults_those_of_the_last_release_hold(published: Capabilities | None) -> None:
+    assert Capabilities.model_validate(capabilities().model_dump(exclude={"defaults"})).defaults is None
+    known = resolve_defaults(GeneratorDefaults(guidance_scale=2), published)
+    assert (known.width, known.height, known.num_inference_steps, known.guidance_scale) == (512, 512, 30, 2)

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from shared.contracts.generation import Mode
 from shared.errors import (
@@ -272,6 +272,54 @@ def test_code_that_comes_with_a_model_is_never_run(small_models: Path, tmp_path:
     with pytest.raises(ModelLoadError):
         load(source=str(tmp_path / "sd15"))
     assert not ran.exists()
+
+
+def test_code_of_a_pipeline_that_comes_with_a_model_is_never_run(small_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_models / "sd15", tmp_path / "sd15")
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')\nfrom diffusers import StableDiffusionPipeline as MyPipeline\n"
+    (tmp_path / "sd15" / "my_pipeline.py").write_text(code)
+    index = tmp_path / "sd15" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": ["my_pipeline", "MyPipeline"]}))
+    with pytest.raises(ModelLoadError) as refused:
+        load(source=str(tmp_path / "sd15"))
+    assert "\n" not in refused.value.message
+    assert not ran.exists()
+
+
+def save_unconditional(folder: Path) -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (
+            small_pipelines.save_pixart_sigma,
+            "PixArtSigmaPipeline cannot work here. It has no callback between two steps, so no call could be stopped.",
+        ),
+        (
+            save_unconditional,
+            "DDPMPipeline cannot work here. It has no prompt; no callback between two steps, so no call could be "
+            "stopped; no image processor, so it draws no images.",
+        ),
+    ],
+    ids=["PixArt-Sigma", "without a prompt"],
+)
+def test_a_pipeline_that_cannot_work_here_is_refused_with_what_it_lacks(
+    tmp_path: Path, save: Callable[[Path], None], message: str
+) -> None:
+    save(tmp_path)
+    with pytest.raises(ModelLoadError) as refused:
+        load(source=str(tmp_path))
+    assert refused.value.message == message
 
 
 def test_a_zero_snr_model_offers_only_schedulers_that_start_from_pure_noise(small_models: Path, tmp_path: Path) -> None:

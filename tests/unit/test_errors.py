@@ -51,6 +51,7 @@ PUBLISHED = {
     "embedding_unavailable": 503,
     "generation_failed": 500,
     "mode_not_supported": 422,
+    "no_reference": 422,
     "size_not_supported": 422,
     "parameter_not_supported": 422,
     "reference_unavailable": 422,

@@ -18,6 +18,7 @@ from worker_service.execution.batcher import Batcher
 from worker_service.execution.watchdog import Watchdog
 from worker_service.models.diffusion import Diffusion
 from worker_service.models.generate_batch import generate_batch
+from worker_service.models.long_prompts import MAX_PARTS
 
 Loaded = Callable[[str], Diffusion]
 CLIP_PIPELINES = ["sd15", "sdxl", "sdxl_turbo"]
@@ -115,7 +116,29 @@ def test_a_part_has_whole_words_and_at_most_75_tokens(loaded: Loaded) -> None:
     for text in ("x" * 2000, "word " * 400, "\N{BLACK CHESS KING}" * 2000, "a" * 75, "b" * 76, "", "  "):
         parts = reader.parts(text)
         assert max(len(tokenizer(part).input_ids) for part in parts) <= 77
-        assert "".join(parts).replace(" ", "") == text.replace(" ", "")
+        assert "".join([*parts, reader.unread(text)]).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_prompt_of_more_parts_than_are_read_is_cut_and_its_end_is_named(loaded: Loaded) -> None:
+    model = loaded("sd15")
+    read = " ".join([A] * MAX_PARTS)
+    request = replace(REQUEST, prompt=f"{read}  {B}\n{C} ", negative_prompt=f"{read} {C}")
+    assert model.text_parts(request) == MAX_PARTS
+    assert model.unread_texts(request).prompt == f"{B}\n{C}"
+    assert model.unread_texts(request).negative_prompt == C
+    assert model.unread_texts(replace(request, prompt=read)).prompt == ""
+    emoji = replace(REQUEST, prompt="\N{BLACK CHESS KING}" * 2000)
+    assert model.text_parts(emoji) == MAX_PARTS
+    assert set(model.unread_texts(emoji).prompt) == {"\N{BLACK CHESS KING}"}
+
+
+def test_captions_beyond_the_parts_that_are_read_are_left_out(loaded: Loaded) -> None:
+    model = loaded("sd15")
+    request = replace(
+        REQUEST, prompt=" ".join([A] * MAX_PARTS), mode=Mode.CAPTION, references=(replace(reference(1), caption=B),)
+    )
+    assert list(model.unread_texts(request).captions) == [B]
+    assert model.text_parts(request) == MAX_PARTS
 
 
 def test_many_threads_may_ask_for_parts_while_the_model_runs(loaded: Loaded) -> None:

@@ -2,12 +2,20 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler, SchedulerMixin
 
 from worker_service.models import schedulers
-from worker_service.models.previews import Previewer
+from worker_service.models.previews import Previewer, on_white
+
+
+def test_a_transparent_image_is_composited_on_white() -> None:
+    red = np.array([0.8, 0.2, 0.0, 1.0])
+    images = np.stack([red, red * [1, 1, 1, 0.5], red * [1, 1, 1, 0]]).reshape(1, 1, 3, 4)
+    expected = np.array([[0.8, 0.2, 0.0], [0.9, 0.6, 0.5], [1.0, 1.0, 1.0]]).reshape(1, 1, 3, 3)
+    assert np.allclose(on_white(images), expected)
 
 
 def predicted_by(scheduler: SchedulerMixin, **step: Any) -> torch.Tensor | None:

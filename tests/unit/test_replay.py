@@ -56,3 +56,12 @@ def test_only_fields_that_decide_the_pixels_count_as_changed() -> None:
         ("versions.diffusers", None, "1.0"),
         ("versions.torch", "2.14.1", "3.0"),
     ]
+
+
+def test_digests_of_different_kinds_are_not_called_different_weights() -> None:
+    by_files = {**RECORD, "model": {**RECORD["model"], "weights_digest": "bb", "weights_digest_kind": "files"}}
+    assert [(each.what, each.was, each.now) for each in changes(RECORD, by_files)] == [
+        ("model.weights_digest_kind", "tensors", "files")
+    ]
+    others = {**by_files, "model": {**by_files["model"], "weights_digest": "cc"}}
+    assert [each.what for each in changes(by_files, others)] == ["model.weights_digest"]

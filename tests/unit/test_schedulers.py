@@ -1,9 +1,32 @@
-"""The schedule of an img2img call: at least one step runs, and the scheduler takes the number of steps."""
+"""The schedulers that a model offers, and the schedule of an img2img call: it runs at least one step."""
 
 import pytest
-from diffusers import DDIMScheduler, LCMScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+)
 
-from worker_service.models.schedulers import img2img_schedule, most_steps
+from worker_service.models.schedulers import ALLOWED, compatible_names, img2img_schedule, most_steps
+
+
+@pytest.mark.parametrize(
+    ("own", "offered"),
+    [
+        (DDIMScheduler(), sorted(ALLOWED)),
+        (DDIMScheduler(prediction_type="v_prediction"), sorted(ALLOWED)),
+        (
+            DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+            ["dpm++_2m", "dpm++_2m_sde", "unipc"],
+        ),
+        (FlowMatchEulerDiscreteScheduler(), []),
+    ],
+    ids=["noise", "velocity", "flow, as in Sana", "flow matching"],
+)
+def test_only_schedulers_that_can_run_the_model_are_offered(own: SchedulerMixin, offered: list[str]) -> None:
+    assert sorted(compatible_names(own)) == offered
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(), DDIMScheduler(num_train_timesteps=49), LCMScheduler()])

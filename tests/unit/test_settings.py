@@ -430,3 +430,13 @@ def test_an_invalid_content_policy_is_a_mistake(concepts: list[dict[str, Any]], 
     (line,) = mistakes(safety={"concepts": concepts})
     assert line.startswith("safety")
     assert place in line
+
+
+def test_weighed_references_have_the_scale_of_the_training_unless_the_settings_name_another() -> None:
+    def scale(**settings: Any) -> float:
+        return GeneratorSettings.model_validate({"source": "./klein", **settings}).defaults.ip_adapter_scale
+
+    assert scale() == 0.5
+    assert scale(weigh_references=True) == 1
+    assert scale(weigh_references=True, defaults={"num_inference_steps": 4}) == 1
+    assert scale(weigh_references=True, defaults={"ip_adapter_scale": 0.5}) == 0.5

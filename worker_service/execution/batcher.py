@@ -120,12 +120,14 @@ class Batcher(Generic[Item, Result]):
         starvation_timeout_s: float = float("inf"),
         max_batch_s: float = float("inf"),
         concurrency: int = 1,
+        interruptible: bool = True,
     ) -> None:
         """Start the model threads.
 
         run: returns one result per item, in order; it calls its `OnStep` after every step and stops if that is False.
         name: of the model, for logs and metrics.
         stage: the first stage of a call, for the watchdog. After the last reported step it is `Stage.DECODE`.
+        interruptible: False if a call within a call changes the results. Then no batch interrupts another.
         """
         self._run = run
         self._key = key
@@ -135,6 +137,7 @@ class Batcher(Generic[Item, Result]):
         self._stage = stage
         self._starvation_timeout_s = starvation_timeout_s
         self._max_batch_s = max_batch_s
+        self._interruptible = interruptible
         self._seconds_per_item: dict[Hashable, float] = {}
         """Measured in the latest batch, by key."""
         self._last_starving_at = float("-inf")
@@ -260,7 +263,9 @@ class Batcher(Generic[Item, Result]):
                     return Batch(batch, lane=UNINTERRUPTIBLE)
                 if len(batch) == self._batch_size(chosen.key):
                     break
-            return Batch(batch, batch[0].submission.lane) if batch else None
+            if not batch:
+                return None
+            return Batch(batch, batch[0].submission.lane if self._interruptible else UNINTERRUPTIBLE)
 
     def _batch_size(self, key: Hashable) -> int:
         if self._max_batch_s == float("inf"):

@@ -219,6 +219,9 @@ def provenance_record(
             "weights_digest_kind": capabilities.weights_digest_kind,
             "device": capabilities.device,
             "dtype": capabilities.dtype,
+            # Unset like in the records of releases that had no such settings.
+            "attention": models.settings.attention,
+            "compile": None if models.settings.compile == "none" else models.settings.compile,
         },
         "versions": _versions(),
         **_safety(attempt, image),

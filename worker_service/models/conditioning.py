@@ -16,6 +16,7 @@ from worker_service.models import framing
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.load_pipeline import reference_dim
 from worker_service.models.long_prompts import TextReader
+from worker_service.models.placement import device_of
 
 MAX_CAPTIONS = 2
 """More captions move the image away from the prompt. ImageRAG (arXiv 2502.09411) found no gain from more."""
@@ -114,13 +115,13 @@ def _encode(
     pipeline: DiffusionPipeline, references: Sequence[Reference], conditions_on: Literal["embedding_space", "image"]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings of the references for the adapter, shape (n, ...), and the one that means no image, shape (...)."""
-    options = {"device": pipeline.device, "dtype": pipeline.unet.dtype}
+    options = {"device": device_of(pipeline), "dtype": pipeline.unet.dtype}
     dim = reference_dim(pipeline)
     if dim is not None and (conditions_on == "embedding_space" or not references):
         vectors = np.array([_vector(reference, dim) for reference in references], np.float32).reshape(-1, dim)
         return torch.from_numpy(vectors).to(**options), torch.zeros(dim, **options)
     images = [_image(reference) for reference in references] or [Image.new("RGB", (64, 64))]
-    encoded, blank = pipeline.encode_image(images, pipeline.device, 1, dim is None)
+    encoded, blank = pipeline.encode_image(images, options["device"], 1, dim is None)
     return encoded[: len(references)].to(**options), blank[0].to(**options)
 
 

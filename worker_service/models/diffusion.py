@@ -4,28 +4,39 @@ import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import torch
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, SchedulerMixin
-from PIL import Image
+from diffusers import DiffusionPipeline, SchedulerMixin
 
-from shared.capabilities import check_parameters
-from shared.contracts.generation import Mode
-from shared.contracts.service import Capabilities
-from shared.errors import InvalidOutputError, ModelLoadError, UnsupportedParameterError
-from shared.settings import GeneratorDefaults, GeneratorSettings, ModelSettings
+from shared.capabilities import check_parameters, resolve_defaults
+from shared.contracts.service import Capabilities, ModelDefaults
+from shared.errors import InvalidOutputError, UnsupportedParameterError
+from shared.settings import GeneratorSettings, ModelSettings
 from worker_service.execution import accelerator
 from worker_service.execution.steps import CallStopped, OnStep
-from worker_service.models import conditioning, load_pipeline, loading, long_prompts, previews, schedulers
+from worker_service.models import (
+    conditioning,
+    equal_prompts,
+    load_pipeline,
+    loading,
+    long_prompts,
+    pipeline_capabilities,
+    placement,
+    previews,
+    schedulers,
+)
 from worker_service.models.framing import to_requested_ratio
-from worker_service.models.interface import ImageRequest, Reference, UnreadTexts, previews_due
+from worker_service.models.guidance import Guidance
+from worker_service.models.interface import ImageRequest, UnreadTexts, previews_due
 from worker_service.models.long_prompts import TextReader
+from worker_service.models.native_references import NativeReferences
 from worker_service.models.safety_checker import SafetyChecker
+from worker_service.models.warm_up import warm_up
 
-VAE_SLICING, VAE_TILING = "vae_slicing", "vae_tiling"
+VAE_SLICING, VAE_TILING, OFFLOAD = "vae_slicing", "vae_tiling", "offload"
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Diffusion:
 
     name: str
     capabilities: Capabilities
-    defaults: GeneratorDefaults
+    defaults: ModelDefaults
     text_to_image: DiffusionPipeline
     image_to_image: DiffusionPipeline | None
     """Shares all weights with `text_to_image`; None where diffusers has no such pipeline."""
@@ -67,6 +78,7 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         self.text_reader = TextReader(self.text_to_image)
+        self.native_references = NativeReferences.of(self.text_to_image, self.settings)
         if self.settings.ip_adapter is not None:
             self.text_to_image.unet.encoder_hid_proj.register_forward_pre_hook(self._per_row_embeds)
 
@@ -81,22 +93,27 @@ class Diffusion:
         generator = settings.generator(name)
         loading.prepare_process(settings)
         pipeline = load_pipeline.load_pipeline(generator, offline=settings.offline)
-        schedulers.require_seeded_noise(pipeline.scheduler)
-        image_to_image = _image_to_image(pipeline)
         with loading.readable_load_errors(type(pipeline).__name__, generator.source):
-            capabilities = _capabilities(pipeline, image_to_image, generator)
+            image_to_image = load_pipeline.image_to_image(pipeline)
+            capabilities = pipeline_capabilities.of(pipeline, image_to_image, generator)
+            schedulers.require_seeded_noise(pipeline.scheduler)
             check_parameters(capabilities, scheduler=generator.defaults.scheduler)
-        checker = SafetyChecker.detach_from(pipeline, image_to_image)
-        return cls(
-            name=name,
-            capabilities=capabilities,
-            defaults=generator.defaults,
-            text_to_image=pipeline,
-            image_to_image=image_to_image,
-            own_scheduler=pipeline.scheduler,
-            settings=generator,
-            safety_checker=None if generator.safety_checker == "off" else checker,
-        )
+            checker = SafetyChecker.detach_from(pipeline, image_to_image)
+            return cls(
+                name=name,
+                capabilities=capabilities,
+                defaults=resolve_defaults(generator.defaults, capabilities),
+                text_to_image=pipeline,
+                image_to_image=image_to_image,
+                own_scheduler=pipeline.scheduler,
+                settings=generator,
+                safety_checker=None if generator.safety_checker == "off" else checker,
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model computes."""
+        return placement.device_of(self.text_to_image)
 
     @property
     def reference_dim(self) -> int | None:
@@ -107,31 +124,22 @@ class Diffusion:
         return load_pipeline.reference_dim(self.text_to_image)
 
     def warm_up(self) -> None:
-        """Generate one image in two steps, with the adapter if the pipeline has one."""
-        blank = Reference(
-            vector=None if self.reference_dim is None else np.zeros(self.reference_dim, np.float32),
-            image=Image.new("RGB", (64, 64)),
-            weight=1,
-            caption=None,
-        )
-        adapted = self.settings.ip_adapter is not None
-        request = ImageRequest.of(
-            self.defaults,
-            prompt="warm up",
-            seed=0,
-            width=self.capabilities.native_width,
-            height=self.capabilities.native_height,
-            mode=Mode.IMAGE_PROMPT if adapted else Mode.NONE,
-            references=[blank] if adapted else (),
-        )
-        self.generate([replace(request, num_inference_steps=2)], lambda step, steps: True)
+        """Draw the first images, and measure what the model keeps and draws: see `warm_up`.
+
+        Raises:
+            ModelLoadError: the model cannot generate; the message gives the cause.
+        """
+        kind = type(self.text_to_image).__name__
+        with loading.readable_load_errors(kind, self.settings.source, failed="could not draw its first image"):
+            self.capabilities = warm_up(self)
 
     def batch_key(self, request: ImageRequest) -> Hashable:
         """See `ImageModel.batch_key`. All rows of a call have the same number of text parts.
 
         A row that is filled up with empty parts would give another image than alone.
         """
-        return request.batch_key(), self.text_parts(request)
+        references = None if self.native_references is None else self.native_references.batch_key(request)
+        return request.batch_key(), self.text_parts(request), references
 
     def text_parts(self, request: ImageRequest) -> int:
         """See `ImageModel.text_parts`."""
@@ -152,20 +160,25 @@ class Diffusion:
             captions=conditioning.with_captions(request, self.text_reader)[1],
         )
 
+    def reference_call(self, request: ImageRequest) -> dict[str, Any] | None:
+        """See `ImageModel.reference_call`."""
+        return None if self.native_references is None else self.native_references.record(request)
+
     @property
     def has_safety_checker(self) -> bool:
         return self.safety_checker is not None
 
     def memory_savers(self, images: int) -> Sequence[str]:
-        """See `ImageModel.memory_savers`. They concern the VAE, because decoding needs the most memory.
+        """See `ImageModel.memory_savers`. The first ones concern the VAE, because decoding needs the most memory.
 
-        For several images: slices, which decode them one by one. For one image: tiles, which decode it in parts. A
-        batch that does not fit with slices is halved before tiles are used.
+        For several images: slices, which decode them one by one. For one image: tiles, which decode it in parts, then
+        offload, which moves the other models off the GPU. A batch that does not fit with slices is halved before that.
         """
         vae = getattr(self.text_to_image, "vae", None)
         if images > 1:
             return [VAE_SLICING] if hasattr(vae, "use_slicing") else []
-        return [VAE_TILING] if hasattr(vae, "use_tiling") else []
+        tiling = [VAE_TILING] if hasattr(vae, "use_tiling") else []
+        return [*tiling, OFFLOAD] if self.settings.offload == "none" and self.device.type == "cuda" else tiling
 
     @contextmanager
     def saving_memory(self, savers: Sequence[str]) -> Iterator[None]:
@@ -178,6 +191,8 @@ class Diffusion:
             self._use_memory_savers(before)
 
     def _use_memory_savers(self, savers: Sequence[str]) -> None:
+        if self.settings.offload == "none" and (OFFLOAD in savers) != (OFFLOAD in self.savers):
+            placement.place(self.text_to_image, self.device, "model" if OFFLOAD in savers else "none")
         self.savers = savers
         vae: Any = getattr(self.text_to_image, "vae", None)
         if hasattr(vae, "use_slicing"):
@@ -187,6 +202,13 @@ class Diffusion:
 
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
         """Generate one image per request: see `ImageModel.generate`.
+
+        Raises: as `draw`.
+        """
+        return list((self.draw(requests, on_step) * 255).round().astype(np.uint8))
+
+    def draw(self, requests: Sequence[ImageRequest], on_step: OnStep) -> np.ndarray:
+        """As `generate`, but before rounding: shape (n, height, width, 3), float32, in [0, 1].
 
         Raises:
             ValueError: the requests have different batch keys.
@@ -205,16 +227,16 @@ class Diffusion:
                 loras=(name for name, _ in request.loras),
                 negative_prompt=request.negative_prompt,
             )
-        return accelerator.run_on(self.text_to_image.device, lambda: self._call(requests, on_step), items=len(requests))
+        return accelerator.run_on(self.device, lambda: self._call(requests, on_step), items=len(requests))
 
     def detect_unsafe(self, images: Sequence[np.ndarray]) -> list[bool]:
         """See `ImageModel.detect_unsafe`."""
         checker = self.safety_checker
         if checker is None:
             return [False for _ in images]
-        return accelerator.run_on(self.text_to_image.device, lambda: checker.detect_unsafe(images), items=len(images))
+        return accelerator.run_on(self.device, lambda: checker.detect_unsafe(images), items=len(images))
 
-    def _call(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
+    def _call(self, requests: Sequence[ImageRequest], on_step: OnStep) -> np.ndarray:
         first = requests[0]
         pipeline = self.text_to_image
         scheduler = schedulers.new_scheduler(self.own_scheduler, first.scheduler)
@@ -239,15 +261,16 @@ class Diffusion:
                 first.strength,
                 all_steps_run="original_inference_steps" in inspect.signature(type(pipeline).__call__).parameters,
             )
-        if first.negative_prompt:
-            arguments["negative_prompt"] = [request.negative_prompt for request in requests]
+        arguments |= Guidance.of(pipeline).arguments(requests)
         parameters = inspect.signature(type(pipeline).__call__).parameters
-        optional = {"guidance_scale": first.guidance_scale, "width": first.width, "height": first.height}
-        arguments |= {name: value for name, value in optional.items() if name in parameters}
+        arguments |= {name: value for name, value in _size_arguments(first).items() if name in parameters}
 
         pipeline = copy.copy(pipeline)
         pipeline.scheduler = scheduler
+        equal_prompts.encode_once(pipeline)
         arguments["callback_on_step_end"] = _step_callback(requests, on_step, previews.Previewer.of(pipeline, requests))
+        if self.native_references is not None:
+            arguments = self.native_references.arguments(pipeline, requests, arguments)
         image_prompt = self._image_prompt(pipeline, requests)
         if image_prompt is not None:
             arguments |= image_prompt.arguments()
@@ -258,7 +281,11 @@ class Diffusion:
                 del arguments["prompt"]
                 arguments |= self._prompt_embeds(pipeline, requests, negated="negative_prompt" in arguments)
                 arguments.pop("negative_prompt", None)
-            return _to_uint8(pipeline(**arguments).images, requests)
+            try:
+                return _checked(pipeline(**arguments).images, requests)
+            except BaseException:
+                placement.after_failed_call(pipeline)
+                raise
 
     def _prompt_embeds(
         self, pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], *, negated: bool
@@ -324,6 +351,17 @@ class Diffusion:
         return ([repeated if image_prompt is None else image_prompt.replace_repeated(repeated)],)
 
 
+def _size_arguments(request: ImageRequest) -> dict[str, Any]:
+    """Arguments with which a pipeline draws exactly the requested size, where its call takes them."""
+    return {
+        "width": request.width,
+        "height": request.height,
+        "max_area": request.width * request.height,  # Kontext fits every size to an area
+        "_auto_resize": False,
+        "use_resolution_binning": False,  # Sana draws the nearest size of a list
+    }
+
+
 def _step_callback(
     requests: Sequence[ImageRequest], on_step: OnStep, previewer: previews.Previewer | None
 ) -> Callable[..., dict[str, Any]]:
@@ -354,78 +392,12 @@ def _uses_guidance(pipeline: DiffusionPipeline, guidance_scale: float) -> bool:
     return bool(pipeline.do_classifier_free_guidance)
 
 
-def _to_uint8(images: Any, requests: Sequence[ImageRequest]) -> list[np.ndarray]:
-    """Check the pipeline's images, float32 in [0, 1], and convert each to uint8, shape (height, width, 3)."""
+def _checked(images: Any, requests: Sequence[ImageRequest]) -> np.ndarray:
+    """Check the pipeline's images, float32 in [0, 1], shape (n, height, width, 3). RGBA is composited on white."""
     expected = (len(requests), requests[0].height, requests[0].width, 3)
+    images = previews.on_white(images) if getattr(images, "shape", ())[-1:] == (4,) else images
     if not isinstance(images, np.ndarray) or images.shape != expected:
         raise InvalidOutputError(f"The model returned {getattr(images, 'shape', type(images))}, not {expected}.")
     if not np.isfinite(images).all():
         raise InvalidOutputError("The model returned pixels that are not finite numbers.")
-    return list((images * 255).round().astype(np.uint8))
-
-
-def _image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline | None:
-    try:
-        image_to_image = AutoPipelineForImage2Image.from_pipe(pipeline)
-    except ValueError:  # diffusers has no such pipeline for this class
-        return None
-    image_to_image.set_progress_bar_config(disable=True)
-    parameters = inspect.signature(type(image_to_image).__call__).parameters
-    return image_to_image if {"image", "strength"} <= parameters.keys() else None
-
-
-def _capabilities(
-    pipeline: DiffusionPipeline, image_to_image: DiffusionPipeline | None, settings: GeneratorSettings
-) -> Capabilities:
-    """Capabilities of the loaded pipeline, from its parts and from the signature of its call.
-
-    Raises:
-        ModelLoadError: the call lacks a parameter that this service needs.
-    """
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    missing = {"prompt", "num_inference_steps", "generator", "callback_on_step_end"} - parameters.keys()
-    if missing:
-        raise ModelLoadError(f"{type(pipeline).__name__} does not accept {', '.join(sorted(missing))}.")
-    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
-    native_width, native_height = _native_size(pipeline, denoiser, settings.defaults)
-    return Capabilities(
-        modes=[mode.value for mode in _modes(image_to_image, settings)],
-        native_width=native_width,
-        native_height=native_height,
-        size_multiple=pipeline.image_processor.config.vae_scale_factor * 2 ** getattr(denoiser, "num_upsamplers", 0),
-        any_size=settings.any_size,
-        max_batch_size=settings.max_batch_size,
-        max_references=settings.max_references,
-        schedulers=schedulers.compatible_names(pipeline.scheduler),
-        loras=sorted(settings.loras),
-        # In a pipeline with `true_cfg_scale`, a negative prompt has no effect with `guidance_scale` alone.
-        supports_negative_prompt="negative_prompt" in parameters and "true_cfg_scale" not in parameters,
-        supports_guidance="guidance_scale" in parameters and denoiser.config.get("guidance_embeds", True),
-        pipeline=type(pipeline).__name__,
-        weights_digest=loading.weights_digest(
-            (name, part) for name, part in sorted(pipeline.components.items()) if isinstance(part, torch.nn.Module)
-        ),
-        device=str(pipeline.device),
-        dtype=str(pipeline.dtype).removeprefix("torch."),
-    )
-
-
-def _modes(image_to_image: DiffusionPipeline | None, settings: GeneratorSettings) -> list[Mode]:
-    """The modes that the loaded parts support. Native references are not supported yet."""
-    return [
-        mode
-        for mode in Mode
-        if mode is not Mode.AUTO
-        and (settings.ip_adapter is not None or not mode.traits.uses_image_prompt)
-        and (image_to_image is not None or not mode.traits.uses_initial_image)
-        and not mode.traits.uses_native_references
-    ]
-
-
-def _native_size(pipeline: DiffusionPipeline, denoiser: Any, defaults: GeneratorDefaults) -> tuple[int, int]:
-    """Default (width, height) of the pipeline, in pixels."""
-    sample_size = getattr(pipeline, "default_sample_size", None) or denoiser.config.get("sample_size")
-    if sample_size is None:
-        return defaults.width, defaults.height
-    height, width = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
-    return width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor
+    return images

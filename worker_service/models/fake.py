@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from shared.capabilities import resolve_defaults
 from shared.contracts.generation import Mode
-from shared.contracts.service import Capabilities
-from shared.settings import GeneratorDefaults, ModelSettings
+from shared.contracts.service import Capabilities, ModelDefaults
+from shared.settings import ModelSettings
 from worker_service.execution.steps import CallStopped, OnStep
 from worker_service.models.framing import to_requested_ratio
 from worker_service.models.interface import PREVIEW_SIDE, ImageRequest, UnreadTexts, previews_due
@@ -22,7 +23,7 @@ class FakeGenerator:
 
     name: str
     capabilities: Capabilities
-    defaults: GeneratorDefaults
+    defaults: ModelDefaults
     cost_s: float
     """Seconds per batch."""
     reference_dim: int | None = None
@@ -39,10 +40,11 @@ class FakeGenerator:
             ModelNotFoundError: the settings have no such generator.
         """
         generator = settings.generator(name)
+        defaults = resolve_defaults(generator.defaults, None)
         capabilities = Capabilities(
             modes=[mode.value for mode in Mode if mode is not Mode.AUTO],
-            native_width=generator.defaults.width,
-            native_height=generator.defaults.height,
+            native_width=defaults.width,
+            native_height=defaults.height,
             size_multiple=1,
             any_size=True,
             max_batch_size=generator.max_batch_size,
@@ -55,8 +57,9 @@ class FakeGenerator:
             weights_digest=hashlib.sha256(cls.__name__.encode()).hexdigest(),
             device="cpu",
             dtype="float32",
+            defaults=defaults,
         )
-        return cls(name, capabilities, generator.defaults, generator.cost_ms / 1000)
+        return cls(name, capabilities, defaults, generator.cost_ms / 1000)
 
     def warm_up(self) -> None:
         """Do nothing: the first call is not slower than others."""
@@ -70,6 +73,9 @@ class FakeGenerator:
 
     def unread_texts(self, request: ImageRequest) -> UnreadTexts:
         return UnreadTexts()
+
+    def reference_call(self, request: ImageRequest) -> None:
+        """None: the generator does not read pictures."""
 
     def memory_savers(self, images: int) -> Sequence[str]:
         """An empty list, because the generator needs no accelerator memory."""

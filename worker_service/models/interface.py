@@ -1,17 +1,18 @@
 """The interface between jobs and image models: requests, references, and the protocol of a model. Without torch."""
 
+import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from PIL import Image
 
 from shared.contracts.generation import GenerationParameters, Mode
-from shared.contracts.service import Capabilities
-from shared.settings import GeneratorDefaults
+from shared.contracts.service import Capabilities, ModelDefaults
+from shared.errors import ReferenceUnavailableError
 from worker_service.execution.steps import OnStep
 
 
@@ -40,6 +41,21 @@ class Reference:
     weight: float
     """Relative to the other references of the image. A reference of weight 0 or less is not used."""
     caption: str | None
+    sha256: str | None = None
+    """Digest of the stored file; None: the image was not stored."""
+
+    @property
+    def digest(self) -> str:
+        """A value that is equal for equal images only.
+
+        Raises:
+            ReferenceUnavailableError: the reference has neither a digest nor an image.
+        """
+        if self.sha256 is not None:
+            return self.sha256
+        if self.image is None:
+            raise ReferenceUnavailableError("A reference has no image, and this mode reads images.")
+        return hashlib.sha256(f"{self.image.mode} {self.image.size}".encode() + self.image.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class ImageRequest:
     mode: Mode
     """Resolved, never `auto`."""
     ip_adapter_scale: float
-    """Scale of the image prompt; 0 has no effect on the image."""
+    """Scale of the image prompt, or of references that the model itself weighs; with 0 they have no effect."""
     strength: float
     """Share of the noise schedule that runs on an initial image, in (0, 1]. At least one step runs."""
     references: tuple[Reference, ...]
@@ -73,7 +89,7 @@ class ImageRequest:
     @classmethod
     def of(
         cls,
-        sampling: GenerationParameters | GeneratorDefaults,
+        sampling: GenerationParameters | ModelDefaults,
         *,
         prompt: str,
         seed: int,
@@ -160,7 +176,7 @@ class ImageModel(Protocol):
 
     name: str
     capabilities: Capabilities
-    defaults: GeneratorDefaults
+    defaults: ModelDefaults
     """Parameters for requests that do not set them."""
 
     @property
@@ -172,7 +188,11 @@ class ImageModel(Protocol):
         """Length of the references' vectors; None when the model does not condition on vectors."""
 
     def warm_up(self) -> None:
-        """Run one small call, because the first call of a process is slow."""
+        """Run one small call, because the first call of a process is slow. It may change `capabilities`.
+
+        Raises:
+            ModelLoadError: the model cannot generate; the message gives the cause.
+        """
 
     def batch_key(self, request: ImageRequest) -> Hashable:
         """Images with equal keys can share one call. It contains `request.batch_key()`. Any thread may call it."""
@@ -182,6 +202,12 @@ class ImageModel(Protocol):
 
     def unread_texts(self, request: ImageRequest) -> UnreadTexts:
         """The parts of the request's texts that the model will not read. Any thread may call it."""
+
+    def reference_call(self, request: ImageRequest) -> dict[str, Any] | None:
+        """How the model reads the references of a request in mode `reference`, as JSON for the provenance.
+
+        None in other modes. Any thread may call it.
+        """
 
     def memory_savers(self, images: int) -> Sequence[str]:
         """Names of ways to need less memory in a call of `images` images, the one that changes least first."""

@@ -1,25 +1,30 @@
 """Loads the diffusers pipeline of a generator, with its adapter and LoRAs, as the settings describe it."""
 
+import inspect
+from pathlib import Path
+from typing import Any
+
 import diffusers
 import torch
 import transformers
-from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, DiffusionPipeline
 from diffusers.loaders import IPAdapterMixin
 from diffusers.models.embeddings import ImageProjection
 from transformers import CLIPVisionModelWithProjection
 
 from shared.errors import ModelLoadError
 from shared.settings import GeneratorSettings, IPAdapterSettings
-from worker_service.models import loading
+from worker_service.models import denoiser_kernels, loading, placement, quantization, single_file
 
 
 def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPipeline:
-    """Load the text-to-image pipeline of the settings, with its adapter and LoRAs, onto its device.
+    """Load the pipeline of the settings, with its adapter and LoRAs, onto its device.
 
+    Its class is the text-to-image class of diffusers for these weights, or else the one that `model_index.json` names.
     It reads only safetensors files, and runs no code from the model's repository. offline: use only local files.
 
     Raises:
-        ModelLoadError: a part is missing or does not fit, or the source is not a text-to-image pipeline.
+        ModelLoadError: a part is missing or does not fit, or the source is not a pipeline.
     """
     diffusers.utils.logging.set_verbosity_error()  # SDXL logs a cast of its VAE in every call
     diffusers.utils.logging.disable_progress_bar()
@@ -27,8 +32,8 @@ def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPip
     device = loading.resolve_device(settings.device)
     dtype = loading.resolve_dtype(settings.dtype, device)
     with loading.readable_load_errors("Pipeline", settings.source, offline=offline):
-        pipeline = AutoPipelineForText2Image.from_pretrained(
-            settings.source,
+        pipeline = _load_parts(
+            settings,
             revision=settings.revision,
             variant=settings.variant,
             dtype=dtype,
@@ -49,18 +54,62 @@ def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPip
                 local_files_only=offline,
             )
     with loading.readable_load_errors(f"Pipeline on {device}", settings.source):
-        pipeline.to(device)
-    for module in (getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)):
-        if module is not None:
-            module.to(memory_format=torch.channels_last)
-    pipeline.set_progress_bar_config(disable=True)
+        if settings.offload == "none":
+            pipeline.to(device)  # before the next lines, because a GPU is faster at them
+        for module in (getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)):
+            # PyTorch has this format for images only. The VAEs of Qwen-Image and Wan have 3-D convolutions.
+            # Quantized weights have a format of their own.
+            if module is not None and not _is_quantized(module) and all(each.ndim <= 4 for each in module.parameters()):
+                module.to(memory_format=torch.channels_last)
+        pipeline.set_progress_bar_config(disable=True)
+        placement.place(pipeline, device, settings.offload)
+        denoiser_kernels.choose(pipeline, settings)
     return pipeline
+
+
+def _is_quantized(module: Any) -> bool:
+    return getattr(module, "hf_quantizer", None) is not None
+
+
+def _load_parts(settings: GeneratorSettings, **options: Any) -> DiffusionPipeline:
+    if settings.quantization is not None:
+        places = {name: options[name] for name in ("revision", "local_files_only")}
+        model_index = DiffusionPipeline.load_config(settings.source, **places)
+        quantizers = quantization.of_pipeline(settings.quantization, model_index, dtype=options["dtype"])
+        options["quantization_config"] = quantizers
+    if settings.single_file is None:
+        return _from_pretrained(settings.source, **options)
+    with loading.readable_load_errors("File", settings.single_file):
+        loaded = single_file.load(settings, Path(settings.single_file), options=options)
+    return _from_pretrained(settings.source, **options, **loaded) if isinstance(loaded, dict) else loaded
+
+
+def _from_pretrained(source: str, **options: Any) -> DiffusionPipeline:
+    try:
+        return AutoPipelineForText2Image.from_pretrained(source, **options)
+    except ValueError:
+        # Its table lacks classes that can still draw from text or from references, such as Flux2KleinKVPipeline. If
+        # the cause was another one, the second attempt ends with it.
+        return DiffusionPipeline.from_pretrained(source, **options)
+
+
+def image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline | None:
+    """The image-to-image pipeline of the same parts; None where diffusers has no such pipeline."""
+    try:
+        sibling = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError:  # diffusers has no such pipeline for this class
+        return None
+    sibling.set_progress_bar_config(disable=True)
+    parameters = inspect.signature(type(sibling).__call__).parameters
+    return sibling if {"image", "strength"} <= parameters.keys() else None
 
 
 def _load_ip_adapter(pipeline: DiffusionPipeline, adapter: IPAdapterSettings, *, offline: bool) -> None:
     if not isinstance(pipeline, IPAdapterMixin):
         # The adapters of FLUX and SD3 take no attention masks, and the weights of the references need these masks.
         raise ModelLoadError(f"{type(pipeline).__name__} supports no IP-Adapter with weighted references.")
+    if _is_quantized(pipeline.unet):
+        raise ModelLoadError("A quantized UNet takes no IP-Adapter. Name other parts in quantization.components.")
     if not adapter.weight_name.endswith(".safetensors"):
         raise ModelLoadError(f"{adapter.weight_name!r} is not a safetensors file.")
     if adapter.image_encoder_folder is not None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from shared.errors import ModelLoadError
 from shared.settings import ModelSettings
+from worker_service.execution.watchdog import AcceleratorLostError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,22 +48,26 @@ def weights_digest(modules: Iterable[tuple[str, nn.Module]]) -> str:
 
 
 @contextmanager
-def readable_load_errors(kind: str, source: str, *, offline: bool = False) -> Iterator[None]:
+def readable_load_errors(
+    kind: str, source: str, *, offline: bool = False, failed: str = "could not be loaded"
+) -> Iterator[None]:
     """Turn every exception inside the block into a `ModelLoadError` that names the `source` and the cause.
 
     The libraries raise a dozen exception types for wrong folders, missing files, wrong shapes and refused downloads.
     kind: kind of model, for the message. offline: the message explains that only local files were searched.
+    failed: what went wrong, for the message.
 
     Raises:
         ModelLoadError: the block raised any exception.
+        AcceleratorLostError: the block raised it; only a new process helps.
     """
     try:
         yield
-    except ModelLoadError:
+    except (ModelLoadError, AcceleratorLostError):
         raise
     except Exception as error:
         cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        message = f"{kind} {source!r} could not be loaded: {type(error).__name__}: {cause}"
+        message = f"{kind} {source!r} {failed}: {type(error).__name__}: {cause}"
         if offline and not Path(source).is_dir():
             message += " (It is not a folder, and model.offline is on, so only the local cache was searched.)"
         raise ModelLoadError(message, model=source) from error

@@ -3,7 +3,7 @@
 A CLIP text encoder reads 77 tokens, and two of them mark the start and the end. A pipeline whose cross-attention takes
 any number of tokens reads a longer text in parts of at most 75 tokens. Each part is encoded on its own, and the
 embeddings are joined, as the web UI of AUTOMATIC1111 and the library compel do. Other pipelines read the beginning of
-the text only, so the rest has to be reported.
+the text only. The rest of a text has to be reported.
 """
 
 import copy
@@ -17,6 +17,11 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase
 
+from worker_service.models.placement import device_of
+
+MAX_PARTS = 16
+"""A longer text is cut. 2,000 characters of English have about 7 parts, and of emoji more than 100. Each part makes the
+cross-attention of every step longer, for all images of the batch."""
 CACHED_TEXTS = 1024
 """A text is divided at submit, at the start of its batch, and while it is encoded."""
 
@@ -32,8 +37,8 @@ class TextReader:
         self.reads_parts = _reads_parts(pipeline)
         """Whether the pipeline reads a long text in parts. Otherwise it reads only the beginning."""
         self.parts: Callable[[str], Sequence[str]] = lru_cache(CACHED_TEXTS)(self._parts)
-        """The parts of a text that are encoded one by one, at least one. Where the pipeline reads the beginning only,
-        there is one part, the whole text."""
+        """The parts of a text that are encoded one by one, 1 to `MAX_PARTS`. Where the pipeline reads the beginning
+        only, there is one part, the whole text."""
         self.unread: Callable[[str], str] = lru_cache(CACHED_TEXTS)(self._unread)
         """The end of a text that no encoder reads; empty when all of it is read."""
 
@@ -51,7 +56,7 @@ class TextReader:
                     else:
                         parts[-1] += f" {piece}"
                         size += tokens
-        return tuple(parts) or (text,)
+        return tuple(parts[:MAX_PARTS]) or (text,)
 
     def _pieces(self, word: str, limit: int) -> list[tuple[str, int]]:
         """Pieces of a word that fit in one part, with their number of tokens: the word itself, or its halves."""
@@ -62,7 +67,9 @@ class TextReader:
         return [*self._pieces(word[:middle], limit), *self._pieces(word[middle:], limit)]
 
     def _unread(self, text: str) -> str:
-        if self.reads_parts or not self._limits:
+        if self.reads_parts:
+            return _after(text, "".join(self.parts(text)))
+        if not self._limits:
             return ""
         with self._lock:
             read = max(_characters_read(tokenizer, limit, text) for tokenizer, limit in self._limits)
@@ -89,7 +96,7 @@ def encode_in_parts(
             pipeline.encode_prompt(
                 prompt=_column(prompts, number),
                 negative_prompt=None if negative_prompts is None else _column(negative_prompts, number),
-                device=pipeline.device,
+                device=device_of(pipeline),
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=guided,
             )
@@ -116,18 +123,33 @@ def _token_limits(pipeline: DiffusionPipeline) -> list[tuple[Any, int]]:
         maximum = tokenizer.model_max_length
         if not isinstance(tokenizer, CLIPTokenizer) and length is not None and isinstance(length.default, int):
             maximum = length.default
-        limits.append((tokenizer, maximum - tokenizer.num_special_tokens_to_add()))
+        taken = tokenizer.num_special_tokens_to_add() + _template_tokens(pipeline, tokenizer)
+        limits.append((tokenizer, maximum - taken))
     return limits
 
 
 def _text_encoders(pipeline: DiffusionPipeline) -> list[tuple[Any, Any]]:
-    """Each tokenizer of the pipeline with its encoder."""
-    found = []
-    for name, tokenizer in pipeline.components.items():
-        encoder = pipeline.components.get(name.replace("tokenizer", "text_encoder"))
+    """Each tokenizer of the pipeline with its encoder. A pipeline may have a processor of texts and images instead."""
+    parts, found = pipeline.components, []
+    for name, part in parts.items():
+        encoder = parts.get("text_encoder" if name == "processor" else name.replace("tokenizer", "text_encoder"))
+        if name == "processor" and parts.get("tokenizer") is not None:
+            continue
+        tokenizer = getattr(part, "tokenizer", part)
         if isinstance(tokenizer, PreTrainedTokenizerBase) and encoder is not None:
             found.append((tokenizer, encoder))
     return found
+
+
+def _template_tokens(pipeline: DiffusionPipeline, tokenizer: Any) -> int:
+    """Tokens of the chat around a prompt, which count as part of the text. For some pipelines it is too many."""
+    words = getattr(pipeline, "system_message", None) or getattr(pipeline, "system_prompt", None) or ""
+    tokens = len(tokenizer(words, add_special_tokens=False).input_ids)
+    if getattr(tokenizer, "chat_template", None) is None:
+        return tokens
+    chat = [{"role": "user", "content": ""}]
+    template = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokens + len(tokenizer(template, add_special_tokens=False).input_ids)
 
 
 def _reads_parts(pipeline: DiffusionPipeline) -> bool:
@@ -141,6 +163,13 @@ def _reads_parts(pipeline: DiffusionPipeline) -> bool:
         and needed <= inspect.signature(type(pipeline).__call__).parameters.keys()
         and all(isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection) for _, encoder in encoders)
     )
+
+
+def _after(text: str, read: str) -> str:
+    """The end of the text behind the characters in `read`, which may have other white space."""
+    places = [place for place, character in enumerate(text) if not character.isspace()]
+    count = len("".join(read.split()))
+    return text[places[count] :].strip() if count < len(places) else ""
 
 
 def _characters_read(tokenizer: Any, limit: int, text: str) -> int:

@@ -1,5 +1,6 @@
 """Previews of unfinished images: the clean latents that the scheduler predicts, made small and then decoded."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -13,6 +14,12 @@ from torch.nn import functional
 from shared.errors import ModelOutOfMemoryError
 from worker_service.execution import accelerator
 from worker_service.models.interface import PREVIEW_SIDE, ImageRequest
+
+
+def on_white(images: np.ndarray) -> np.ndarray:
+    """Composite transparent images on white: shape (..., 4), float, in [0, 1]; the result has the shape (..., 3)."""
+    composited: np.ndarray = images[..., :3] * images[..., 3:] + (1 - images[..., 3:])
+    return composited
 
 
 @dataclass
@@ -36,8 +43,9 @@ class Previewer:
         """
         if all(request.preview_listener is None for request in requests):
             return None
-        config = getattr(getattr(pipeline, "vae", None), "config", {})
-        if config.get("scaling_factor") is None:
+        vae = getattr(pipeline, "vae", None)
+        config = getattr(vae, "config", {})
+        if config.get("scaling_factor") is None and config.get("latents_mean") is None and not hasattr(vae, "bn"):
             return None
         previewer = cls(pipeline, requests[0].width, requests[0].height)
         previewer.record_predictions(pipeline.scheduler)
@@ -52,9 +60,7 @@ class Previewer:
             return []
         if self.predicted is not None and self.predicted.shape == latents.shape:
             latents = self.predicted
-        latents = latents[list(rows)]
-        if latents.ndim == 3 and hasattr(self.pipeline, "_unpack_latents"):
-            latents = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
+        latents = self._unpacked(latents[list(rows)])
         if latents.ndim != 4:
             return []
         try:
@@ -64,10 +70,30 @@ class Previewer:
             return []
         if not np.isfinite(pixels).all():
             return []
-        return list((pixels * 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
+        return list((pixels * 255).round().astype(np.uint8))
+
+    def _unpacked(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents with the shape (n, channels, height, width); in other forms than the known ones, unchanged."""
+        pipeline = self.pipeline
+        if latents.ndim == 3 and hasattr(pipeline, "_unpatchify_latents"):  # FLUX.2
+            patch = 2 * pipeline.vae_scale_factor
+            latents = latents.mT.reshape(len(latents), -1, self.height // patch, self.width // patch)
+            statistics = pipeline.vae.bn
+            deviation = (statistics.running_var + pipeline.vae.config.batch_norm_eps).sqrt()
+            latents = latents * deviation.to(latents.dtype).view(1, -1, 1, 1)
+            latents = latents + statistics.running_mean.to(latents.dtype).view(1, -1, 1, 1)
+            latents = pipeline._unpatchify_latents(latents)
+        elif latents.ndim == 3 and hasattr(pipeline, "_unpack_latents"):
+            unpack, options = pipeline._unpack_latents, {"height": self.height, "width": self.width}
+            if "vae_scale_factor" in inspect.signature(unpack).parameters:
+                options["vae_scale_factor"] = pipeline.vae_scale_factor
+            latents = unpack(latents, **options)
+        if latents.ndim == 5 and latents.shape[2] == 1:  # one frame
+            latents = latents[:, :, 0]
+        return latents
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Make the latents small, so that decoding is cheap, then decode: float32 in [0, 1], (n, 3, height, width)."""
+        """Make the latents small, so that decoding is cheap, then decode: float32 in [0, 1], (n, height, width, 3)."""
         vae = self.pipeline.vae
         largest = max(1, PREVIEW_SIDE // self.pipeline.vae_scale_factor)
         height, width = latents.shape[-2:]
@@ -77,14 +103,18 @@ class Previewer:
             latents = functional.interpolate(latents.float(), size=size, mode="area")
         config = vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
+        scale = config.get("scaling_factor") or 1
         if mean is not None and std is not None:
             latents = latents * latents.new_tensor(std).view(1, -1, 1, 1)
-            latents = latents / config.scaling_factor + latents.new_tensor(mean).view(1, -1, 1, 1)
+            latents = latents / scale + latents.new_tensor(mean).view(1, -1, 1, 1)
         else:
-            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+            latents = latents / scale + (config.get("shift_factor") or 0)
+        takes_frames = "temperal_downsample" in config  # video VAEs, by the spelling of diffusers
+        latents = latents.unsqueeze(2) if takes_frames else latents
         decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        decoded = decoded[:, :, 0] if takes_frames else decoded
         pixels: np.ndarray = (decoded.float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
-        return pixels
+        return on_white(pixels.transpose(0, 2, 3, 1)) if pixels.shape[1] == 4 else pixels.transpose(0, 2, 3, 1)
 
     def record_predictions(self, scheduler: SchedulerMixin) -> None:
         """Replace the scheduler's `step` by one that also records the predicted latents in `predicted`.

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import SchedulerMixin
 
 from shared.errors import ModelLoadError
@@ -26,15 +27,36 @@ left out, because it takes its noise from one sampler for the whole batch."""
 
 
 def compatible_names(own: SchedulerMixin) -> list[str]:
-    """Names of the schedulers that can replace a pipeline's own scheduler, as diffusers says by `compatibles`."""
+    """Names of the schedulers that can replace a pipeline's own: `compatibles` of diffusers, if they run its model."""
     if not own.has_compatibles:
         return []
     compatible = {scheduler.__name__ for scheduler in own.compatibles}
     return [
         name
         for name, (class_name, changes) in ALLOWED.items()
-        if class_name in compatible and _starts_from_right_noise(own, class_name, changes)
+        if class_name in compatible and _starts_from_right_noise(own, class_name, changes) and _runs(own, name)
     ]
+
+
+def _runs(own: SchedulerMixin, name: str) -> bool:
+    """Whether the scheduler can run the model, by a few steps of one pixel.
+
+    diffusers lists schedulers as compatible that refuse the model's `prediction_type`, or that take flow matching for
+    diffusion and end in infinities.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    sample = torch.randn(1, 4, 1, 1, generator=generator)
+    try:
+        scheduler = new_scheduler(own, name)
+        step_takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        scheduler.set_timesteps(3)
+        for timestep in scheduler.timesteps:
+            output = torch.ones_like(scheduler.scale_model_input(sample, timestep))
+            options = {"generator": generator} if step_takes_generator else {}
+            sample = scheduler.step(output, timestep, sample, **options).prev_sample
+    except Exception:  # most often ValueError; whatever it is, requests cannot choose this scheduler
+        return False
+    return bool(torch.isfinite(sample).all())
 
 
 def _starts_from_right_noise(own: SchedulerMixin, class_name: str, changes: dict[str, Any]) -> bool:

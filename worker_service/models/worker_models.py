@@ -38,6 +38,20 @@ GENERATORS: dict[str, type[Diffusion] | type[FakeGenerator]] = {"diffusers": Dif
 """Generator classes by `kind` in the settings. A new class of `ImageModel` is registered here."""
 
 
+def require_fitting_clip(image_model: ImageModel, *, clip_name: str, dim: int) -> None:
+    """Refuse an image model that conditions on vectors of another length than the CLIP makes.
+
+    Raises:
+        ModelLoadError: the lengths differ.
+    """
+    if image_model.reference_dim not in (None, dim):
+        raise ModelLoadError(
+            f"The IP-Adapter of {image_model.name!r} takes vectors of length {image_model.reference_dim}, and the CLIP "
+            f"{clip_name!r} makes {dim}: it is not the adapter's encoder, so set "
+            'ip_adapter.conditions_on to "image".'
+        )
+
+
 @dataclass
 class Models:
     """Everything a generate worker needs to run a job."""
@@ -65,12 +79,7 @@ class Models:
             image_model: ImageModel = GENERATORS[generator.kind].load(name, settings.model)
             watch.progress(Stage.WARM_UP)
             image_model.warm_up()
-        if image_model.reference_dim not in (None, embedder.space.dim):
-            raise ModelLoadError(
-                f"The IP-Adapter of {name!r} takes vectors of length {image_model.reference_dim}, and the CLIP "
-                f"{embedder.name!r} makes {embedder.space.dim}: it is not the adapter's encoder, so set "
-                'ip_adapter.conditions_on to "image".'
-            )
+        require_fitting_clip(image_model, clip_name=embedder.name, dim=embedder.space.dim)
         with session_scope() as session:
             workers.publish_capabilities(session, name, image_model.capabilities)
         logger.info("generator_loaded", extra={"model": name, "modes": image_model.capabilities.modes})
@@ -105,6 +114,7 @@ class Models:
             name=image_model.name,
             watchdog=watchdog,
             starvation_timeout_s=starvation_timeout_s,
+            interruptible=not image_model.capabilities.interruption_changes_images,
         )
         policy = Policy.of(safety, settings, embedder.embed, has_checker=image_model.has_safety_checker)
         return cls(embedder, image_model, settings, batcher, policy)
