@@ -10,6 +10,11 @@ from pydantic import BaseModel
 
 from api_service.http import requests
 from api_service.http.responses import json
+from shared.contracts.common import Contract
+
+
+class NoQuery(Contract):
+    """The query of a route that has none. So a field there, such as `dry_run` of a body, is refused and not ignored."""
 
 
 class ApiBlueprint(APIBlueprint):
@@ -38,8 +43,9 @@ class ApiBlueprint(APIBlueprint):
             arguments: dict[str, BaseModel] = {}
             if path is not None:
                 arguments["path"] = requests.parse_path(path, path_values)
+            sent_query = requests.parse_query(query or NoQuery, request)
             if query is not None:
-                arguments["query"] = requests.parse_query(query, request)
+                arguments["query"] = sent_query
             if body is not None:
                 arguments["body"] = requests.parse_json_body(body, request)
             result = func(**arguments)

@@ -473,3 +473,12 @@ def test_a_broken_multipart_body_is_refused(subtests: pytest.Subtests, client: C
                 answer = client.post(f"{API}/upload", data=body, content_type=content_type)
                 assert answer.status_code in (400, 422)
                 assert answer.content_type == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "generate"), ("POST", "rag/generate"), ("POST", "search"), ("GET", "models")]
+)
+def test_a_query_of_a_route_that_has_none_is_refused(client: Client, method: str, path: str) -> None:
+    answer = client.open(f"{API}/{path}?dry_run=true", method=method, json={"prompt": "a cat", "query": "a cat"})
+    assert answer.status_code == 422
+    assert [each["field"] for each in answer.json["errors"]] == ["query.dry_run"]
