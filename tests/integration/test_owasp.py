@@ -35,6 +35,7 @@ SCOPE_OF_TAG = {
     "bulks": "generate",
     "jobs": "generate",
     "outputs": "generate",
+    "reference images": "generate",
     "webhooks": "generate",
     "search": "search",
     "admin": "admin",

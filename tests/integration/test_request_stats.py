@@ -119,7 +119,7 @@ def test_only_an_operator_sees_the_statistics_of_the_whole_service(keyed_client:
     assert "secret-host" not in answer.text
     assert (stats["cache"], stats["pools"], stats["recent_requests"], stats["operations"]) == ({}, {}, [], {})
     page = keyed_client.get("/queue", headers=a_key(session, "generate", owner="team"))
-    assert "<b>1</b> waiting" in page.text
+    assert "<b>1</b> jobs queued" in page.text
 
     stats = keyed_client.get(f"{API}/stats", headers=operator).json
     assert stats["jobs"] == {"queued": 2, "succeeded": 1}

@@ -57,7 +57,12 @@ def celery_worker(settings: Settings, runner: JobRunner) -> Iterator[Celery]:
     revocation.cancel_revoked_jobs()
     worker_state.revoked.clear()
     with start_worker(
-        app, pool="threads", concurrency=2, perform_ping_check=False, queues=[queue.generate_queue("cheap")]
+        app,
+        pool="threads",
+        concurrency=2,
+        perform_ping_check=False,
+        queues=[queue.generate_queue("cheap")],
+        loglevel="warning",  # it stays the level of the tests that follow
     ):
         yield app
         runner.stop.set()
