@@ -173,7 +173,7 @@ RUN_BY = {
         *("worker_service/__main__.py", "worker_service/maintenance"),
         *(f"worker_service/workers/{name}.py" for name in ("process", "io", "revoke", "lane_transport", "consumer")),
     ],
-    "worker": ["worker_service", "shared"],
+    "worker": ["worker_service", "shared", "scripts/try_model", "scripts/contact_sheet.py"],
     "flower": ["ops/flower"],
 }
 

@@ -1,7 +1,8 @@
 """Weights in fewer bits: the quantizers of diffusers, as the settings name them."""
 
-import importlib.util
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import diffusers
@@ -19,7 +20,7 @@ def require(library: str) -> None:
     Raises:
         ModelLoadError: it is not; the message names the extra.
     """
-    if importlib.util.find_spec(library) is None:
+    if find_spec(library) is None:
         raise ModelLoadError(f"quantization needs {library}, an optional library: pip install 'afterimage[{library}]'")
 
 
@@ -51,10 +52,9 @@ def of_part(settings: QuantizationSettings, library: Any, *, dtype: torch.dtype)
     require(settings.backend)
     match settings.backend, settings.type:
         case "torchao", _:
-            from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
-
+            types = import_module("torchao.quantization")  # by name, because the worker image does not contain it
             return library.TorchAoConfig(
-                {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[settings.type]()
+                types.Int8WeightOnlyConfig() if settings.type == "int8" else types.Float8WeightOnlyConfig()
             )
         case _, "int8":
             return library.BitsAndBytesConfig(load_in_8bit=True)
