@@ -20,7 +20,7 @@ from shared.capabilities import drawable_size
 from shared.contracts.generation import Mode
 from shared.settings import get_settings
 from worker_service.models.clip import Clip
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 from worker_service.models.interface import ImageRequest, Reference
 
 BATCHES = (1, 2, 4, 8, 16)

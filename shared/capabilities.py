@@ -22,8 +22,8 @@ def drawable_size(capabilities: Capabilities, width: int, height: int) -> tuple[
     """The (width, height) in pixels that the model should draw for a picture of `width` x `height`.
 
     It is the requested size where the model draws that well. Otherwise the picture is cropped and scaled afterwards:
-    see `worker_service.models.framing`. A model that draws any size then gets a trusted area with about the same aspect
-    ratio. Any other model gets its native size.
+    see `worker_service.models.generation.framing`. A model that draws any size then gets a trusted area with about the
+    same aspect ratio. Any other model gets its native size.
     """
     native = (capabilities.native_width, capabilities.native_height)
     if not capabilities.any_size:

@@ -6,7 +6,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from PIL import Image
 
 from scripts.evaluate.metrics import psnr_db
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from shared.errors import ConfigurationError
 from shared.settings import ClipSettings, Settings
 from shared.vectors import l2_normalised
 from worker_service.models.clip import Clip
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 
 ROUND_TRIPS = 256
 """Most images for the measurement of the autoencoder."""

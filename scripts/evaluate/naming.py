@@ -24,7 +24,7 @@ from scripts.evaluate.store import Store
 from shared.settings import STARTER, get_settings
 from shared.vectors import l2_normalised
 from worker_service.models.clip import Clip
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 
 CONCEPTS = (
     *("pizza", "red apple", "fox", "clown face", "soccer ball", "house", "rocket", "sunflower"),

@@ -17,10 +17,10 @@ from shared.capabilities import drawable_size
 from shared.contracts.generation import Mode
 from shared.errors import BaseAppException, ModelOutOfMemoryError
 from worker_service.execution.steps import CallStopped
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
+from worker_service.models.generation.previews import Previewer
 from worker_service.models.interface import ImageRequest
-from worker_service.models.previews import Previewer
-from worker_service.models.probe import INVISIBLE, LONG, MORE_THAN_ROUNDING, REFUSALS, SHORT
+from worker_service.models.pipelines.probe import INVISIBLE, LONG, MORE_THAN_ROUNDING, REFUSALS, SHORT
 
 MOST_STEPS = 4
 """Steps of the checked images. The promises do not depend on the number, and rounding grows with it."""
@@ -79,7 +79,7 @@ class Promises:
 
     @property
     def tolerance(self) -> float:
-        """As in the probe of the start: `worker_service.models.probe`."""
+        """As in the probe of the start: `worker_service.models.pipelines.probe`."""
         return max(INVISIBLE, MORE_THAN_ROUNDING * self.rounding)
 
     def checks(self) -> Iterator[Check]:

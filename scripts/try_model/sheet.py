@@ -11,7 +11,7 @@ from shared.capabilities import default_references
 from shared.contracts.generation import Mode
 from shared.errors import BaseAppException
 from worker_service.models.generate_batch import generate_batch
-from worker_service.models.probe import REFUSALS
+from worker_service.models.pipelines.probe import REFUSALS
 
 SEEDS = 3
 LARGEST_CELL_PX = 384

@@ -19,7 +19,7 @@ from shared.imaging import open_image
 from shared.settings import GeneratorSettings, Settings
 from worker_service.execution.steps import OnStep
 from worker_service.models.clip import Clip
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 from worker_service.models.interface import ImageModel, ImageRequest, Reference
 from worker_service.models.worker_models import GENERATORS, require_fitting_clip
 

@@ -19,7 +19,7 @@ from shared.contracts.generation import Mode
 from shared.errors import BaseAppException
 from shared.settings import Settings
 from shared.version import VERSION
-from worker_service.models.probe import REFUSALS
+from worker_service.models.pipelines.probe import REFUSALS
 
 SHEET = "sheet.png"
 

@@ -17,9 +17,9 @@ from worker_service.execution.batcher import Submission
 from worker_service.execution.steps import OnStep
 from worker_service.jobs import attempt
 from worker_service.models import worker_models
-from worker_service.models.diffusion import Diffusion
 from worker_service.models.fake import FakeGenerator
 from worker_service.models.generate_batch import GeneratedImage
+from worker_service.models.generation.diffusion import Diffusion
 from worker_service.models.interface import ImageRequest
 from worker_service.models.worker_models import Models
 from worker_service.workers import generate as generate_worker

@@ -25,8 +25,8 @@ from worker_service.execution.watchdog import Watchdog
 from worker_service.jobs.attempt import Outcome
 from worker_service.jobs.leases import JobLeases
 from worker_service.models.clip import Clip
-from worker_service.models.diffusion import Diffusion
 from worker_service.models.embedder import Embedder
+from worker_service.models.generation.diffusion import Diffusion
 from worker_service.models.worker_models import Models
 
 SIDE = 32

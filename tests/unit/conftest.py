@@ -12,7 +12,7 @@ import pytest
 from shared.settings import ClipSettings, GeneratorSettings, IPAdapterSettings, LoraSettings, ModelSettings
 
 if TYPE_CHECKING:
-    from worker_service.models.diffusion import Diffusion
+    from worker_service.models.generation.diffusion import Diffusion
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +74,6 @@ def model_settings(small_models: Path) -> ModelSettings:
 @pytest.fixture(scope="session")
 def loaded(model_settings: ModelSettings) -> Callable[[str], Diffusion]:
     """`loaded("sd15")` gives that generator of `model_settings`. Its first call loads it."""
-    from worker_service.models.diffusion import Diffusion
+    from worker_service.models.generation.diffusion import Diffusion
 
     return cache(lambda name: Diffusion.load(name, model_settings))

@@ -13,7 +13,7 @@ from shared.errors import ModelLoadError
 from shared.settings import GeneratorSettings, ModelSettings
 from tests.unit.test_diffusion_batches import REQUEST
 from tests.unit.test_diffusion_loading import load
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 
 Loaded = Callable[[str], Diffusion]
 

@@ -18,7 +18,7 @@ from shared.contracts.generation import Mode
 from shared.errors import InvalidOutputError, ModelOutOfMemoryError
 from tests.small_pipelines import CLIP_DIM
 from worker_service.execution.steps import CallStopped, OnStep
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 from worker_service.models.interface import ImageRequest, Reference
 
 ROUNDING = 2

@@ -31,8 +31,9 @@ from tests.unit.test_diffusion_batches import (
     generate_images,
     reference,
 )
-from worker_service.models import loading, schedulers
-from worker_service.models.diffusion import Diffusion
+from worker_service.models import loading
+from worker_service.models.generation import schedulers
+from worker_service.models.generation.diffusion import Diffusion
 
 Loaded = Callable[[str], Diffusion]
 WITHOUT_ADAPTER = [Mode.IMG2IMG, Mode.CAPTION, Mode.NONE]

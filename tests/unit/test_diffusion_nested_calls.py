@@ -9,8 +9,8 @@ import pytest
 from shared.contracts.generation import Mode
 from tests.unit.test_diffusion_batches import DIFFERENT, REQUEST, PreviewRecorder, distance, generate_images, reference
 from worker_service.execution.steps import CallStopped
-from worker_service.models.diffusion import Diffusion, PipelineState
 from worker_service.models.generate_batch import GeneratedImage, generate_batch
+from worker_service.models.generation.diffusion import Diffusion, PipelineState
 from worker_service.models.interface import ImageRequest
 
 Loaded = Callable[[str], Diffusion]

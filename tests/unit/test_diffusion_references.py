@@ -20,10 +20,10 @@ from tests.unit.test_diffusion_batches import (
     reference,
 )
 from worker_service.execution.steps import CallStopped
-from worker_service.models import conditioning, schedulers
-from worker_service.models.diffusion import Diffusion, PipelineState
+from worker_service.models.generation import conditioning, schedulers
+from worker_service.models.generation.diffusion import Diffusion, PipelineState
+from worker_service.models.generation.long_prompts import TextReader
 from worker_service.models.interface import ImageRequest, Reference
-from worker_service.models.long_prompts import TextReader
 
 Loaded = Callable[[str], Diffusion]
 PROMPTED = replace(REQUEST, mode=Mode.IMAGE_PROMPT, references=(reference(1),))

@@ -15,7 +15,7 @@ from shared.settings import GeneratorSettings, ModelSettings
 from tests.small_pipelines import save_sd15
 from tests.unit.test_diffusion_batches import REQUEST, distance, generate_images, reference
 from worker_service.models import generate_batch
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 
 from tests.unit.test_diffusion_batches import ROUNDING
 from tests.unit.test_todays_pipelines import CASES, draw, load, request_for
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 
 LoadModel = Callable[[str], Diffusion]
 STABLE_DIFFUSION = ["sd15", "sdxl"]

@@ -8,9 +8,9 @@ from PIL import Image, ImageDraw
 
 from shared.contracts.generation import Mode
 from shared.settings import ModelSettings
-from worker_service.models import framing
-from worker_service.models.diffusion import Diffusion
-from worker_service.models.framing import Size
+from worker_service.models.generation import framing
+from worker_service.models.generation.diffusion import Diffusion
+from worker_service.models.generation.framing import Size
 from worker_service.models.interface import ImageRequest, Reference
 
 SIDES = st.integers(16, 2048)

@@ -16,9 +16,9 @@ from tests.unit.test_diffusion_batches import DIFFERENT, REQUEST, ROUNDING, dist
 from tests.unit.test_diffusion_references import generated_by_diffusers
 from worker_service.execution.batcher import Batcher
 from worker_service.execution.watchdog import Watchdog
-from worker_service.models.diffusion import Diffusion
 from worker_service.models.generate_batch import generate_batch
-from worker_service.models.long_prompts import MAX_PARTS
+from worker_service.models.generation.diffusion import Diffusion
+from worker_service.models.generation.long_prompts import MAX_PARTS
 
 Loaded = Callable[[str], Diffusion]
 CLIP_PIPELINES = ["sd15", "sdxl", "sdxl_turbo"]

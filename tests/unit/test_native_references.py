@@ -18,10 +18,10 @@ from shared.settings import GeneratorSettings, ModelSettings
 from tests import small_pipelines
 from tests.unit.test_diffusion_batches import REQUEST, ROUNDING, distance, generate_images, reference
 from tests.unit.test_diffusion_nested_calls import assert_independent
-from worker_service.models import framing, schedulers
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation import framing, schedulers
+from worker_service.models.generation.diffusion import Diffusion
+from worker_service.models.generation.native_references import CallShape, NativeReferences
 from worker_service.models.interface import ImageRequest
-from worker_service.models.native_references import CallShape, NativeReferences
 
 Loaded = Callable[[str], Diffusion]
 SIDE = 64

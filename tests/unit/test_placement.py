@@ -17,7 +17,7 @@ from tests import small_pipelines
 from tests.unit.test_diffusion_batches import REQUEST, reference
 from tests.unit.test_diffusion_loading import load
 from worker_service.execution.steps import CallStopped
-from worker_service.models.diffusion import OFFLOAD, Diffusion
+from worker_service.models.generation.diffusion import OFFLOAD, Diffusion
 from worker_service.models.interface import ImageRequest
 
 Loaded = Callable[[str], Diffusion]

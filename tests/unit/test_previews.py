@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler, SchedulerMixin
 
-from worker_service.models import schedulers
-from worker_service.models.previews import Previewer, on_white
+from worker_service.models.generation import schedulers
+from worker_service.models.generation.previews import Previewer, on_white
 
 
 def test_a_transparent_image_is_composited_on_white() -> None:

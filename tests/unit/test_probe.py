@@ -15,9 +15,9 @@ from tests import small_pipelines
 from tests.unit.test_diffusion_batches import REQUEST
 from tests.unit.test_diffusion_loading import load
 from worker_service.execution.steps import OnStep
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 from worker_service.models.interface import ImageRequest
-from worker_service.models.probe import Verdict, probe
+from worker_service.models.pipelines.probe import Verdict, probe
 
 KEEPS_THE_PROMISES = Verdict(largest_batch=None, batching_changes_images=False, interruption_changes_images=False)
 
@@ -84,7 +84,7 @@ def test_a_model_of_diffusers_that_changes_images_in_a_batch_draws_each_alone(
     small_pipelines.save_qwen_image_21(tmp_path)
     model = load(source=str(tmp_path), defaults={"width": 64, "height": 64})
     assert model.capabilities.max_batch_size == 4
-    with caplog.at_level(logging.WARNING, "worker_service.models.probe"):
+    with caplog.at_level(logging.WARNING, "worker_service.models.pipelines.probe"):
         model.warm_up()
     assert model.capabilities.max_batch_size == 1
     assert model.capabilities.batching_changes_images

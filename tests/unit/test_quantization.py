@@ -18,8 +18,8 @@ from shared.errors import ModelLoadError
 from shared.settings import ModelSettings, QuantizationSettings
 from tests.unit.test_diffusion_batches import REQUEST
 from tests.unit.test_diffusion_loading import load
-from worker_service.models import quantization
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
+from worker_service.models.pipelines import quantization
 
 Loaded = Callable[[str], Diffusion]
 

@@ -9,7 +9,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from worker_service.models.schedulers import ALLOWED, compatible_names, img2img_schedule, most_steps
+from worker_service.models.generation.schedulers import ALLOWED, compatible_names, img2img_schedule, most_steps
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from shared.errors import ModelLoadError
 from shared.settings import GeneratorSettings
 from tests.unit.test_diffusion_batches import REQUEST
 from tests.unit.test_diffusion_loading import load
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 
 Loaded = Callable[[str], Diffusion]
 Tensors = dict[str, torch.Tensor]

@@ -17,9 +17,9 @@ from shared.contracts.generation import Mode
 from shared.settings import GeneratorSettings, ModelSettings
 from tests import small_pipelines
 from tests.unit.test_diffusion_batches import REQUEST, ROUNDING, distance, generate_images, reference
-from worker_service.models.diffusion import Diffusion
+from worker_service.models.generation.diffusion import Diffusion
 from worker_service.models.interface import ImageRequest
-from worker_service.models.probe import INVISIBLE
+from worker_service.models.pipelines.probe import INVISIBLE
 
 TEXT_ONLY = ["caption", "none"]
 WITH_REFERENCES = ["caption", "reference", "none"]

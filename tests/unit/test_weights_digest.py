@@ -10,9 +10,9 @@ import huggingface_hub
 import pytest
 
 from shared.settings import GeneratorSettings, IPAdapterSettings
-from worker_service.models import weights_digest
-from worker_service.models.diffusion import Diffusion
-from worker_service.models.weights_digest import file_digest
+from worker_service.models.generation.diffusion import Diffusion
+from worker_service.models.pipelines import weights_digest
+from worker_service.models.pipelines.weights_digest import file_digest
 
 Loaded = Callable[[str], Diffusion]
 

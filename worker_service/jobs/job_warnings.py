@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from shared import retrieval
 from shared.contracts.jobs import JobWarning
 from worker_service.jobs import outputs
-from worker_service.models import framing
+from worker_service.models.generation import framing
 from worker_service.models.interface import ImageRequest, UnreadTexts
 
 
@@ -46,8 +46,8 @@ def _of_size(request: ImageRequest) -> Iterator[JobWarning]:
     width, height = request.output_size
     yield JobWarning(
         code="image_cropped",
-        detail=f"The model draws {request.width} x {request.height} pixels. The middle {right - left:.0f} x "
-        f"{bottom - top:.0f} of them become the {width} x {height} of the image.",
+        detail=f"The model draws {request.width} x {request.height} pixels. The middle {right - left:g} x "
+        f"{bottom - top:g} of them become the {width} x {height} of the image.",
         context={"drawn": [request.width, request.height], "crop": crop},
     )
 

@@ -22,8 +22,8 @@ from shared.errors import InvalidImageError, ReferenceDeletedError, ResourceNotF
 from shared.imaging import encode_image, open_image, pixels_sha256, thumbnail
 from shared.storage import get_blobs, output_key, output_thumbnail_key
 from worker_service.jobs.attempt import Attempt
-from worker_service.models import framing
 from worker_service.models.generate_batch import GeneratedImage
+from worker_service.models.generation import framing
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.worker_models import Models
 

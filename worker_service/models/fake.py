@@ -13,7 +13,7 @@ from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities, ModelDefaults
 from shared.settings import ModelSettings
 from worker_service.execution.steps import CallStopped, OnStep
-from worker_service.models.framing import to_requested_ratio
+from worker_service.models.generation.framing import to_requested_ratio
 from worker_service.models.interface import PREVIEW_SIDE, ImageRequest, UnreadTexts, previews_due
 
 

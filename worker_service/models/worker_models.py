@@ -25,10 +25,10 @@ from shared.settings import GeneratorSettings, SafetySettings, Settings
 from worker_service.execution.batcher import Batcher, Submission
 from worker_service.execution.watchdog import Stage, Watchdog
 from worker_service.models.content_policy import Policy
-from worker_service.models.diffusion import Diffusion
 from worker_service.models.embedder import Embedder
 from worker_service.models.fake import FakeGenerator
 from worker_service.models.generate_batch import GeneratedImage, generate_batch
+from worker_service.models.generation.diffusion import Diffusion
 from worker_service.models.interface import ImageModel, ImageRequest
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.errors import InvalidOutputError
 from worker_service.models.interface import ImageRequest, Reference
-from worker_service.models.probe import probe
+from worker_service.models.pipelines.probe import probe
 
 if TYPE_CHECKING:
-    from worker_service.models.diffusion import Diffusion
+    from worker_service.models.generation.diffusion import Diffusion
 
 
 def warm_up(model: Diffusion) -> Capabilities:

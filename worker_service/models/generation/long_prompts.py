@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerBase
 
-from worker_service.models.placement import device_of
+from worker_service.models.pipelines.placement import device_of
 
 MAX_PARTS = 16
 """A longer text is cut. 2,000 characters of English have about 7 parts, and of emoji more than 100. Each part makes the

@@ -14,9 +14,10 @@ from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.errors import ModelLoadError
 from shared.settings import GeneratorDefaults, GeneratorSettings
-from worker_service.models import placement, quantization, schedulers, weights_digest
-from worker_service.models.guidance import Guidance
-from worker_service.models.native_references import NativeReferences
+from worker_service.models.generation import schedulers
+from worker_service.models.generation.guidance import Guidance
+from worker_service.models.generation.native_references import NativeReferences
+from worker_service.models.pipelines import placement, quantization, weights_digest
 
 NEEDED_PARAMETERS = {
     "prompt": "no prompt",

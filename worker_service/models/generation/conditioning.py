@@ -12,11 +12,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from shared.errors import ImageGenerationError, ReferenceUnavailableError
-from worker_service.models import framing
+from worker_service.models.generation import framing
+from worker_service.models.generation.long_prompts import TextReader
 from worker_service.models.interface import ImageRequest, Reference
-from worker_service.models.load_pipeline import reference_dim
-from worker_service.models.long_prompts import TextReader
-from worker_service.models.placement import device_of
+from worker_service.models.pipelines.load_pipeline import reference_dim
+from worker_service.models.pipelines.placement import device_of
 
 MAX_CAPTIONS = 2
 """More captions move the image away from the prompt. ImageRAG (arXiv 2502.09411) found no gain from more."""

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from shared.errors import ModelLoadError
 from shared.settings import GeneratorSettings
-from worker_service.models import quantization
+from worker_service.models.pipelines import quantization
 
 DECODER = "first_stage_model."
 """Prefix of the VAE's tensors in a checkpoint that holds all parts of a pipeline."""

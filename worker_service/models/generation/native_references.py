@@ -20,7 +20,7 @@ from PIL import Image
 
 from shared.errors import ReferenceUnavailableError
 from shared.settings import GeneratorSettings
-from worker_service.models import framing
+from worker_service.models.generation import framing
 from worker_service.models.interface import ImageRequest, Reference
 
 DEFAULT_SIDE = 512

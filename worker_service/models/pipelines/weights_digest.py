@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from shared.errors import ModelLoadError
 from shared.settings import GeneratorSettings
-from worker_service.models import single_file
+from worker_service.models.pipelines import single_file
 
 KIND = "files"
 """Value of `Capabilities.weights_digest_kind` for digests of this module."""

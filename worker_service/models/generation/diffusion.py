@@ -17,24 +17,16 @@ from shared.errors import InvalidOutputError, UnsupportedParameterError
 from shared.settings import GeneratorSettings, ModelSettings
 from worker_service.execution import accelerator
 from worker_service.execution.steps import CallStopped, OnStep
-from worker_service.models import (
-    conditioning,
-    equal_prompts,
-    load_pipeline,
-    loading,
-    long_prompts,
-    pipeline_capabilities,
-    placement,
-    previews,
-    schedulers,
-)
-from worker_service.models.framing import to_requested_ratio
-from worker_service.models.guidance import Guidance
+from worker_service.models import loading
+from worker_service.models.generation import conditioning, equal_prompts, long_prompts, previews, schedulers
+from worker_service.models.generation.framing import to_requested_ratio
+from worker_service.models.generation.guidance import Guidance
+from worker_service.models.generation.long_prompts import TextReader
+from worker_service.models.generation.native_references import NativeReferences
 from worker_service.models.interface import ImageRequest, UnreadTexts, previews_due
-from worker_service.models.long_prompts import TextReader
-from worker_service.models.native_references import NativeReferences
+from worker_service.models.pipelines import load_pipeline, pipeline_capabilities, placement
+from worker_service.models.pipelines.warm_up import warm_up
 from worker_service.models.safety_checker import SafetyChecker
-from worker_service.models.warm_up import warm_up
 
 VAE_SLICING, VAE_TILING, OFFLOAD = "vae_slicing", "vae_tiling", "offload"
 

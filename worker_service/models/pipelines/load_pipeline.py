@@ -14,7 +14,8 @@ from transformers import CLIPVisionModelWithProjection
 
 from shared.errors import ModelLoadError
 from shared.settings import GeneratorSettings, IPAdapterSettings
-from worker_service.models import denoiser_kernels, loading, placement, quantization, single_file
+from worker_service.models import loading
+from worker_service.models.pipelines import denoiser_kernels, placement, quantization, single_file
 
 
 def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPipeline:

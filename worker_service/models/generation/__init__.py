@@ -1,0 +1,1 @@
+"""How a loaded pipeline of diffusers generates a batch of unrelated images."""

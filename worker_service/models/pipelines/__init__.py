@@ -1,0 +1,1 @@
+"""How a pipeline of diffusers is loaded, fitted to its device, described and tried."""
