@@ -10,7 +10,7 @@ from uuid import UUID
 
 import httpx
 
-from afterimage_client.connection import Connection, parse_response
+from afterimage_client.connection import Connection, id_of, parse_response
 from afterimage_client.errors import AfterimageError, ConflictError, UnreachableError, WaitTimeoutError
 from shared.contracts.bulks import (
     BulkItemView,
@@ -57,7 +57,7 @@ class Bulks:
         return parse_response(BulkView, response)
 
     def send(
-        self, bulk_id: UUID, lines: Iterable[Line], *, on_received: Callable[[int], object] | None = None
+        self, bulk: UUID | BulkView, lines: Iterable[Line], *, on_received: Callable[[int], object] | None = None
     ) -> BulkView:
         """Send all lines, the header included, and start the bulk. Lines that the service has are not sent again.
 
@@ -69,8 +69,8 @@ class Bulks:
             BulkMismatchError: the bulk on the service has other lines.
             InvalidRequestError: the service refused the lines (`bulk_invalid`); `errors` lists the reasons.
         """
-        bulk = self.get(bulk_id)
-        received, received_digest = bulk.received_lines, bulk.digest
+        view = self.get(bulk)
+        bulk_id, received, received_digest = view.id, view.received_lines, view.digest
         digest, count = b"", 0
         chunk: list[Line] = []
         chunk_bytes = 0
@@ -93,33 +93,33 @@ class Bulks:
             self._append(bulk_id, chunk, before=count - len(chunk))
         if on_received is not None:
             on_received(count)
-        if bulk.state is not BulkState.RECEIVING:
-            return bulk
+        if view.state is not BulkState.RECEIVING:
+            return view
         body = {"lines": count, "digest": digest.hex()}
         return self._connection.post(BulkView, f"/bulks/{bulk_id}/complete", json=body)
 
-    def get(self, bulk_id: UUID) -> BulkView:
+    def get(self, bulk: UUID | BulkView) -> BulkView:
         """Return the current state of a bulk."""
-        return self._connection.get(BulkView, f"/bulks/{bulk_id}")
+        return self._connection.get(BulkView, f"/bulks/{_id(bulk)}")
 
     def list(self, *, state: BulkState | None = None, page_size: int = 100) -> Iterator[BulkView]:
         """Yield your bulks, newest first."""
         return self._connection.iterate_pages(BulkView, "/bulks", {"state": state, "limit": page_size})
 
     def items(
-        self, bulk_id: UUID, *, after_line: int = 0, state: ItemState | None = None, page_size: int = 500
+        self, bulk: UUID | BulkView, *, after_line: int = 0, state: ItemState | None = None, page_size: int = 500
     ) -> Iterator[BulkItemView]:
         """Yield the items after a line, in the order of lines, each in the state at the request of its page."""
         query = {"state": state, "limit": page_size, "cursor": after_line or None}
-        return self._connection.iterate_pages(BulkItemView, f"/bulks/{bulk_id}/items", query)
+        return self._connection.iterate_pages(BulkItemView, f"/bulks/{_id(bulk)}/items", query)
 
-    def errors(self, bulk_id: UUID) -> Iterator[BulkLineError]:
+    def errors(self, bulk: UUID | BulkView) -> Iterator[BulkLineError]:
         """Yield the invalid lines with their reasons."""
-        return self._connection.iterate_pages(BulkLineError, f"/bulks/{bulk_id}/errors", {"limit": 500})
+        return self._connection.iterate_pages(BulkLineError, f"/bulks/{_id(bulk)}/errors", {"limit": 500})
 
     def wait(
         self,
-        bulk_id: UUID,
+        bulk: UUID | BulkView,
         *,
         timeout_s: float | None = None,
         on_update: Callable[[BulkView], object] | None = None,
@@ -133,31 +133,31 @@ class Bulks:
         """
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            bulk = self.get(bulk_id)
+            view = self.get(bulk)
             if on_update is not None:
-                on_update(bulk)
-            if bulk.state.is_final:
-                return bulk
+                on_update(view)
+            if view.state.is_final:
+                return view
             if time.monotonic() >= deadline:
-                raise WaitTimeoutError(f"bulk {bulk_id} is still {bulk.state}")
+                raise WaitTimeoutError(f"bulk {view.id} is still {view.state}")
             self._connection.pause(min(POLL_S, max(0.0, deadline - time.monotonic())))
 
-    def pause(self, bulk_id: UUID) -> BulkView:
+    def pause(self, bulk: UUID | BulkView) -> BulkView:
         """Pause the bulk: running items continue to their end, no others start."""
-        return self._connection.post(BulkView, f"/bulks/{bulk_id}/pause")
+        return self._connection.post(BulkView, f"/bulks/{_id(bulk)}/pause")
 
-    def resume(self, bulk_id: UUID) -> BulkView:
-        return self._connection.post(BulkView, f"/bulks/{bulk_id}/resume")
+    def resume(self, bulk: UUID | BulkView) -> BulkView:
+        return self._connection.post(BulkView, f"/bulks/{_id(bulk)}/resume")
 
-    def cancel(self, bulk_id: UUID) -> BulkView:
+    def cancel(self, bulk: UUID | BulkView) -> BulkView:
         """Cancel every item that has not ended."""
-        return self._connection.post(BulkView, f"/bulks/{bulk_id}/cancel")
+        return self._connection.post(BulkView, f"/bulks/{_id(bulk)}/cancel")
 
-    def retry_failed(self, bulk_id: UUID) -> BulkView:
+    def retry_failed(self, bulk: UUID | BulkView) -> BulkView:
         """Create new jobs for the items that failed, died or expired; without such items nothing changes."""
-        return self._connection.post(BulkView, f"/bulks/{bulk_id}/retry-failed")
+        return self._connection.post(BulkView, f"/bulks/{_id(bulk)}/retry-failed")
 
-    def manifest(self, bulk_id: UUID) -> Iterator[dict[str, Any]]:
+    def manifest(self, bulk: UUID | BulkView) -> Iterator[dict[str, Any]]:
         """Yield one record per item in the order of lines, with the full provenance of its outputs.
 
         After a broken connection the request is resumed.
@@ -165,7 +165,7 @@ class Bulks:
         Raises:
             UnreachableError: the connection broke `MAX_TRIES_WITHOUT_PROGRESS` times at the same line.
         """
-        cursor, tries = 0, 0
+        bulk_id, cursor, tries = _id(bulk), 0, 0
         while tries < MAX_TRIES_WITHOUT_PROGRESS:
             tries += 1
             response = self._connection.retry(
@@ -212,6 +212,10 @@ class Bulks:
 def header_line(options: BulkOptions) -> Line:
     """Return the first line of a bulk's stream."""
     return json.dumps({"bulk": options.model_dump(mode="json", exclude_unset=True)}, ensure_ascii=False).encode()
+
+
+def _id(bulk: UUID | BulkView) -> UUID:
+    return id_of(bulk, BulkView)
 
 
 def _complete_lines(response: httpx.Response) -> Iterator[bytes]:

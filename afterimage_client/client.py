@@ -35,6 +35,8 @@ class Afterimage:
         api_key: None: AFTERIMAGE_API_KEY of the environment. The key is never printed or logged.
         timeout_s: longest time without data on a connection.
         retry_for_s: 0: no retries.
+        connect_for_s: how long a failed connection is retried before the service has answered once. The address is
+            probably wrong then, so a warning is logged too.
         transport: used instead of the network, for example `httpx.WSGITransport`.
 
     Raises:
@@ -48,6 +50,7 @@ class Afterimage:
         api_key: str | None = None,
         timeout_s: float = 30,
         retry_for_s: float = 60,
+        connect_for_s: float = 5,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         address = httpx.URL(url or os.environ.get("AFTERIMAGE_URL") or DEFAULT_URL)
@@ -65,6 +68,7 @@ class Afterimage:
                 transport=transport,
             ),
             retry_for_s=retry_for_s,
+            connect_for_s=connect_for_s,
         )
         self.jobs = Jobs(self._connection)
         self.outputs = Outputs(self._connection)

@@ -1,10 +1,12 @@
 """HTTP requests to one service: errors become exception types, and temporary errors are retried."""
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any, TypeVar
+from uuid import UUID
 
 import httpx
 from pydantic import BaseModel
@@ -14,7 +16,6 @@ from tenacity import (
     retry_if_exception,
     sleep_using_event,
     stop_before_delay,
-    stop_when_event_set,
     wait_random_exponential,
 )
 
@@ -28,6 +29,8 @@ from afterimage_client.errors import (
     error_from_response,
 )
 from shared.contracts.common import Page
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY_STATUS = frozenset({408, 429, 502, 503, 504})
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 20.0
@@ -46,12 +49,16 @@ class Connection:
     """Sends requests to one service. Several threads may share it.
 
     retry_for_s: how long a call is retried after its first failure, in seconds.
+    connect_for_s: the same for a failed connection before the service's first answer, if that is shorter.
     """
 
-    def __init__(self, http: httpx.Client, *, retry_for_s: float) -> None:
+    def __init__(self, http: httpx.Client, *, retry_for_s: float, connect_for_s: float) -> None:
         self.http = http
         self._retry_for_s = retry_for_s
+        self._connect_for_s = min(connect_for_s, retry_for_s)
         self._closed = threading.Event()
+        self._has_answered = False
+        http.event_hooks = {"response": [self._note_answer]}
 
     def close(self) -> None:
         """Interrupt the pauses between tries at once, then close the connections."""
@@ -80,14 +87,16 @@ class Connection:
     def retry(self, attempt: Callable[[], Result], *, idempotent: bool = True) -> Result:
         """Call `attempt` until it succeeds or fails permanently, for at most `retry_for_s`; then raise the last error.
 
-        Pauses are random and grow; no try comes earlier than a `Retry-After`.
+        Pauses are random and grow; no try comes earlier than a `Retry-After`. Before the service's first answer, a
+        failed connection is logged, and retried for at most `connect_for_s`.
 
         idempotent: a repeated call has no further effect. Otherwise only calls without any effect are retried.
         """
         return Retrying(
             retry=retry_if_exception(_is_temporary if idempotent else _is_temporary_and_not_sent),
             wait=_pause_s,
-            stop=stop_when_event_set(self._closed) | stop_before_delay(self._retry_for_s),
+            stop=self._must_stop,
+            before_sleep=self._warn_of_address,
             sleep=sleep_using_event(self._closed),
             reraise=True,
         )(attempt)
@@ -156,6 +165,41 @@ class Connection:
                 raise error_from_response(response)
             return response
 
+    def _note_answer(self, response: httpx.Response) -> None:
+        self._has_answered = True
+
+    def _never_connected(self, state: RetryCallState) -> bool:
+        failed = state.outcome is not None and isinstance(state.outcome.exception(), NotSentError)
+        return failed and not self._has_answered
+
+    def _must_stop(self, state: RetryCallState) -> bool:
+        retry_for_s = self._connect_for_s if self._never_connected(state) else self._retry_for_s
+        return self._closed.is_set() or stop_before_delay(retry_for_s)(state)
+
+    def _warn_of_address(self, state: RetryCallState) -> None:
+        if state.attempt_number == 1 and self._never_connected(state) and state.outcome is not None:
+            logger.warning("%s Retrying for %g seconds.", state.outcome.exception(), self._connect_for_s)
+
+
+def id_of(resource: object, *kinds: type) -> UUID:
+    """Return the id of an object of one of these kinds, or the given id.
+
+    Raises:
+        TypeError: `resource` is neither such an object nor an id.
+        ValueError: `resource` is a text, but not that of an id.
+    """
+    if isinstance(resource, kinds):
+        resource = resource.id  # type: ignore[attr-defined]
+    if isinstance(resource, UUID):
+        return resource
+    names = " or ".join(kind.__name__ for kind in kinds)
+    if not isinstance(resource, str):
+        raise TypeError(f"needs an id (UUID) or a {names}, not a {type(resource).__name__}")
+    try:
+        return UUID(resource)
+    except ValueError:
+        raise ValueError(f"{resource!r} is not an id: needs a UUID or a {names}") from None
+
 
 def parse_response(answer: type[Model], response: httpx.Response) -> Model:
     """Parse the body; unknown fields, which a newer service may send, are ignored."""
@@ -173,9 +217,21 @@ def translate_transport_errors(method: str, path: str) -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-        raise NotSentError(f"{method} {path}: {type(error).__name__}: {error}") from error
+        raise NotSentError(
+            f"cannot connect to {_address(error)}: {_reason(error)}. Does the service run there? "
+            "AFTERIMAGE_URL, or the argument `url`, names another address."
+        ) from error
     except httpx.TransportError as error:
-        raise UnreachableError(f"{method} {path}: {type(error).__name__}: {error}") from error
+        raise UnreachableError(f"{method} {path}: no answer from {_address(error)}: {_reason(error)}") from error
+
+
+def _address(error: httpx.TransportError) -> str:
+    url = error.request.url
+    return f"{url.scheme}://{url.netloc.decode()}"  # without a password, which `netloc` of httpx leaves out
+
+
+def _reason(error: httpx.TransportError) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _is_temporary(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from afterimage_client import download
-from afterimage_client.connection import Connection, parse_response, sent_tags
+from afterimage_client.connection import Connection, id_of, parse_response, sent_tags
 from shared.contracts.images import ImagePatch, ImageState, ImageView, UploadFields, UploadResponse
 from shared.contracts.jobs import OutputView
 
@@ -55,8 +55,8 @@ class Images:
             ),
         )
 
-    def get(self, image_id: UUID) -> ImageView:
-        return self._connection.get(ImageView, f"/images/{image_id}")
+    def get(self, image: UUID | ImageView) -> ImageView:
+        return self._connection.get(ImageView, f"/images/{_id(image)}")
 
     def list(
         self,
@@ -79,29 +79,33 @@ class Images:
         }
         return self._connection.iterate_pages(ImageView, "/images", query)
 
-    def change(self, image_id: UUID, patch: ImagePatch) -> ImageView:
+    def change(self, image: UUID | ImageView, patch: ImagePatch) -> ImageView:
         """Change the fields of an image that `patch` sets."""
         body = patch.model_dump(mode="json", exclude_unset=True)
-        return parse_response(ImageView, self._connection.send("PATCH", f"/images/{image_id}", json=body))
+        return parse_response(ImageView, self._connection.send("PATCH", f"/images/{_id(image)}", json=body))
 
-    def delete(self, image_id: UUID) -> None:
+    def delete(self, image: UUID | ImageView) -> None:
         """Delete an image. After the answer, no search finds it and no generation uses it."""
-        self._connection.delete(f"/images/{image_id}")
+        self._connection.delete(f"/images/{_id(image)}")
 
-    def generations(self, image_id: UUID, *, page_size: int = 100) -> Iterator[OutputView]:
+    def generations(self, image: UUID | ImageView, *, page_size: int = 100) -> Iterator[OutputView]:
         """Yield your outputs that used this image, also after its deletion."""
-        return self._connection.iterate_pages(OutputView, f"/images/{image_id}/generations", {"limit": page_size})
+        return self._connection.iterate_pages(OutputView, f"/images/{_id(image)}/generations", {"limit": page_size})
 
-    def content(self, image_id: UUID) -> bytes:
+    def content(self, image: UUID | ImageView) -> bytes:
         """Return the stored file as bytes: upright, sRGB, without metadata."""
-        return self._connection.send("GET", f"/images/{image_id}/content").content
+        return self._connection.send("GET", f"/images/{_id(image)}/content").content
 
     def download(self, image: ImageView, target: Path) -> None:
         """Download the stored file to `target`, which appears only when it is complete.
 
         The image's `sha256` is that of the uploaded file, so only the size is checked here.
         """
-        download.download_file(self._connection, f"/images/{image.id}/content", target, size_bytes=image.size_bytes)
+        download.download_file(self._connection, f"/images/{_id(image)}/content", target, size_bytes=image.size_bytes)
+
+
+def _id(image: UUID | ImageView) -> UUID:
+    return id_of(image, ImageView)
 
 
 def _form(fields: UploadFields) -> Mapping[str, Any]:

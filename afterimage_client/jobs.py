@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import httpx
 from httpx_sse import EventSource
 
-from afterimage_client.connection import Connection, parse_response
+from afterimage_client.connection import Connection, id_of, parse_response
 from afterimage_client.errors import TooManyStreamsError, WaitTimeoutError
 from shared.contracts.generation import DryRunView, GenerateRequest, RagGenerateRequest
 from shared.contracts.jobs import (
@@ -269,4 +269,4 @@ def _state_after(event: EventType, before: JobState) -> JobState:
 
 
 def _id(job: UUID | JobView) -> UUID:
-    return job.id if isinstance(job, JobView) else job
+    return id_of(job, JobView)

@@ -5,7 +5,7 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 from afterimage_client import download
-from afterimage_client.connection import Connection
+from afterimage_client.connection import Connection, id_of
 from shared.contracts.bulks import BulkOutput
 from shared.contracts.images import ImageView
 from shared.contracts.jobs import JobView, OutputView
@@ -18,17 +18,17 @@ class Outputs:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def get(self, output_id: UUID) -> OutputView:
-        return self._connection.get(OutputView, f"/generations/{output_id}")
+    def get(self, output: UUID | OutputView | BulkOutput) -> OutputView:
+        return self._connection.get(OutputView, f"/generations/{_id(output)}")
 
     def list(self, *, reference_id: UUID | None = None, page_size: int = 100) -> Iterator[OutputView]:
         """Yield your outputs, newest first; with `reference_id` only those that used this corpus image."""
         query = {"reference_id": reference_id and str(reference_id), "limit": page_size}
         return self._connection.iterate_pages(OutputView, "/generations", query)
 
-    def content(self, output: OutputView | BulkOutput) -> bytes:
+    def content(self, output: UUID | OutputView | BulkOutput) -> bytes:
         """Return the file as bytes."""
-        return self._connection.send("GET", f"/generations/{output.id}/content").content
+        return self._connection.send("GET", f"/generations/{_id(output)}/content").content
 
     def download(self, output: OutputView | BulkOutput, target: Path) -> None:
         """Download the file to `target`, which appears only when it is complete and its digest is correct.
@@ -37,10 +37,10 @@ class Outputs:
             NotFoundError: the output was deleted.
             CorruptDownloadError: the bytes were wrong in every try.
         """
-        path = f"/generations/{output.id}/content"
+        path = f"/generations/{_id(output)}/content"
         download.download_file(self._connection, path, target, sha256=output.sha256, size_bytes=output.size_bytes)
 
-    def replay(self, output_id: UUID, *, idempotency_key: str | None = None) -> JobView:
+    def replay(self, output: UUID | OutputView | BulkOutput, *, idempotency_key: str | None = None) -> JobView:
         """Queue a job that generates the output again from its record. The `replay` of its output is the comparison.
 
         idempotency_key: as in `Jobs.submit`.
@@ -50,10 +50,14 @@ class Outputs:
             InvalidRequestError: an image that it used, or its model, does not exist any more.
         """
         headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
-        return self._connection.post(JobView, f"/generations/{output_id}/replay", headers=headers)
+        return self._connection.post(JobView, f"/generations/{_id(output)}/replay", headers=headers)
 
     def remember(
-        self, output_id: UUID, request: RememberRequest | None = None, *, idempotency_key: str | None = None
+        self,
+        output: UUID | OutputView | BulkOutput,
+        request: RememberRequest | None = None,
+        *,
+        idempotency_key: str | None = None,
     ) -> ImageView:
         """Add the output to the corpus. If the collection already has its file, the answer is the existing image.
 
@@ -67,9 +71,13 @@ class Outputs:
         body = (request or RememberRequest()).model_dump(mode="json", exclude_unset=True)
         headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
         timeout = self._connection.decode_timeout(files=1)
-        path = f"/generations/{output_id}/remember"
+        path = f"/generations/{_id(output)}/remember"
         return self._connection.post(ImageView, path, json=body, headers=headers, timeout=timeout)
 
-    def delete(self, output_id: UUID) -> None:
+    def delete(self, output: UUID | OutputView | BulkOutput) -> None:
         """Delete one output, but not its job."""
-        self._connection.delete(f"/generations/{output_id}")
+        self._connection.delete(f"/generations/{_id(output)}")
+
+
+def _id(output: UUID | OutputView | BulkOutput) -> UUID:
+    return id_of(output, OutputView, BulkOutput)

@@ -12,10 +12,10 @@ from flask_openapi3_swagger.plugins import RegisterPlugin as SwaggerUI
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from api_service import studio
-from api_service.http import browser_security, problems, rate_limits, requests
+from api_service.http import browser_security, multipart, problems, rate_limits, requests
 from api_service.http.auth import Caller, authenticate
 from api_service.http.concurrency import ConcurrencyMiddleware
-from api_service.http.urls import API, PathPrefixMiddleware
+from api_service.http.urls import API, PathPrefixMiddleware, make_redirect_relative
 from api_service.openapi.document import DocumentedApp
 from api_service.routes.admin import admin
 from api_service.routes.bulks import bulks
@@ -63,6 +63,7 @@ def create_app(settings: Settings | None = None) -> DocumentedApp:
         doc_ui=False,
         static_folder=None,
     )
+    app.request_class = multipart.StrictRequest
     app.config.update(
         MAX_CONTENT_LENGTH=settings.api.max_body_bytes,
         MAX_FORM_PARTS=settings.api.max_upload_files + 64,
@@ -92,6 +93,7 @@ def create_app(settings: Settings | None = None) -> DocumentedApp:
 
     problems.register(app)
     app.before_request(_start_request)
+    app.before_request(make_redirect_relative)
     app.before_request(_authenticate)
     app.before_request(lambda: requests.refuse_encoded_body(request))
     rate_limits.register(app, settings)
@@ -140,6 +142,7 @@ def _finish_request(response: Response) -> Response:
     caller_fields = (
         {} if caller is None else {"owner_id": str(caller.owner_id), "key_id": caller.key_id and str(caller.key_id)}
     )
+    error_fields = {"code": g.problem_code} if "problem_code" in g else {}
 
     def record_request() -> None:
         seconds = time.monotonic() - started
@@ -148,7 +151,7 @@ def _finish_request(response: Response) -> Response:
         metrics.observe_duration(metrics.API_REQUEST_DURATION, seconds, {"method": method, "route": route})
         request_stats().add(status=status, seconds=seconds)
         fields = {"method": method, "path": path, "route": route, "status": status, "seconds": round(seconds, 4)}
-        logger.info("request", extra=fields | caller_fields)
+        logger.info("request", extra=fields | caller_fields | error_fields)
 
     # A stream ends long after this function returns.
     response.call_on_close(record_request)

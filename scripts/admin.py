@@ -28,8 +28,8 @@ from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
-from rich.table import Column, Table
-from sqlalchemy import select
+from rich.table import Table
+from sqlalchemy import make_url, select
 from sqlalchemy.orm import Session
 
 from shared import blob_sweeper
@@ -39,7 +39,7 @@ from shared.db import images, jobs, keys, owners, spaces, webhooks
 from shared.db.jobs import DeadJob
 from shared.db.session import session_scope
 from shared.db.tables import ApiKey, Job, Owner
-from shared.errors import BaseAppException, ResourceNotFoundError
+from shared.errors import BaseAppException, DatabaseConnectionError, ResourceNotFoundError
 from shared.messaging import queue
 from shared.settings import get_settings
 from shared.storage import get_blobs
@@ -100,6 +100,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         _run(arguments)
+    except DatabaseConnectionError as error:
+        print(f"error: {error} {_database_address()}", file=sys.stderr)
+        raise SystemExit(1) from error
     except (BaseAppException, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
@@ -174,11 +177,13 @@ def _get_dead_job(session: Session, job_id: UUID) -> Job:
 
 
 def _print_spaces(session: Session) -> None:
-    table = Table(Column("digest", no_wrap=True), "model", "dim", "active", "vectors", "images without")
     for space, active, vectors in spaces.list_all(session):
         missing = images.count_without_vector(session, space)
-        table.add_row(space.digest, space.model, str(space.dim), "yes" if active else "", str(vectors), str(missing))
-    Console().print(table)
+        _print_record(
+            space.digest,
+            {"model": space.model, "dim": space.dim, "active": "yes" if active else "no"},
+            {"vectors": vectors, "images without": missing},
+        )
 
 
 def _activate_space(session: Session, digest: str, *, force: bool) -> None:
@@ -202,8 +207,12 @@ def _sweep(arguments: argparse.Namespace) -> None:
     if older_than_s is None:
         older_than_s = blob_sweeper.grace_s(get_settings())
     if arguments.dry_run:
+        count = size_bytes = 0
         for info in blob_sweeper.list_unneeded(blobs, older_than_s=older_than_s):
             print(f"{info.key}\t{info.size_bytes}")
+            count, size_bytes = count + 1, size_bytes + info.size_bytes
+        # Not on standard output, whose lines are for programs.
+        print(f"{count} blobs, {size_bytes} bytes would be deleted", file=sys.stderr)
         return
     if arguments.adopt:
         blob_sweeper.adopt(blobs)
@@ -239,12 +248,27 @@ def _owner_name(text: str) -> str:
 
 
 def _print_keys(listed: list[tuple[ApiKey, Owner]]) -> None:
-    # Other commands take the id, so a narrow terminal shortens the other columns.
-    table = Table(Column("id", no_wrap=True), "owner", "name", "begins with", "scopes", "expires", "revoked")
     for key, owner in listed:
-        moments = [f"{moment:%Y-%m-%d %H:%M}" if moment else "" for moment in (key.expires_at, key.revoked_at)]
-        table.add_row(str(key.id), owner.name, key.name, key.prefix, " ".join(key.scopes), *moments)
-    Console().print(table)
+        expires, revoked = (f"{at:%Y-%m-%d %H:%M}" if at else "" for at in (key.expires_at, key.revoked_at))
+        _print_record(
+            str(key.id),
+            {"owner": owner.name, "name": key.name},
+            {"begins with": key.prefix, "scopes": " ".join(key.scopes)},
+            {"expires": expires, "revoked": revoked},
+        )
+
+
+def _print_record(title: str, *lines: dict[str, object]) -> None:
+    """Print an entry that is too wide for a table in a terminal of 80 columns; empty fields are left out."""
+    print(title)
+    for line in lines:
+        if shown := ", ".join(f"{name}: {value}" for name, value in line.items() if value != ""):
+            print(f"  {shown}")
+
+
+def _database_address() -> str:
+    url = make_url(get_settings().database.url.get_secret_value()).set(username=None, password=None, query={})
+    return f"AFTERIMAGE_DATABASE__URL names {url.render_as_string()}."
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from shared.contracts.common import Name
 class ExitCode(IntEnum):
     DONE = 0
     INCOMPLETE = 1  # the script ran to its end, but something failed
-    INVALID_INPUT = 2  # nothing was done: the options or the input are invalid
+    INVALID_INPUT = 2  # the options or the input are invalid
     SERVICE_ERROR = 3  # the service refused a request or did not answer; the same command continues from here
     INTERRUPTED = 130  # Ctrl-C or SIGTERM; the same command continues from here
 
@@ -29,7 +29,7 @@ class ExitCode(IntEnum):
 EXIT_CODES_HELP = """exit codes:
   0    everything is done
   1    the script ran to its end, but something failed; the report says what and why
-  2    nothing was done: the options or the input are invalid
+  2    the options or the input are invalid
   3    the service refused a request or did not answer; the same command continues from here
   130  interrupted; the same command continues from here"""
 
@@ -105,7 +105,9 @@ def client_from_options(arguments: argparse.Namespace) -> Afterimage:
         OSError: the key's file cannot be read.
     """
     key = arguments.api_key_file.read_text().strip() if arguments.api_key_file else None
-    return Afterimage(arguments.url, api_key=key, retry_for_s=arguments.retry_for)
+    # A script may start while the service restarts.
+    wait_s = arguments.retry_for
+    return Afterimage(arguments.url, api_key=key, retry_for_s=wait_s, connect_for_s=wait_s)
 
 
 def run_and_exit(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -28,7 +28,9 @@ STARTER_CORPUS = Path(__file__).resolve().parent.parent / "starter" / "corpus.ta
 EMBEDDING_WAIT_S = 300
 ENLARGED_PX = 256
 """Smaller images are enlarged by a whole factor to at most this side."""
-CELL_PX, CAPTION_HEIGHT_PX = 160, 44
+CELL_PX, CAPTION_HEIGHT_PX = 240, 56
+FONT_SIZE = 18
+"""Pixels. Pillow's font at its default size has hardly visible spaces."""
 
 
 def main() -> None:
@@ -41,8 +43,8 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=STARTER_CORPUS)
     arguments = parser.parse_args()
     console = Console()
-    with Afterimage(arguments.url) as service:
-        try:
+    try:
+        with Afterimage(arguments.url) as service:
             index_corpus(service, arguments.corpus, console)
             request = RagGenerateRequest(prompt=arguments.prompt, num_images=arguments.num_images, seed=arguments.seed)
             job = generate(service, request, console)
@@ -51,8 +53,8 @@ def main() -> None:
             print_references(job, console)
             for path in write_files(service, job, arguments.out):
                 console.print(f"wrote [bold]{path}")
-        except AfterimageError as error:
-            raise SystemExit(f"error: {error}") from error
+    except (AfterimageError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def index_corpus(service: Afterimage, corpus: Path, console: Console) -> None:
@@ -130,10 +132,10 @@ def references_sheet(service: Afterimage, references: list[dict[str, Any]]) -> I
     """Draw the references of the job with caption, similarity and weight."""
     sheet = Image.new("RGB", (CELL_PX * max(1, len(references)), CELL_PX + CAPTION_HEIGHT_PX), "white")
     draw = ImageDraw.Draw(sheet)
+    draw.font = ImageFont.load_default(FONT_SIZE)
     for column, reference in enumerate(references):
         image = decode_image(service.images.content(UUID(reference["image_id"])))
-        image.thumbnail((CELL_PX - 16, CELL_PX - 16))
-        sheet.paste(image, (column * CELL_PX + 8, 8))
+        sheet.paste(ImageOps.contain(image, (CELL_PX - 16, CELL_PX - 16)), (column * CELL_PX + 8, 8))
         used = f"weight {reference['weight']:.2f}" if reference["used"] else "not used"
         caption = (reference["caption"] or "")[:24]
         draw.text((column * CELL_PX + 8, CELL_PX), f"{caption}\n{reference['similarity']:.3f}  {used}", fill="black")

@@ -51,6 +51,13 @@ class DatabaseConnectionError(DatabaseError):
     retry_after_s = 5
 
 
+class DatabaseConflictError(DatabaseConnectionError):
+    """The transaction conflicted with another one, and the database ended it."""
+
+    code = "database_conflict"
+    retry_after_s = 1
+
+
 class DatabaseQueryError(DatabaseError):
     """A database statement failed."""
 

@@ -141,7 +141,8 @@ def _redacted(value: Any, name: str = "", depth: int = 0) -> Any:
 
 
 def _escaped(value: Any, unwanted: re.Pattern[str]) -> Any:
-    if value is None or isinstance(value, bool | int | float):
+    # The renderer writes a list or a mapping by `repr`, which escapes the characters.
+    if value is None or isinstance(value, bool | int | float | list | dict):
         return value
     return unwanted.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
 

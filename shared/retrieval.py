@@ -108,15 +108,19 @@ def plan_pinned(
     if missing:
         raise ReferenceUnavailableError(image_ids=missing)
     pinned = [(found[reference.image_id], reference.weight) for reference in references]
-    total = sum(weight or 1.0 for _, weight in (*pinned, *sent))
+    total = sum(_relative(weight) for _, weight in (*pinned, *sent))
     return [
-        Candidate(scored=scored, used=True, reason=reason, weight=(weight or 1.0) / total, pinned=True, kind=kind)
+        Candidate(scored=scored, used=True, reason=reason, weight=_relative(weight) / total, pinned=True, kind=kind)
         for kind, reason, group in (
             (ReferenceKind.CORPUS, "pinned by the request", pinned),
             (ReferenceKind.REQUEST, "sent with the request", sent),
         )
         for scored, weight in group
     ]
+
+
+def _relative(weight: float | None) -> float:
+    return 1.0 if weight is None else weight
 
 
 def without_near_duplicates(found: Sequence[ScoredImage], *, similarity: float) -> list[ScoredImage]:

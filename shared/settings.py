@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     SecretStr,
     ValidationError,
     field_validator,
@@ -29,6 +30,7 @@ from pydantic import (
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -44,6 +46,9 @@ logger = logging.getLogger(__name__)
 NOT_SECTIONS = ("environment", "config_file", "url", "stack", "api_key")
 """Names after the prefix `AFTERIMAGE_` that are not sections. A local stack sets `url` and `stack` for programs started
 beside it. A client reads `url` and `api_key`."""
+
+UNKNOWN_NAMES = "unknown names"
+"""Key under which the sources pass the names that no setting has."""
 
 SAFETY_CHECKER = "safety_checker"
 """Concept name in the decisions of the safety checker that a model brings."""
@@ -868,13 +873,13 @@ class Settings(BaseSettings):
         if named and not Path(named).is_file():
             raise ConfigurationError(f"AFTERIMAGE_CONFIG_FILE: {named} is not a file")
         toml = TomlConfigSettingsSource(settings_cls, named or "afterimage.toml")
-        unknown = [name for name in toml.toml_data if name not in settings_cls.model_fields]
+        unknown = {name for name in toml.toml_data if name not in settings_cls.model_fields}
         for source in (env_settings, dotenv_settings):
             if isinstance(source, EnvSettingsSource):
-                unknown += [name.upper() for name in source.env_vars if not _is_known(name, settings_cls)]
-        if unknown:
-            raise ConfigurationError("\n".join(f"{name}: there is no such setting" for name in sorted(set(unknown))))
-        return init_settings, env_settings, dotenv_settings, file_secret_settings, toml
+                unknown |= {name.upper() for name in source.env_vars if not _is_known(name, settings_cls)}
+        # `_names_are_known` reports them, together with the wrong values.
+        names = InitSettingsSource(settings_cls, {UNKNOWN_NAMES: sorted(unknown)})
+        return names, init_settings, env_settings, dotenv_settings, file_secret_settings, toml
 
     @model_validator(mode="after")
     def _the_combination_is_safe(self) -> Self:
@@ -896,6 +901,20 @@ class Settings(BaseSettings):
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _names_are_known(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        # Defined last, so that it also gets the mistakes that the validators above find.
+        unknown = [f"{name}: there is no such setting" for name in values.pop(UNKNOWN_NAMES, [])]
+        if not unknown:
+            return validate(values)
+        wrong = []
+        try:
+            validate(values)
+        except ValidationError as error:
+            wrong = _mistakes(error)
+        raise ConfigurationError("\n".join(unknown + wrong))
 
 
 def _is_known(variable: str, settings_cls: type[BaseSettings]) -> bool:
@@ -922,11 +941,24 @@ def load_settings(**overrides: object) -> Settings:
 
 
 def _mistakes(error: ValidationError) -> list[str]:
+    """Return one line per mistake: the setting, the mistake, and the variable that sets it."""
     lines = []
     for mistake in error.errors(include_url=False, include_input=False):
-        place = ".".join(str(part) for part in mistake["loc"]) or "settings"
-        lines += [f"{place}: {line}" for line in mistake["msg"].removeprefix("Value error, ").splitlines()]
+        unknown = mistake["type"] == "extra_forbidden"
+        message = "there is no such setting" if unknown else mistake["msg"].removeprefix("Value error, ")
+        place = ".".join(str(part) for part in mistake["loc"])
+        for line in message.splitlines():
+            # The lines about a combination of settings begin with the place themselves.
+            shown = f"{place}: {line}" if place else line
+            lines.append(f"{shown} ({_variable(shown.partition(':')[0])})")
     return lines
+
+
+def _variable(place: str) -> str:
+    """Return the environment variable of a setting. A list, and the values of a mapping, are one variable."""
+    names = place.partition(" ")[0].split(".")
+    within = next((index for index, name in enumerate(names) if not name.isidentifier()), len(names))
+    return "AFTERIMAGE_" + "__".join(names[:within]).upper()
 
 
 @cache

@@ -31,6 +31,16 @@ HTTP_CODES = {
 """Error codes of requests that the framework itself refuses."""
 FRAMEWORK_HEADERS = {"Allow", "Accept-Encoding", "Content-Range"}
 """Headers of the framework's errors that clients need."""
+PLAIN_WORDS = {
+    "extra_forbidden": ("Extra inputs are not permitted", "There is no such field."),
+    "missing": ("Field required", "Must be given."),
+    "string_too_long": ("String should", "Must"),
+    "string_too_short": ("String should", "Must"),
+    # A text whose length is checked after another validator is a `Value` of "items".
+    "too_long": (r"Value should have at most (\d+) items? after validation, .*", r"Must have at most \1 characters"),
+    "too_short": ("Value should have at least 1 item after validation, .*", "Must have at least 1 character"),
+}
+"""By type of Pydantic's errors: pattern in its message, and plain words that replace it."""
 
 
 def register(app: Flask) -> None:
@@ -88,7 +98,8 @@ def problem(
     errors: Iterable[Mapping[str, Any]] = (),
     context: Mapping[str, Any] | None = None,
 ) -> Response:
-    """Create an error response with this request's id."""
+    """Create an error response with this request's id. The log line of the request then has the code."""
+    g.problem_code = code
     body = Problem(
         type=f"urn:afterimage:problem:{code}",
         title=HTTPStatus(status).phrase,
@@ -120,11 +131,16 @@ def validation_error(error: pydantic.ValidationError, *, where: str) -> Validati
             {
                 "field": _printable(".".join([where, *map(str, detail["loc"])])),
                 "code": detail["type"],
-                "message": _printable(detail["msg"].removeprefix("Value error, ")),
+                "message": _printable(_plain_message(detail)),
             }
             for detail in details
         ]
     )
+
+
+def _plain_message(detail: Mapping[str, Any]) -> str:
+    words, plain_words = PLAIN_WORDS.get(detail["type"], ("^Value error, ", ""))
+    return re.sub(words, plain_words, detail["msg"], count=1)
 
 
 def _printable(text: str) -> str:

@@ -15,9 +15,13 @@ from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
 
 from api_service.http import problems
+from shared.contracts.outputs import RememberRequest
 from shared.errors import MalformedBodyError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+OPTIONAL_BODIES = frozenset({RememberRequest})
+"""Bodies that may be left out, because each of their fields has a default."""
 
 
 class UnsupportedContentEncoding(UnsupportedMediaType):
@@ -60,6 +64,8 @@ def parse_json_body(model: type[Model], request: Request) -> Model:
         MalformedBodyError: the body is empty or not valid JSON.
         ValidationError: the JSON does not match the contract.
     """
+    if model in OPTIONAL_BODIES and not request.get_data():
+        return model()
     if not request.is_json:
         raise UnsupportedMediaType("The body must be JSON, sent with Content-Type: application/json.")
     data = request.get_data()

@@ -2,6 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from typing import Any
+from urllib.parse import urlsplit
+
+from flask import request
+from werkzeug.routing import RequestRedirect
 
 from shared.settings import get_settings
 
@@ -12,6 +16,13 @@ API = "/api/v1"
 def api_address(path: str) -> str:
     """Return the address of a resource for clients: its path in the API behind the prefix of the proxy."""
     return f"{get_settings().api.path_prefix}{API}{path}"
+
+
+def make_redirect_relative() -> None:
+    """Remove scheme and host from a redirect of the framework, because it does not know those of the proxy."""
+    error = request.routing_exception
+    if isinstance(error, RequestRedirect):
+        error.new_url = urlsplit(error.new_url)._replace(scheme="", netloc="").geturl()
 
 
 class PathPrefixMiddleware:

@@ -172,6 +172,7 @@ def _complete_operation(operation: dict[str, Any], route: str) -> None:
             }
             operation["parameters"] = [*operation["parameters"], _PREFER, _IDEMPOTENCY_KEY]
         case "rememberGeneration":
+            operation["requestBody"]["required"] = False
             operation["parameters"] = [*operation["parameters"], _IDEMPOTENCY_KEY]
         case "getJob":
             operation["parameters"].append(_PREFER)

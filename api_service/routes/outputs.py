@@ -76,8 +76,8 @@ def remember_generation(path: OutputPath, body: RememberRequest) -> Response:
     """Add a generated image to the corpus
 
     The output's file becomes an image of the collection, as if it were uploaded. Its attribute `generation_id` has the
-    id of the output. The answer is 200 with the existing image if the collection already has it. The key needs the
-    scopes `generate` and `corpus:write`.
+    id of the output. The body may be left out. The answer is 200 with the existing image if the collection already has
+    it. The key needs the scopes `generate` and `corpus:write`.
     """
     remembered = services.outputs.remember(
         path.generation_id,

@@ -12,6 +12,7 @@ from uuid import UUID
 import orjson
 import pydantic
 from sqlalchemy.orm import Session
+from structlog.contextvars import bind_contextvars
 
 from api_service.http.auth import Caller
 from api_service.services import reference_images, views
@@ -121,7 +122,8 @@ def retry(job_id: UUID, *, caller: Caller, key: str | None = None) -> Submitted:
             )
             if known is not None:
                 return Submitted(_stored_view(session, known, caller=caller), already_submitted=True)
-        old = jobs.get(session, job_id, owner_id=caller.owner_id)
+        # Locked: a delete at the same time must not take the pictures away between the two reads.
+        old = jobs.get(session, job_id, owner_id=caller.owner_id, lock=True)
         queue_limits.refuse_when_full(session, caller.owner_id, settings.queue)
         job = jobs.insert_retry(session, old)
         reference_images.copy(session, from_job_id=old.id, to_job_id=job.id)
@@ -183,7 +185,7 @@ def _recorded_parameters(original: Output, references: Sequence[OutputReference]
                 "mode": original.provenance["mode"],
                 "k": 0,
                 "references": [
-                    {"image_id": each.image_id, "weight": each.weight}
+                    PinnedReference.recorded(each.image_id, each.weight)
                     for each in references
                     if each.kind == ReferenceKind.CORPUS
                 ],
@@ -301,6 +303,7 @@ def _find_answer(
 
 def _stored_view(session: Session, answer: dict[str, Any], *, caller: Caller) -> JobView:
     """Return the stored answer; if another release wrote it in an unreadable form, the job as it is now."""
+    bind_contextvars(job_id=answer["id"])
     try:
         return JobView.model_validate(answer, extra="ignore")
     except pydantic.ValidationError:
@@ -312,6 +315,7 @@ def _dispatch(view: JobView) -> Submitted:
 
     It works while the broker is unavailable, because the row is the outbox.
     """
+    bind_contextvars(job_id=str(view.id))
     metrics.increment_counter(metrics.JOBS_SUBMITTED, labels={"kind": view.kind})
     dispatch_soon(view.model)
     return Submitted(view)

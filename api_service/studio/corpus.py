@@ -16,13 +16,15 @@ OUTPUTS_SHOWN = 24
 """Latest outputs that are shown on the page of a corpus image."""
 
 
-@studio_corpus.get("/memory")
-def memory() -> Response:
+@studio_corpus.get("/corpus")
+@studio_corpus.get("/memory", alias=True)  # addresses of former releases redirect
+def corpus() -> Response:
     query = read_form(ImageQuery, request.args, ("collection", "tag", "state", "cursor"), limit=IMAGES_PER_PAGE)
-    return render_page("memory", active="corpus", images=services.images.list_page(query, caller=g.caller), query=query)
+    return render_page("corpus", active="corpus", images=services.images.list_page(query, caller=g.caller), query=query)
 
 
-@studio_corpus.post("/memory")
+@studio_corpus.post("/corpus")
+@studio_corpus.post("/memory", alias=True)
 def upload() -> Response:
     values = requests.field_values(
         UploadFields, filled_fields(request.form, ("caption", "tags", "licence", "source", "collection")), where="form"
@@ -32,18 +34,20 @@ def upload() -> Response:
     fields = requests.parse_form(UploadFields, values)
     files = [file for file in multipart.uploaded_files(request) if file.name]
     services.images.upload(files, fields, caller=g.caller, decoder=current_app.extensions["decoder"])
-    return redirect_to("studio_corpus.memory", collection=fields.collection)
+    return redirect_to("studio_corpus.corpus", collection=fields.collection)
 
 
-@studio_corpus.get("/memory/<uuid:image_id>")
+@studio_corpus.get("/corpus/<uuid:image_id>")
+@studio_corpus.get("/memory/<uuid:image_id>", alias=True)
 def image(image_id: UUID) -> Response:
     view = services.images.get(image_id, caller=g.caller)
     outputs = services.outputs.list_page(OutputQuery(limit=OUTPUTS_SHOWN, reference_id=image_id), caller=g.caller)
     return render_page("image", active="corpus", image=view, outputs=outputs)
 
 
-@studio_corpus.post("/memory/<uuid:image_id>/forget", endpoint="forget")
+@studio_corpus.post("/corpus/<uuid:image_id>/delete")
+@studio_corpus.post("/memory/<uuid:image_id>/forget", alias=True)
 def delete_image(image_id: UUID) -> Response:
     collection = services.images.get(image_id, caller=g.caller).collection
     services.images.delete(image_id, caller=g.caller)
-    return redirect_to("studio_corpus.memory", collection=collection)
+    return redirect_to("studio_corpus.corpus", collection=collection)

@@ -23,11 +23,12 @@ from api_service.studio.pages import (
 )
 from api_service.studio.search import pinned_images, plan_references, sent_filter
 from shared.cache import cache_result
+from shared.capabilities import supports
 from shared.contracts.generation import DryRunView, GenerationParameters, Mode, PinnedReference, RagGenerateRequest
 from shared.contracts.images import ImageView
 from shared.contracts.jobs import JobQuery, ReferenceKind
 from shared.contracts.outputs import OutputQuery, RememberRequest
-from shared.contracts.service import StatsView
+from shared.contracts.service import ModelView, StatsView
 from shared.errors import EmbeddingUnavailableError
 
 studio_generation = page_blueprint("studio_generation")
@@ -60,6 +61,7 @@ STATS_TTL_S = 2
 @studio_generation.get("/")
 def create() -> Response:
     """Show the form with the values of the query string, and the references for its prompt."""
+    models = services.status.models().models
     plan, pinned, unavailable = None, list[ImageView](), None
     if "search" in g.caller.scopes:
         pinned = pinned_images(request.args)
@@ -73,12 +75,21 @@ def create() -> Response:
         "create",
         active="create",
         form=request.args,
-        models=services.status.models().models,
+        models=models,
+        modes=_models_by_unable_mode(models),
         recent=services.jobs.list_page(JobQuery(limit=RECENT_JOBS), caller=g.caller).items,
         plan=plan,
         pinned=pinned,
         unavailable=unavailable,
     )
+
+
+def _models_by_unable_mode(models: Sequence[ModelView]) -> dict[str, list[str]]:
+    """Return every mode with the names of the models that are known to lack it."""
+    return {
+        mode.value: [each.name for each in models if each.capabilities and not supports(each.capabilities, mode)]
+        for mode in Mode
+    }
 
 
 @studio_generation.post("/")
@@ -154,11 +165,14 @@ def _create_values(recorded: dict[str, Any], references: Sequence[PinnedReferenc
     settings = parameters.model_dump(mode="json", include=set(REQUEST_FIELDS), exclude_none=True)
     conditions = parameters.filter.model_dump(mode="json", exclude={"collection"}, exclude_defaults=True)
     pinned = list(references or parameters.references)
+    # The form has no pictures. Without them the job searches, with the service's number of references.
+    sent_pictures = bool(parameters.reference_images)
     weights = {f"weight.{each.image_id}": each.weight or 1 for each in pinned}
     return {
         **settings,
         "num_images": len(parameters.seeds),
-        "similar_examples_count": len(pinned) or parameters.k,
+        "similar_examples_count": len(pinned) or (None if sent_pictures else parameters.k),
+        "sent_pictures": 1 if sent_pictures else None,
         "collection": parameters.filter.collection,
         "filter": orjson.dumps(conditions).decode() if conditions else None,
         "pin": [str(each.image_id) for each in pinned],
@@ -195,11 +209,13 @@ def output(generation_id: UUID) -> Response:
     """Show an output with its references and its provenance."""
     view = services.outputs.get(generation_id, caller=g.caller)
     references = [
-        PinnedReference(image_id=each.image_id, weight=each.weight or None)
+        PinnedReference.recorded(each.image_id, each.weight)
         for each in view.references
         if each.kind is ReferenceKind.CORPUS
     ]
-    create_values = _create_values(view.provenance.get("parameters", {}), references)
+    # The record has the output's own seed instead of the seeds of its job.
+    recorded = {**view.provenance.get("parameters", {}), "seeds": [view.seed]}
+    create_values = _create_values(recorded, references)
     return render_page("output", active="gallery", output=view, create_values=create_values)
 
 

@@ -30,7 +30,7 @@ def check_key() -> Response:
         page = render_page("sign_in", active="", refused=True)
         page.status_code = 401
         return page
-    response = redirect_to("studio_generation.create" if "generate" in key.scopes else "studio_corpus.memory")
+    response = redirect_to("studio_generation.create" if "generate" in key.scopes else "studio_corpus.corpus")
     # Scripts cannot read it, pages of other sites cannot send it with a change, and it ends with the browser session.
     response.set_cookie(cookie_name(request), secret, **_cookie_options())
     return response

@@ -18,7 +18,7 @@ from scripts.bulk_generate.plan import (
     plan_items,
 )
 from scripts.console import EXIT_CODES_HELP, add_output_options, add_service_options
-from scripts.table_files import FORMATS, Row, read_rows
+from scripts.table_files import FORMATS, Row, read_rows, unreadable_file
 
 DESCRIPTION = """\
 Generate thousands of images from a file of prompts, a template, or both.
@@ -163,6 +163,9 @@ def fixed_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options that a run is continued with; the input is given by its digest.
 
     Input and limit may grow if the plan begins with the same items.
+
+    Raises:
+        TableFileError: the input cannot be read.
     """
     return {
         "input": None if arguments.input is None or str(arguments.input) == "-" else _digest(arguments.input),
@@ -256,5 +259,8 @@ def _first(items: Iterator[PlannedItem | RejectedRow], limit: int | None) -> Ite
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable_file(path, error) from error

@@ -70,7 +70,7 @@ class PlannedItem:
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row, or one grid combination of a row, that is not a valid request."""
+    """A row of which some or all grid combinations are not valid requests, for this reason."""
 
     row: int
     reason: str
@@ -84,12 +84,15 @@ def plan_items(rows: Iterable[Row], options: PlanOptions) -> Iterator[PlannedIte
         if row.problem is not None:
             yield RejectedRow(row.number, row.problem)
             continue
+        reasons = set[str]()  # combinations of a grid often have the same one
         for expanded, values in enumerate(_combinations(row, options), 1):
             try:
                 planned = list(_items(row, values, options, index=index, expanded=expanded))
                 _reserve_names(taken, planned)
             except (_InvalidRowError, ValueError) as error:
-                yield RejectedRow(row.number, str(error))
+                if str(error) not in reasons:
+                    reasons.add(str(error))
+                    yield RejectedRow(row.number, str(error))
                 continue
             index += len(planned)
             yield from planned

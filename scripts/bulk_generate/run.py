@@ -68,6 +68,8 @@ def dry_run(arguments: argparse.Namespace, output: ConsoleOutput) -> ExitCode:
     if items > DRY_RUN_EXAMPLES:
         output.info("...")
     output.info(f"{items} items, {images} images{_comment_lines(comments)}")
+    if items and arguments.first_seed is None:
+        output.info("In a run, rows without a seed get other seeds than here; --first-seed fixes them.")
     output.event("planned", items=items, images=images, rejected=len(rejected), comments=len(comments))
     if rejected:
         output.error(describe_rejected(rejected))
@@ -115,11 +117,10 @@ def _continue_run(folder: BulkFolder, run: Run, arguments: argparse.Namespace, o
         PlanError: further rows are invalid, and `--skip-invalid` is not given.
     """
     given = options.fixed_options(arguments)
-    changed = {name for name, value in given.items() if value != run.options.get(name) and value is not None}
-    if run.first_seed is not None:
-        changed -= {"input", "--limit"}  # compared by their items
-    if changed:
-        names = ", ".join(name for name in given if name in changed)
+    changed = [name for name, value in given.items() if value != run.options.get(name) and value is not None]
+    compared_by_items = set() if run.first_seed is None else {"input", "--limit"}
+    if set(changed) - compared_by_items:
+        names = ", ".join(changed)
         raise FolderError(f"{folder.path} has a run with another {names}: choose another --out")
     if run.first_seed is None:
         return run

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -47,7 +48,7 @@ def wait_until_searchable(service: Afterimage, collection: str, *, timeout_s: fl
 
 
 def wait_and_print_summary(
-    uploader: Uploader, skipped: list[ReportEntry], output: ConsoleOutput, *, wait_s: float
+    uploader: Uploader, skipped: list[ReportEntry], output: ConsoleOutput, *, source: Path, wait_s: float
 ) -> ExitCode:
     """Wait up to `wait_s` for the images to be searchable, then print the counts, skipped files and failed images."""
     searchable = wait_s <= 0 or wait_until_searchable(uploader.service, uploader.collection, timeout_s=wait_s)
@@ -58,15 +59,21 @@ def wait_and_print_summary(
     ]
     counts = {outcome.value: uploader.counts[outcome] for outcome in Outcome}
     output.event("done", **counts, not_embedded=len(failed), searchable=searchable)
-    output.info(", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number) or "nothing to index")
-    for entry in skipped[:MAX_LISTED]:
-        output.info(f"skipped {entry.file}: {entry.code}: {entry.detail}")
+    output.info(
+        ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)
+        or f"nothing to index: {source} has no files, or only hidden ones"
+    )
+    # Other files beside the images do not make the run fail.
+    failures = sum(entry.code != NOT_AN_IMAGE for entry in skipped)
+    if failures:
+        output.info(f"{failures} of the skipped files failed, so the exit code is {ExitCode.INCOMPLETE:d}")
+    for entry in sorted(skipped, key=lambda entry: entry.code == NOT_AN_IMAGE)[:MAX_LISTED]:
+        outcome = "skipped" if entry.code == NOT_AN_IMAGE else "failed"
+        output.info(f"{outcome} {entry.file}: {entry.code}: {entry.detail}")
     if len(skipped) > MAX_LISTED:
         output.info(f"and {len(skipped) - MAX_LISTED} more; --report FILE lists them all")
     for image in failed[:MAX_LISTED]:
         output.info(f"not searchable: {image.filename or image.id}: {image.error_code}")
     if not searchable:
         output.error(f"some images are not searchable after {wait_s:g} s: does an embed worker run?")
-    # Other files beside the images do not make the run fail.
-    has_failures = failed or any(entry.code != NOT_AN_IMAGE for entry in skipped)
-    return ExitCode.DONE if searchable and not has_failures else ExitCode.INCOMPLETE
+    return ExitCode.INCOMPLETE if failures or failed or not searchable else ExitCode.DONE

@@ -2,6 +2,7 @@
 
 import base64
 import secrets
+import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Self
@@ -115,6 +116,14 @@ class GenerateRequest(Contract):
 class PinnedReference(Contract):
     image_id: UUID
     weight: float | None = Field(None, gt=0, le=100, description="relative weight; `null`: 1")
+
+    @classmethod
+    def recorded(cls, image_id: UUID, weight: float) -> Self:
+        """A reference with the weight that an output's record has. A weight of 0 becomes the smallest positive one.
+
+        weight: a share of 1. A very small share is rounded to 0.
+        """
+        return cls(image_id=image_id, weight=max(weight, sys.float_info.min))
 
 
 class SentReferenceImage(Contract):

@@ -388,7 +388,7 @@ RELEASE_FAILED = text(
     with failed as (
         select id, bulk_line from jobs
         where bulk_id = :bulk_id and state = any(:states) and finished_at < :before and model = :model
-        limit :most for update
+        limit :most for update skip locked
     ), removed_from_bulk as (
         update jobs set bulk_id = null, bulk_line = null from failed where jobs.id = failed.id
     ), waiting as (
@@ -402,7 +402,10 @@ RELEASE_FAILED = text(
 
 
 def _release_failed(session: Session, bulk: Bulk, model: str, most: int) -> None:
-    """Detach the failed jobs of up to `most` items that wait for a retry, so that these items can get new jobs."""
+    """Detach the failed jobs of up to `most` items that wait for a retry, so that these items can get new jobs.
+
+    A job that another transaction has locked is left for the next call.
+    """
     parameters = {"bulk_id": bulk.id, "states": list(RETRIABLE), "before": bulk.retry_before, "model": model}
     released = int(session.execute(RELEASE_FAILED, {**parameters, "most": most}).scalar_one())
     bulk.fed -= released
@@ -461,9 +464,11 @@ BULKS_NEEDING_JOBS = text(
     ) queued
     where bulks.state = 'running' and bulks.finished_at is null and bulks.models @> array[:model]
         and queued.jobs < :window
+    order by bulks.owner_id, bulks.quota_day
     """
 )
-"""The limit inside the count bounds its cost: it reads at most `window` jobs of each bulk."""
+"""The limit inside the count bounds its cost: it reads at most `window` jobs of each bulk. The order is that of
+`quotas.give_back`: every transaction locks the owners' usage in one order."""
 
 
 def top_up(session: Session, model: str, *, window: int) -> None:
@@ -568,12 +573,15 @@ def delete_abandoned(session: Session, *, abandoned_after_s: float) -> None:
     stale = and_(
         Bulk.state == BulkState.RECEIVING, Bulk.received_at < func.now() - timedelta(seconds=abandoned_after_s)
     )
-    session.execute(update(Bulk).where(stale).values(state=BulkState.ABANDONED, finished_at=func.now()))
+    stale_ids = select(Bulk.id).where(stale).with_for_update(skip_locked=True)
+    abandoned = update(Bulk).where(Bulk.id.in_(stale_ids)).values(state=BulkState.ABANDONED, finished_at=func.now())
+    session.execute(abandoned.execution_options(synchronize_session=False))
     never_ran = select(Bulk.id).where(Bulk.state.in_((BulkState.REFUSED, BulkState.ABANDONED)))
     batch = (
         select(BulkItem.bulk_id, BulkItem.line)
         .where(BulkItem.bulk_id.in_(never_ran), BulkItem.job_id.is_(None))
         .limit(ITEMS_PER_DELETE)
+        .with_for_update(skip_locked=True)
         .subquery()
     )
     session.execute(delete(BulkItem).where(BulkItem.bulk_id == batch.c.bulk_id, BulkItem.line == batch.c.line))

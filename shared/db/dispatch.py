@@ -6,16 +6,16 @@ moved. With a small window, a deep queue neither fills the broker nor delays an 
 docs/decisions/0007-which-waiting-job-is-published-next.md.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqlalchemy import Row, func, or_, select, text, update
+from sqlalchemy import Row, and_, case, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState, Lane
-from shared.db import bulks
+from shared.db import bulks, leasing
 from shared.db.tables import Job
 
 LOWEST_LANE = len(Lane) - 1
@@ -134,16 +134,16 @@ def _choose(
 
 
 def _mark_published(session: Session, chosen: Sequence[DispatchedJob]) -> list[DispatchedJob]:
-    by_lane = defaultdict(list)
-    for each in chosen:
-        by_lane[each.lane].append(each.job_id)
-    marked: set[UUID] = set()
-    for lane, job_ids in by_lane.items():
-        statement = (
-            update(Job)
-            .where(Job.id.in_(job_ids), Job.state == JobState.QUEUED, Job.published_at.is_(None))
-            .values(published_at=func.now(), published_lane=lane)
-            .returning(Job.id)
-        )
-        marked.update(session.scalars(statement))
+    if not chosen:
+        return []
+    lanes = {each.job_id: each.lane for each in chosen}
+    waiting = and_(Job.id.in_(lanes), Job.state == JobState.QUEUED, Job.published_at.is_(None))
+    statement = (
+        update(Job)
+        .where(leasing.in_lock_order(Job, waiting))
+        .values(published_at=func.now(), published_lane=case(lanes, value=Job.id))
+        .returning(Job.id)
+        .execution_options(synchronize_session=False)
+    )
+    marked = set(session.scalars(statement))
     return [each for each in chosen if each.job_id in marked]

@@ -233,7 +233,7 @@ def renew(session: Session, claims: Iterable[ImageClaim], *, lease_s: float) -> 
 
     An image that was handed back or taken back has no lease, and gets none here.
     """
-    leased = and_(_owned(claims), Image.lease_until.is_not(None))
+    leased = leasing.in_lock_order(Image, and_(_owned(claims), Image.lease_until.is_not(None)))
     statement = update(Image).where(leased).values(lease_until=leasing.from_now(lease_s)).returning(Image.id)
     return set(session.scalars(statement.execution_options(synchronize_session=False)))
 
@@ -243,13 +243,15 @@ def mark_model_started(session: Session, claims: Iterable[ImageClaim]) -> set[UU
 
     Returns the ids of the images still owned.
     """
-    statement = update(Image).where(_owned(claims)).values(model_started=True).returning(Image.id)
+    owned = leasing.in_lock_order(Image, _owned(claims))
+    statement = update(Image).where(owned).values(model_started=True).returning(Image.id)
     return set(session.scalars(statement.execution_options(synchronize_session=False)))
 
 
 def hand_back(session: Session, claims: Iterable[ImageClaim]) -> int:
     """Give up the leases of these images, so that other workers can claim them; return how many were still owned."""
-    statement = update(Image).where(_owned(claims)).values(lease_until=None, model_started=False).returning(Image.id)
+    owned = leasing.in_lock_order(Image, _owned(claims))
+    statement = update(Image).where(owned).values(lease_until=None, model_started=False).returning(Image.id)
     return len(session.scalars(statement.execution_options(synchronize_session=False)).all())
 
 
@@ -270,7 +272,7 @@ def store_embeddings(
     state = ImageState.READY if spaces.is_active(session, space, lock=True) else ImageState.PENDING
     # The lock orders a concurrent delete: before this (then no vector is stored) or after it (then both are deleted).
     owned = session.execute(
-        select(Image.id, Image.collection_id).where(_owned(claims)).order_by(Image.id).with_for_update()
+        select(Image.id, Image.collection_id).where(_owned(claims)).order_by(Image.id).with_for_update(key_share=True)
     ).all()
     collections = {row.id: row.collection_id for row in owned}
     rows = [
@@ -310,7 +312,7 @@ def reopen_without_vector(session: Session, space: Space, *, after: UUID | None 
         return Reopened([], None)
     statement = (
         update(Image)
-        .where(Image.id.between(ids[0], ids[-1]), _lacks_vector(space))
+        .where(leasing.in_lock_order(Image, and_(Image.id.between(ids[0], ids[-1]), _lacks_vector(space))))
         .values(state=ImageState.PENDING, error_code=None, crashes=0, model_started=False, lease_until=None)
         .returning(Image.id)
         .execution_options(synchronize_session=False)
@@ -337,7 +339,8 @@ def add_vectors(
 
     vectors, norms: as in `store_embeddings`.
     """
-    there = set(session.scalars(select(Image.id).where(Image.id.in_(image_ids)).with_for_update(key_share=True)))
+    known = select(Image.id).where(Image.id.in_(image_ids)).order_by(Image.id)
+    there = set(session.scalars(known.with_for_update(key_share=True)))
     rows = [
         {"image_id": image_id, "embedding": vector.tolist(), "norm": float(norm)}
         for image_id, vector, norm in zip(image_ids, vectors, norms, strict=True)

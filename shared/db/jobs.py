@@ -219,8 +219,9 @@ def claim(session: Session, job_id: UUID, *, worker: str, lease_s: float) -> tup
 
 def renew(session: Session, claims: Iterable[Claim], *, lease_s: float) -> set[UUID]:
     """Extend the leases of these attempts to `lease_s` from now; return the ids of the jobs they still own."""
-    statement = update(Job).where(_owned(claims)).values(lease_until=leasing.from_now(lease_s)).returning(Job.id)
-    return set(session.scalars(statement))
+    owned = leasing.in_lock_order(Job, _owned(claims))
+    statement = update(Job).where(owned).values(lease_until=leasing.from_now(lease_s)).returning(Job.id)
+    return set(session.scalars(statement.execution_options(synchronize_session=False)))
 
 
 def still_owned(session: Session, claims: Iterable[Claim]) -> set[UUID]:
@@ -319,7 +320,8 @@ def retry_later(
 
 def hand_back(session: Session, claims: Iterable[Claim]) -> int:
     """Return unfinished jobs to the queue at once, on shutdown; return how many were still owned."""
-    return len(_requeue(session, _owned(claims), data={"reason": "shutdown"}))
+    owned = leasing.in_lock_order(Job, _owned(claims))
+    return len(_requeue(session, owned, data={"reason": "shutdown"}))
 
 
 # --- operations of users and operators ----------------------------------------------------------------------------
@@ -337,13 +339,14 @@ def cancel(session: Session, job_id: UUID, *, owner_id: UUID) -> bool:
 
 def revoke(session: Session, job_ids: Collection[UUID]) -> list[UUID]:
     """Cancel those of `job_ids` that have not ended, of any owner; return their ids. For operators."""
-    canceled = and_(Job.id.in_(job_ids), Job.state.not_in(FINAL))
+    canceled = leasing.in_lock_order(Job, and_(Job.id.in_(job_ids), Job.state.not_in(FINAL)))
     return _end_all(session, canceled, JobState.CANCELED, data={"reason": "revoked"})
 
 
 def cancel_bulk(session: Session, bulk_id: UUID) -> list[UUID]:
     """Cancel every job of a bulk that has not ended; return their ids."""
-    return _end_all(session, and_(Job.bulk_id == bulk_id, Job.state.not_in(FINAL)), JobState.CANCELED, data={})
+    canceled = leasing.in_lock_order(Job, and_(Job.bulk_id == bulk_id, Job.state.not_in(FINAL)))
+    return _end_all(session, canceled, JobState.CANCELED, data={})
 
 
 def delete(session: Session, job: Job) -> None:
@@ -402,13 +405,14 @@ def take_back_expired(session: Session, *, max_crashes: int, limit: int = 100) -
     Returns the ids of all these jobs.
     """
     lost = session.execute(
-        select(Job.id, Job.attempt, Job.crashes, Job.model_started)
+        select(Job.id, Job.attempt, Job.crashes, Job.model_started, Job.owner_id, Job.quota_day)
         .where(Job.state == JobState.PROCESSING, Job.lease_until < func.clock_timestamp())
         .order_by(Job.lease_until)
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).all()
-    for job in lost:
+    # Sorted as in `quotas.give_back`: every transaction locks the owners' usage in one order.
+    for job in sorted(lost, key=lambda job: (job.owner_id, str(job.quota_day))):
         owned = _owned([Claim(job.id, job.attempt)])
         crashes = job.crashes + int(job.model_started)
         if crashes >= max_crashes:
@@ -447,7 +451,7 @@ def unpublish(session: Session, job_ids: Sequence[UUID]) -> int:
     """Mark queued jobs as not published, so that they are dispatched again; return how many were still queued."""
     statement = (
         update(Job)
-        .where(Job.id.in_(job_ids), Job.state == JobState.QUEUED)
+        .where(leasing.in_lock_order(Job, and_(Job.id.in_(job_ids), Job.state == JobState.QUEUED)))
         .values(published_at=None, published_lane=None)
         .returning(Job.id)
     )

@@ -1,11 +1,11 @@
-"""Leases in SQL: the conditions and times that jobs and images share. All times are the database's."""
+"""Leases in SQL: the conditions, times and locks that jobs and images share. All times are the database's."""
 
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, func, tuple_
+from sqlalchemy import ColumnElement, and_, func, select, tuple_
 
 from shared.db.tables import Image, Job
 
@@ -13,6 +13,15 @@ from shared.db.tables import Image, Job
 def owned(table: type[Job] | type[Image], attempts: Iterable[tuple[UUID, int]], *, state: str) -> ColumnElement[bool]:
     """Rows of `table` in `state` whose (id, attempt) is one of `attempts`: no other attempt has taken them over."""
     return and_(tuple_(table.id, table.attempt).in_(list(attempts)), table.state == state)
+
+
+def in_lock_order(table: type[Job] | type[Image], condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Rows of `table` that meet `condition`; the statement locks them in the order of their ids.
+
+    Every statement that changes several rows needs it, or skips locked rows. Otherwise two statements that change the
+    same rows can wait for each other, and the database ends one of them: a deadlock.
+    """
+    return table.id.in_(select(table.id).where(condition).order_by(table.id).with_for_update(key_share=True))
 
 
 def from_now(seconds: float) -> ColumnElement[Any]:

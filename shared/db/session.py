@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
-from shared.errors import DatabaseConnectionError, DatabaseQueryError
+from shared.errors import DatabaseConflictError, DatabaseConnectionError, DatabaseError, DatabaseQueryError
 from shared.metrics import observe_database
 from shared.settings import DatabaseSettings, get_settings
 from shared.singleton import process_singleton
@@ -58,6 +58,14 @@ def database_url(settings: DatabaseSettings) -> URL:
 
 IDLE_IN_TRANSACTION = "25P03"
 """The error code of a statement in a transaction that the server has ended after `IDLE_LIMIT_S`."""
+CONFLICTS = {"40001", "40P01", "55P03"}
+"""The error codes of a serialization failure, a deadlock, and a lock that was not free in time."""
+QUERY_CANCELED, TOO_MANY_CONNECTIONS = "57014", "53300"
+CONNECTION_LOST = ("08", "57P")
+"""Beginnings of the error codes when the connection fails, or when the server stops."""
+NO_CONNECTION = "The database has no free connection."
+REFUSED_CONNECTIONS = ("too many clients", "too many connections", "remaining connection slots")
+"""Parts of the server's message when it refuses a connection. psycopg2 gives no error code then."""
 
 
 class BoundedWait:
@@ -123,7 +131,8 @@ def session_scope() -> Iterator[Session]:
     """One short transaction: commits at the end, rolls back on any exception.
 
     Raises:
-        DatabaseConnectionError: the database cannot be reached or has no free connection.
+        DatabaseConflictError: another transaction has locked or changed the same rows.
+        DatabaseConnectionError: the database cannot be reached, has no free connection, or took too long.
         DatabaseQueryError: a statement failed for any other reason.
     """
     try:
@@ -132,10 +141,24 @@ def session_scope() -> Iterator[Session]:
                 session.connection()
             yield session
     except PoolTimeoutError as error:
-        raise DatabaseConnectionError from error
-    except OperationalError as error:
-        raise DatabaseConnectionError from error
+        raise DatabaseConnectionError(NO_CONNECTION) from error
     except DBAPIError as error:
-        if error.connection_invalidated or getattr(error.orig, "pgcode", None) == IDLE_IN_TRANSACTION:
-            raise DatabaseConnectionError from error
-        raise DatabaseQueryError from error
+        raise _named(error) from error
+
+
+def _named(error: DBAPIError) -> DatabaseError:
+    """The error of the product for an error of the driver. It names the cause."""
+    code = getattr(error.orig, "pgcode", None)
+    if code in CONFLICTS:
+        return DatabaseConflictError()
+    if code == QUERY_CANCELED:
+        return DatabaseConnectionError("A database statement took too long.")
+    if code == TOO_MANY_CONNECTIONS or any(part in str(error.orig) for part in REFUSED_CONNECTIONS):
+        return DatabaseConnectionError(NO_CONNECTION)
+    if code == IDLE_IN_TRANSACTION:
+        return DatabaseConnectionError("The database ended a transaction that ran no statement for too long.")
+    if isinstance(error, OperationalError) and code is not None and not code.startswith(CONNECTION_LOST):
+        return DatabaseConnectionError(f"The database could not execute a statement: error code {code}.")
+    if isinstance(error, OperationalError) or error.connection_invalidated:
+        return DatabaseConnectionError()
+    return DatabaseQueryError()

@@ -111,7 +111,7 @@ def test_an_error_is_shown_beside_the_form(page: Page, browser_errors: list[str]
 def test_images_are_added_found_by_a_picture_and_deleted(page: Page, stack: RunningStack, tmp_path: Path) -> None:
     path = tmp_path / "purple.png"
     path.write_bytes(disc("purple", radius=50))
-    page.goto("/memory")
+    page.goto("/corpus")
     page.get_by_text("Add images").click()
     page.get_by_label("Files").set_input_files(path)
     page.get_by_label("Caption").fill("a purple disc")

@@ -123,7 +123,7 @@ def call(url: str, request: tuple[str, str]) -> Answer:
     return Answer(method, path, answer.status_code, time.monotonic() - started, content_type)
 
 
-PAGES = ("/", "/references?prompt=a+cat", "/search?query=a+cat", "/memory", "/gallery", "/queue", f"/jobs/{SOME_ID}")
+PAGES = ("/", "/references?prompt=a+cat", "/search?query=a+cat", "/corpus", "/gallery", "/queue", f"/jobs/{SOME_ID}")
 
 
 @pytest.mark.parametrize("fault", ["stopped", "frozen"])
@@ -160,7 +160,7 @@ def test_with_redis_frozen_submits_and_pages_answer_and_the_jobs_run_after_the_t
         started = time.monotonic()
         job = api.submit(prompt="submitted beside a frozen Redis")
         assert time.monotonic() - started < 2
-        for address in ("/", "/?prompt=a+cat", "/memory", "/gallery", "/queue"):
+        for address in ("/", "/?prompt=a+cat", "/corpus", "/gallery", "/queue"):
             started = time.monotonic()
             assert httpx.get(api.url + address, timeout=20).status_code == 200, address
             assert time.monotonic() - started < 6, address  # a prompt waits for its vector: `retrieval.text_timeout_s`

@@ -113,6 +113,34 @@ def test_files_that_are_not_images_are_reported_and_do_not_fail_the_run(
     assert (code, outcomes(events)) == (0, {"good.png": "created", "Thumbs.db": "not_an_image"})
 
 
+def test_the_summary_says_what_failed(stack: RunningStack, collection: str, tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(picture("teal"))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "Thumbs.db").write_bytes(b"what a file manager leaves")
+    done = subprocess.run(
+        [each for each in command(stack, str(tmp_path), "--collection", collection) if each != "--json"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert "1 created, 2 skipped" in lines
+    assert "1 of the skipped files failed, so the exit code is 1" in lines
+    assert any(line.startswith("failed broken.png: ") for line in lines)
+    assert any(line.startswith("skipped Thumbs.db: not_an_image") for line in lines)
+
+
+def test_an_empty_folder_is_told_as_such(stack: RunningStack, collection: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [each for each in command(stack, str(tmp_path), "--collection", collection) if each != "--json"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, f"nothing to index: {tmp_path} has no files, or only hidden ones\n")
+
+
 def test_a_folder_is_indexed_and_each_skipped_file_is_reported_with_its_reason(
     stack: RunningStack, service: Afterimage, collection: str, folder: Path
 ) -> None:

@@ -1,6 +1,6 @@
-"""A pass of hostile bulks: streams of lines whose keys, values and bytes no client would send on purpose.
+"""A pass of hostile bulks: streams of lines with keys, values and bytes that no client sends on purpose.
 
-A schema cannot express them: NUL and lone surrogates in keys, numbers that no JSON parser agrees on, repeated keys, and
+A schema cannot express them. There are NUL and lone surrogates in keys, numbers of unclear meaning, repeated keys, and
 bytes that are no text.
 """
 

@@ -1,6 +1,9 @@
 """The commands of operators: dead jobs, sweeping blobs, owners and keys."""
 
 import os
+import socket
+import subprocess
+import sys
 from uuid import UUID
 
 import pytest
@@ -9,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from scripts.admin import main as admin
 from shared.contracts.jobs import JobState
-from shared.db import jobs
+from shared.db import jobs, spaces
 from shared.db.tables import Job, Owner
 from shared.settings import Settings
 from shared.storage import get_blobs, thumbnail_key
@@ -90,7 +93,11 @@ def test_the_sweep_command_lists_what_it_would_remove_and_removes_it(
     run(monkeypatch, "sweep")
     assert capsys.readouterr().out == "0 blobs, 0 bytes, 0 half-written files\n", "too young"
     run(monkeypatch, "sweep", "--dry-run", "--older-than-s", "0")
-    assert capsys.readouterr().out == f"{key}\t5\n"
+    shown = capsys.readouterr()
+    assert shown.out == f"{key}\t5\n"
+    assert shown.err == "1 blobs, 5 bytes would be deleted\n"
+    run(monkeypatch, "sweep", "--dry-run")
+    assert capsys.readouterr().err == "0 blobs, 0 bytes would be deleted\n"
     assert get_blobs().exists(key)
     path = os.path.join(settings.storage.url.removeprefix("file://"), key)
     os.utime(path, (0, 0))
@@ -121,13 +128,39 @@ def test_an_owner_with_an_invalid_name_is_not_created(
     assert name not in session.scalars(select(Owner.name)).all()
 
 
-def test_list_keys_prints_whole_ids_in_a_narrow_terminal(
+def test_list_keys_and_list_spaces_fit_in_80_columns(
     session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(monkeypatch, "create-owner", "team-a")
     run(monkeypatch, "create-key", "team-a", "--name", "a laptop with a long name")
     key_id = capsys.readouterr().out.split()[1]
-    monkeypatch.setattr("sys.argv", ["admin", "list-keys"])
-    monkeypatch.setenv("COLUMNS", "60")
-    admin()
-    assert key_id in capsys.readouterr().out
+    digest = spaces.ensure(session, digest="ab" * 32, model="ViT-B-32/laion2b_s34b_b79k", dim=512).digest
+    session.commit()
+    monkeypatch.setenv("COLUMNS", "80")
+    for command, expected in (
+        ("list-keys", (key_id, "owner: team-a", "name: a laptop with a long name", "scopes: generate search")),
+        ("list-spaces", (digest, "model: ViT-B-32/laion2b_s34b_b79k", "vectors: 0, images without: 0")),
+    ):
+        monkeypatch.setattr("sys.argv", ["admin", command])
+        admin()
+        shown = capsys.readouterr().out
+        assert all(text in shown for text in expected)
+        assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_an_unreachable_database_is_named_without_its_password() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        url = f"postgresql+psycopg2://user:secret@{address}/corpus"
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.admin", "list-keys"],
+            env=os.environ | {"AFTERIMAGE_DATABASE__URL": url},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert f"{address}/corpus" in done.stderr
+    assert "secret" not in done.stderr
+    assert "Traceback" not in done.stderr

@@ -241,10 +241,28 @@ def test_a_job_whose_pictures_are_being_copied_is_deleted_after_the_copy(
         assert set(list_unneeded(beside, sorted(stored()))) == set(), "the copy names the blobs"
 
 
+def test_a_retry_of_a_job_that_is_being_deleted_is_refused(
+    client: Client, session: Session, background: ThreadPoolExecutor
+) -> None:
+    job = accepted(submit(client, sent(picture())))
+    client.post(f"{job['url']}/cancel")
+    session.delete(session.get_one(Job, UUID(job["id"])))
+    session.flush()
+    retried = background.submit(client.post, f"{job['url']}/retry")
+    wait_until(a_statement_waits, timeout_s=20, what="the retry to wait")
+    session.commit()
+    assert code(retried.result(20)) == (404, "not_found")
+    assert count(session, Job) == 0
+
+
 def a_delete_waits() -> bool:
-    waiting = text("select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like 'DELETE%'")
+    return a_statement_waits("DELETE%")
+
+
+def a_statement_waits(pattern: str = "%") -> bool:
+    waiting = text("select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like :pattern")
     with session_scope() as session:  # one transaction sees one state of this view
-        return bool(session.scalar(waiting) == 1)
+        return bool(session.scalar(waiting, {"pattern": pattern}) == 1)
 
 
 @pytest.fixture

@@ -54,6 +54,15 @@ def test_an_output_becomes_an_image_of_the_corpus_as_an_upload_does(
     assert count(session, BlobClaim) == 0
 
 
+def test_an_output_is_remembered_without_a_body(client: Client, output: Output) -> None:
+    answer = client.post(f"{API}/generations/{output.id}/remember")
+    assert answer.status_code == 201, answer.text
+    assert (answer.json["collection"], answer.json["caption"], answer.json["tags"]) == ("shared", None, [])
+    # A body is still read strictly, also one without a Content-Type.
+    assert client.post(f"{API}/generations/{output.id}/remember", data=b'{"caption": "x"}').status_code == 415
+    assert remember(client, output.id, colour="red").status_code == 422
+
+
 def test_an_output_is_remembered_once_in_each_collection(client: Client, session: Session, output: Output) -> None:
     first = remember(client, output.id, caption="one")
     again = remember(client, output.id, caption="two")

@@ -58,6 +58,14 @@ def test_an_output_without_references_is_replayed_without_references(
     assert (answer.json["kind"], answer.json["parameters"]["references"]) == ("generate", [])
 
 
+def test_a_weight_that_was_rounded_to_zero_stays_the_smallest(client: Client, session: Session, output: Output) -> None:
+    session.execute(update(OutputReference).values(weight=0.0))
+    session.commit()
+    answer = replay(client, output.id)
+    assert answer.status_code == 202, answer.text
+    assert 0 < answer.json["parameters"]["references"][0]["weight"] < 1e-300
+
+
 def test_an_idempotency_key_creates_one_replay_and_belongs_to_one_output(
     client: Client, session: Session, output: Output
 ) -> None:

@@ -100,6 +100,13 @@ def test_a_body_that_is_not_json_is_malformed(subtests: pytest.Subtests, client:
                 problem(client.post(API + route, data=body, content_type="application/json"), 400, "malformed_body")
 
 
+def test_the_last_value_of_a_repeated_name_counts(client: Client) -> None:
+    body = '{"prompt": "x", "dry_run": true, "seed": 1, "prompt": "y", "seed": 2}'
+    answer = client.post(f"{API}/generate", data=body, content_type="application/json")
+    assert answer.status_code == 200, answer.text
+    assert (answer.json["parameters"]["prompt"], answer.json["parameters"]["seeds"]) == ("y", [2])
+
+
 def test_a_body_with_another_content_type_is_refused(subtests: pytest.Subtests, client: Client) -> None:
     for content_type in [None, "text/plain", "application/x-www-form-urlencoded"]:
         for route in JSON_ROUTES:
@@ -466,13 +473,28 @@ def test_a_broken_multipart_body_is_refused(subtests: pytest.Subtests, client: C
     for case, body in {
         "cut": b"--x\r\nContent-Disposition: form-data; name=",
         "nonsense": b"nonsense",
-        "empty": b"",
+        "empty": b"\r\n",
     }.items():
         with subtests.test(case=case):
             for content_type in ("multipart/form-data; boundary=x", "multipart/form-data"):
                 answer = client.post(f"{API}/upload", data=body, content_type=content_type)
-                assert answer.status_code in (400, 422)
-                assert answer.content_type == "application/problem+json"
+                problem(answer, 400, "malformed_body")
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "message"),
+    [
+        ({"prompt": ""}, "body.prompt", "Must have at least 1 character"),
+        ({"prompt": "x" * 2001}, "body.prompt", "Must have at most 2000 characters"),
+        ({}, "body.prompt", "Must be given."),
+        ({"prompt": "a cat", "promt": "a dog"}, "body.promt", "There is no such field."),
+    ],
+)
+def test_the_message_about_a_field_is_in_plain_words(
+    client: Client, body: dict[str, str], field: str, message: str
+) -> None:
+    answer = client.post(f"{API}/generate", json=body)
+    assert [(each["field"], each["message"]) for each in answer.json["errors"]] == [(field, message)]
 
 
 @pytest.mark.parametrize(

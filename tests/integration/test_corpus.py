@@ -329,6 +329,15 @@ def test_pinned_references_are_used_in_their_order_with_their_weights(session: S
     assert [r.scored.similarity for r in references] == pytest.approx([0, 1], abs=2e-3)
 
 
+def test_a_weight_of_zero_is_not_taken_for_an_unset_one(session: Session) -> None:
+    """The share of a picture with a very small weight is rounded to 0, and a replay plans it again."""
+    space = make_space(session)
+    image = make_image(session, vector=axis(0))
+    (scored,) = images.find_by_ids(session, space, [image.id], axis(0)).values()
+    references = retrieval.plan_pinned(session, space, [], axis(0), sent=[(scored, None), (scored, 0.0)])
+    assert [reference.weight for reference in references] == [1.0, 0.0]
+
+
 def test_a_pinned_reference_that_is_unknown_or_not_embedded_is_refused_by_name(session: Session) -> None:
     space = make_space(session)
     waiting, gone = make_image(session).id, uuid4()

@@ -38,7 +38,7 @@ def make_output(session: Session, number: int, *, owner: str = "local") -> Outpu
         "job_id": str(job.id),
         "index": 0,
         "seed": number,
-        "parameters": job.parameters,
+        "parameters": {name: value for name, value in job.parameters.items() if name != "seeds"},
         "mode": "image_prompt",
         "references": [reference],
         "model": {"name": "cheap", "source_revision": None, "weights_digest": "cd" * 32},

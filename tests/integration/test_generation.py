@@ -167,18 +167,19 @@ def test_a_job_ends_with_its_images_and_their_references(session: Session, model
     assert Image.open(io.BytesIO(file)).size == (32, 32)
 
 
+@pytest.mark.parametrize("mode", [Mode.IMAGE_PROMPT, Mode.IMG2IMG])
 def test_a_replay_records_if_it_equals_the_original_and_what_has_changed(
-    session: Session, models: Models, leases: JobLeases, model: RecordingGenerator
+    session: Session, models: Models, leases: JobLeases, model: RecordingGenerator, mode: Mode
 ) -> None:
     add_embedded_image(session, models, "red", "a red square")
-    job = submit(session, seeds=[5], k=1)
+    job = submit(session, seeds=[5], k=1, mode=mode)
     assert run(job.id, models, leases) is Outcome.SUCCEEDED
     (original,) = outputs.list_by_job(session, [job.id])[job.id]
     (reference,) = outputs.list_references(session, [original.id])[original.id]
 
     def run_replay() -> Replay:
         pinned = [PinnedReference(image_id=reference.image_id, weight=reference.weight)]
-        replay = make_job(session, seeds=[5], k=0, mode=Mode.IMAGE_PROMPT, references=pinned)
+        replay = make_job(session, seeds=[5], k=0, mode=mode, references=pinned)
         replay.replay_of = original.id
         session.commit()
         assert run(replay.id, models, leases) is Outcome.SUCCEEDED
@@ -470,6 +471,19 @@ def test_the_result_says_which_part_of_the_drawn_image_it_shows(
     )
 
 
+def test_a_part_of_less_than_a_pixel_is_not_called_zero(
+    session: Session, models: Models, leases: JobLeases, model: RecordingGenerator
+) -> None:
+    model.capabilities = model.capabilities.model_copy(
+        update={"any_size": False, "native_width": 64, "native_height": 64}
+    )
+    job = submit(session, width=2048, height=16, mode=Mode.NONE)
+    run(job.id, models, leases)
+    (made,) = outputs.list_by_job(session, [job.id])[job.id]
+    (warning,) = made.provenance["warnings"]
+    assert "The middle 64 x 0.5 of them" in warning["detail"]
+
+
 @pytest.mark.parametrize(("width", "height", "codes"), [(32, 32, []), (64, 32, ["reference_padded"])])
 def test_the_result_says_when_a_reference_has_another_ratio(
     session: Session,
@@ -691,8 +705,18 @@ def test_a_job_that_waits_for_the_model_has_not_started(
     assert reload(session, waiting).model_started
 
 
+def logged_end(caplog: pytest.LogCaptureFixture) -> tuple[str, str | None]:
+    """The outcome and the error code in the log line at the end of an attempt."""
+    (line,) = [vars(record) for record in caplog.records if record.message == "job_ended"]
+    return line["outcome"], line.get("code")
+
+
 def test_a_job_canceled_during_generation_stops_within_a_step_and_stores_nothing(
-    session: Session, models: Models, leases: JobLeases, model: RecordingGenerator
+    session: Session,
+    models: Models,
+    leases: JobLeases,
+    model: RecordingGenerator,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model.cost_s = 20
     job = submit(session, num_inference_steps=200)
@@ -702,7 +726,9 @@ def test_a_job_canceled_during_generation_stops_within_a_step_and_stores_nothing
         session.commit()
 
     model.before = cancel  # type: ignore[method-assign]
-    assert run(job.id, models, leases) is Outcome.LOST
+    with caplog.at_level("INFO"):
+        assert run(job.id, models, leases) is Outcome.CANCELED
+    assert logged_end(caplog) == ("canceled", None)
     assert reload(session, job).state == JobState.CANCELED
     assert session.scalars(select(Output)).all() == []
 
@@ -739,13 +765,16 @@ def test_the_kind_of_an_error_decides_how_the_attempt_ends(
     outcome: Outcome,
     state: JobState,
     code: str | None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def raise_fault() -> None:
         raise fault
 
     model.before = raise_fault  # type: ignore[method-assign]
     job = submit(session)
-    assert run(job.id, models, leases) is outcome
+    with caplog.at_level("INFO"):
+        assert run(job.id, models, leases) is outcome
+    assert logged_end(caplog) == (outcome, code or "storage_unavailable")
     job = reload(session, job)
     assert job.state == state
     assert (job.error or {}).get("code") == code

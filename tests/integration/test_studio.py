@@ -13,18 +13,19 @@ from sqlalchemy.orm import Session
 from api_service.app import create_app
 from api_service.services import jobs
 from shared.contracts.jobs import Change, JobWarning, Replay, ReplayVerdict
-from shared.db import images
+from shared.db import images, workers
 from shared.db.spaces import Space
 from shared.db.tables import ApiKey, Image, Job, OutputReference, Owner
 from shared.settings import Settings, get_settings
 from tests.factories import make_image, make_job, make_space
 from tests.integration.conftest import API, Client, a_key, picture
+from tests.integration.test_api_jobs import CAPABILITIES
 from tests.integration.test_api_search import embed_worker, towards
 from tests.integration.test_export_outputs import make_output
 
 SAME_ORIGIN = {"Origin": "http://localhost"}
 FRAGMENT = {"X-Fragment": "1"}
-PAGES = ("/", "/gallery", "/memory", "/search", "/queue")
+PAGES = ("/", "/gallery", "/corpus", "/search", "/queue")
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_an_invalid_weight_is_reported_once(client: Client) -> None:
 
 def test_an_unknown_path_gets_an_html_page_in_a_browser(client: Client) -> None:
     html = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
-    for path in ("/nothing", "/memory/nope"):
+    for path in ("/nothing", "/corpus/nope"):
         answer = client.get(path, headers=html)
         assert (answer.status_code, answer.mimetype) == (404, "text/html")
         assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
@@ -228,14 +229,36 @@ def test_a_job_is_canceled_retried_and_deleted(client: Client, session: Session)
     assert client.get(f"/jobs/{job.id}").status_code == 404
 
 
+def test_former_addresses_of_the_corpus_lead_to_the_current_ones(client: Client) -> None:
+    answer = client.get("/memory?collection=mine")
+    assert (answer.status_code, answer.location) == (308, "/corpus?collection=mine")
+    assert client.post(f"/memory/{uuid4()}/forget", headers=SAME_ORIGIN, follow_redirects=True).status_code == 404
+
+
+def test_modes_that_a_model_cannot_work_in_are_marked(client: Client, session: Session) -> None:
+    name = get_settings().model.default_generator
+    page = client.get("/").text
+    assert "not for" not in page, "nothing is known before a worker has loaded the model"
+    known = CAPABILITIES.model_copy(update={"modes": ["none", "img2img"]})
+    workers.publish_capabilities(session, name, known)
+    session.commit()
+    page = client.get("/", query_string={"mode": "caption"}).text
+    assert '<option value="img2img" >img2img</option>' in page
+    assert f'<option value="caption" selected>caption (not for {name})</option>' in page
+    assert f'<option value="reference" disabled>reference (not for {name})</option>' in page
+
+
 def test_an_output_is_shown_with_its_references(client: Client, session: Session) -> None:
     output = make_output(session, 7)
     session.commit()
     for path in ("/gallery", f"/gallery/{output.id}", f"/jobs/{output.job_id}", "/queue"):
         assert f"/gallery/{output.id}" in client.get(path).text or path.endswith(str(output.id))
     page = client.get(f"/gallery/{output.id}")
-    assert f"/memory/{output.provenance['references'][0]['image_id']}" in page.text
+    assert f"/corpus/{output.provenance['references'][0]['image_id']}" in page.text
     assert output.sha256 in page.text
+    parameters = output.provenance["parameters"]
+    facts = f"{parameters['width']} x {parameters['height']}, {parameters['num_inference_steps']} steps"
+    assert f"{facts}, guidance {parameters['guidance_scale']}" in page.text
     assert "apfel „7“" in page.text.split("<pre>")[1]
     assert client.get(page.text.split('figure class="large"><img src="')[1].split('"')[0]).status_code == 200
     assert client.post(f"/gallery/{output.id}/delete", headers=SAME_ORIGIN).status_code == 303
@@ -260,7 +283,7 @@ def test_an_output_is_remembered_and_its_image_is_shown(client: Client, session:
     assert f'action="/gallery/{output.id}/remember"' in client.get(f"/gallery/{output.id}").text
     answer = client.post(f"/gallery/{output.id}/remember", headers=SAME_ORIGIN)
     (image,) = session.scalars(select(Image))
-    assert (answer.status_code, answer.location) == (303, f"/memory/{image.id}")
+    assert (answer.status_code, answer.location) == (303, f"/corpus/{image.id}")
     assert output.sha256 in client.get(answer.location).text
 
 
@@ -293,17 +316,17 @@ def test_an_output_is_replayed(client: Client, session: Session, space: Space) -
 
 def test_images_are_added_found_shown_and_deleted(client: Client, session: Session, space: Space) -> None:
     form = {"file": (io.BytesIO(picture("red")), "red.png"), "caption": "", "tags": "fruit, red", "collection": "mine"}
-    answer = client.post("/memory", data=form, headers=SAME_ORIGIN)
-    assert answer.location == "/memory?collection=mine"
+    answer = client.post("/corpus", data=form, headers=SAME_ORIGIN)
+    assert answer.location == "/corpus?collection=mine"
     image = session.scalars(select(Image)).one()
     assert (image.caption, image.tags) == (None, ["fruit", "red"])
-    assert f"/memory/{image.id}" in client.get(answer.location).text
-    assert f"/memory/{image.id}" not in client.get("/memory", query_string={"collection": "mine", "tag": "blue"}).text
-    assert "fruit" in client.get(f"/memory/{image.id}").text
-    assert client.post(f"/memory/{image.id}/forget", headers=SAME_ORIGIN).status_code == 303
-    assert client.get(f"/memory/{image.id}").status_code == 404
+    assert f"/corpus/{image.id}" in client.get(answer.location).text
+    assert f"/corpus/{image.id}" not in client.get("/corpus", query_string={"collection": "mine", "tag": "blue"}).text
+    assert "fruit" in client.get(f"/corpus/{image.id}").text
+    assert client.post(f"/corpus/{image.id}/delete", headers=SAME_ORIGIN).status_code == 303
+    assert client.get(f"/corpus/{image.id}").status_code == 404
     broken = {"file": (io.BytesIO(b"no image"), "x.png")}
-    assert client.post("/memory", data=broken, headers=SAME_ORIGIN).status_code == 415
+    assert client.post("/corpus", data=broken, headers=SAME_ORIGIN).status_code == 415
 
 
 def test_searching_by_text_by_a_file_and_by_an_image_of_the_corpus(
@@ -313,7 +336,7 @@ def test_searching_by_text_by_a_file_and_by_an_image_of_the_corpus(
     session.commit()
 
     def first(answer: Any) -> UUID:
-        return UUID(re.findall(r'<a href="/memory/([0-9a-f-]{36})"><img', answer.text)[0])
+        return UUID(re.findall(r'<a href="/corpus/([0-9a-f-]{36})"><img', answer.text)[0])
 
     with embed_worker(space):
         assert first(client.get("/search", query_string={"query": "red", "threshold": ""})) == red.id
@@ -349,7 +372,8 @@ def sign_in(browser: FlaskClient, session: Session, *scopes: str) -> Any:
 
 
 def test_with_keys_every_page_redirects_to_sign_in(browser: FlaskClient) -> None:
-    rules = [rule for rule in browser.application.url_map.iter_rules() if rule.endpoint.startswith("studio")]
+    studio_rules = [rule for rule in browser.application.url_map.iter_rules() if rule.endpoint.startswith("studio")]
+    rules = [rule for rule in studio_rules if not rule.alias]  # an alias redirects to its page
     assert len(rules) == 22
     open_to_all = set()
     for rule in rules:
@@ -393,8 +417,8 @@ def sign_in_over_tls(browser: FlaskClient, session: Session) -> str:
 @pytest.mark.parametrize(
     ("scopes", "queued", "whose"),
     [
-        (["generate", "search"], 1, "They count only your own jobs and collections"),
-        (["generate", "search", "admin"], 3, "They count the jobs and images of all owners"),
+        (["generate", "search"], 1, "These numbers count only your own jobs and collections"),
+        (["generate", "search", "admin"], 3, "These numbers count the jobs and images of all owners"),
     ],
 )
 def test_the_queue_says_what_its_numbers_count(
@@ -412,21 +436,21 @@ def test_the_queue_says_what_its_numbers_count(
 
 def test_pages_have_the_scopes_of_their_key(browser: FlaskClient, session: Session) -> None:
     sign_in(browser, session, "search")
-    assert browser.get("/memory").status_code == 200
+    assert browser.get("/corpus").status_code == 200
     for path in ("/", "/gallery", "/queue"):
         answer = browser.get(path)
         assert answer.status_code == 403, path
         assert "lacks the scope" in answer.text
     file = {"file": (io.BytesIO(picture()), "a.png")}
-    assert browser.post("/memory", data=file, headers=SAME_ORIGIN).status_code == 403
+    assert browser.post("/corpus", data=file, headers=SAME_ORIGIN).status_code == 403
     assert session.scalar(select(Image)) is None
 
 
 def test_a_key_without_the_scope_search_sees_nothing_of_the_corpus(browser: FlaskClient, session: Session) -> None:
     image = make_image(session, caption="not for this key")
     session.commit()
-    assert sign_in(browser, session, "search").location == "/memory"
-    assert "not for this key" in browser.get("/memory").text
+    assert sign_in(browser, session, "search").location == "/corpus"
+    assert "not for this key" in browser.get("/corpus").text
     sign_in(browser, session, "generate")
     answer = browser.get("/", query_string={"prompt": "red", "pin": str(image.id)})
     assert answer.status_code == 200

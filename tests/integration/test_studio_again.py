@@ -140,8 +140,38 @@ def test_an_output_is_generated_again_with_its_references_and_settings(
         again(client, f"/gallery/{output.id}")
     after = submitted(session)
     assert after["references"] == [{"image_id": str(image.id), "weight": 0.25}]
+    assert len(after["seeds"]) == 1
     for name in ("prompt", "model", "width", "guidance_scale", "num_inference_steps", "min_similarity"):
         assert after[name] == before[name], name
+
+
+def test_a_job_with_pictures_of_its_request_is_changed_into_a_search_and_the_form_says_so(
+    client: Client, session: Session, space: Space
+) -> None:
+    make_image(session, vector=towards(a0=1))
+    pictures = [{"sha256": "ab" * 32, "weight": None, "caption": None}]
+    job = make_job(session, state=JobState.SUCCEEDED, reference_images=pictures, k=0)
+    other = make_job(session, state=JobState.SUCCEEDED, k=0)
+    session.commit()
+    note = "does not keep the pictures"
+    with embed_worker(space, lambda items: towards(a0=1)[None].repeat(len(items), axis=0)):
+        assert note not in again(client, f"/jobs/{other.id}").text
+        assert note in again(client, f"/jobs/{job.id}").text
+    assert submitted(session)["k"] > 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 5e-324])
+def test_an_output_is_generated_again_with_the_smallest_weight_of_a_reference(
+    client: Client, session: Session, space: Space, weight: float
+) -> None:
+    image = make_image(session, vector=towards(a0=1))
+    output = make_output(session, 7)
+    session.execute(update(OutputReference).values(image_id=image.id, weight=weight))
+    session.commit()
+    with embed_worker(space, lambda items: towards(a0=1)[None].repeat(len(items), axis=0)):
+        again(client, f"/gallery/{output.id}")
+    (used,) = submitted(session)["references"]
+    assert 0 < used["weight"] < 1e-300
 
 
 def test_the_filter_of_the_form_is_that_of_the_shown_references(client: Client, session: Session, space: Space) -> None:
@@ -160,11 +190,11 @@ def test_links_from_an_image_keep_its_collection(client: Client, session: Sessio
     mine = owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "local"))
     image = make_image(session, vector=towards(a0=1), collection_id=mine.id, tags=["fruit"], caption="an apple")
     session.commit()
-    for page in (f"/memory/{image.id}", "/memory?collection=mine"):
+    for page in (f"/corpus/{image.id}", "/corpus?collection=mine"):
         (link,) = re.findall(r'<a class="tag" href="([^"]+)"', client.get(page).text)
-        assert f"/memory/{image.id}" in client.get(unescape(link)).text, page
+        assert f"/corpus/{image.id}" in client.get(unescape(link)).text, page
     found = client.get("/search", query_string={"image_id": str(image.id), "collection": "mine"}).text
-    for page in (client.get(f"/memory/{image.id}").text, found):
+    for page in (client.get(f"/corpus/{image.id}").text, found):
         (link,) = re.findall(r'href="(/\?[^"]*pin=[^"]+)"', page)
         assert "collection=mine" in link
 

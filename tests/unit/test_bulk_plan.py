@@ -217,6 +217,26 @@ def test_a_dry_run_prints_the_planned_items_and_writes_nothing(tmp_path: Path) -
     assert not out.exists()
 
 
+def test_a_dry_run_says_that_a_run_has_other_seeds(tmp_path: Path) -> None:
+    given = ["--template", "a cat", "--dry-run", "--out", str(tmp_path / "out")]
+    assert "get other seeds" in command(*given).stderr
+    assert "get other seeds" not in command(*given, "--first-seed", "5").stderr
+
+
+@pytest.mark.parametrize("dry_run", [["--dry-run"], []])
+def test_a_missing_file_is_told_in_words(tmp_path: Path, dry_run: list[str]) -> None:
+    path = tmp_path / "absent.csv"
+    for given in ([str(path)], ["--template", "a {x}", "--grid", f"x=@{path}"]):
+        done = command(*given, *dry_run, "--out", str(tmp_path / "out"))
+        assert (done.returncode, done.stderr.strip()) == (2, f"error: {path} does not exist")
+
+
+def test_a_bad_row_is_listed_once_for_all_values_of_a_grid(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,width\na {c} cat,64\na {c} dog,1\n")
+    done = command(str(tmp_path / "p.csv"), "--grid", "c=red,green,blue", "--dry-run", "--out", str(tmp_path / "out"))
+    assert done.stderr.count("row 3: width") == 1
+
+
 def test_invalid_rows_stop_a_run_before_anything_is_sent_and_are_all_listed(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt,width\na,64\nb,huge\nc,1\n")
     done = command(str(tmp_path / "p.csv"), "--out", str(tmp_path / "out"), "--url", "http://127.0.0.1:9")
@@ -278,6 +298,15 @@ def test_a_folder_refuses_another_input(
     assert (done.returncode, planned_prompts(tmp_path)) == (2, before)
     assert "choose another --out" in done.stdout
     assert run_unreachable(tmp_path, *first, stdin=first_stdin).returncode == 3, "the run itself continues"
+
+
+def test_the_input_is_named_too_when_it_and_an_option_differ(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
+    out = tmp_path / "out"
+    run_unreachable(out, str(tmp_path / "cats.txt"))
+    assert "with another --seeds:" in run_unreachable(out, str(tmp_path / "cats.txt"), "--seeds", "2").stdout
+    assert "with another input, --seeds:" in run_unreachable(out, str(tmp_path / "dogs.txt"), "--seeds", "2").stdout
 
 
 def test_a_larger_input_goes_on_with_its_new_items(tmp_path: Path) -> None:

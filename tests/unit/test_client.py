@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 
 from afterimage_client import (
@@ -26,6 +27,7 @@ from afterimage_client import (
     GenerateRequest,
     InvalidRequestError,
     JobState,
+    JobView,
     NotFoundError,
     OutputView,
     QueueFullError,
@@ -242,6 +244,80 @@ def test_closing_ends_the_retry_pauses_of_other_threads(script: Script) -> None:
     thread.join(5)
     assert not thread.is_alive()
     assert failed
+
+
+def closed_address() -> str:
+    """The address of a port where nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"http://user:secret@127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_wrong_address_fails_soon_and_is_named_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    address = closed_address()
+    started = time.monotonic()
+    with Afterimage(address) as client, pytest.raises(UnreachableError) as failed:
+        client.models()
+    assert time.monotonic() - started < 10
+    (warning,) = caplog.messages
+    for shown in (str(failed.value), warning):
+        assert address.rpartition("@")[2] in shown
+        assert "AFTERIMAGE_URL" in shown
+        assert "secret" not in shown
+
+
+def test_after_an_answer_a_refused_connection_is_retried_all_the_time(script: Script) -> None:
+    client, requests = script(Answer(200, job_body()), retry_for_s=60, connect_for_s=0)
+    client.jobs.get(JOB)
+    tries = 0
+
+    def refuse(request: httpx.Request) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 3:
+            client.close()
+        raise httpx.ConnectError("refused", request=request)
+
+    client._connection.http.event_hooks["request"].append(refuse)
+    with pytest.raises(UnreachableError):
+        client.jobs.get(JOB)
+    assert (tries, len(requests)) == (3, 1)
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+def test_a_resource_is_named_by_its_object_or_by_its_id(script: Script) -> None:
+    each = output()
+    client, requests = script(*[Answer(202, job_body())] * 3, *[Answer(204, b"")] * 3)
+    for named in (each, each.id, str(each.id)):
+        client.outputs.replay(named)  # type: ignore[arg-type]  # the text of an id is accepted too
+    for named in (each, each.id, str(each.id)):
+        client.outputs.delete(named)  # type: ignore[arg-type]
+    assert [request.path for request in requests[:3]] == [f"/api/v1/generations/{each.id}/replay"] * 3
+    assert [request.path for request in requests[3:]] == [f"/api/v1/generations/{each.id}"] * 3
+
+
+def test_an_argument_of_another_type_is_refused_before_a_request(script: Script) -> None:
+    job = JobView.model_validate_json(job_body())
+    client, requests = script()
+    calls: list[Callable[[Any], object]] = [
+        client.outputs.get,
+        client.outputs.replay,
+        client.outputs.remember,
+        client.outputs.delete,
+        client.images.delete,
+        client.bulks.cancel,
+        client.bulks.wait,
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="JobView"):
+            call(job)
+    with pytest.raises(TypeError, match="OutputView"):
+        client.jobs.get(output())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not an id"):
+        client.jobs.get("latest")  # type: ignore[arg-type]
+    assert requests == []
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ PUBLISHED = {
     "configuration_error": 500,
     "database_error": 500,
     "database_unavailable": 503,
+    "database_conflict": 503,
     "database_query_failed": 500,
     "model_error": 500,
     "model_not_found": 422,

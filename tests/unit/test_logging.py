@@ -69,6 +69,17 @@ def test_local_lines_are_readable(lines: Lines) -> None:
     assert not line.startswith("{")
 
 
+@pytest.mark.parametrize("readable", [False, True], ids=["json", "console"])
+def test_a_list_is_logged_as_a_list(readable: bool, lines: Lines) -> None:
+    configure(load_settings() if readable else production(), service="reconciler")
+    logging.getLogger("x").warning("leases_expired", extra={"jobs": ["a1", "b2"]})
+    (line,) = lines()
+    if readable:
+        assert "jobs=['a1', 'b2']" in line
+    else:
+        assert json.loads(line)["jobs"] == ["a1", "b2"]
+
+
 def test_the_format_can_be_chosen(lines: Lines) -> None:
     configure(load_settings(logging=LoggingSettings(format="json")), service="api")
     logging.getLogger("x").info("a")

@@ -139,7 +139,7 @@ def _pins(lock: Path) -> set[str]:
 
 
 NOT_INSTALLED = ("torchao", "bitsandbytes")
-"""Extras that the repository's own set-up leaves out: they make each import of diffusers slower, and it warns of them."""
+"""Extras that the repository's own set-up leaves out. They slow each import of diffusers down, and print warnings."""
 
 
 def test_the_lock_pins_a_version_that_fits_every_requirement() -> None:

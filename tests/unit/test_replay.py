@@ -58,6 +58,17 @@ def test_only_fields_that_decide_the_pixels_count_as_changed() -> None:
     ]
 
 
+def test_a_box_of_a_new_record_equals_the_stored_one() -> None:
+    """A stored record has lists where a new one may have tuples."""
+    stored = {**RECORD, "initial_image_box": [0, 4, 16, 12], "reference_call": {"sizes": [[8, 8]]}}
+    new = {**RECORD, "initial_image_box": (0, 4, 16, 12), "reference_call": {"sizes": [(8, 8)]}}
+    assert list(changes(stored, new)) == []
+    moved = {**new, "initial_image_box": (0, 0, 16, 16)}
+    assert [(each.what, each.was, each.now) for each in changes(stored, moved)] == [
+        ("initial_image_box", [0, 4, 16, 12], [0, 0, 16, 16])
+    ]
+
+
 def test_digests_of_different_kinds_are_not_called_different_weights() -> None:
     by_files = {**RECORD, "model": {**RECORD["model"], "weights_digest": "bb", "weights_digest_kind": "files"}}
     assert [(each.what, each.was, each.now) for each in changes(RECORD, by_files)] == [

@@ -191,7 +191,7 @@ def test_every_mistake_has_one_line_with_its_place(monkeypatch: pytest.MonkeyPat
         "logging.level",
         "queue.url",
     ]
-    assert "queue.url: must start with redis://, rediss:// or unix://" in lines
+    assert "queue.url: must start with redis://, rediss:// or unix:// (AFTERIMAGE_QUEUE__URL)" in lines
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,26 @@ def test_a_misspelt_name_in_the_config_file_is_a_mistake() -> None:
     Path("afterimage.toml").write_text('enviroment = "test"\n[api]\nport = 1\n[databse]\nurl = "x"\n')
     assert mistakes() == ["databse: there is no such setting", "enviroment: there is no such setting"]
     Path("afterimage.toml").write_text("[api]\nprot = 1\n")
-    assert mistakes() == ["api.prot: Extra inputs are not permitted"]
+    assert mistakes() == ["api.prot: there is no such setting (AFTERIMAGE_API__PROT)"]
+
+
+def test_unknown_names_and_wrong_values_are_reported_together_with_their_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_DATABSE__URL", "x")
+    monkeypatch.setenv("AFTERIMAGE_API__PORT", "eighty")
+    Path("afterimage.toml").write_text('[databse]\nurl = "x"\n[worker]\ngenerator = "unknown"\n')
+    unknown_variable, unknown_section, wrong = mistakes()
+    assert unknown_variable == "AFTERIMAGE_DATABSE__URL: there is no such setting"
+    assert unknown_section == "databse: there is no such setting"
+    assert wrong.startswith("api.port: ")
+    assert wrong.endswith(" (AFTERIMAGE_API__PORT)")
+    monkeypatch.delenv("AFTERIMAGE_API__PORT")
+    assert mistakes()[2] == "worker.generator: 'unknown' is not one of model.generators (AFTERIMAGE_WORKER__GENERATOR)"
+    monkeypatch.setenv("AFTERIMAGE_SAFETY__CONCEPTS", '[{"name": "Bad Name"}]')
+    assert all(
+        line.startswith("safety.concepts.0.") and "(AFTERIMAGE_SAFETY__CONCEPTS)" in line for line in mistakes()[2:]
+    )
 
 
 def test_a_broken_or_missing_config_file_is_a_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ class ImageLeases(LeaseKeeper[ImageClaim]):
             return
         with session_scope() as session:
             images.renew(session, held, lease_s=self.lease_s)
-            images.hand_back(session, returned)
+        if returned:
+            # In another transaction: each of the two statements locks its rows in order, but not both together.
+            with session_scope() as session:
+                images.hand_back(session, returned)
         with self._changed:
             self._to_return.difference_update(returned)

@@ -13,7 +13,7 @@ worker: a job, SIGKILL, the watchdog or the loss of the machine. While a job wai
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from enum import StrEnum
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -55,7 +55,8 @@ class Outcome(StrEnum):
     REQUEUED = "requeued"  # after a temporary error
     SKIPPED = "skipped"  # ended, expired, deleted, not due, owned by another worker, or its bulk is not running
     EXPIRED = "expired"  # its model work did not start within `expires_in_s`
-    LOST = "lost"  # canceled, taken over or handed back while it ran; its images were discarded
+    CANCELED = "canceled"  # while it ran; its images were discarded
+    LOST = "lost"  # taken over, handed back or deleted while it ran; its images were discarded
 
 
 class LeaseLostError(Exception):
@@ -77,6 +78,8 @@ class Attempt:
         self.replay_of = job.replay_of
         self.number = lease.claim.attempt
         self.outcome = Outcome.LOST
+        self.error_code: str | None = None
+        """Code of the error that ended the attempt."""
         self.safety: SafetyRecord | None = None
         """Decisions of the content policy so far; None without a policy."""
         self._job = job
@@ -186,13 +189,14 @@ class Attempt:
     def fail(self, error: BaseAppException) -> None:
         """End the job `failed`."""
         self._write(lambda session: jobs.fail(session, self._lease.claim, error))
-        self.outcome = Outcome.FAILED
+        self.outcome, self.error_code = Outcome.FAILED, error.code
 
     def retry_later(self, error: BaseAppException) -> None:
         """Return the job to the queue after a temporary error; end it `failed` after `max_transient_retries`."""
         delay_s = partial(retry_delay_s, settings=self._settings)
         state = self._write(lambda session: jobs.retry_later(session, self._lease.claim, error, delay_s=delay_s))
         self.outcome = Outcome.FAILED if state is JobState.FAILED else Outcome.REQUEUED
+        self.error_code = error.code
 
     def _write(self, change: Callable[[Session], Owned]) -> Owned:
         """Run `change` in a transaction and return its result.
@@ -235,18 +239,24 @@ def claimed(job_id: UUID, *, leases: JobLeases, settings: JobSettings, worker: s
     publish_job_update(job_id)
     with bound_contextvars(job_id=str(job_id), attempt=claim.attempt):
         try:
-            with _recording_errors(attempt):
+            with suppress(LeaseLostError), _recording_errors(attempt):
                 yield attempt
-        except LeaseLostError:
-            logger.info("job_lost")
+            if attempt.outcome is Outcome.LOST and _is_canceled(job_id):
+                attempt.outcome = Outcome.CANCELED
         finally:
             leases.release(lease)
             observe_duration(JOB_DURATION, time.monotonic() - started, {"model": job.model})
-            logger.info("job_ended", extra={"outcome": attempt.outcome.value})
+            code = {} if attempt.error_code is None else {"code": attempt.error_code}
+            logger.info("job_ended", extra={"outcome": attempt.outcome.value} | code)
             publish_job_update(job_id)
             dispatch_soon(job.model)
             if job.webhook is not None:
                 queue.notify_webhook_workers()
+
+
+def _is_canceled(job_id: UUID) -> bool:
+    with session_scope() as session:
+        return jobs.find_state(session, job_id) == JobState.CANCELED
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 
 from shared.contracts.jobs import Change, Replay, ReplayVerdict
 from shared.db.jobs import StoredOutput
@@ -89,7 +90,8 @@ def difference(original: np.ndarray, replayed: np.ndarray) -> tuple[int, float |
 
 def changes(original: Mapping[str, Any], replayed: Mapping[str, Any]) -> Iterator[Change]:
     """Values that decide pixels and differ between two provenance records, sorted by name."""
-    was, now = dict(_decisive_values(original)), dict(_decisive_values(replayed))
+    # The original comes from the database. As JSON, a tuple of the new record equals the original's list.
+    was, now = (dict(_decisive_values(orjson.loads(orjson.dumps(record)))) for record in (original, replayed))
     if was.setdefault(DIGEST_KIND, "tensors") != now.setdefault(DIGEST_KIND, "tensors"):
         # The weights may be the same: the kind is reported as changed, and the digests are not compared.
         was["model.weights_digest"] = now["model.weights_digest"] = None

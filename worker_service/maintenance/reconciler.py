@@ -79,10 +79,13 @@ class Reconciler:
                     failed = [str(image_id) for image_id, state in lost_images if state is ImageState.FAILED]
                     logger.warning("image_leases_expired", extra={"images": len(lost_images), "failed": failed})
             self._reopen_mislaid_images(session)
-            jobs.end_expired(session)
             bulks.delete_abandoned(session, abandoned_after_s=get_settings().bulks.abandoned_after_s)
             idempotency.delete_old(session)
             published = jobs.list_published(session, older_than_s=CLAIM_GRACE_S)
+        with session_scope() as session:
+            # Apart from `take_back_expired`: both change the usage of owners, each by itself in one order.
+            if _lock(session):
+                jobs.end_expired(session)
         # Without a transaction: the broker may take long, and nothing must be locked meanwhile.
         missing = self._missing_from_broker(published)
         with session_scope() as session:

@@ -6,6 +6,7 @@ from uuid import UUID
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
+from shared.errors import DatabaseConnectionError
 from shared.messaging import foreign, queue
 from shared.settings import Settings
 from worker_service.execution.watchdog import Watchdog
@@ -51,7 +52,7 @@ def serve(settings: Settings, model: str | None) -> None:
 def _consume(process: WorkerProcess, models: Models, leases: JobLeases) -> None:
     app = process.app()
 
-    @app.task(name=queue.GENERATE, bind=True, throws=(JobFailedError,))
+    @app.task(name=queue.GENERATE, bind=True, throws=(JobFailedError, DatabaseConnectionError))
     def generate(task: Task[[str], None], job_id: str) -> None:
         """Run one job; safe to deliver twice."""
         if process.stopping.is_set():

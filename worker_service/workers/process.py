@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from celery import Celery
+from celery import Celery, Task
 from celery.signals import worker_shutdown, worker_shutting_down
 
 from shared.db import workers
 from shared.db.session import session_scope
-from shared.errors import DatabaseError
+from shared.errors import DatabaseConnectionError, DatabaseError
 from shared.messaging import queue
 from shared.settings import Settings
 from worker_service.execution.watchdog import end_process
@@ -26,6 +26,18 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0
 EXTRA_SHUTDOWN_S = 15
 """Seconds after the shutdown grace time at which a process that still runs is ended hard."""
+
+
+class WorkerTask(Task[..., Any]):
+    """A task that logs a temporary error of the database in one line. The reconciler notifies a worker again."""
+
+    throws = (DatabaseConnectionError,)
+    """Celery logs other errors with their traceback."""
+
+    def on_failure(self, exc: Exception, *_: Any, **__: Any) -> None:
+        if isinstance(exc, DatabaseConnectionError):
+            fields = {"task": self.name, "cause": exc.code, "detail": exc.message}
+            logger.warning("task_interrupted", extra=fields)
 
 
 @dataclass
@@ -74,7 +86,7 @@ class WorkerProcess:
 
     def app(self) -> Celery:
         """A Celery application for this process's tasks."""
-        app = queue.configure(Celery("afterimage"), self.settings.queue)
+        app = queue.configure(Celery("afterimage", task_cls=WorkerTask), self.settings.queue)
         app.conf.worker_consumer = "worker_service.workers.consumer:Consumer"
         app.conf.broker_transport = "worker_service.workers.lane_transport:Transport"
         app.conf.broker_transport_options["lane_limits"] = self.lane_limits
