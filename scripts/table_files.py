@@ -24,6 +24,7 @@ FORMATS = {
     ".pq": "parquet",
 }
 MAX_CELL_CHARS = 16 * 2**20
+PARQUET_BATCH_BYTES = 32 * 2**20
 DELIMITERS = (",", ";", "\t", "|")
 FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 """Beginning of a cell that a spreadsheet may run as a formula, or that `plain_cell` has changed."""
@@ -99,8 +100,17 @@ def _open_text(path: Path) -> Iterator[IO[str]]:
         else:
             with path.open("rb") as file:
                 yield _text_file(file)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise unreadable_file(path, error) from error
+    except UnicodeDecodeError as error:
         raise TableFileError(f"{path}: {error}") from error
+
+
+def unreadable_file(path: Path, error: OSError) -> TableFileError:
+    """Return the error of a file that cannot be opened or read, with its reason in words."""
+    return TableFileError(
+        f"{path} does not exist" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
+    )
 
 
 def decode_text(data: bytes) -> str:
@@ -248,12 +258,39 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             number = 0
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=_rows_per_batch(file.metadata)):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(number, _cleaned(_decoded(values)))
+                    too_long = [name for name, value in values.items() if _longest_text(value) > MAX_CELL_CHARS]
+                    if too_long:
+                        yield Row(number, {}, f"`{too_long[0]}` has more than {MAX_CELL_CHARS} characters")
+                    else:
+                        yield Row(number, _cleaned(_decoded(values)))
+    except FileNotFoundError as error:
+        raise unreadable_file(path, error) from error
     except (OSError, ArrowException) as error:
         raise TableFileError(f"{path}: {error}") from error
+
+
+def _rows_per_batch(metadata: Any) -> int:
+    """Return how many rows fit into `PARQUET_BATCH_BYTES`, at most 1024.
+
+    A row can be as large as its row group before compression: the file has an equal text once for all rows.
+    """
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    largest = max((group.total_byte_size for group in groups), default=0)
+    return max(1, min(1024, PARQUET_BATCH_BYTES // max(1, largest)))
+
+
+def _longest_text(value: Any) -> int:
+    """Return the length of the longest text or bytes in a Parquet value."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 0
+    return max(map(_longest_text, value), default=0)
 
 
 def _cleaned(values: Mapping[str, Any]) -> Values:

@@ -2,6 +2,7 @@
 
 import re
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,10 +10,19 @@ from shared.errors import InvalidImageError
 
 MAX_CHUNKS = 50_000
 """Chunks or segments of one file. Pillow reads each in Python, so millions of empty ones take a minute."""
+MAX_PROFILE_BYTES = 8 * 2**20
+"""Bytes of the ICC profile of a PNG. Profiles of RGB with tables have up to about 4 MB."""
 MAX_SCANS = 100
 """Scans of one JPEG. Each one decodes every pixel again. Encoders write about 10."""
 
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+PNG_COLOURS = (b"cHRM", b"cICP", b"gAMA", b"iCCP", b"sRGB", b"tRNS")
+"""Chunks that count only before the pixels: https://www.w3.org/TR/png-3/#5ChunkOrdering."""
+PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Samples of a pixel by colour type."""
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column, first row and their steps, by pass: https://www.w3.org/TR/png-3/#8Interlace."""
 JPEG_END = b"\xff\xd9"
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
@@ -22,11 +32,18 @@ START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 
 @dataclass
 class Png:
-    """The chunks of a PNG. chunks: the body of the first chunk of each name, without `IDAT`."""
+    """The chunks of a PNG.
 
-    chunks: dict[bytes, bytes]
-    end: int
+    chunks: the body of the first chunk of each name, without `IDAT`. One of `PNG_COLOURS` after `IDAT` does not count.
+    """
+
+    chunks: dict[bytes, bytes] = field(default_factory=dict)
+    end: int = 0
     """Where the last whole chunk ends."""
+    pixels: list[tuple[int, int]] = field(default_factory=list)
+    """Start and end of the body of each `IDAT` in the first row of them."""
+    unread: list[tuple[int, int]] = field(default_factory=list)
+    """Start and end of each chunk that Pillow must not read: texts, profiles, and colours that do not count."""
 
     @property
     def depth(self) -> int:
@@ -51,26 +68,77 @@ def read_png(data: bytes) -> Png:
     Raises:
         InvalidImageError: it has too many chunks, or does not begin with its header.
     """
-    chunks: dict[bytes, bytes] = {}
-    offset = 8
+    png, before = Png(end=8), b""
     for _ in range(MAX_CHUNKS):
-        size = int.from_bytes(data[offset : offset + 4], "big")
-        name, end = data[offset + 4 : offset + 8], offset + 12 + size
-        if end > len(data) or b"IEND" in chunks:
-            if len(chunks.get(b"IHDR", b"")) != 13:
+        start = png.end
+        size = int.from_bytes(data[start : start + 4], "big")
+        name, end = data[start + 4 : start + 8], start + 12 + size
+        if end > len(data) or b"IEND" in png.chunks:
+            if len(png.chunks.get(b"IHDR", b"")) != 13:
                 raise InvalidImageError("The image is damaged or incomplete.")
-            return Png(chunks, offset)
-        if name != b"IDAT":
-            chunks.setdefault(name, data[offset + 8 : end - 4])
-        offset = end
+            return png
+        counts = name not in PNG_COLOURS or not png.pixels
+        if name == b"IDAT":
+            if before == b"IDAT" or not png.pixels:
+                png.pixels.append((start + 8, end - 4))
+        elif counts:
+            png.chunks.setdefault(name, data[start + 8 : end - 4])
+        if name in (*PNG_TEXTS, b"iCCP") or not counts:
+            png.unread.append((start, end))
+        png.end, before = end, name
     raise InvalidImageError(f"The PNG has more than {MAX_CHUNKS} chunks.")
 
 
-def completed_png(data: bytes, png: Png) -> bytes:
-    """The file with its end chunk. Browsers show a PNG without it, because no pixel is missing."""
+def readable_png(data: bytes, png: Png) -> bytes:
+    """The file with its end chunk, and without the chunks that Pillow must not read.
+
+    Browsers show a PNG without its end, because no pixel is missing. They ignore a damaged or long text.
+    """
+    starts = [0, *(end for _, end in png.unread)]
+    ends = [*(start for start, _ in png.unread), png.end]
     tail = data[png.end :]
-    missing = b"IEND" not in png.chunks and (PNG_END.startswith(tail))
-    return data[: png.end] + PNG_END if missing else data
+    missing = b"IEND" not in png.chunks and PNG_END.startswith(tail)
+    return b"".join(data[start:end] for start, end in zip(starts, ends, strict=True)) + (PNG_END if missing else tail)
+
+
+def has_all_rows(data: bytes, png: Png) -> bool:
+    """Whether the pixel data of a PNG has as many bytes as its header needs. Pillow leaves missing rows black."""
+    missing = _bytes_of_rows(png.chunks[b"IHDR"])
+    inflate = zlib.decompressobj()
+    try:
+        for start, end in png.pixels:
+            for offset in range(start, end, 2**16):
+                compressed = data[offset : min(offset + 2**16, end)]
+                while compressed and missing > 0:
+                    missing -= len(inflate.decompress(compressed, 2**18))
+                    compressed = inflate.unconsumed_tail
+        return missing <= len(inflate.flush()) if missing > 0 else True
+    except zlib.error:
+        return False
+
+
+def _bytes_of_rows(header: bytes) -> int:
+    """Bytes of the filtered rows: one for the filter, and the pixels in whole bytes."""
+    width, height, depth, kind, _, _, interlace = struct.unpack(">IIBBBBB", header)
+    size = 0
+    for x, y, step_x, step_y in ADAM7 if interlace else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - x) // step_x), -(-(height - y) // step_y)
+        if columns > 0:
+            size += max(rows, 0) * (1 + -(-columns * depth * PNG_SAMPLES[kind] // 8))
+    return size
+
+
+def png_profile(png: Png) -> bytes | None:
+    """The ICC profile of a PNG; None when there is none, or when it is damaged or larger than `MAX_PROFILE_BYTES`."""
+    compressed = png.chunks.get(b"iCCP", b"").partition(b"\0")[2]
+    if not compressed.startswith(b"\0"):  # the only method of compression
+        return None
+    inflate = zlib.decompressobj()
+    try:
+        profile = inflate.decompress(compressed[1:], MAX_PROFILE_BYTES)
+    except zlib.error:
+        return None
+    return profile if inflate.eof else None
 
 
 def png_key(png: Png) -> tuple[int, ...] | None:
@@ -89,6 +157,8 @@ class Jpeg:
 
     scans: int = 0
     has_end: bool = False
+    is_arithmetic: bool = False
+    """Whether the data is coded arithmetically, and not with Huffman codes."""
     entropy_end: int = 0
     """Where the data of the last scan ends."""
     entropy_start: int = 0
@@ -108,6 +178,7 @@ def read_jpeg(data: bytes) -> Jpeg:
         if count == MAX_CHUNKS:
             raise InvalidImageError(f"The JPEG has more than {MAX_CHUNKS} segments.")
         if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC) and len(body) > 5:
+            jpeg.is_arithmetic = code > 0xC8
             components = body[6 : 6 + 3 * body[5] : 3]
             jpeg.open_coefficients = {(each, number) for each in components for number in range(64)}
         elif code == START_OF_SCAN and body:

@@ -1,12 +1,16 @@
 """Parses multipart requests: uploaded files and form fields."""
 
 import base64
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import orjson
 from flask import Request
+from werkzeug.datastructures import FileStorage, Headers, MultiDict
 from werkzeug.exceptions import UnsupportedMediaType
+from werkzeug.formparser import FormDataParser, MultiPartParser
+from werkzeug.sansio.multipart import File
 
 from api_service.http import problems, requests
 from shared.contracts.generation import RagGenerateRequest
@@ -15,6 +19,80 @@ from shared.contracts.search import SearchRequest
 from shared.errors import MalformedBodyError
 
 MULTIPART = "multipart/form-data"
+
+
+class _StrictPartParser(MultiPartParser):
+    """Refuses texts that are not in their encoding. Werkzeug replaces the wrong bytes by U+FFFD."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._charsets: list[str] = []
+        self._files: list[IO[bytes]] = []
+        self.cls = self._decoded  # type: ignore[assignment]  # it is called with all texts, and with all files
+
+    def start_file_streaming(self, event: File, total_content_length: int | None) -> IO[bytes]:
+        self._files.append(super().start_file_streaming(event, total_content_length))
+        return self._files[-1]
+
+    def close_files(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def get_part_charset(self, headers: Headers) -> str:
+        self._charsets.append(super().get_part_charset(headers))
+        return "iso-8859-1"  # one character for each byte
+
+    def _decoded(self, parts: "list[tuple[str | None, Any]]") -> "MultiDict[str, Any]":
+        values = MultiDict[str, Any]()
+        charsets = iter(self._charsets)
+        for name, value in parts:
+            if name is None:
+                raise MalformedBodyError("A part of the multipart body has no name.")
+            if isinstance(value, str):
+                charset = next(charsets)
+                try:
+                    value = value.encode("iso-8859-1").decode(charset)
+                except UnicodeDecodeError:
+                    raise MalformedBodyError(f"The text of the field `{name}` is not {charset.upper()}.") from None
+            values.add(name, value)
+        return values
+
+
+class _StrictFormParser(FormDataParser):
+    """Refuses a multipart body that cannot be read. Werkzeug takes it for an empty one."""
+
+    def parse(
+        self, stream: IO[bytes], mimetype: str, content_length: int | None, options: dict[str, str] | None = None
+    ) -> "tuple[IO[bytes], MultiDict[str, str], MultiDict[str, FileStorage]]":
+        if mimetype != MULTIPART:
+            return super().parse(stream, mimetype, content_length, options)
+        boundary = (options or {}).get("boundary", "")
+        if not boundary or not boundary.isascii():
+            raise MalformedBodyError("The Content-Type has no boundary, or one that is not ASCII.")
+        parser = _StrictPartParser(
+            stream_factory=self.stream_factory,
+            max_form_memory_size=self.max_form_memory_size,
+            max_form_parts=self.max_form_parts,
+        )
+        with ExitStack() as after_error:
+            after_error.callback(parser.close_files)
+            try:
+                form, files = parser.parse(stream, boundary.encode("ascii"), content_length)
+            except UnicodeDecodeError:
+                raise MalformedBodyError("A header of a part of the multipart body is not UTF-8.") from None
+            except ValueError as error:
+                reason = f"cannot be read: {error}"
+                if "cannot parse beyond" in reason:
+                    reason = "does not end with the boundary that the Content-Type names"
+                raise MalformedBodyError(f"The multipart body {reason}.") from None
+            after_error.pop_all()
+        return stream, form, files
+
+
+class StrictRequest(Request):
+    """A request whose `form` and `files` raise MalformedBodyError for a multipart body that cannot be read."""
+
+    form_data_parser_class = _StrictFormParser
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -312,7 +313,7 @@ def _tar_files(
 ) -> Iterator[SourceFile]:
     """Yield the member, unless it is the sidecar of an image."""
     key, suffix = _key_and_suffix(member.name)
-    name = index.unique_name(_printable(member.name))
+    name = index.unique_name(_printable(member.name) or "(no name)")
     if file is None:
         yield _skipped_file(name, NOT_AN_IMAGE, "it is a link or a device; only regular files are read")
     elif suffix in SIDECAR_SUFFIXES:
@@ -388,7 +389,7 @@ class _TarIndex:
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
     path = PurePosixPath(_printable(name))
-    return str(path.with_suffix("")), path.suffix.lower()
+    return str(path.with_suffix("")) if path.name else "", path.suffix.lower()
 
 
 def _members(path: Path, max_file_bytes: int) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
@@ -417,10 +418,66 @@ def _decompressed(path: Path) -> Iterator[IO[bytes]]:
         elif start.startswith(b"BZh"):
             yield cast(IO[bytes], bz2.BZ2File(raw))
         elif start.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
-            lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY_BYTES).decompress(start, max_length=1)
-            yield cast(IO[bytes], lzma.LZMAFile(raw))  # noqa: SIM115 - `raw` is closed
+            yield cast(IO[bytes], io.BufferedReader(_XzReader(raw)))
         else:
             yield raw
+
+
+class _XzReader(io.RawIOBase):
+    """Reads the streams of an xz file in limited memory; `lzma.LZMAFile` has no such limit."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._position = 0
+        self._decompressor = _xz_decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END:
+            raise io.UnsupportedOperation("seek from the end")
+        target = offset + (self._position if whence == io.SEEK_CUR else 0)
+        if target < self._position:
+            self._file.seek(0)
+            self._position, self._decompressor = 0, _xz_decompressor()
+        while self._position < target and self.read(min(2**16, target - self._position)):
+            pass
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            compressed = b""
+            if self._decompressor.eof:
+                compressed = self._start_of_next_stream()
+                if not compressed:
+                    return 0
+                self._decompressor = _xz_decompressor()
+            elif self._decompressor.needs_input:
+                compressed = self._file.read(io.DEFAULT_BUFFER_SIZE)
+                if not compressed:
+                    raise EOFError("it is cut off")
+            data = self._decompressor.decompress(compressed, max_length=len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _start_of_next_stream(self) -> bytes:
+        """Return the bytes after the zeros that may stand between streams; empty at the end of the file."""
+        compressed = self._decompressor.unused_data
+        while not (start := compressed.lstrip(b"\0")):
+            compressed = self._file.read(io.DEFAULT_BUFFER_SIZE)
+            if not compressed:
+                return b""
+        return start
+
+
+def _xz_decompressor() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY_BYTES)
 
 
 class _LimitedFile:

@@ -1,5 +1,6 @@
 """Colours of uploads as browsers show them on white: transparent keys, profiles, gamma; and files without their end."""
 
+import io
 import struct
 import zlib
 from collections.abc import Sequence
@@ -8,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from shared import colour_profiles
 from shared.contracts.common import ImageFormat
 from shared.errors import InvalidImageError, UnsupportedImageTypeError
-from shared.image_files import MAX_SCANS
+from shared.image_files import MAX_PROFILE_BYTES, MAX_SCANS
 from shared.imaging import open_image
 from tests.unit.test_imaging import decode, encoded, picture, pixels_of
 
@@ -329,6 +331,197 @@ def test_a_jpeg_without_its_end_marker_is_accepted_when_it_is_whole(options: dic
 def test_a_png_without_its_end_chunk_is_accepted() -> None:
     data = encoded(picture(), "PNG")
     assert np.array_equal(pixels_of(decode(data[:-12]).data), pixels_of(data))
+
+
+# --- missing pixels -----------------------------------------------------------------------------------------------
+
+JPEG_END = b"\xff\xd9"
+JPEG_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"optimize": True},
+    {"progressive": True},
+    {"subsampling": 2},
+    {"restart_marker_blocks": 1},
+]
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png_of(depth: int, kind: int, samples: bytes, *, size: tuple[int, int], interlaced: bool = False) -> bytes:
+    """A PNG whose IDAT holds exactly these filtered rows, in two chunks."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, kind, 0, 0, int(interlaced)))
+    pixels = zlib.compress(samples)
+    palette = chunk(b"PLTE", bytes(6)) if kind == PALETTE else b""
+    data = chunk(b"IDAT", pixels[:5]) + chunk(b"IDAT", pixels[5:])
+    return b"\x89PNG\r\n\x1a\n" + header + palette + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "size", "interlaced", "needed"),
+    [
+        (8, RGB, (5, 3), False, 3 * (1 + 15)),
+        (1, GREY, (9, 2), False, 2 * (1 + 2)),
+        (2, PALETTE, (5, 2), False, 2 * (1 + 2)),
+        (16, RGBA, (2, 2), False, 2 * (1 + 16)),
+        (8, GREY_ALPHA, (3, 1), False, 1 + 6),
+        # Adam7: the passes have 1x1, none, 1x1, 1x1, 2x1, 1x2 and 3x1 pixels.
+        (8, GREY, (3, 3), True, (1 + 1) + (1 + 1) + 2 * (1 + 1) + (1 + 2) + (1 + 3)),
+    ],
+)
+def test_a_png_with_too_few_rows_is_refused(
+    depth: int, kind: int, size: tuple[int, int], interlaced: bool, needed: int
+) -> None:
+    whole = png_of(depth, kind, bytes(needed), size=size, interlaced=interlaced)
+    assert decode(whole).width == size[0]
+    for length in (0, 1, needed // 2, needed - 1):
+        with pytest.raises(InvalidImageError):
+            decode(png_of(depth, kind, bytes(length), size=size, interlaced=interlaced))
+
+
+def test_an_interlaced_png_is_accepted_when_it_is_whole() -> None:
+    for width in (7, 15, 23):
+        for height in (7, 15, 23):
+            needed = sum(
+                -(-(height - y) // dy) * (1 + -(-(width - x) // dx))
+                for x, y, dx, dy in ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
+            ) + (height // 2) * (1 + width)
+            data = png_of(8, GREY, bytes(needed), size=(width, height), interlaced=True)
+            assert decode(data).height == height
+            with pytest.raises(InvalidImageError):
+                decode(png_of(8, GREY, bytes(needed - 1), size=(width, height), interlaced=True))
+
+
+def test_rows_after_a_chunk_of_another_kind_do_not_count() -> None:
+    whole = png_of(8, GREY, bytes(range(20)) + bytes(400), size=(20, 20))
+    second = whole.rindex(b"IDAT") - 4
+    with pytest.raises(InvalidImageError):
+        decode(whole[:second] + chunk(b"tEXt", b"Comment\0x") + whole[second:])
+
+
+@pytest.mark.parametrize("options", JPEG_OPTIONS)
+def test_a_cut_jpeg_with_an_end_marker_or_zeros_is_refused(options: dict[str, Any]) -> None:
+    data = encoded(picture(61, 43), "JPEG", **options)
+    start = data.rindex(b"\xff\xda") + 12
+    for length in (start, (start + len(data)) // 2, len(data) - 12, len(data) - 4):
+        for tail in (JPEG_END, bytes(100), bytes(100) + JPEG_END, bytes(len(data) - length), bytes(100_000)):
+            with pytest.raises(InvalidImageError):
+                decode(data[:length] + tail)
+
+
+@pytest.mark.parametrize("options", JPEG_OPTIONS)
+@pytest.mark.parametrize("colour", ["#808080", "white", "black", "#c81e28"])
+def test_a_whole_flat_jpeg_is_accepted(options: dict[str, Any], colour: str) -> None:
+    # The data of a flat picture may end with many zeros.
+    for side in (8, 40, 61, 256):
+        data = encoded(Image.new("RGB", (side, side), colour), "JPEG", **options)
+        expected = pixels_of(decode(data).data)
+        assert np.array_equal(pixels_of(data)[0, 0], pixels_of(data)[-1, -1])
+        for other in (data[:-2], data + bytes(1000), data + b"more", data[:-2] + b"\xff" + data[-2:]):
+            assert np.array_equal(pixels_of(decode(other).data), expected)
+
+
+def test_a_whole_jpeg_with_zeros_in_place_of_its_end_is_accepted() -> None:
+    data = encoded(picture(61, 43), "JPEG")
+    assert np.array_equal(pixels_of(decode(data[:-2] + bytes(500)).data), pixels_of(decode(data).data))
+
+
+def test_an_arithmetic_jpeg_may_leave_its_last_zeros_out() -> None:
+    # ITU T.81, D.1.8: the encoder may drop the zeros at the end, so the missing bytes are no missing pixels.
+    table = b"\xff\xdb\0\x43\0" + bytes([16]) * 64
+    frame = b"\xff\xc9\0\x0b\x08\0\x40\0\x40\x01\x01\x11\0"
+    decoded = decode(b"\xff\xd8" + table + frame + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" + b"\x12" + JPEG_END)
+    assert (decoded.width, decoded.height) == (64, 64)
+
+
+# --- chunks that change nothing -----------------------------------------------------------------------------------
+
+
+def with_chunk(data: bytes, name: bytes, body: bytes, *, late: bool) -> bytes:
+    place = data.index(b"IEND") - 4 if late else 33
+    return data[:place] + chunk(name, body) + data[place:]
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        (b"gAMA", LINEAR),
+        (b"iCCP", iccp(icc())),
+        (b"cICP", bytes([1, 8, 0, 1])),
+        (b"tRNS", bytes.fromhex("00c8008600a0")),
+        (b"tRNS", b""),
+    ],
+)
+def test_a_chunk_of_colours_after_the_pixels_does_not_count(name: bytes, body: bytes) -> None:
+    # https://www.w3.org/TR/png-3/#5ChunkOrdering
+    data = png(RGB, 8, bytes([200, 134, 160]))
+    assert first_pixel(with_chunk(data, name, body, late=True)) == [200, 134, 160]
+    if body:
+        assert first_pixel(with_chunk(data, name, body, late=False)) != [200, 134, 160]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2_000_000))),
+        (b"zTXt", b"Comment\0\0broken"),
+        (b"zTXt", b"Comment\0\x07"),
+        (b"iTXt", b"Comment\0\x01\0\0\0" + zlib.compress(bytes(2_000_000))),
+        (b"iTXt", b"Comment\0"),
+        (b"tEXt", b"Comment\0" + bytes(2_000_000)),
+        (b"tEXt", b""),
+    ],
+)
+def test_a_text_in_a_png_never_refuses_it(name: bytes, body: bytes, late: bool) -> None:
+    assert first_pixel(with_chunk(png(RGB, 8, bytes([1, 2, 3])), name, body, late=late)) == [1, 2, 3]
+
+
+def test_many_long_texts_in_a_png_never_refuse_it() -> None:
+    data = png(RGB, 8, bytes([1, 2, 3]))
+    for _ in range(70):
+        data = with_chunk(data, b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1_000_000)), late=False)
+    assert first_pixel(data) == [1, 2, 3]
+
+
+def test_a_profile_of_some_megabytes_is_applied_and_a_larger_one_ignored() -> None:
+    profile = icc()
+    for size, shown in ((3 * 2**20, near(229, 192, 208)), (MAX_PROFILE_BYTES + 1, [200, 134, 160])):
+        long = struct.pack(">I", size) + profile[4:] + bytes(size - len(profile))
+        assert first_pixel(png(RGB, 8, bytes([200, 134, 160]), {"iCCP": iccp(long)})) == shown
+
+
+@pytest.mark.parametrize("chunk_body", [b"", b"profile", b"profile\0", b"profile\0\x01x", b"profile\0\0broken"])
+def test_a_damaged_profile_chunk_is_ignored(chunk_body: bytes) -> None:
+    assert first_pixel(png(RGB, 8, bytes([200, 134, 160]), {"iCCP": chunk_body})) == [200, 134, 160]
+
+
+XMP_TURNED = b'<rdf:Description tiff:Orientation="6"/>'
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "AVIF", "PNG"])
+@pytest.mark.parametrize("with_exif", [False, True])
+def test_only_exif_turns_a_picture(image_format: str, with_exif: bool) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a description, and no orientation"
+    options: dict[str, Any] = {"exif": exif} if with_exif else {}
+    if image_format == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", XMP_TURNED.decode())
+    else:
+        options["xmp"] = XMP_TURNED
+    decoded = decode(encoded(picture(60, 40), image_format, **options))
+    assert (decoded.width, decoded.height) == (60, 40)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_orientation_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    original = picture(6, 4)
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(original, "PNG", exif=exif))))
+    assert np.array_equal(pixels_of(decode(encoded(original, "PNG", exif=exif)).data), np.asarray(turned))
 
 
 # --- work beyond the pixels ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import io
 import json
 import lzma
+import random
 import re
 import tarfile
 import tracemalloc
@@ -181,6 +182,65 @@ def test_an_xz_dictionary_that_needs_much_memory_is_refused(tmp_path: Path) -> N
     (tmp_path / "a.tar.xz").write_bytes(data)
     with pytest.raises(SourceError, match=r"[Mm]emory"):
         read_all(tmp_path / "a.tar.xz")
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("in_one_stream", [True, False])
+def test_the_memory_limit_of_xz_holds_for_each_block(tmp_path: Path, is_first: bool, in_one_stream: bool) -> None:
+    path = make_tar(tmp_path / "plain.tar", [("a.png", b"1"), ("b.png", b"2")])
+    head, tail = path.read_bytes()[:1024], path.read_bytes()[1024:]
+    small, large = xz_of(head if not is_first else tail), xz_with_dictionary_of_1_gib(tail if not is_first else head)
+    parts = [large, small] if is_first else [small, large]
+    if in_one_stream:  # the blocks of both, with the index and the end of the second stream
+        parts = [parts[0][: xz_block_end(parts[0])], parts[1][12:]]
+    (tmp_path / "a.tar.xz").write_bytes(b"".join(parts))
+    with pytest.raises(SourceError, match="Memory usage limit"):
+        read_all(tmp_path / "a.tar.xz")
+
+
+def xz_of(data: bytes) -> bytes:
+    return lzma.compress(data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 4 * MIB}])
+
+
+def xz_block_end(data: bytes) -> int:
+    """Where the index of a stream with one block begins. https://tukaani.org/xz/xz-file-format.txt"""
+    return len(data) - 12 - (int.from_bytes(data[-8:-4], "little") + 1) * 4
+
+
+def xz_with_dictionary_of_1_gib(content: bytes) -> bytes:
+    # The encoder would allocate the dictionary, so a small one is encoded and its size is changed in the header.
+    data = bytearray(xz_of(content))
+    header_size = (data[12] + 1) * 4
+    data[data.index(b"\x21\x01", 12) + 2] = 36  # 1 GiB
+    data[12 + header_size - 4 : 12 + header_size] = zlib.crc32(data[12 : 12 + header_size - 4]).to_bytes(4, "little")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("padding", [0, 4, 8192])
+def test_a_tar_in_several_xz_streams_is_read(tmp_path: Path, padding: int) -> None:
+    data = make_tar(tmp_path / "plain.tar", [("a.png", b"1"), ("b.png", bytes(300_000))]).read_bytes()
+    streams = [lzma.compress(data[start : start + 100_000]) for start in range(0, len(data), 100_000)]
+    (tmp_path / "a.tar.xz").write_bytes(bytes(padding).join(streams) + bytes(padding))
+    first, second = (file.read() for file in read_source(tmp_path / "a.tar.xz"))
+    assert (first.data, second.data) == (b"1", bytes(300_000))
+
+
+def test_a_cut_xz_is_an_error(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "a.tar.xz", [("a.png", random.Random(0).randbytes(100_000))], mode="w:xz")
+    path.write_bytes(path.read_bytes()[:50_000])
+    with pytest.raises(SourceError):
+        read_all(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [(".", {"."}), ("", {"(no name)"}), ("/", {"/"}), ("..", set()), ("a/.", {"a/."})],
+)
+def test_a_member_of_a_tar_without_a_name_is_named_and_the_others_are_read(
+    tmp_path: Path, name: str, shown: set[str]
+) -> None:
+    read = read_all(make_tar(tmp_path / "a.tar", [("a.png", b"1"), (name, b"x"), ("b.png", b"2")]))
+    assert read == {"a.png": None, "b.png": None} | dict.fromkeys(shown, "not_an_image")
 
 
 def test_images_waiting_for_an_upload_hold_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pyarrow import parquet
 from pydantic import ValidationError
 
 from afterimage_client import ImageDescription
+from scripts import table_files
 from scripts.bulk_generate.plan import PlannedItem, PlanOptions, RejectedRow, plan_items
 from scripts.index_images.sources import SkippedFileError, read_source
 from scripts.table_files import Row, TableFileError, read_rows
@@ -154,3 +156,34 @@ def test_a_value_without_a_column_is_a_problem_of_its_row(tmp_path: Path) -> Non
     first, second = read_rows(tmp_path / "p.csv")
     assert (first.number, first.problem) == (2, "more cells than the 2 columns: prompt, seed")
     assert second == Row(3, {"prompt": "b", "seed": "2"})
+
+
+@pytest.mark.parametrize("is_dictionary", [True, False])
+def test_a_small_parquet_of_long_texts_is_read_in_little_memory(tmp_path: Path, is_dictionary: bool) -> None:
+    text, count = "x" * 2**20, 300
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count), pyarrow.array([text]))
+    table = pyarrow.table({"prompt": column if is_dictionary else column.cast(pyarrow.string())})
+    parquet.write_table(table, tmp_path / "p.parquet", compression="zstd")
+    del column, table
+    assert (tmp_path / "p.parquet").stat().st_size < 10_000
+    before, held = pyarrow.total_allocated_bytes(), 0
+    tracemalloc.start()
+    for read in read_rows(tmp_path / "p.parquet"):
+        assert read.values["prompt"] == text
+        held = max(held, pyarrow.total_allocated_bytes() - before)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held + peak < 150 * 2**20
+
+
+def test_a_parquet_cell_has_the_same_limit_as_one_of_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_files, "MAX_CELL_CHARS", 1000)
+    prompts, tags = ["é" * 1000, "x" * 1001, "y"], [[], [], ["z" * 1001]]
+    parquet.write_table(pyarrow.table({"prompt": prompts, "tags": tags}), tmp_path / "p.parquet")
+    (tmp_path / "p.csv").write_text("prompt\n" + "\n".join(prompts[:2]))
+    first, second, third = read_rows(tmp_path / "p.parquet")
+    assert [each.problem is None for each in read_rows(tmp_path / "p.csv")] == [True, False]
+    assert first.values["prompt"] == "é" * 1000
+    for row, column in ((second, "prompt"), (third, "tags")):
+        assert row.values == {}
+        assert row.problem == f"`{column}` has more than 1000 characters"
