@@ -129,7 +129,7 @@ def _bytes_of_rows(header: bytes) -> int:
 
 
 def png_profile(png: Png) -> bytes | None:
-    """The ICC profile of a PNG; None when there is none, or when it is damaged or larger than `MAX_PROFILE_BYTES`."""
+    """The ICC profile of a PNG; None without one, and for one that is damaged or larger than `MAX_PROFILE_BYTES`."""
     compressed = png.chunks.get(b"iCCP", b"").partition(b"\0")[2]
     if not compressed.startswith(b"\0"):  # the only method of compression
         return None
