@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.generation import Webhook
 from shared.db import jobs, keys, owners
-from shared.db.tables import Output, WebhookDelivery
+from shared.db.tables import Output, ReferenceImage, WebhookDelivery
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, a_key
 
@@ -37,7 +37,8 @@ def mine(keyed_client: Client, session: Session) -> dict[str, str]:
     collection = owners.ensure_collection(session, "private", owner_id=job.owner_id)
     image = make_image(session, vector=[1.0] + [0.0] * 15, collection_id=collection.id, caption="a secret")
     output = _output(ended.id, ended.owner_id)
-    session.add(output)
+    picture = _picture(ended.id)
+    session.add_all([output, picture])
     session.flush()
     delivery = session.scalars(select(WebhookDelivery.id).where(WebhookDelivery.job_id == ended.id)).one()
     session.commit()
@@ -52,6 +53,7 @@ def mine(keyed_client: Client, session: Session) -> dict[str, str]:
         "job_id": str(job.id),
         "image_id": str(image.id),
         "generation_id": str(output.id),
+        "reference_id": str(picture.id),
         "delivery_id": str(delivery),
         "bulk_id": bulk.json["id"],
         "owner_id": str(job.owner_id),
@@ -133,6 +135,21 @@ def _output(job_id: UUID, owner_id: UUID) -> Output:
         sha256="0" * 64,
         pixels_sha256="0" * 64,
         provenance={"prompt": "a secret"},
+    )
+
+
+def _picture(job_id: UUID) -> ReferenceImage:
+    return ReferenceImage(
+        id=uuid4(),
+        job_id=job_id,
+        position=0,
+        format="png",
+        blob_key="references/x.png",
+        thumbnail_key="references/x.webp",
+        width=32,
+        height=32,
+        size_bytes=10,
+        sha256="0" * 64,
     )
 
 
