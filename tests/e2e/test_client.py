@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -49,11 +50,15 @@ def service(stack: RunningStack) -> Iterator[Afterimage]:
 def test_the_python_of_the_readme_runs_as_printed(
     stack: RunningStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(REPOSITORY / "docs")
     monkeypatch.setenv("AFTERIMAGE_URL", stack.url)
-    exec(compile(block, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(blocks), "README.md", "exec"), names)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["7.png", "8.png"]
+    with Afterimage() as service:
+        assert service.jobs.dry_run(names["request"]).parameters.reference_images
 
 
 def test_jobs_are_submitted_once_followed_listed_and_deleted(service: Afterimage, tmp_path: Path) -> None:

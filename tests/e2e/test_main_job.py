@@ -2,9 +2,12 @@
 
 import re
 import subprocess
+import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import httpx
@@ -34,11 +37,21 @@ def test_the_blocks_of_the_readme_run_as_printed(starter_stack: RunningStack, tm
     (tmp_path / "var").mkdir()
     (tmp_path / "var" / "stack.env").write_text(starter_stack.layout.shell_file.read_text())
     (tmp_path / "docs").symlink_to(REPOSITORY / "docs")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "starter").mkdir()
+    # A few images only, so that the other tests of this stack still find their own.
+    with (
+        tarfile.open(REPOSITORY / "starter/corpus.tar") as corpus,
+        tarfile.open(tmp_path / "starter/corpus.tar", "w") as few,
+    ):
+        for member in islice(corpus, 8):
+            few.addfile(member, corpus.extractfile(member))
     # The stack is up already, so `make up` has nothing to do here.
     script = "set -euo pipefail\nmake() { :; }\n" + "\n".join(blocks)
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out" / "green-heart.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "out" / "things" / "images").iterdir())) == 16
     assert '"code"' not in done.stdout, "no call may be refused"
     assert done.stdout.count('"caption":"a green heart"') >= 3, "found by text, by image, and in the plan"
 
