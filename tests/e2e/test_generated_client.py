@@ -112,7 +112,7 @@ def test_the_generated_client_does_the_main_job(generated: ModuleType, client: G
     assert [output.seed for output in job.outputs] == [7, 8]
     assert {reference.image_id for reference in job.outputs[0].references} == {image.id}
     description = generated.RememberRequest(caption="drawn", collection="remembered")
-    remembered = client.outputs.remember_generation(job.outputs[0].id, description)
+    remembered = client.outputs.remember_generation(job.outputs[0].id, remember_request=description)
     assert (remembered.sha256, remembered.caption) == (job.outputs[0].sha256, "drawn")
     brought = generated.SentReferenceImage(data=base64.b64encode(disc("orchid")).decode(), weight=2)
     own = client.generation.rag_generate(generated.RagGenerateRequest(prompt="a disc", reference_images=[brought]))
