@@ -45,6 +45,7 @@ from shared.errors import (
     BulkTooLargeError,
     DatabaseError,
     IdempotencyKeyReusedError,
+    MalformedBodyError,
     TooManyStreamsError,
 )
 from shared.messaging import queue
@@ -84,6 +85,7 @@ def send(body: BulkBody, *, may_complete: bool, caller: Caller, key: str | None)
     may_complete: start the bulk if the body has certainly arrived to its end.
 
     Raises:
+        MalformedBodyError: the connection broke before the end of the first line. Nothing is stored.
         ValidationError: the header is not valid.
         ForbiddenTargetError: the header's webhook has a URL to which the service does not send.
         IdempotencyKeyReusedError: the key was sent with other or more lines in the last 24 hours.
@@ -99,6 +101,9 @@ def send(body: BulkBody, *, may_complete: bool, caller: Caller, key: str | None)
     with transfer_slot():
         lines = body.lines()
         first = next(lines, None)
+        if first is None and not body.is_complete:
+            # A bulk without its header would answer the whole request, which comes next with the same key.
+            raise MalformedBodyError("The body ended before the end of its first line.")
         options = bulk_items.parse_header(first)
         with session_scope() as session:
             bulk, already_submitted = _find_or_create(session, options, first, caller=caller, key=key)

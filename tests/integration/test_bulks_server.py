@@ -69,12 +69,14 @@ def test_ten_thousand_items_stream_in_quickly_and_memory_stays_flat(
 
 
 @contextmanager
-def started_request(server: Server, path: str, *, length: int | None) -> Iterator[http.client.HTTPConnection]:
+def started_request(
+    server: Server, path: str, *, length: int | None, key: str | None = None
+) -> Iterator[http.client.HTTPConnection]:
     """A request whose body the test sends itself, with a declared length or in chunks."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
     connection.putrequest("POST", API + path)
     connection.putheader("Content-Type", "application/jsonl")
-    connection.putheader("Idempotency-Key", uuid4().hex)
+    connection.putheader("Idempotency-Key", key or uuid4().hex)
     if length is None:
         connection.putheader("Transfer-Encoding", "chunked")
     else:
@@ -118,6 +120,22 @@ def test_after_a_broken_connection_whole_lines_stay_and_the_rest_can_be_sent(
     stored = select(func.count(BulkItem.custom_id.distinct())).where(BulkItem.bulk_id == UUID(bulk["id"]))
     with session_scope() as session:
         assert session.scalar(stored) == 1200
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"bulk": {"name"'])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_request_that_breaks_before_its_first_line_is_sent_again_with_its_key(
+    shared_server: Server, http_client: httpx.Client, chunked: bool, sent: bytes
+) -> None:
+    key, whole = uuid4().hex, b'{"bulk": {"name": "cut"}}\n' + line(1)
+    earlier = bulks_since(http_client)
+    with started_request(shared_server, "/bulks", length=None if chunked else len(whole), key=key) as connection:
+        connection.send(b"%x\r\n%s\r\n" % (len(sent), sent) if chunked and sent else sent)
+        connection.sock.shutdown(socket.SHUT_RDWR)
+    http_client.get("/bulks").raise_for_status()
+    again = http_client.post("/bulks", content=whole, headers={**JSON_LINES, "Idempotency-Key": key})
+    assert (again.status_code, again.json()["total"]) == (202, 1)
+    assert [bulk["name"] for bulk in bulks_since(http_client, earlier)] == ["cut"]
 
 
 def test_of_two_senders_of_the_same_lines_one_gets_a_conflict(shared_server: Server, http_client: httpx.Client) -> None:
