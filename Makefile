@@ -53,7 +53,7 @@ chaos: $(READY) ## faults at random moments under load, every promise checked, i
 soak: $(READY) ## thousands of jobs and requests, and whether any process keeps more than it should, into out/soak/  (SOAK=--help)
 	@$(PY) -m tests.soak $(SOAK)
 
-fuzz: $(READY) ## the whole OpenAPI document by Schemathesis against a stack, into out/fuzz/  (FUZZ="--seed 7", FUZZ=--help)
+fuzz: $(READY) ## the whole OpenAPI document by Schemathesis, and hostile bulks, against a stack, into out/fuzz/  (FUZZ="--seed 7", FUZZ=--help)
 	@$(PY) -m tests.fuzz $(FUZZ)
 
 lint: $(READY) ## check style, types, import rules, and security findings of medium severity

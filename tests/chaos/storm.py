@@ -103,7 +103,7 @@ class Outcome:
     uploads: int = 0
     deliveries: int = 0
     refused: Counter[str] = field(default_factory=Counter)
-    """The requests that a limit refused, by error code. The clients sent them again."""
+    """The requests that a limit refused, by error code."""
     faults: Counter[str] = field(default_factory=Counter)
     recovery_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     broken: list[Broken] = field(default_factory=list)

@@ -93,7 +93,10 @@ def flood(scene: Scene) -> Hit:
     with ThreadPoolExecutor(16) as pool:
         sent = [pool.submit(httpx.post, url, json=body, headers=headers, timeout=PATIENCE_S) for _ in range(300)]
         scene.load.jobs(BURST)
-        answers = Counter(each.result().status_code for each in sent)
+        answers = [each.result() for each in sent]
     scene.load.wait_until_sent()
-    assert answers.keys() == {httpx.codes.OK, httpx.codes.TOO_MANY_REQUESTS}, f"requests got {answers}"
+    refused = [answer for answer in answers if answer.status_code == httpx.codes.TOO_MANY_REQUESTS]
+    scene.load.refused.update(answer.json()["code"] for answer in refused)
+    statuses = Counter(answer.status_code for answer in answers)
+    assert statuses.keys() == {httpx.codes.OK, httpx.codes.TOO_MANY_REQUESTS}, f"requests got {statuses}"
     return Hit(jobs=scene.unfinished())

@@ -21,7 +21,7 @@ def require(library: str) -> None:
         ModelLoadError: it is not; the message names the extra.
     """
     if find_spec(library) is None:
-        raise ModelLoadError(f"quantization needs {library}, an optional library: pip install 'afterimage[{library}]'")
+        raise ModelLoadError(f"quantization needs {library}, an optional library: pip install '.[{library}]'")
 
 
 def of_pipeline(
