@@ -1,9 +1,11 @@
 """Alembic environment: the database of the product's settings, one transaction per migration, one run at a time."""
 
+import operator
 from typing import Any
 
 from alembic import context
-from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy import Connection, NullPool, create_engine, text
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from shared.db.session import database_url
 from shared.db.tables import Base
@@ -11,6 +13,9 @@ from shared.settings import get_settings
 
 LOCK = 7_046_029_254_386_353_131
 """Key of the advisory lock that serialises concurrent upgrades; an arbitrary constant."""
+
+OTHER_UPGRADE_S = 600
+"""How long an upgrade waits for another one."""
 
 SERVER_SETTINGS = (
     "-c lock_timeout=5000"
@@ -28,9 +33,7 @@ def run() -> None:
     url = context.config.attributes.get("url") or database_url(get_settings().database)
     engine = create_engine(url, poolclass=NullPool, connect_args={"options": SERVER_SETTINGS})
     with engine.connect() as connection:
-        connection.execute(text("set local lock_timeout = 60000"))  # another upgrade may take that long
-        connection.execute(text("select pg_advisory_lock(:lock)"), {"lock": LOCK})
-        connection.commit()
+        _take_lock(connection)
         context.configure(
             connection=connection,
             target_metadata=Base.metadata,
@@ -43,6 +46,21 @@ def run() -> None:
         connection.execute(text("select pg_advisory_unlock(:lock)"), {"lock": LOCK})
         connection.commit()
     engine.dispose()
+
+
+def _take_lock(connection: Connection) -> None:
+    """Wait until no other upgrade runs.
+
+    Each try is a transaction of its own. The other upgrade may build an index concurrently, and that waits for every
+    open transaction.
+    """
+    tries = Retrying(retry=retry_if_result(operator.not_), wait=wait_fixed(0.2), stop=stop_after_delay(OTHER_UPGRADE_S))
+
+    def taken() -> bool:
+        with connection.begin():
+            return bool(connection.scalar(text("select pg_try_advisory_lock(:lock)"), {"lock": LOCK}))
+
+    tries(taken)
 
 
 if context.is_offline_mode():

@@ -124,17 +124,15 @@ def upload_fields(request: Request) -> UploadFields:
     values = requests.field_values(UploadFields, request.form, where="form")
     if "tags" in values:
         values["tags"] = requests.split_tags(values["tags"])
-    if len(values.get("each", [])) > 1:
-        raise problems.field_error("form.each", "repeated", "Must be given once, as one JSON array.")
-    if "each" in values:
-        values["each"] = values["each"][0]
+    _parse_one_array(values, "each")
     _parse_json_field(values, "attributes")
-    _parse_json_field(values, "each")
     return requests.parse_form(UploadFields, values)
 
 
 def search_request(request: Request) -> SearchRequest:
-    """Parse a multipart search: the image as a file, the fields of the JSON body as form fields, `filter` as JSON.
+    """Parse a multipart search: the image as a file, and the fields of the JSON body as form fields.
+
+    `filter`, `mix` and `negative` are JSON.
 
     Raises:
         UnsupportedMediaType: the request is not multipart.
@@ -146,6 +144,8 @@ def search_request(request: Request) -> SearchRequest:
     if len(sent) > 1:
         raise problems.field_error("form.image", "repeated", "Must be given once.")
     values = requests.field_values(SearchRequest, request.form, where="form")
+    for name in ("mix", "negative"):
+        _parse_one_array(values, name)
     _parse_json_field(values, "filter")
     if sent:
         values["image"] = base64.b64encode(sent[0].read()).decode()
@@ -209,6 +209,15 @@ def _require_files_named(request: Request, name: str) -> None:
             raise problems.field_error(f"form.{other}", "extra_forbidden", f"Send files under the name `{name}`.")
     if name in request.form:
         raise problems.field_error(f"form.{name}", "file_expected", "Must be a file, not text.")
+
+
+def _parse_one_array(values: dict[str, Any], name: str) -> None:
+    """Replace the texts of a list field by the JSON array that is its only text."""
+    if name in values:
+        if len(values[name]) > 1:
+            raise problems.field_error(f"form.{name}", "repeated", "Must be given once, as one JSON array.")
+        values[name] = values[name][0]
+        _parse_json_field(values, name)
 
 
 def _parse_json_field(values: dict[str, Any], name: str) -> None:

@@ -1,6 +1,7 @@
 """Studio's search page, and the planned references that the page `create` shows for a prompt."""
 
 import base64
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from shared.settings import get_settings
 studio_search = page_blueprint("studio_search")
 
 MAX_PINNED = 16
-SEARCH_FIELDS = ("query", "k", "threshold", "image_id", "diversity", "collection")
+SEARCH_FIELDS = ("query", "k", "threshold", "image_id", "diversity", "collection", "mode")
 
 
 @studio_search.get("/references")
@@ -38,6 +39,17 @@ def references() -> Response:
     return render_page("references", active="create", plan=plan_references(request.args, pinned), pinned=pinned)
 
 
+PLAN_FIELDS = ("prompt", "concepts", "model", "min_similarity", "similar_examples_count", "collection", "filter")
+"""Fields of the page `create` on which the planned references depend."""
+
+
+def plan_key(form: "MultiDict[str, str]") -> str:
+    """Return a digest of these fields. While it is the same, the planned references are those for the form."""
+    sent = filled_fields(form, PLAN_FIELDS).to_dict()
+    values = {"model": get_settings().model.default_generator, **sent}
+    return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
 @dataclass(frozen=True)
 class Plan:
     """The references that a generation would use beside the pinned ones."""
@@ -45,6 +57,8 @@ class Plan:
     search: RagSearchResponse
     without_room: frozenset[UUID]
     """Relevant references that the pinned ones leave no room for."""
+    key: str
+    """See `plan_key`."""
 
     def uses(self, reference: PlannedReference) -> bool:
         return reference.used and reference.image_id not in self.without_room
@@ -65,6 +79,7 @@ def plan_references(form: "MultiDict[str, str]", pinned: Sequence[ImageView]) ->
         return None
     if "similar_examples_count" in sent:
         sent["k"] = sent.pop("similar_examples_count")
+    sent.setlist("concept", sent_concepts(form))
     query = requests.parse_form(RagSearchQuery, requests.field_values(RagSearchQuery, sent, where="form"))
     where = requests.parse_form(ImageFilter, sent_filter(form))
     response = services.search.plan_references(query, caller=g.caller, where=where)
@@ -73,7 +88,12 @@ def plan_references(form: "MultiDict[str, str]", pinned: Sequence[ImageView]) ->
     room = max(0, min(most, query.k or most) - len(pinned))
     pinned_ids = {image.id for image in pinned}
     used = [each.image_id for each in response.references if each.used and each.image_id not in pinned_ids]
-    return Plan(response, frozenset(used[room:]))
+    return Plan(response, frozenset(used[room:]), plan_key(form))
+
+
+def sent_concepts(form: "MultiDict[str, str]") -> list[str]:
+    """Return the concepts of the form: one per line of its field `concepts`."""
+    return [text for line in form.get("concepts", "").splitlines() if (text := line.strip())]
 
 
 def pinned_images(form: "MultiDict[str, str]") -> list[ImageView]:
@@ -105,19 +125,25 @@ def sent_filter(form: "MultiDict[str, str]") -> dict[str, Any]:
 
 @studio_search.route("/search", methods=["GET", "POST"])
 def search() -> Response:
-    """Search by words, by an uploaded picture, by a corpus image, or by words and one of these images."""
+    """Search by words, by an uploaded picture, by a corpus image, or by words and one of these images.
+
+    The field `negative` has words that the results must not resemble.
+    """
     form = request.form if request.method == "POST" else request.args
     file = request.files.get("image")
     picture = file.read() if file is not None else b""
     sent = filled_fields(form, SEARCH_FIELDS)
     collection = sent.pop("collection", None)
     values = requests.field_values(SearchRequest, sent, where="form")
+    unwanted = filled_fields(form, ("negative",))
     if not values.keys() & {"query", "image_id"} and not picture:
         return render_page("search", active="corpus", found=None, similar_to=None, form=form)
     if picture:
         values["image"] = base64.b64encode(picture).decode()
     if collection:
         values["filter"] = {"collection": collection}
+    if unwanted:
+        values["negative"] = [{"text": text} for text in unwanted.values()]
     search_request = requests.parse_form(SearchRequest, values)
     found = SearchResponse.model_validate_json(
         services.search.search_images(search_request, caller=g.caller, decoder=current_app.extensions["decoder"])

@@ -59,7 +59,9 @@ def test_exported_outputs_are_imported_with_their_vectors_and_used_as_references
         own = base64.b64encode(rows[str(output.id)]["image"]).decode()
         search = SearchRequest(image=own, k=len(rows), filter=ImageFilter(collection="remembered"))
         similarities = {found.image_id: found.similarity for found in service.search(search).results}
-        assert similarities[output.id] > 0.9999
+        similarity = similarities[output.id]
+        assert similarity is not None
+        assert similarity > 0.9999
     # A job uses one as its reference, and the record names the id of the output.
     request = RagGenerateRequest(prompt="the kite again", reference_ids=[job.outputs[0].id])
     generated = service.jobs.wait(service.jobs.submit(request))

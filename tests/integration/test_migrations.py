@@ -1,5 +1,8 @@
 """The migrations: upgrade from empty, downgrade to empty, and the same tables as in `shared.db.tables`."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from sqlalchemy.orm import Session
 from ops.local.stack import LocalStack
 from shared.db import spaces
 from shared.db.tables import Base
+from shared.settings import get_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -99,3 +103,52 @@ def test_texts_that_filters_compare_are_composed_by_the_upgrade(empty_database_u
         ([], one, None, {one: one}),
     ]
     assert after == before + 1
+
+
+INSERT_AS_BEFORE_0010 = text("""
+    insert into images (id, collection_id, sha256, blob_key, thumbnail_key, format, width, height, size_bytes,
+        perceptual_hash, caption, tags)
+    select gen_random_uuid(), id, :sha256, '', '', 'png', 1, 1, 1, 0, :caption, :tags from collections where shared
+""")
+
+
+def test_words_of_old_images_and_of_those_of_the_previous_release_are_filled(empty_database_url: str) -> None:
+    config = alembic(empty_database_url)
+    command.upgrade(config, "0009")
+    engine = create_engine(empty_database_url)
+    with engine.begin() as connection:
+        for number in range(2500):
+            row = {"sha256": str(number), "caption": f"{number} dogs", "tags": ["pets"]}
+            connection.execute(INSERT_AS_BEFORE_0010, row)
+        connection.execute(INSERT_AS_BEFORE_0010, {"sha256": "none", "caption": None, "tags": []})
+    command.upgrade(config, "0010")
+    with engine.begin() as connection:
+        connection.execute(INSERT_AS_BEFORE_0010, {"sha256": "later", "caption": "a dog", "tags": []})
+        found = connection.scalar(text("select count(*) from images where words @@ 'dog:A' and words @@ 'pet:B'"))
+        assert found == 2500
+        assert connection.scalar(text("select words = '' from images where sha256 = 'none'"))
+        assert connection.scalar(text("select words @@ 'dog' from images where sha256 = 'later'"))
+        assert connection.scalar(
+            text("select indisvalid from pg_index where indexrelid = cast('ix_images_words' as regclass)")
+        )
+    engine.dispose()
+    command.downgrade(config, "0009")
+    command.upgrade(config, "head")
+
+
+def test_an_upgrade_names_an_unknown_text_language(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFTERIMAGE_RETRIEVAL__TEXT_LANGUAGE", "klingon")
+    get_settings.cache_clear()
+    with pytest.raises(SystemExit, match=r"^retrieval.text_language: .* 'klingon' \(AFTERIMAGE_RETRIEVAL__TEXT_L"):
+        command.upgrade(alembic(empty_database_url), "head")
+    monkeypatch.delenv("AFTERIMAGE_RETRIEVAL__TEXT_LANGUAGE")
+    get_settings.cache_clear()
+    command.upgrade(alembic(empty_database_url), "head")
+
+
+def test_two_upgrades_at_once_both_end(empty_database_url: str) -> None:
+    """The second waits without a transaction, for which the first one's concurrent index would wait."""
+    environment = {**os.environ, "AFTERIMAGE_DATABASE__URL": empty_database_url}
+    upgrade = [sys.executable, "-m", "alembic", "upgrade", "head"]
+    processes = [subprocess.Popen(upgrade, cwd=REPOSITORY, env=environment) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]

@@ -1,0 +1,283 @@
+"""Full-text search in captions and tags, by Postgres.
+
+The column `images.words` holds the stemmed words of an image, those of the caption with weight A and those of the tags
+with weight B. A trigger fills it. The language belongs to the database, so that both sides always use the same one.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Float,
+    Integer,
+    Text,
+    Uuid,
+    cast,
+    column,
+    func,
+    literal_column,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects.postgresql import TSQUERY
+from sqlalchemy.orm import Session
+
+from shared.contracts.search import ImageFilter
+from shared.db import images
+from shared.db.images import Vector
+from shared.db.spaces import Space
+from shared.db.tables import Image
+from shared.errors import ConfigurationError
+
+MAX_WORDS = 8
+"""Words of a query that count: the first ones."""
+COMMON_ABOVE = 200
+"""A word that more images have does not select images. So a search reads a bounded number of rows."""
+COMMON_ABOVE_ALONE = 1000
+"""The same for a search by words alone."""
+TAG_SHARE = 0.6
+"""The weight of a word that only the tags have, compared with a word of the caption. Two of them exceed one word."""
+WEAK_WORDS = (
+    "one two three four five six seven eight nine ten eleven twelve dozen several many few some pair couple "
+    "1 2 3 4 5 6 7 8 9 10 11 12 photo photograph picture image drawing illustration"
+)
+"""Words that count things or name a medium. They are ignored beside other words: `two dogs` is not about `two`."""
+PAGE = 1000
+
+
+@dataclass(frozen=True)
+class Match:
+    """An image whose caption or tags match a text.
+
+    rank: its place among all matches, from 1. similarity: cosine to the vector of the query; NaN without one.
+    word_share: part of the query's words that it has, by weight, in [0, 1]; words that no image has count too.
+    """
+
+    image_id: UUID
+    rank: int
+    similarity: float
+    word_share: float
+
+
+@dataclass(frozen=True)
+class Matches:
+    """exact: every image that has one of the words was compared."""
+
+    found: list[Match]
+    exact: bool
+
+
+def matching_images(
+    session: Session,
+    space: Space,
+    content: str,
+    vector: Vector | None,
+    *,
+    k: int,
+    collection_id: UUID,
+    where: ImageFilter,
+    without: Sequence[str] = (),
+    beside: Collection[UUID] = (),
+    alone: bool = False,
+) -> Matches:
+    """The `k` searchable images whose caption or tags match `content` best, and the matches among `beside`.
+
+    An image scores the sum of the weights of its words. The weight of a word is `ln(1 + n / m)` for `m` images that
+    have it: the inverse document frequency (Spärck Jones, Journal of Documentation 1972). A word that only the tags
+    have counts less. Of equal scores, captions without further words come first. Then similarity decides, or without a
+    vector `ts_rank_cd`.
+
+    Args:
+        vector: shape (space.dim,), float32, L2-normalised; `None`: similarities are NaN.
+        without: texts; an image that has all words of one of them does not match.
+        alone: an image with any word matches. Otherwise it needs half of the best score.
+    """
+    words = _words_of(session, content)
+    if not words:
+        return Matches([], exact=True)
+    conditions = images.passing(collection_id, where)
+    for unwanted in without:
+        if excluded := _words_of(session, unwanted):
+            conditions.append(~Image.words.bool_op("@@")(cast(_all_of(excluded), TSQUERY)))
+    searchable = _searchable(conditions)
+    most = COMMON_ABOVE_ALONE if alone else COMMON_ABOVE
+    counts = _count_images(session, words, searchable, most=most)
+    present = [word for word in words if counts[word]]
+    if not present:
+        return Matches([], exact=True)
+    rare = list(_rarest(counts, most=most))
+    parameters: dict[str, Any] = {
+        "all": _all_of(present),
+        "rare": _any_of(rare),
+        "any": _any_of(present),
+        "most": most,
+        "beside": [str(image_id) for image_id in beside],
+        "vector": None if vector is None else str(vector.tolist()),
+        "k": k,
+        "part": 0.0 if alone else 0.5,
+    }
+    weights = {word: math.log1p(most / max(1, counts[word])) for word in words}
+    parameters["total"] = sum(weights.values())
+    for number, word in enumerate(present):
+        weight = weights[word]
+        parameters |= {f"caption{number}": _literal(word, weights="A"), f"word{number}": _literal(word)}
+        parameters |= {f"high{number}": weight, f"low{number}": weight * TAG_SHARE}
+    statement = _ranking(space, len(present), all_are_rare=len(rare) == len(present), by_similarity=vector is not None)
+    columns = text(statement).columns(id=Uuid, rank=Integer, distance=Float, share=Float)
+    rows = session.execute(columns.add_cte(searchable), parameters)
+    found = [
+        Match(image_id, rank, math.nan if distance is None else 1 - distance, word_share=min(1.0, share))
+        for image_id, rank, distance, share in rows
+    ]
+    complete = len(rare) == len(present) and counts[rare[-1]] <= most
+    return Matches(found, exact=complete)
+
+
+@cache
+def _ranking(space: Space, words: int, *, all_are_rare: bool, by_similarity: bool) -> str:
+    """The statement that ranks images by `words` words. It is text, because building it takes longer than running it.
+
+    It compares a bounded number of images: those that have all words, those that have a rare word, and those `beside`.
+    An image may be there twice, with the same rank.
+    """
+    numbers = range(words)
+    score = " + ".join(
+        f"case when words @@ cast(:caption{number} as tsquery) then cast(:high{number} as float8) "
+        f"when words @@ cast(:word{number} as tsquery) then cast(:low{number} as float8) else 0 end"
+        for number in numbers
+    )
+    in_caption = " + ".join(f"cast(words @@ cast(:caption{number} as tsquery) as int)" for number in numbers)
+    equal = "distance" if by_similarity else "ts_rank_cd(words, cast(:any as tsquery), 1) desc"
+    having_all = "(select * from searchable where words @@ cast(:all as tsquery) limit :most) union all"
+    return f"""
+        select distinct id, rank, distance, score / :total as share from (
+            select id, distance, score, max(score) over () as best,
+                dense_rank() over (order by score desc, has_further_words, {equal}, id) as rank
+            from (
+                select id, words, embedding <=> cast(cast(:vector as text) as halfvec) as distance, {score} as score,
+                    length(ts_filter(words, '{{a}}')) > {in_caption} as has_further_words
+                from (
+                    {"" if all_are_rare else having_all}
+                    (select * from searchable where words @@ cast(:rare as tsquery) limit :most)
+                    union all (
+                        select * from (
+                            select * from searchable where id = any(cast(:beside as uuid[]))
+                            offset 0  -- so that the planner does not read all images that have the words
+                        ) as near
+                        where words @@ cast(:any as tsquery)
+                    )
+                ) as compared
+                join {space.table.name} as vectors on vectors.image_id = compared.id
+            ) as scored
+        ) as ranked
+        where score >= best * :part and (rank <= :k or id = any(cast(:beside as uuid[])))
+        order by rank
+    """
+
+
+def _searchable(conditions: Sequence[ColumnElement[bool]]) -> CTE:
+    searchable = select(Image.id, Image.words).where(*conditions).cte("searchable")
+    return searchable.prefix_with("not materialized")  # so that each use of it can use the index
+
+
+def _words_of(session: Session, content: str) -> list[str]:
+    """The different stemmed words of a text, in its order. Weak words are left out beside others."""
+    word = func.unnest(func.words_of(content)).table_valued(
+        column("lexeme"), column("positions"), column("weights"), name="word"
+    )
+    weak = literal_column("lexeme") == func.any(func.tsvector_to_array(func.words_of(WEAK_WORDS)))
+    statement = select(word.c.lexeme, weak).order_by(literal_column("positions[1]"), word.c.lexeme)
+    rows = session.execute(statement.select_from(word)).all()
+    return [row[0] for row in rows if not row[1]][:MAX_WORDS] or [row[0] for row in rows][:MAX_WORDS]
+
+
+def _count_images(session: Session, words: Sequence[str], searchable: CTE, *, most: int) -> dict[str, int]:
+    """How many images have each word. The count ends above `most`."""
+    found = "select from searchable where words @@ cast(:word{number} as tsquery) limit :most"
+    counts = ", ".join(
+        f"(select count(*) from ({found.format(number=number)}) as found) as count{number}"
+        for number in range(len(words))
+    )
+    statement = text(f"select {counts}").columns(*(column(f"count{n}", Integer) for n in range(len(words))))
+    parameters: dict[str, Any] = {f"word{number}": _literal(word) for number, word in enumerate(words)}
+    row = session.execute(statement.add_cte(searchable), parameters | {"most": most + 1}).one()
+    return dict(zip(words, row, strict=True))
+
+
+def _rarest(counts: dict[str, int], *, most: int) -> Iterator[str]:
+    """The words that select images: the rarest one, and further ones up to `most` images together."""
+    total = 0
+    for word in sorted((word for word in counts if counts[word]), key=lambda word: counts[word]):
+        total += counts[word]
+        if total > most and total > counts[word]:
+            return
+        yield word
+
+
+def _all_of(words: Sequence[str]) -> str:
+    return " & ".join(_literal(word) for word in words)
+
+
+def _any_of(words: Sequence[str]) -> str:
+    return " | ".join(_literal(word) for word in words)
+
+
+def _literal(word: str, *, weights: str = "") -> str:
+    """A stemmed word as Postgres's type `tsquery` reads it, whatever its characters."""
+    escaped = word.replace("\\", "\\\\").replace("'", "''")
+    return f"'{escaped}'" + (f":{weights}" if weights else "")
+
+
+# --- the language -------------------------------------------------------------------------------------------------
+
+
+def read_language(session: Session) -> str:
+    """The text search configuration that the database uses for captions and tags."""
+    return session.scalar(select(cast(func.image_text_language(), Text))) or ""
+
+
+def set_language(session: Session, language: str) -> None:
+    """Use another text search configuration from this commit on. The words of all images have to be filled again.
+
+    language: lower-case letters, digits and `_`, as the setting `retrieval.text_language` checks it.
+
+    Raises:
+        ConfigurationError: the database has no such configuration.
+    """
+    if not language.isidentifier():
+        raise ConfigurationError(f"{language!r} is not a name.")
+    known = text("select 1 from pg_ts_config where cfgname = :language and pg_ts_config_is_visible(oid)")
+    if session.scalar(known, {"language": language}) is None:
+        raise ConfigurationError(f"The database has no text search configuration {language!r}.")
+    session.execute(
+        text(
+            "create or replace function image_text_language() returns regconfig language sql stable "
+            f"as $$ select '{language}'::regconfig $$"
+        )
+    )
+
+
+def fill_words(session: Session, *, after: UUID) -> UUID | None:
+    """Fill the words of the next images by id; return the id after which to continue, `None` at the end.
+
+    Cached searches of these images' collections are not used any more.
+    """
+    page = select(Image.id).where(Image.id > after).order_by(Image.id).limit(PAGE).with_for_update(key_share=True)
+    filled = (
+        update(Image)
+        .where(Image.id.in_(page))
+        .values(words=func.image_words(Image.caption, Image.tags))
+        .returning(Image.id, Image.collection_id)
+        .execution_options(synchronize_session=False)
+    )
+    rows = session.execute(filled).all()
+    for collection_id in sorted({row.collection_id for row in rows}):
+        images.bump_collection_version(session, collection_id)
+    return max(row.id for row in rows) if rows else None
