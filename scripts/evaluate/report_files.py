@@ -7,6 +7,7 @@ from typing import Any
 
 from scripts.evaluate import charts, report
 from scripts.evaluate.evaluation import Evaluation, Models
+from shared.retrieval import resolve_gate
 from shared.settings import Settings
 from shared.vectors import l2_normalised
 
@@ -32,5 +33,6 @@ def write_report_files(
     charts.chart(measured, chart)
     charts.contact_sheet(evaluation).save(sheet)
     vectors = dict(zip(queries, l2_normalised(models.clip.encode_text(queries)), strict=True))
-    charts.search_sheet(evaluation.full_store, vectors, min_similarity=settings.retrieval.min_similarity).save(searches)
+    gate = resolve_gate(None, settings.retrieval.min_similarity)
+    charts.search_sheet(evaluation.full_store, vectors, min_similarity=gate.min_similarity).save(searches)
     return paths

@@ -15,6 +15,7 @@ from scripts.evaluate.metrics import (
     recall_at,
 )
 from scripts.evaluate.store import Store
+from shared.retrieval import resolve_gate
 from shared.settings import RetrievalSettings
 
 KEYWORD_IMAGES = 5
@@ -79,5 +80,5 @@ def relevance_figures(store: Store, queries: Mapping[str, Floats], settings: Ret
     best = np.concatenate([store.similarities(vectors[rows]).max(axis=1) for rows in _chunks(len(vectors))])
     return {
         "mean_top1_similarity": float(best.mean()),
-        "share_without_references": float((best < settings.min_similarity).mean()),
+        "share_without_references": float((best < resolve_gate(None, settings.min_similarity).min_similarity).mean()),
     }

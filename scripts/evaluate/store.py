@@ -47,16 +47,21 @@ class Store:
     def plan(
         self, query: Vector, *, k: int, settings: RetrievalSettings, not_of: str | None = None
     ) -> list[retrieval.Candidate]:
-        """Decide on the nearest images, as `shared.retrieval.plan` does.
+        """Decide on the nearest images, as `shared.retrieval.plan_concepts` does.
 
         Args:
             query: shape (dim,), L2-normalised.
             not_of: a concept whose images are left out.
         """
         left_out = sum(image.concept == not_of for image in self.images)
-        nearest = self.nearest(query, k=k * retrieval.OVERFETCH + left_out)
-        candidates = [found for found in nearest if self.image(found).concept != not_of][: k * retrieval.OVERFETCH]
-        return retrieval.decide(candidates, k=k, min_similarity=settings.min_similarity, settings=settings)
+        most = retrieval.depth(k) * retrieval.OVERFETCH
+        candidates = [each for each in self.nearest(query, k=most + left_out) if self.image(each).concept != not_of]
+        return retrieval.decide(
+            [retrieval.ConceptImages("", candidates[:most])],
+            most=k,
+            gate=retrieval.resolve_gate(None, settings.min_similarity),
+            settings=settings,
+        ).candidates
 
     def pinned_references(self, concept: str, query: Vector, *, k: int) -> list[retrieval.Candidate]:
         """Return up to `k` images of the concept as pinned references: with equal weights and any similarity."""

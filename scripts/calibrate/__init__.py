@@ -1,0 +1,1 @@
+"""Measure the thresholds of the relevance gate on a collection and its captions."""
