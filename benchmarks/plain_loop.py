@@ -19,7 +19,7 @@ from uuid import UUID
 import numpy as np
 
 from shared.contracts.common import ImageFormat
-from shared.db import images, owners, spaces
+from shared.db import collections, images, owners, spaces
 from shared.db.images import ImageClaim
 from shared.db.session import session_scope
 from shared.db.spaces import Space
@@ -44,7 +44,7 @@ def main() -> None:
         count = run_model(files, clip)
     else:
         with session_scope() as session:
-            collection_id = owners.ensure_collection(session, "loop", owner_id=owners.ensure(session, "loop")).id
+            collection_id = collections.ensure(session, "loop", owner_id=owners.ensure(session, "loop")).id
             space = spaces.find_or_add_first(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
             if space is None or not spaces.is_active(session, space):
                 parser.exit(2, "The database has another active embedding space: use an empty database, or its CLIP.\n")

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from afterimage_client import Afterimage
-from shared.contracts.common import Name
+from shared.contracts.common import CollectionName, Name
 
 
 class ExitCode(IntEnum):
@@ -71,13 +71,22 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def collection_name(text: str) -> str:
-    """Check that an option's value can be the name of a collection, for `argparse`.
+    """Check that an option's value can be the name of a collection of one owner, for `argparse`.
 
     Raises:
         argparse.ArgumentTypeError: the name has other characters, or is too long.
     """
+    return _checked_name(text, TypeAdapter(Name))
+
+
+def shared_collection_name(text: str) -> str:
+    """As `collection_name`, but the name may also be `owner/name`, for a collection that another owner shares."""
+    return _checked_name(text, TypeAdapter(CollectionName))
+
+
+def _checked_name(text: str, rule: TypeAdapter[str]) -> str:
     try:
-        return TypeAdapter(Name).validate_python(text)
+        return rule.validate_python(text)
     except ValidationError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a name: use lower-case letters, digits, - and _") from None
 

@@ -8,19 +8,21 @@ from uuid import uuid4
 
 from flask import Flask, Response, request
 
+from api_service.studio.collections import studio_collections
 from api_service.studio.corpus import studio_corpus
 from api_service.studio.generation import studio_generation
-from api_service.studio.pages import next_page_query, pretty_json, render_error
+from api_service.studio.pages import by_concept, next_page_query, pretty_json, render_error
 from api_service.studio.search import studio_search
 from api_service.studio.sign_in import studio
 
-BLUEPRINTS = (studio, studio_generation, studio_search, studio_corpus)
+BLUEPRINTS = (studio, studio_generation, studio_search, studio_corpus, studio_collections)
 
 
 def register(app: Flask) -> None:
     for blueprint in BLUEPRINTS:
         app.register_blueprint(blueprint)
     app.add_template_global(next_page_query)
+    app.add_template_global(by_concept)
     app.add_template_global(lambda: uuid4().hex, "random_key")
     app.add_template_filter(pretty_json)
     app.after_request(_render_not_found)

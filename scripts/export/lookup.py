@@ -7,7 +7,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from scripts.console import ConsoleOutput
-from shared.db import owners
+from shared.db import collections
 from shared.db.tables import Collection, Owner
 from shared.errors import ResourceNotFoundError
 
@@ -40,7 +40,7 @@ def get_or_create_collection(session: Session, name: str, *, owner: str | None) 
     """
     if owner is None:
         return get_collection(session, name, owner=None)
-    return owners.ensure_collection(session, name, owner_id=get_owner_id(session, owner))
+    return collections.ensure(session, name, owner_id=get_owner_id(session, owner))
 
 
 def get_owner_id(session: Session, name: str) -> UUID:

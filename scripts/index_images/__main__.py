@@ -11,8 +11,8 @@ from scripts.console import (
     add_output_options,
     add_service_options,
     client_from_options,
-    collection_name,
     run_and_exit,
+    shared_collection_name,
 )
 from scripts.index_images.index import index_files, wait_and_print_summary
 from scripts.index_images.report import Report
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=Path, help="folder, table or tar")
     group = parser.add_argument_group("descriptions")
-    group.add_argument("--collection", type=collection_name, default="shared", help="default: %(default)s")
+    group.add_argument("--collection", type=shared_collection_name, default="shared", help="default: %(default)s")
     group.add_argument("--tag", action="append", default=[], help="added to the tags of every image; may be repeated")
     group.add_argument("--licence", help="for images without a licence of their own")
     group.add_argument("--source", dest="origin", help="for images without a source of their own")

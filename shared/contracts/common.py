@@ -65,6 +65,8 @@ Tags = Annotated[list[Tag], Field(max_length=32), _WithoutRepeats]
 FilterTags = Annotated[list[Tag], Field(max_length=16), _WithoutRepeats]
 """The tags that an image must have, all of them."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+CollectionName = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9_-]{0,62}/)?[a-z0-9][a-z0-9_-]{0,62}$")]
+"""The name of a collection: of the caller, `shared`, or `owner/name` for one that another owner shares."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Metadata = Annotated[
     dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]],

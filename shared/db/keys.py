@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import secrets
+from collections.abc import Sequence
 from datetime import timedelta
 from uuid import UUID, uuid4
 
@@ -19,9 +20,17 @@ TOKEN_PREFIX = "aft_"
 
 
 def create(
-    session: Session, owner_id: UUID, *, name: str, scopes: frozenset[str], expires_in_s: float | None = None
+    session: Session,
+    owner_id: UUID,
+    *,
+    name: str,
+    scopes: frozenset[str],
+    expires_in_s: float | None = None,
+    collection_ids: Sequence[UUID] | None = None,
 ) -> tuple[ApiKey, str]:
     """Add a key for the owner and return it with its secret, which cannot be read again later.
+
+    collection_ids: the only collections that the key may use; None: all that the owner may use.
 
     Raises:
         ValueError: `scopes` has an unknown scope.
@@ -36,6 +45,7 @@ def create(
         prefix=secret[: len(TOKEN_PREFIX) + 6],
         secret_sha256=_digest(secret),
         scopes=sorted(scopes),
+        collection_ids=None if collection_ids is None else list(collection_ids),
         expires_at=None if expires_in_s is None else func.now() + timedelta(seconds=expires_in_s),
     )
     session.add(key)
@@ -86,7 +96,7 @@ def list_page(
 
 
 def rotate(session: Session, key_id: UUID, *, overlap_s: float) -> tuple[ApiKey, str]:
-    """Add a key with the scopes of the old one; the old key stays valid for `overlap_s` more seconds.
+    """Add a key with the scopes and collections of the old one; the old key stays valid for `overlap_s` more seconds.
 
     Raises:
         ResourceNotFoundError: the key does not exist or was revoked.
@@ -96,7 +106,7 @@ def rotate(session: Session, key_id: UUID, *, overlap_s: float) -> tuple[ApiKey,
         raise ResourceNotFoundError("The key was revoked.", key_id=str(key_id))
     end = session.scalars(select(func.now() + timedelta(seconds=overlap_s))).one()
     old.expires_at = min(end, old.expires_at or end)
-    return create(session, old.owner_id, name=old.name, scopes=frozenset(old.scopes))
+    return create(session, old.owner_id, name=old.name, scopes=frozenset(old.scopes), collection_ids=old.collection_ids)
 
 
 def revoke(session: Session, key_id: UUID) -> None:

@@ -1,5 +1,6 @@
-"""Owners and their collections."""
+"""Owners."""
 
+from collections.abc import Sequence
 from uuid import UUID, uuid4
 
 from sqlalchemy import func, select
@@ -7,14 +8,22 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from shared.db import paging
-from shared.db.tables import Collection, Owner
+from shared.db.tables import Owner
 from shared.errors import ResourceNotFoundError
 
 
 def ensure(session: Session, name: str) -> UUID:
     """The id of the owner with this name, who is added if needed."""
-    session.execute(upsert(Owner).values(id=uuid4(), name=name).on_conflict_do_nothing(index_elements=["name"]))
-    return session.scalars(select(Owner.id).where(Owner.name == name)).one()
+    return add(session, name)[0]
+
+
+def add(session: Session, name: str) -> tuple[UUID, bool]:
+    """The id of the owner with this name, who is added if needed; True when it is new."""
+    new = upsert(Owner).values(id=uuid4(), name=name).on_conflict_do_nothing(index_elements=["name"])
+    added = session.scalar(new.returning(Owner.id))
+    if added is not None:
+        return added, True
+    return session.scalars(select(Owner.id).where(Owner.name == name)).one(), False
 
 
 def get(session: Session, owner_id: UUID) -> Owner:
@@ -50,12 +59,19 @@ def set_disabled(session: Session, owner: Owner, *, disabled: bool) -> None:
         owner.disabled_at = session.scalars(select(func.now())).one()
 
 
-def ensure_collection(session: Session, name: str, *, owner_id: UUID) -> Collection:
-    """The owner's collection with this name, which is added if needed."""
-    statement = select(Collection).where(Collection.owner_id == owner_id, Collection.name == name)
-    collection = session.scalar(statement)
-    if collection is None:
-        new = upsert(Collection).values(id=uuid4(), owner_id=owner_id, name=name)
-        session.execute(new.on_conflict_do_nothing(index_elements=["owner_id", "name"]))
-        collection = session.scalars(statement).one()
-    return collection
+def get_by_name(session: Session, name: str) -> Owner:
+    """The owner with this name.
+
+    Raises:
+        ResourceNotFoundError: the owner does not exist.
+    """
+    owner = session.scalar(select(Owner).where(Owner.name == name))
+    if owner is None:
+        raise ResourceNotFoundError("There is no such owner.", owner=name)
+    return owner
+
+
+def names(session: Session, owner_ids: Sequence[UUID]) -> dict[UUID, str]:
+    """The names of owners by their ids."""
+    statement = select(Owner.id, Owner.name).where(Owner.id.in_(owner_ids))
+    return dict(session.execute(statement).all())

@@ -13,11 +13,15 @@ import pytest
 from PIL import Image, ImageColor
 
 from afterimage_client import (
+    Access,
     Afterimage,
     BulkOptions,
     BulkState,
+    CollectionDefaults,
+    CollectionPatch,
     ConflictError,
     GenerateRequest,
+    GrantedAccess,
     IdempotencyKeyReusedError,
     ImageFile,
     ImageFilter,
@@ -129,6 +133,27 @@ def test_images_are_uploaded_found_changed_and_deleted(service: Afterimage, tmp_
     service.images.delete(first)
     with pytest.raises(NotFoundError):
         service.images.get(first)
+
+
+def test_collections_are_created_found_changed_and_deleted(service: Afterimage) -> None:
+    made = service.collections.create("goods", description="for sale", defaults=CollectionDefaults(k=2))
+    assert (made.access, made.defaults.k) == (Access.OWNER, 2)
+    with pytest.raises(ConflictError):
+        service.collections.create("goods")
+    service.images.upload([ImageFile("a.png", disc("plum"))], UploadFields(collection="goods"))
+    changed = service.collections.change(made, CollectionPatch(name="wares"))
+    assert (changed.name, changed.description, changed.images) == ("wares", "for sale", 1)
+    assert service.collections.find("wares") == changed == service.collections.get(made.id)
+    assert service.collections.find("goods") is None
+    assert changed in [*service.collections.list(page_size=1)]
+    grant = service.collections.share(made, "system", GrantedAccess.WRITE)
+    assert [*service.collections.grants(made)] == [grant]
+    service.collections.unshare(made, "system")
+    with pytest.raises(NotFoundError):
+        service.collections.share(made, "an-unknown-owner")
+    service.collections.delete(made)
+    with pytest.raises(NotFoundError):
+        service.collections.get(made)
 
 
 def test_a_request_brings_a_picture_of_its_own(service: Afterimage) -> None:

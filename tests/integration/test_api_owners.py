@@ -8,15 +8,19 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
+from shared.contracts.collections import GrantedAccess
 from shared.contracts.generation import Webhook
-from shared.db import jobs, keys, owners
+from shared.db import collections, jobs, keys, owners
 from shared.db.tables import Output, ReferenceImage, WebhookDelivery
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, a_key
 
+OTHER = "an-owner-with-a-grant"
 ALL_BUT_ADMIN = [scope for scope in keys.SCOPES if scope != "admin"]
 SENT: dict[str, dict[str, Any]] = {
     "changeImage": {"json": {"caption": "theirs now"}},
+    "changeCollection": {"json": {"name": "theirs-now"}},
+    "shareCollection": {"json": {"access": "write"}},
     "completeBulk": {"json": {"lines": 1}},
     "appendBulkLines": {
         "data": b'{"prompt": "one more"}\n',
@@ -34,7 +38,8 @@ def mine(keyed_client: Client, session: Session) -> dict[str, str]:
     job = make_job(session, owner="mine", webhook=Webhook(url="https://receiver.example/hook"))
     ended = make_job(session, owner="mine", webhook=Webhook(url="https://receiver.example/hook"))
     jobs.cancel(session, ended.id, owner_id=ended.owner_id)
-    collection = owners.ensure_collection(session, "private", owner_id=job.owner_id)
+    collection = collections.ensure(session, "private", owner_id=job.owner_id)
+    collections.share(session, collection, owner_id=owners.ensure(session, OTHER), access=GrantedAccess.READ)
     image = make_image(session, vector=[1.0] + [0.0] * 15, collection_id=collection.id, caption="a secret")
     output = _output(ended.id, ended.owner_id)
     picture = _picture(ended.id)
@@ -52,6 +57,8 @@ def mine(keyed_client: Client, session: Session) -> dict[str, str]:
     return {
         "job_id": str(job.id),
         "image_id": str(image.id),
+        "collection_id": str(collection.id),
+        "owner": OTHER,
         "generation_id": str(output.id),
         "reference_id": str(picture.id),
         "delivery_id": str(delivery),
@@ -105,7 +112,9 @@ def test_a_request_cannot_refer_to_objects_of_another_owner(
     refused("POST", "/rag/generate", json={"prompt": "x", "filter": {"collection": "private"}})
     refused("POST", "/search", json={"image_id": mine["image_id"]})
     refused("POST", "/search", json={"query": "x", "filter": {"collection": "private"}})
-    refused("GET", "/images", query_string={"collection": "private"})
+    for name in ("private", "mine/private"):
+        refused("GET", "/images", query_string={"collection": name})
+    refused("POST", "/search", json={"query": "x", "filter": {"collection": "mine/private"}})
     listed = keyed_client.get(f"{API}/webhooks/deliveries", query_string={"job_id": mine["job_id"]}, headers=theirs)
     assert listed.json["items"] == []
 
@@ -156,7 +165,18 @@ def _picture(job_id: UUID) -> ReferenceImage:
 def _owned_rows(session: Session) -> dict[str, list[str]]:
     """Every row that belongs to an owner."""
     session.rollback()
-    tables = ("jobs", "job_events", "images", "generations", "bulks", "bulk_items", "webhook_deliveries", "owners")
+    tables = (
+        "collections",
+        "collection_grants",
+        "jobs",
+        "job_events",
+        "images",
+        "generations",
+        "bulks",
+        "bulk_items",
+        "webhook_deliveries",
+        "owners",
+    )
     rows = {name: list(session.scalars(text(f"select t::text from {name} t order by 1"))) for name in tables}
     assert all(rows.values()), "no table is empty"
     return rows
