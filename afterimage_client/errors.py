@@ -10,6 +10,7 @@ AfterimageError
     AuthenticationError        401
     PermissionDeniedError      403
     NotFoundError              404
+      WithdrawnError           410
     ConflictError              409
     RateLimitedError           429
     UnavailableError           503. A later retry may succeed.
@@ -89,6 +90,10 @@ class NotFoundError(ProblemError):
     """No resource has that id, or it belongs to another owner."""
 
 
+class WithdrawnError(NotFoundError):
+    """The output was withdrawn, because an image from which it drew was withdrawn."""
+
+
 class ConflictError(ProblemError):
     """The state of the resource does not permit the request."""
 
@@ -122,6 +127,7 @@ _BY_STATUS: Mapping[int, type[ProblemError]] = {
     HTTPStatus.UNAUTHORIZED: AuthenticationError,
     HTTPStatus.FORBIDDEN: PermissionDeniedError,
     HTTPStatus.NOT_FOUND: NotFoundError,
+    HTTPStatus.GONE: WithdrawnError,
     HTTPStatus.CONFLICT: ConflictError,
     HTTPStatus.TOO_MANY_REQUESTS: RateLimitedError,
     HTTPStatus.SERVICE_UNAVAILABLE: UnavailableError,

@@ -9,7 +9,16 @@ from uuid import UUID
 
 from afterimage_client import download
 from afterimage_client.connection import Connection, id_of, parse_response, sent_tags
-from shared.contracts.images import ImagePatch, ImageState, ImageView, UploadFields, UploadResponse
+from shared.contracts.images import (
+    Cascade,
+    ImageDelete,
+    ImagePatch,
+    ImageState,
+    ImageView,
+    UploadFields,
+    UploadResponse,
+    WithdrawalView,
+)
 from shared.contracts.jobs import OutputView
 
 
@@ -87,6 +96,19 @@ class Images:
     def delete(self, image: UUID | ImageView) -> None:
         """Delete an image. After the answer, no search finds it and no generation uses it."""
         self._connection.delete(f"/images/{_id(image)}")
+
+    def withdraw(self, image: UUID | ImageView, *, reason: str | None = None, dry_run: bool = False) -> WithdrawalView:
+        """Delete an image, and withdraw all outputs that drew from it. This cannot be undone.
+
+        reason: shown to the owners of the outputs. dry_run: only count them.
+
+        Raises:
+            PermissionDeniedError: outputs or images of other owners are among them, and the API key lacks the scope
+                `admin`.
+        """
+        query = ImageDelete(cascade=Cascade.WITHDRAW, reason=reason, dry_run=dry_run)
+        params = query.model_dump(mode="json", exclude_defaults=True)
+        return parse_response(WithdrawalView, self._connection.send("DELETE", f"/images/{_id(image)}", params=params))
 
     def generations(self, image: UUID | ImageView, *, page_size: int = 100) -> Iterator[OutputView]:
         """Yield your outputs that used this image, also after its deletion."""

@@ -1,4 +1,4 @@
-"""Owners and their API keys, for keys with the scope `admin`."""
+"""Owners, their API keys and the audit, for keys with the scope `admin`."""
 
 from uuid import UUID
 
@@ -10,6 +10,8 @@ from api_service.http import responses
 from api_service.http.blueprint import ApiBlueprint
 from api_service.http.urls import API
 from shared.contracts.admin import (
+    AuditEventView,
+    AuditQuery,
     KeyCreate,
     KeyPatch,
     KeyQuery,
@@ -102,3 +104,13 @@ def rotate_key(path: KeyPath, body: KeyRotate) -> Response:
 def revoke_key(path: KeyPath) -> KeyView:
     """Revoke an API key at once"""
     return services.admin.revoke_key(path.key_id, caller=g.caller)
+
+
+@admin.get("/audit", operation_id="listAudit", responses={200: Page[AuditEventView]})
+def list_audit(query: AuditQuery) -> Page[AuditEventView]:
+    """List the acts that are kept in the audit, newest first
+
+    The audit has the deletions and withdrawals of images, deletions of outputs and jobs, changes of owners, quotas, API
+    keys, shared collections and embedding spaces. The service never changes or deletes a row of it.
+    """
+    return services.admin.list_audit(query)

@@ -11,7 +11,7 @@ from api_service.http import multipart, responses
 from api_service.http.blueprint import ApiBlueprint
 from api_service.http.urls import API
 from shared.contracts.common import Contract, ImageFormat, Page, PageQuery
-from shared.contracts.images import ImagePatch, ImageQuery, ImageView, UploadResponse
+from shared.contracts.images import ImageDelete, ImagePatch, ImageQuery, ImageView, UploadResponse, WithdrawalView
 from shared.contracts.jobs import OutputView
 from shared.contracts.outputs import OutputQuery
 
@@ -63,14 +63,21 @@ def change_image(path: ImagePath, body: ImagePatch) -> ImageView:
     return services.images.update(path.image_id, body, caller=g.caller)
 
 
-@images.delete("/images/<image_id>", operation_id="deleteImage", responses={204: None})
-def delete_image(path: ImagePath) -> Response:
+@images.delete("/images/<image_id>", operation_id="deleteImage", responses={204: None, 200: WithdrawalView})
+def delete_image(path: ImagePath, query: ImageDelete) -> Response:
     """Delete an image from the corpus
 
-    No search and no new generation uses it from then on.
+    No search and no new generation uses it from then on. Outputs that drew from it stay.
+
+    With `cascade=withdraw` they are withdrawn: every request for one of them gets 410 `output_withdrawn`, and their
+    files are deleted. Images that are such outputs go too, with the outputs that drew from them. Nothing of this can be
+    undone. `dry_run=true` only counts. If outputs or images of other owners are among them, the key needs the scope
+    `admin` as well.
     """
-    services.images.delete(path.image_id, caller=g.caller)
-    return responses.no_content()
+    if query.cascade is None:
+        services.images.delete(path.image_id, caller=g.caller)
+        return responses.no_content()
+    return responses.json(services.images.withdraw(path.image_id, query, caller=g.caller))
 
 
 @images.get("/images/<image_id>/content", operation_id="getImageContent")

@@ -49,6 +49,7 @@ def get_content(path: OutputPath) -> Response:
         media_type=ImageFormat(row.format).media_type,
         size_bytes=row.size_bytes,
         filename=f"{row.id}.{row.format}",
+        may_go=True,
     )
 
 
@@ -56,7 +57,7 @@ def get_content(path: OutputPath) -> Response:
 def get_thumbnail(path: OutputPath) -> Response:
     """Download a thumbnail (WebP)"""
     row = services.outputs.get_row(path.generation_id, caller=g.caller)
-    return responses.thumbnail(row.thumbnail_key, sha256=row.sha256, name=str(row.id))
+    return responses.thumbnail(row.thumbnail_key, sha256=row.sha256, name=str(row.id), may_go=True)
 
 
 @outputs.post("/<generation_id>/replay", operation_id="replayGeneration", responses={202: JobView})

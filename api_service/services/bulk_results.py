@@ -66,6 +66,8 @@ def _archive(bulk_id: UUID, after: int, caller: Caller) -> Iterator[bytes]:
         for line in page.lines:
             missing: list[int] = []
             for output in line.outputs:
+                if output.withdrawn is not None:
+                    continue
                 name = f"{line.line:06d}-{output.index}.{output.format}"
                 at_s = output.created_at.timestamp()
                 try:

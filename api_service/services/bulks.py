@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from api_service.http.auth import Caller
 from api_service.http.urls import api_address
-from api_service.services import bulk_items
+from api_service.services import bulk_items, views
 from api_service.services.bulk_lines import BulkBody, Line, in_chunks
 from shared.cache import get_cache_manager
 from shared.contracts.bulks import (
@@ -34,9 +34,10 @@ from shared.contracts.bulks import (
 )
 from shared.contracts.common import OnInvalid, Page
 from shared.contracts.jobs import JobError, JobKind, Lane
-from shared.db import bulks, idempotency, outputs
+from shared.db import bulks, idempotency, outputs, withdrawals
 from shared.db.session import session_scope
 from shared.db.tables import Bulk, BulkItem, Job, Output
+from shared.db.withdrawals import Withdrawal
 from shared.errors import (
     BulkInvalidError,
     BulkOffsetError,
@@ -375,8 +376,11 @@ def list_items(bulk_id: UUID, query: BulkItemQuery, *, caller: Caller) -> Page[B
         bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id)
         rows, last_line = bulks.list_items(session, bulk, after=query.cursor or 0, limit=query.limit, state=query.state)
         by_job = outputs.list_by_job(session, [job.id for _, job, _ in rows if job is not None])
-        views = [_item_view(item, job, state, by_job.get(job.id, []) if job else []) for item, job, state in rows]
-    return Page(items=views, next_cursor=None if last_line is None else str(last_line))
+        withdrawn = withdrawals.find(session, [each.id for of_job in by_job.values() for each in of_job])
+        items = [
+            _item_view(item, job, state, by_job.get(job.id, []) if job else [], withdrawn) for item, job, state in rows
+        ]
+    return Page(items=items, next_cursor=None if last_line is None else str(last_line))
 
 
 def list_errors(bulk_id: UUID, query: LineQuery, *, caller: Caller) -> Page[BulkLineError]:
@@ -554,7 +558,13 @@ def item_job_id(item: BulkItem, job: Job | None, state: ItemState) -> UUID | Non
     return job.id if job is not None else item.job_id if state is ItemState.DELETED else None
 
 
-def _item_view(item: BulkItem, job: Job | None, state: ItemState, item_outputs: Sequence[Output]) -> BulkItemView:
+def _item_view(
+    item: BulkItem,
+    job: Job | None,
+    state: ItemState,
+    item_outputs: Sequence[Output],
+    withdrawn: Mapping[UUID, Withdrawal],
+) -> BulkItemView:
     return BulkItemView(
         line=item.line,
         custom_id=item.custom_id,
@@ -575,7 +585,8 @@ def _item_view(item: BulkItem, job: Job | None, state: ItemState, item_outputs: 
                 format=each.format,
                 size_bytes=each.size_bytes,
                 sha256=each.sha256,
-                content_url=api_address(f"/generations/{each.id}/content"),
+                content_url=None if each.id in withdrawn else api_address(f"/generations/{each.id}/content"),
+                withdrawn=views.withdrawn(withdrawn.get(each.id)),
             )
             for each in item_outputs
         ],

@@ -4,9 +4,10 @@ from uuid import UUID
 
 from api_service.http.auth import Caller
 from api_service.services import views
+from shared.contracts.admin import AuditAction
 from shared.contracts.common import Page
 from shared.contracts.jobs import JobQuery, JobState, JobView
-from shared.db import jobs
+from shared.db import audit, jobs, outputs
 from shared.db.session import session_scope
 from shared.errors import JobStateError
 from shared.messaging.job_updates import publish_job_update, subscriber
@@ -61,4 +62,7 @@ def delete(job_id: UUID, *, caller: Caller) -> None:
         JobStateError: the job has not ended.
     """
     with session_scope() as session:
-        jobs.delete(session, jobs.get(session, job_id, owner_id=caller.owner_id, lock=True))
+        row = jobs.get(session, job_id, owner_id=caller.owner_id, lock=True)
+        output_ids = [str(each.id) for each in outputs.list_by_job(session, [job_id]).get(job_id, [])]
+        jobs.delete(session, row)
+        audit.record(session, caller, action=AuditAction.JOB_DELETED, subject=job_id, output_ids=output_ids)

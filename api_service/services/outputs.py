@@ -9,12 +9,14 @@ from api_service.http.auth import Caller
 from api_service.http.concurrency import decoding
 from api_service.http.multipart import SentFile
 from api_service.services import images, views
+from api_service.services.collections import ensure_collection
 from api_service.services.stored_blobs import session_for_rows_of
+from shared.contracts.admin import AuditAction
 from shared.contracts.common import Page
 from shared.contracts.images import ImageDescription, ImageView
 from shared.contracts.jobs import OutputView
 from shared.contracts.outputs import OutputQuery, RememberRequest
-from shared.db import idempotency, outputs
+from shared.db import audit, collections, idempotency, outputs, withdrawals
 from shared.db.session import session_scope
 from shared.db.tables import Output
 from shared.errors import AuthorizationError
@@ -56,9 +58,7 @@ def list_page(query: OutputQuery, *, caller: Caller) -> Page[OutputView]:
         rows, next_cursor = outputs.list_page(
             session, owner_id=caller.owner_id, cursor=query.cursor, limit=query.limit, reference_id=query.reference_id
         )
-        references_by_output = outputs.list_references(session, [row.id for row in rows])
-        items = [views.output(row, references_by_output.get(row.id, [])) for row in rows]
-    return Page(items=items, next_cursor=next_cursor)
+        return Page(items=views.outputs_of(session, rows), next_cursor=next_cursor)
 
 
 def get(generation_id: UUID, *, caller: Caller) -> OutputView:
@@ -66,10 +66,10 @@ def get(generation_id: UUID, *, caller: Caller) -> OutputView:
 
     Raises:
         ResourceNotFoundError: the caller has no output with this id.
+        OutputWithdrawnError: the output was withdrawn.
     """
     with session_scope() as session:
-        row = outputs.get(session, generation_id, owner_id=caller.owner_id)
-        return views.output(row, outputs.list_references(session, [row.id]).get(row.id, []))
+        return views.outputs_of(session, [outputs.get(session, generation_id, owner_id=caller.owner_id)])[0]
 
 
 def get_row(generation_id: UUID, *, caller: Caller) -> Output:
@@ -77,6 +77,7 @@ def get_row(generation_id: UUID, *, caller: Caller) -> Output:
 
     Raises:
         ResourceNotFoundError: the caller has no output with this id.
+        OutputWithdrawnError: the output was withdrawn.
     """
     with session_scope() as session:
         return outputs.get(session, generation_id, owner_id=caller.owner_id)
@@ -95,6 +96,7 @@ def remember(
     Raises:
         AuthorizationError: the caller must not change the corpus.
         ResourceNotFoundError: the caller has no output with this id, or its file is gone.
+        OutputWithdrawnError: the output was withdrawn.
         IdempotencyKeyReusedError: `key` was sent with another request in the last 24 hours.
         ImageTooLargeError: the output's file is larger than an upload may be.
         DecoderBusyError, UploadInterruptedError, StorageError, DatabaseConnectionError: as an upload.
@@ -109,6 +111,7 @@ def remember(
                 session, owner_id=caller.owner_id, route=REMEMBER_ROUTE, key=key, fingerprint=fingerprint
             )
             if known is not None:
+                withdrawals.refuse_withdrawn(session, generation_id)
                 return Remembered.stored(known)
         row = outputs.get(session, generation_id, owner_id=caller.owner_id)
         blob_key, name = row.blob_key, f"{row.id}.{row.format}"
@@ -127,9 +130,13 @@ def remember(
             )
             if known is not None:
                 return Remembered.stored(known)
-        collection = images.ensure_collection(session, request.collection, caller=caller)
+        withdrawals.delay_withdrawals(session)
+        withdrawals.refuse_withdrawn(session, generation_id)
+        collection = ensure_collection(session, request.collection, caller=caller, field="body.collection")
         ((image, is_new),) = images.add_rows(session, collection, checked)
-        remembered = Remembered(views.image(image, collection.name), created=is_new)
+        withdrawals.record_sources(session, image.id, generation_id=generation_id)
+        name = collections.name_for(session, collection, principal=caller.principal)
+        remembered = Remembered(views.image(image, name), created=is_new)
         if key is not None:
             idempotency.store_answer(
                 session, remembered.answer(), owner_id=caller.owner_id, route=REMEMBER_ROUTE, key=key
@@ -143,6 +150,9 @@ def delete(generation_id: UUID, *, caller: Caller) -> None:
 
     Raises:
         ResourceNotFoundError: the caller has no output with this id.
+        OutputWithdrawnError: the output was withdrawn.
     """
     with session_scope() as session:
-        session.delete(outputs.get(session, generation_id, owner_id=caller.owner_id, lock=True))
+        row = outputs.get(session, generation_id, owner_id=caller.owner_id, lock=True)
+        session.delete(row)
+        audit.record(session, caller, action=AuditAction.OUTPUT_DELETED, subject=row.id, job_id=str(row.job_id))

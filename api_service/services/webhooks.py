@@ -4,9 +4,10 @@ from uuid import UUID
 
 from api_service.http.auth import Caller
 from api_service.services import views
+from shared.contracts.admin import AuditAction
 from shared.contracts.common import Page
 from shared.contracts.webhooks import DeliveryQuery, DeliveryView, WebhookSecretView
-from shared.db import webhooks
+from shared.db import audit, webhooks
 from shared.db.session import session_scope
 from shared.messaging import queue
 from shared.settings import get_settings
@@ -43,4 +44,5 @@ def rotate_secret(*, caller: Caller) -> WebhookSecretView:
     overlap_s = get_settings().webhooks.secret_overlap_s
     with session_scope() as session:
         secret, until = webhooks.rotate_secret(session, caller.owner_id, overlap_s=overlap_s)
+        audit.record(session, caller, action=AuditAction.WEBHOOK_SECRET_ROTATED, subject=caller.owner_id)
         return WebhookSecretView(secret=secret, others_until=until)

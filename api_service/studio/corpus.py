@@ -7,7 +7,7 @@ from flask import Response, current_app, g, request
 from api_service import services
 from api_service.http import multipart, requests
 from api_service.studio.pages import IMAGES_PER_PAGE, filled_fields, page_blueprint, read_form, redirect_to, render_page
-from shared.contracts.images import ImageQuery, UploadFields
+from shared.contracts.images import Cascade, ImageDelete, ImageQuery, UploadFields
 from shared.contracts.outputs import OutputQuery
 
 studio_corpus = page_blueprint("studio_corpus")
@@ -45,9 +45,24 @@ def image(image_id: UUID) -> Response:
     return render_page("image", active="corpus", image=view, outputs=outputs)
 
 
+@studio_corpus.get("/corpus/<uuid:image_id>/withdraw")
+def withdraw(image_id: UUID) -> Response:
+    """Show what would be withdrawn with the image, and ask for the reason."""
+    view = services.images.get(image_id, caller=g.caller)
+    query = ImageDelete(cascade=Cascade.WITHDRAW, dry_run=True)
+    withdrawal = services.images.withdraw(image_id, query, caller=g.caller)
+    needed = {"corpus:write", "admin"} if withdrawal.needs_admin else {"corpus:write"}
+    may_withdraw = needed <= g.caller.scopes
+    return render_page("withdraw", active="corpus", image=view, withdrawal=withdrawal, may_withdraw=may_withdraw)
+
+
 @studio_corpus.post("/corpus/<uuid:image_id>/delete")
 @studio_corpus.post("/memory/<uuid:image_id>/forget", alias=True)
 def delete_image(image_id: UUID) -> Response:
     collection = services.images.get(image_id, caller=g.caller).collection
-    services.images.delete(image_id, caller=g.caller)
+    query = read_form(ImageDelete, request.form, ("cascade", "reason"))
+    if query.cascade is None:
+        services.images.delete(image_id, caller=g.caller)
+    else:
+        services.images.withdraw(image_id, query, caller=g.caller)
     return redirect_to("studio_corpus.corpus", collection=collection)

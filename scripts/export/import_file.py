@@ -36,8 +36,8 @@ def import_file(arguments: argparse.Namespace, output: ConsoleOutput) -> ExitCod
             counts.update(import_rows(rows, collection_id, space))
             progress.advance(task, len(rows))
     output.info(
-        f"{counts['new']} images imported, {counts['existing']} already there; "
+        f"{counts['new']} images imported, {counts['existing']} already there, {counts['withdrawn']} withdrawn; "
         f"the workers embed {counts['to_embed']} of them"
     )
-    output.event("done", **{name: counts[name] for name in ("new", "existing", "to_embed")})
+    output.event("done", **{name: counts[name] for name in ("new", "existing", "withdrawn", "to_embed")})
     return ExitCode.DONE

@@ -14,7 +14,7 @@ from scripts.export.image_file import Header, ImageFileError, Row
 from scripts.export.rows import COPIED_COLUMNS
 from shared.contracts.common import ImageFormat
 from shared.contracts.images import ImageDescription, ImageState
-from shared.db import blobs, images, spaces
+from shared.db import blobs, images, spaces, withdrawals
 from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.db.tables import Image
@@ -35,7 +35,7 @@ def space_for_import(session: Session, header: Header) -> Space | None:
 
 
 def import_rows(rows: list[Row], collection_id: UUID, space: Space | None) -> Counter[str]:
-    """Import one group of rows, all or none; return the counts `new`, `existing` and `to_embed`.
+    """Import one group of rows, all or none; return the counts `new`, `existing`, `withdrawn` and `to_embed`.
 
     Raises:
         ImageFileError: a digest is not valid, or the sweeper deleted the new blobs before their rows were written.
@@ -46,12 +46,15 @@ def import_rows(rows: list[Row], collection_id: UUID, space: Space | None) -> Co
         known = set(session.scalars(there))
         ids = {UUID(row["id"]) for row in rows}
         taken = set(session.scalars(select(Image.id).where(Image.id.in_(ids))))
-        new = [_ImportedImage(row, taken) for row in rows if row["sha256"] not in known]
+        # A withdrawal cannot be undone, not even by a file that was exported before it.
+        withdrawn = withdrawals.filter_withdrawn(session, ids) | withdrawals.find(session, ids).keys()
+        wanted = [row for row in rows if UUID(row["id"]) not in withdrawn]
+        new = [_ImportedImage(row, taken) for row in wanted if row["sha256"] not in known]
         # Store bytes before rows, and claim them first, so that the sweeper does not delete them in between.
         claim_id = blobs.claim(session, [key for each in new for key in (each.blob_key, each.thumbnail_key)])
     for image in new:
         image.store_bytes()
-    counts = Counter(existing=len(rows) - len(new))
+    counts = Counter(existing=len(wanted) - len(new), withdrawn=len(rows) - len(wanted))
     with session_scope() as session:
         if not blobs.end_claim(session, claim_id):
             raise ImageFileError("the sweeper deleted the blobs before their rows were written: start again")

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from shared.contracts.common import Contract, FieldProblem, Metadata, OnInvalid, PageQuery, Text
 from shared.contracts.generation import GenerateRequest, RagGenerateRequest, SentReferenceImage
-from shared.contracts.jobs import JobError, JobKind, Lane, OutputView
+from shared.contracts.jobs import JobError, JobKind, Lane, OutputView, WithdrawnView
 from shared.contracts.safety import SafetyRecord
 
 CustomId = Annotated[Text, Field(min_length=1, max_length=200)]
@@ -89,6 +89,7 @@ class BulkRagGenerateItem(RagGenerateRequest):
     reference_images: list[SentReferenceImage] = Field(
         default_factory=list, max_length=0, description="always empty: a line of a bulk brings no pictures"
     )
+    plan: None = Field(None, description="always `null`: a plan is for a single request")
     custom_id: CustomId | None = Field(None, description="name that the caller gives the item, unique in the bulk")
 
 
@@ -185,7 +186,8 @@ class BulkOutput(Contract):
     format: str
     size_bytes: int
     sha256: str
-    content_url: str
+    content_url: str | None = Field(description="`null`: the output was withdrawn")
+    withdrawn: WithdrawnView | None = None
 
 
 class BulkItemView(Contract):

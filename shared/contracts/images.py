@@ -2,12 +2,12 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 from uuid import UUID
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from shared.contracts.common import Contract, MatchedText, Name, OnInvalid, PageQuery, Tag, Tags, Text
+from shared.contracts.common import CollectionName, Contract, MatchedText, OnInvalid, PageQuery, Tag, Tags, Text
 
 
 class ImageState(StrEnum):
@@ -36,7 +36,7 @@ class ImageDescription(Contract):
 class UploadFields(ImageDescription):
     """The descriptions of an upload. A value applies to every file for which `each` has no other value."""
 
-    collection: Name = "shared"
+    collection: CollectionName = "shared"
     on_invalid: OnInvalid = Field(
         OnInvalid.REFUSE,
         description="`refuse`: one invalid file stops the whole upload; `skip`: the other files are stored",
@@ -88,6 +88,41 @@ class ImageView(Contract):
     thumbnail_url: str
 
 
+class Cascade(StrEnum):
+    """Other things that go when an image is deleted."""
+
+    WITHDRAW = "withdraw"  # the outputs that drew from it, and the images made of these outputs
+
+
+class ImageDelete(Contract):
+    """How an image is deleted. `reason` and `dry_run` belong to `cascade`."""
+
+    cascade: Cascade | None = Field(None, description="by default only the image goes")
+    reason: Annotated[Text, Field(min_length=1, max_length=500)] | None = Field(
+        None, description="shown to the owners of the outputs, and kept in the audit"
+    )
+    dry_run: bool = Field(False, description="true: only count what would be withdrawn")
+
+    @model_validator(mode="after")
+    def _belong_to_cascade(self) -> Self:
+        if self.cascade is None and (self.reason is not None or self.dry_run):
+            raise ValueError("`reason` and `dry_run` need `cascade=withdraw`")
+        return self
+
+
+class WithdrawalView(Contract):
+    """The effects of a withdrawal; of a dry run, the effects that it would have."""
+
+    image_id: UUID
+    reason: str | None
+    dry_run: bool = Field(description="true: nothing has changed")
+    outputs: int = Field(description="outputs that drew from the image or from one made of it, of all owners")
+    owners: int = Field(description="owners of these outputs")
+    images: int = Field(description="images deleted: this one, and those that are such outputs")
+    running_jobs: int = Field(description="running jobs that drew from it and were ended")
+    needs_admin: bool = Field(description="an output or image of another owner is among them")
+
+
 class FileOutcome(StrEnum):
     CREATED = "created"
     EXISTING = "existing"  # the collection already had the image
@@ -111,7 +146,7 @@ class UploadResponse(Contract):
 
 
 class ImageQuery(PageQuery):
-    collection: Name = "shared"
+    collection: CollectionName = "shared"
     state: ImageState | None = None
     tag: Tag | None = None
     source: Annotated[MatchedText, Field(max_length=200)] | None = None

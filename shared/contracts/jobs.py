@@ -89,10 +89,15 @@ class UsedReference(Contract):
     kind: ReferenceKind = ReferenceKind.CORPUS
     image_id: UUID = Field(description="id of the corpus image or, for the kind `request`, of the job's picture")
     sha256: str
-    similarity: float | None = Field(description="cosine to the vector of the prompt; `null` if it was not computed")
+    similarity: float | None = Field(
+        description="cosine to the vector of its concept, or of the prompt; `null` if it was not computed"
+    )
     weight: float
     pinned: bool
     caption: str | None = None
+    concepts: list[str] = Field(
+        default_factory=list, description="the things of the prompt that it stands for; empty for older outputs"
+    )
 
 
 class ReplayVerdict(StrEnum):
@@ -125,8 +130,18 @@ class Replay(Contract):
     changed: list[Change] = Field(description="changes that may explain a difference")
 
 
+class WithdrawnView(Contract):
+    """Why an output cannot be read any more: an image from which it drew was withdrawn."""
+
+    at: datetime
+    reason: str | None = Field(description="as the withdrawal gave it")
+
+
 class OutputView(Contract):
-    """One generated image."""
+    """One generated image.
+
+    A withdrawn one has neither addresses nor a record, and its references no captions.
+    """
 
     id: UUID
     job_id: UUID
@@ -138,8 +153,9 @@ class OutputView(Contract):
     size_bytes: int
     sha256: str
     created_at: datetime
-    content_url: str
-    thumbnail_url: str
+    content_url: str | None = Field(description="`null`: the output was withdrawn")
+    thumbnail_url: str | None = Field(description="`null`: the output was withdrawn")
+    withdrawn: WithdrawnView | None = Field(None, description="every request for it gets 410; `null`: it stands")
     references: list[UsedReference]
     safety: SafetyRecord | None = Field(
         None, description="decisions of the content policy on the image and its prompt; `null`: no policy was active"

@@ -4,7 +4,7 @@ from uuid import UUID
 
 from pydantic import Field
 
-from shared.contracts.common import Contract, Name, PageQuery, Tags
+from shared.contracts.common import CollectionName, Contract, PageQuery, Tags
 from shared.contracts.images import Caption
 
 
@@ -15,6 +15,6 @@ class OutputQuery(PageQuery):
 class RememberRequest(Contract):
     """The description of an output as an image of the corpus."""
 
-    collection: Name = "shared"
+    collection: CollectionName = "shared"
     caption: Caption | None = None
     tags: Tags = Field(default_factory=list)

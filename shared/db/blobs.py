@@ -13,6 +13,7 @@ from sqlalchemy import ARRAY, Text, cast, delete, func, insert, select, text
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
+from shared.db import withdrawals
 from shared.db.tables import BlobClaim, Image, Job, Output, ReferenceImage
 from shared.storage import parse_content_key, parse_output_key
 
@@ -93,7 +94,8 @@ def _named_by_content(session: Session, keys: Sequence[str]) -> set[str]:
 
 def _named_by_outputs(session: Session, keys: Sequence[str]) -> set[str]:
     job_ids = {attempt[0] for key in keys if (attempt := parse_output_key(key)) is not None}
-    statement = select(Output.blob_key, Output.thumbnail_key).where(Output.job_id.in_(job_ids))
+    kept = ~withdrawals.is_withdrawn(Output.id)
+    statement = select(Output.blob_key, Output.thumbnail_key).where(Output.job_id.in_(job_ids), kept)
     return {key for row in session.execute(statement) for key in row}
 
 

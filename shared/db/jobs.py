@@ -15,12 +15,13 @@ from uuid import UUID, uuid4
 
 import pydantic
 from sqlalchemy import ColumnElement, and_, exists, func, or_, select, text, update
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, aliased
 
 from shared.contracts.bulks import BulkState
 from shared.contracts.generation import GenerationParameters, Webhook
 from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
-from shared.db import leasing, paging, quotas, webhooks
+from shared.db import leasing, paging, quotas, webhooks, withdrawals
 from shared.db.tables import Bulk, Job, JobEvent, Output, OutputReference, Owner
 from shared.errors import (
     BaseAppException,
@@ -28,11 +29,13 @@ from shared.errors import (
     JobStateError,
     JobUnreadableError,
     ModelNotFoundError,
+    ReferenceDeletedError,
     ResourceNotFoundError,
 )
 from shared.metrics import JOBS_FINISHED
 
 FINAL = [state for state in JobState if state.is_final]
+WITHDRAWN = "A reference was withdrawn before the job could use it."
 
 
 @dataclass(frozen=True)
@@ -273,7 +276,14 @@ def expire(session: Session, claim: Claim) -> bool:
 
 
 def finish(session: Session, claim: Claim, outputs: Sequence[StoredOutput], *, timings: dict[str, float]) -> bool:
-    """End the job as `succeeded` and add its outputs, in one transaction."""
+    """End the job as `succeeded` and add its outputs, in one transaction.
+
+    Raises:
+        ReferenceDeletedError: an image from which the outputs drew was withdrawn.
+    """
+    used = {each.image_id for stored in outputs for each in stored.references}
+    if used and (withdrawn := withdrawals.filter_withdrawn(session, used)):
+        raise ReferenceDeletedError(WITHDRAWN, image_ids=sorted(map(str, withdrawn)))
     done = _end(
         session,
         _owned([claim]),
@@ -318,10 +328,17 @@ def retry_later(
     return JobState.QUEUED if requeued else None
 
 
-def hand_back(session: Session, claims: Iterable[Claim]) -> int:
-    """Return unfinished jobs to the queue at once, on shutdown; return how many were still owned."""
+def hand_back(
+    session: Session, claims: Iterable[Claim], *, reason: str = "shutdown", wait_s: float | None = None
+) -> int:
+    """Return unfinished jobs to the queue, on shutdown at once; return how many were still owned.
+
+    This counts as no retry. wait_s: seconds until a worker may claim them.
+    """
     owned = leasing.in_lock_order(Job, _owned(claims))
-    return len(_requeue(session, owned, data={"reason": "shutdown"}))
+    if wait_s is None:
+        return len(_requeue(session, owned, data={"reason": reason}))
+    return len(_requeue(session, owned, data={"reason": reason, "wait_s": wait_s}, run_after=leasing.from_now(wait_s)))
 
 
 # --- operations of users and operators ----------------------------------------------------------------------------
@@ -358,6 +375,19 @@ def delete(session: Session, job: Job) -> None:
     if not JobState(job.state).is_final:
         raise JobStateError("A job can be deleted once it has ended: cancel it first.", state=job.state)
     session.delete(job)
+
+
+def fail_using(session: Session, image_ids: Collection[UUID]) -> list[UUID]:
+    """End running jobs that draw from one of these images, which were withdrawn, as `failed`; return their ids.
+
+    Queued jobs do not find the images any more. `finish` refuses a job that has not recorded its references yet.
+    """
+    used = func.jsonb_array_elements(Job.resolution["references"], type_=JSONB).column_valued("used")
+    ids = [str(image_id) for image_id in image_ids]
+    draws = select(used).where(used["used"].as_boolean(), used["image_id"].astext.in_(ids))
+    error = ReferenceDeletedError(WITHDRAWN).body()
+    running = leasing.in_lock_order(Job, and_(Job.state == JobState.PROCESSING, draws.exists()))
+    return _end_all(session, running, JobState.FAILED, data=error, error=error)
 
 
 def list_dead(session: Session, *, limit: int) -> list[DeadJob]:

@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared.db import paging
+from shared.db import paging, withdrawals
 from shared.db.tables import Output, OutputReference
 from shared.errors import ResourceNotFoundError
 
@@ -19,11 +19,13 @@ def get(session: Session, generation_id: UUID, *, owner_id: UUID, lock: bool = F
 
     Raises:
         ResourceNotFoundError: the output does not exist, or belongs to another owner.
+        OutputWithdrawnError: the output was withdrawn.
     """
     statement = select(Output).where(Output.id == generation_id, Output.owner_id == owner_id)
     generation = session.scalar(statement.with_for_update() if lock else statement)
     if generation is None:
         raise ResourceNotFoundError("There is no such output.", generation_id=str(generation_id))
+    withdrawals.refuse_withdrawn(session, generation_id)
     return generation
 
 

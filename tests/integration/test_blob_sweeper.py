@@ -20,7 +20,7 @@ from shared import blob_sweeper, storage
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
 from shared.db import blobs as blob_rows
-from shared.db import images, jobs, owners
+from shared.db import collections, images, jobs, owners
 from shared.db.session import session_scope
 from shared.db.tables import BlobClaim, Image, Job
 from shared.errors import DatabaseConnectionError, ForeignStorageError
@@ -77,7 +77,7 @@ def keys_of_attempt(job_id: UUID, attempt: int) -> set[str]:
 
 
 def test_blobs_of_a_deleted_image_go_unless_another_collection_has_the_content(session: Session) -> None:
-    other = owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "somebody"))
+    other = collections.ensure(session, "mine", owner_id=owners.ensure(session, "somebody"))
     kept, gone, shared = "aa" * 32, "bb" * 32, "cc" * 32
     corpus_image(session, kept)
     deleted = [corpus_image(session, gone), corpus_image(session, shared)]

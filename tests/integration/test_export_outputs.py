@@ -178,7 +178,8 @@ def test_outputs_are_imported_as_images_of_a_named_collection_without_jobs(sessi
         "the collection must be named, so that outputs do not mix with references"
     )
     into = ("--owner", "team-b", "--collection", "best")
-    assert run("import", path, *into) == {"code": 0, "event": "done", "new": 3, "existing": 0, "to_embed": 3}
+    counts = {"new": 3, "existing": 0, "withdrawn": 0, "to_embed": 3}
+    assert run("import", path, *into) == {"code": 0, "event": "done", **counts}
     rows = {image.id: image for image in session.scalars(select(Image))}
     assert rows.keys() == {each.id for each in made}, "an output keeps its id"
     image = rows[made[0].id]
