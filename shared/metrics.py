@@ -144,10 +144,36 @@ MODEL_LOAD_DURATION = Histogram(
 RETRIEVAL_DURATION = Histogram(
     "retrieval_duration_seconds", "Duration of one vector search.", buckets=REQUEST_BUCKETS_S
 )
+EMBEDDING_SPACE_VECTORS = Gauge(
+    "embedding_space_vectors", "Vectors in an embedding space.", ["space"], multiprocess_mode="livemostrecent"
+)
+EMBEDDING_SPACE_MISSING = Gauge(
+    "embedding_space_missing",
+    "Searchable images that a worker still has to embed for a space.",
+    ["space"],
+    multiprocess_mode="livemostrecent",
+)
+EMBEDDING_SPACE_FAILED = Gauge(
+    "embedding_space_failed",
+    "Searchable images that no worker could embed for a space.",
+    ["space"],
+    multiprocess_mode="livemostrecent",
+)
+EMBEDDING_SPACE_ACTIVE = Gauge(
+    "embedding_space_active",
+    "1 for the space that searches use, else 0.",
+    ["space"],
+    multiprocess_mode="livemostrecent",
+)
 RETRIEVAL_SIMILARITY = Histogram(
     "retrieval_similarity",
     "Cosine similarity of the images found.",
     buckets=[step / 20 for step in range(-4, 21)],
+)
+PLANNER_ANSWERS = Counter(
+    "planner_answers_total",
+    "Prompts for which the planner was asked, by outcome: answered, or the reason why the rules decided.",
+    ["outcome"],
 )
 
 _KNOWN: Mapping[str, Metric] = {

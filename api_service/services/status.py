@@ -1,5 +1,7 @@
 """Counts, capabilities and usage, for people and dashboards."""
 
+from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -8,28 +10,35 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from api_service.http.auth import Caller
-from shared.cache import get_cache_manager
+from shared.cache import cache_result, get_cache_manager
 from shared.capabilities import resolve_defaults
+from shared.contracts.calibration import GateOrigin, RelevanceView
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import ConceptView, PolicyView, SafetyAction
-from shared.contracts.service import JobWindow, ModelsResponse, ModelView, StatsView, UsageView
-from shared.db import queue_limits, quotas, spaces, workers
+from shared.contracts.service import EmbeddingSpaceView, JobWindow, ModelsResponse, ModelView, StatsView, UsageView
+from shared.db import calibrations, queue_limits, quotas, space_backlog, spaces, workers
 from shared.db.session import session_scope
-from shared.db.tables import Collection, Image, Job, Output
+from shared.db.space_backlog import Progress
+from shared.db.spaces import Space
+from shared.db.tables import Collection, Image, Job, Output, Worker
 from shared.metrics import recent_operations
 from shared.pools import pool_statistics
 from shared.request_stats import WINDOWS_MIN, request_stats
+from shared.retrieval import resolve_gate
 from shared.settings import ConceptSettings, get_settings
 
 PERCENTILES = [0.5, 0.95, 0.99]
+PROGRESS_TTL_S = 5.0
+"""How long the counts of an embedding space are cached: they take about a second for a million images."""
 
 
 def models() -> ModelsResponse:
-    """Return the configured generators, the capabilities that their workers published, and the content policy."""
+    """Return the generators with the capabilities that their workers published, the content policy, and the gate."""
     settings, concepts = get_settings().model, get_settings().safety.concepts
     with session_scope() as session:
         known = workers.list_capabilities(session)
         live = workers.list_live(session)
+        relevance = _relevance_view(session)
     return ModelsResponse(
         models=[
             ModelView(
@@ -43,6 +52,25 @@ def models() -> ModelsResponse:
             for name, generator in settings.generators.items()
         ],
         policy=PolicyView(concepts=[_concept_view(each) for each in concepts]) if concepts else None,
+        relevance=relevance,
+    )
+
+
+def _relevance_view(session: Session) -> RelevanceView | None:
+    """Return the relevance gate of searches whose request and collection set no threshold."""
+    space, setting = spaces.find_active(session), get_settings().retrieval.min_similarity
+    if space is None:
+        return None
+    calibration = calibrations.find(session, space)
+    gate = resolve_gate(calibration, setting)
+    origin = GateOrigin.DEFAULT if calibration is None else GateOrigin.CALIBRATION
+    return RelevanceView(
+        min_similarity=gate.min_similarity,
+        max_gap=gate.max_gap,
+        matched_min_similarity=gate.matched_min_similarity,
+        origin=origin if setting is None else GateOrigin.SETTING,
+        calibration=calibration,
+        warning=calibrations.warning_about(session, space) if setting is None else None,
     )
 
 
@@ -60,10 +88,14 @@ def stats(*, owner_id: UUID | None) -> StatsView:
     owner_id: count only the rows of this owner, and leave out what is for operators. None: the whole service.
     """
     everything = owner_id is None
-    own_images = [] if everything else [Image.collection_id.in_(select(Collection.id).filter_by(owner_id=owner_id))]
+    own_collections = select(Collection.id).where(Collection.owner_id == owner_id, Collection.deleted_at.is_(None))
+    own_images = [] if everything else [Image.collection_id.in_(own_collections)]
     own_jobs = [] if everything else [Job.owner_id == owner_id]
     own_outputs = [] if everything else [Output.owner_id == owner_id]
     queued = select(Job.model, func.count()).where(Job.state == JobState.QUEUED, *own_jobs).group_by(Job.model)
+    with session_scope() as session:
+        known_spaces, live = spaces.list_all(session), workers.list_live(session)
+    embedding_spaces = _list_spaces(known_spaces, live, with_progress=everything)
     with session_scope() as session:
         return StatsView(
             images=_count_by_name(session, select(Image.state, func.count()).where(*own_images).group_by(Image.state)),
@@ -79,19 +111,46 @@ def stats(*, owner_id: UUID | None) -> StatsView:
                     "state": worker.state,
                     "started_at": worker.started_at,
                 }
-                for worker in workers.list_live(session)
+                for worker in live
             ],
             cache=get_cache_manager().stats() if everything else {},
             pools=pool_statistics() if everything else {},
-            embedding_spaces=[
-                {"digest": space.digest, "model": space.model, "dim": space.dim, "active": active}
-                | ({"vectors": vectors} if everything else {})
-                for space, active, vectors in spaces.list_all(session)
-            ],
+            embedding_spaces=embedding_spaces,
             recent_requests=request_stats().read() if everything else [],
             recent_jobs=[_jobs_ended(session, *own_jobs, seconds=minutes * 60) for minutes in WINDOWS_MIN],
             operations=recent_operations() if everything else {},
         )
+
+
+def _list_spaces(
+    known: Sequence[tuple[Space, bool]], live: Sequence[Worker], *, with_progress: bool
+) -> list[EmbeddingSpaceView]:
+    """Describe the embedding spaces. live: all live workers."""
+    views = []
+    for space, active in known:
+        view = EmbeddingSpaceView(digest=space.digest, model=space.model, dim=space.dim, active=active)
+        if with_progress:
+            progress = _space_progress(space)
+            states = Counter(f"{each.kind} {each.state}" for each in live if each.space == space.digest)
+            view = view.model_copy(
+                update={
+                    "vectors": progress.vectors,
+                    "missing": progress.missing,
+                    "failed": progress.failed,
+                    "rate_per_s": progress.rate_per_s,
+                    "remaining_s": progress.remaining_s,
+                    "workers": dict(states),
+                }
+            )
+        views.append(view)
+    return views
+
+
+@cache_result(key_prefix="space-progress", ttl=PROGRESS_TTL_S)
+def _space_progress(space: Space) -> Progress:
+    """Count a space, in a transaction of its own. Pages that show it every few seconds share one count."""
+    with session_scope() as session:
+        return space_backlog.get_progress(session, space)
 
 
 def own_usage(*, caller: Caller) -> UsageView:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
+from shared.contracts.calibration import RelevanceView
 from shared.contracts.common import Contract
 from shared.contracts.safety import PolicyView
 
@@ -104,6 +105,9 @@ class ModelView(Contract):
 class ModelsResponse(Contract):
     models: list[ModelView]
     policy: PolicyView | None = Field(None, description="content policy of the service; `null`: no policy")
+    relevance: RelevanceView | None = Field(
+        None, description="relevance gate of the service; `null`: no embed worker has started yet"
+    )
 
 
 class UsageView(Contract):
@@ -147,6 +151,21 @@ class JobWindow(Contract):
     total_p99_s: float | None
 
 
+class EmbeddingSpaceView(Contract):
+    """Vectors of one CLIP. The fields from `vectors` on are `null` for callers that see only their own numbers."""
+
+    digest: str = Field(description="names the space in `space` of a search")
+    model: str
+    dim: int = Field(description="components of a vector")
+    active: bool = Field(description="searches use it unless they name another, and so do generations")
+    vectors: int | None = None
+    missing: int | None = Field(None, description="searchable images that a worker still has to embed for this space")
+    failed: int | None = Field(None, description="searchable images that no worker could embed for this space")
+    rate_per_s: float | None = Field(None, description="vectors per second; `null`: no worker adds vectors now")
+    remaining_s: float | None = Field(None, description="estimated seconds until none is missing; `null`: unknown")
+    workers: dict[str, int] | None = Field(None, description="live workers with this CLIP by kind and state")
+
+
 class StatsView(Contract):
     images: dict[str, int] = Field(description="number by state")
     jobs: dict[str, int] = Field(description="number by state")
@@ -155,7 +174,7 @@ class StatsView(Contract):
     workers: list[dict[str, Any]]
     cache: dict[str, Any]
     pools: dict[str, Any]
-    embedding_spaces: list[dict[str, Any]]
+    embedding_spaces: list[EmbeddingSpaceView]
     recent_requests: list[RequestWindow] = Field(description="the last 1, 5 and 60 minutes")
     recent_jobs: list[JobWindow] = Field(description="the last 1, 5 and 60 minutes")
     operations: dict[str, dict[str, float]] = Field(

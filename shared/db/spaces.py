@@ -1,17 +1,24 @@
 """Embedding spaces: vectors of the same space may be compared, and each space has its own vector table.
 
-One space is active: searches use it, and an image is `ready` when it has a vector there. The worker that starts on an
-empty database adds the first space. An operator adds every other one, so that a wrong CLIP cannot join by accident.
+One space is active: searches use it unless they name another, and an image is `ready` when it has a vector there. The
+worker that starts on an empty database adds the first space. An operator adds every other one, so that a wrong CLIP
+cannot join by accident.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 from pgvector.sqlalchemy import HALFVEC
-from sqlalchemy import REAL, Column, ForeignKey, Index, MetaData, Table, func, select, text, update
+from sqlalchemy import REAL, Column, ForeignKey, Index, MetaData, Table, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from shared.db.tables import EmbeddingSpace, Image
+from shared.errors import ResourceNotFoundError
+
+SHORT = 12
+"""Fewest characters by which a digest is named. Queues and metrics use the first so many."""
+DROP_WAIT_S = 2
+"""Longest wait for the locks of `drop`, because other statements wait behind it."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,11 @@ class Space:
     digest: str
     model: str
     dim: int
+
+    @property
+    def short(self) -> str:
+        """The beginning of the digest that names the space in queues, metrics and logs."""
+        return self.digest[:SHORT]
 
     @property
     def table(self) -> Table:
@@ -77,6 +89,18 @@ def find(session: Session, digest: str) -> Space | None:
     return _space(row) if row is not None else None
 
 
+def get(session: Session, name: str) -> Space:
+    """The space whose digest begins with `name`, which has at least `SHORT` characters.
+
+    Raises:
+        ResourceNotFoundError: no digest begins so, or several do.
+    """
+    rows = session.scalars(select(EmbeddingSpace).where(EmbeddingSpace.digest.startswith(name, autoescape=True))).all()
+    if len(rows) != 1 or len(name) < SHORT:
+        raise ResourceNotFoundError("There is no such embedding space.", space=name)
+    return _space(rows[0])
+
+
 def is_active(session: Session, space: Space, *, lock: bool = False) -> bool:
     """Whether searches use this space. lock: the answer holds until the transaction ends."""
     statement = select(EmbeddingSpace.id).where(EmbeddingSpace.active)
@@ -84,9 +108,29 @@ def is_active(session: Session, space: Space, *, lock: bool = False) -> bool:
 
 
 def activate(session: Session, space: Space) -> None:
-    """Let searches use this space. `images.reopen_without_vector` has to follow in the same transaction."""
+    """Let searches use this space. `space_backlog.activate` also sets the states of the images by it."""
     session.execute(update(EmbeddingSpace).where(EmbeddingSpace.active).values(active=False))
     session.execute(update(EmbeddingSpace).where(EmbeddingSpace.id == space.id).values(active=True))
+
+
+def drop(session: Session, space: Space) -> None:
+    """Delete a space with its vectors. Outputs keep its digest in their record.
+
+    A search that runs in this space may fail with `DatabaseConflictError`.
+
+    Raises:
+        ValueError: the space is active.
+        DatabaseConflictError: other transactions held the locks for too long.
+    """
+    _lock(session)
+    if is_active(session, space, lock=True):
+        raise ValueError("Searches use this embedding space. Activate another one first.")
+    # The foreign key of the vectors makes the drop lock `images` too. Every statement behind it would wait as long.
+    session.execute(select(func.set_config("lock_timeout", f"{DROP_WAIT_S * 1000}", True)))
+    # In the order of searches and workers, which lock the images first.
+    session.execute(text("lock table images in access exclusive mode"))
+    session.execute(delete(EmbeddingSpace).where(EmbeddingSpace.id == space.id))
+    space.table.drop(session.connection(), checkfirst=True)
 
 
 def find_active(session: Session) -> Space | None:
@@ -95,12 +139,9 @@ def find_active(session: Session) -> Space | None:
     return _space(row) if row is not None else None
 
 
-def list_all(session: Session) -> list[tuple[Space, bool, int]]:
-    """Every space, whether it is active, and how many vectors it holds."""
-    rows = session.scalars(select(EmbeddingSpace).order_by(EmbeddingSpace.id)).all()
-    return [
-        (_space(row), row.active, session.scalar(text(f"select count(*) from vectors_{row.id:d}")) or 0) for row in rows
-    ]
+def list_all(session: Session) -> list[tuple[Space, bool]]:
+    """Every space, and whether it is active."""
+    return [(_space(row), row.active) for row in session.scalars(select(EmbeddingSpace).order_by(EmbeddingSpace.id))]
 
 
 def _lock(session: Session) -> None:

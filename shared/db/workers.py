@@ -13,13 +13,16 @@ LIVE_S = 30
 """A worker whose last heartbeat is older than this does not count as live."""
 
 
-def heartbeat(session: Session, worker_id: str, *, kind: str, model: str | None, state: str) -> None:
-    """Record that the worker is live, and delete workers without a heartbeat for a day."""
-    values = {"id": worker_id, "kind": kind, "model": model, "state": state, "heartbeat_at": func.now()}
-    statement = upsert(Worker).values(values)
-    session.execute(
-        statement.on_conflict_do_update(index_elements=["id"], set_={"state": state, "heartbeat_at": func.now()})
-    )
+def heartbeat(
+    session: Session, worker_id: str, *, kind: str, model: str | None, state: str, space: str | None = None
+) -> None:
+    """Record that the worker is live, and delete workers without a heartbeat for a day.
+
+    space: digest of the embedding space of its CLIP.
+    """
+    changing = {"state": state, "space": space, "heartbeat_at": func.now()}
+    statement = upsert(Worker).values({"id": worker_id, "kind": kind, "model": model, **changing})
+    session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=changing))
     session.execute(delete(Worker).where(Worker.heartbeat_at < func.now() - timedelta(days=1)))
 
 
@@ -32,6 +35,11 @@ def list_live(session: Session) -> list[Worker]:
     """Workers with a heartbeat in the last `LIVE_S` seconds."""
     statement = select(Worker).where(Worker.heartbeat_at > func.now() - timedelta(seconds=LIVE_S))
     return list(session.scalars(statement.order_by(Worker.kind, Worker.id)))
+
+
+def list_of_space(session: Session, digest: str, *, kind: str | None = None) -> list[Worker]:
+    """Live workers whose CLIP makes vectors of this space. kind: only workers of this kind."""
+    return [each for each in list_live(session) if each.space == digest and kind in (None, each.kind)]
 
 
 def list_served_models(session: Session, *, load_limit_s: float) -> set[str]:

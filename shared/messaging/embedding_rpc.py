@@ -6,7 +6,6 @@ that only the client knows. Both expire after half a minute at the latest.
 
 import base64
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -16,6 +15,9 @@ import redis
 from numpy.typing import NDArray
 from PIL import Image
 
+from shared.db import spaces, workers
+from shared.db.session import session_scope
+from shared.db.spaces import Space
 from shared.errors import BaseAppException, BrokerUnavailableError, EmbeddingError, EmbeddingUnavailableError
 from shared.imaging import open_image
 from shared.messaging import foreign, queue
@@ -31,29 +33,24 @@ IMAGE_PREFIX = "afterimage:query-image:"
 Vectors = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """vectors: shape (n, dim), float32, not normalised. space: digest of their embedding space."""
-
-    space: str
-    vectors: Vectors
-
-
 # --- the client ---------------------------------------------------------------------------------------------------
 
 
-def embed_texts(texts: list[str]) -> Answer:
-    """The vectors of `texts`, in the same order.
+def embed_texts(texts: list[str], space: Space) -> Vectors:
+    """The vectors of `texts` in this embedding space, in the same order: shape (n, space.dim), float32, not normalised.
 
     Raises:
-        EmbeddingUnavailableError: no worker answered within `retrieval.text_timeout_s`, or the broker is away.
+        EmbeddingUnavailableError: no worker of the space answered within `retrieval.text_timeout_s`, or the broker or
+            the database is away.
         EmbeddingError: the worker failed to embed them.
     """
-    return _request({"texts": texts})
+    return _request({"texts": texts}, space, count=len(texts))
 
 
-def embed_image(png: bytes) -> Answer:
-    """The vector of one image. png: an image file, longest side at most 512 pixels.
+def embed_image(png: bytes, space: Space) -> Vectors:
+    """The vector of one image in this embedding space: shape (space.dim,), float32, not normalised.
+
+    png: an image file, longest side at most 512 pixels.
 
     Raises:
         EmbeddingUnavailableError, EmbeddingError: as in `embed_texts`.
@@ -61,22 +58,53 @@ def embed_image(png: bytes) -> Answer:
     key = f"{IMAGE_PREFIX}{uuid4()}"
     try:
         _waiting_connection().set(key, png, ex=MESSAGE_TTL_S)
+        try:
+            vector: Vectors = _request({"image_key": key}, space, count=1)[0]
+            return vector
+        finally:
+            _waiting_connection().unlink(key)
     except redis.RedisError as error:
         raise EmbeddingUnavailableError from error
-    return _request({"image_key": key})
 
 
-def _request(payload: dict[str, Any]) -> Answer:
+def _request(payload: dict[str, Any], space: Space, *, count: int) -> Vectors:
+    """Send the request, and wait for `count` vectors from a worker of this space.
+
+    A worker that is killed takes its message along. So a message that is in no queue any more, and has no answer after
+    half of the time, is sent once more.
+    """
+    name = _queue_of(space)
     reply_key = f"{REPLY_PREFIX}{uuid4()}"
     timeout_s = get_settings().retrieval.text_timeout_s
     try:
-        queue.publish_embed_query(reply_key, payload, expires_s=timeout_s)
-        reply = _waiting_connection().blpop([reply_key], timeout=timeout_s)
+        queue.publish_embed_query(name, reply_key, payload, expires_s=timeout_s)
+        reply = _waiting_connection().blpop([reply_key], timeout=timeout_s / 2)
+        if reply is None:
+            if not _waiting_connection().exists(*queue.broker_lists(name)):
+                queue.publish_embed_query(name, reply_key, payload, expires_s=timeout_s / 2)
+            reply = _waiting_connection().blpop([reply_key], timeout=timeout_s / 2)
     except (BrokerUnavailableError, redis.RedisError) as error:
         raise EmbeddingUnavailableError from error
     if reply is None:
         raise EmbeddingUnavailableError
-    return _decoded(reply[1])
+    digest, vectors = _decoded(reply[1])
+    if digest != space.digest or vectors.shape != (count, space.dim):
+        raise EmbeddingUnavailableError("The embed worker that answered makes vectors of another embedding space.")
+    return vectors
+
+
+def _queue_of(space: Space) -> str:
+    """The queue of the space, or the one of the active space while only workers of the previous release run.
+
+    Raises:
+        EmbeddingUnavailableError: the space is not the active one, and no worker of it runs.
+    """
+    with session_scope() as session:
+        if any(worker.state != "loading" for worker in workers.list_of_space(session, space.digest, kind="embed")):
+            return queue.embed_queries_queue(space)
+        if spaces.is_active(session, space):
+            return queue.EMBED_QUERIES_QUEUE
+    raise EmbeddingUnavailableError("No embed worker of this embedding space runs.", embedding_space=space.digest)
 
 
 @process_singleton
@@ -90,14 +118,15 @@ def _waiting_connection() -> redis.Redis:
     )
 
 
-def _decoded(data: bytes | str) -> Answer:
+def _decoded(data: bytes | str) -> tuple[str, Vectors]:
+    """The digest of the embedding space, and the vectors."""
     try:
         reply = orjson.loads(data)
         if "error" in reply:
             error = EmbeddingError(str(reply["error"]["detail"]), cause=str(reply["error"]["code"]))
         else:
             vectors = [np.frombuffer(base64.b64decode(vector), dtype="<f4") for vector in reply["vectors"]]
-            return Answer(space=str(reply["space"]), vectors=np.stack(vectors).astype(np.float32))
+            return str(reply["space"]), np.stack(vectors).astype(np.float32)
     except (ValueError, TypeError, LookupError) as unreadable:
         foreign.record_dropped("reply", unreadable)
         raise EmbeddingUnavailableError from unreadable
@@ -155,7 +184,7 @@ def _payload_items(payload: dict[str, Any]) -> Sequence[str] | Sequence[Image.Im
         texts: list[str] = payload["texts"]
         return texts
     try:
-        data = queue.broker().getdel(payload["image_key"])
+        data = queue.broker().get(payload["image_key"])
     except redis.RedisError as error:
         raise BrokerUnavailableError from error
     if not isinstance(data, bytes):

@@ -15,6 +15,7 @@ from kombu.exceptions import OperationalError
 from shared.contracts.jobs import Lane
 from shared.db.dispatch import DispatchedJob, mark_next_published
 from shared.db.session import session_scope
+from shared.db.spaces import Space
 from shared.errors import BrokerUnavailableError, DatabaseError
 from shared.messaging.redis import connect
 from shared.settings import QueueSettings, get_settings
@@ -28,6 +29,7 @@ EMBED_PENDING = "afterimage.embed_pending"
 DELIVER_WEBHOOKS = "afterimage.deliver_webhooks"
 
 EMBED_QUERIES_QUEUE = "embed.queries"
+"""Queries for whichever space is active. The previous release sends all queries here."""
 EMBED_IMAGES_QUEUE = "embed.images"
 IO_QUEUE = "io"
 
@@ -42,6 +44,11 @@ def broker_lists(queue: str) -> list[str]:
 
 def generate_queue(model: str) -> str:
     return f"generate.{model}"
+
+
+def embed_queries_queue(space: Space) -> str:
+    """Queries for this embedding space."""
+    return f"{EMBED_QUERIES_QUEUE}.{space.short}"
 
 
 def configure(app: Celery, settings: QueueSettings) -> Celery:
@@ -130,13 +137,15 @@ def publish_deliver_webhooks() -> None:
     _send(DELIVER_WEBHOOKS, IO_QUEUE, args=[])
 
 
-def publish_embed_query(reply_key: str, payload: dict[str, Any], *, expires_s: float) -> None:
+def publish_embed_query(queue: str, reply_key: str, payload: dict[str, Any], *, expires_s: float) -> None:
     """Request the vector of a query; the worker pushes the answer to the Redis list `reply_key`.
+
+    queue: of the queries of one space, or of the active one.
 
     Raises:
         BrokerUnavailableError: the broker did not take the message.
     """
-    _send(EMBED_QUERY, EMBED_QUERIES_QUEUE, args=[reply_key, payload], expires=max(1, int(expires_s)))
+    _send(EMBED_QUERY, queue, args=[reply_key, payload], expires=max(1, int(expires_s)))
 
 
 def dispatch_jobs(model: str) -> None:

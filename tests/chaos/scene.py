@@ -23,7 +23,8 @@ from sqlalchemy.orm import Session
 from ops.local.stack import REPOSITORY
 from shared.contracts.jobs import JobState
 from shared.db.session import build_engine
-from shared.db.tables import Image, Job, JobEvent, Owner, WebhookDelivery, Worker
+from shared.db.spaces import Space
+from shared.db.tables import EmbeddingSpace, Image, Job, JobEvent, Owner, WebhookDelivery, Worker
 from shared.errors import StorageError
 from shared.messaging import queue
 from shared.settings import DatabaseSettings
@@ -308,10 +309,16 @@ class Scene:
         except (redis.ConnectionError, redis.TimeoutError):
             return False
 
+    def active_spaces(self) -> list[Space]:
+        """The active embedding space; empty before the first embed worker has started."""
+        columns = (EmbeddingSpace.id, EmbeddingSpace.digest, EmbeddingSpace.model, EmbeddingSpace.dim)
+        return [Space(*row) for row in self.rows(select(*columns).where(EmbeddingSpace.active))]
+
     def lists(self) -> list[str]:
         """The names of all lists of messages that a worker consumes."""
         return [
             *(name for model in self.models for name in queue.broker_lists(queue.generate_queue(model))),
+            *(queue.embed_queries_queue(space) for space in self.active_spaces()),
             *(queue.EMBED_QUERIES_QUEUE, queue.EMBED_IMAGES_QUEUE, queue.IO_QUEUE),
         ]
 

@@ -10,22 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from ops.local.stack import REPOSITORY
-from scripts.admin import main as admin
+from scripts.admin.__main__ import main as admin
 from shared.contracts.images import ImageState
-from shared.db import images, spaces
+from shared.db import images, spaces, workers
 from shared.db.images import ImageClaim
-from shared.db.tables import Image, Worker
+from shared.db.tables import Image, JobEvent, Worker
 from shared.settings import JobSettings, Settings
-from tests.factories import DIM, make_image, make_space
+from tests.factories import DIM, make_image, make_job, make_space
 from tests.integration.conftest import API, Client, picture
 from tests.integration.test_api_images import uploaded
 from tests.integration.test_worker_process import START_S, worker
 from tests.small_pipelines import save_clip
 from tests.stack import wait_until
+from worker_service.jobs.attempt import Outcome, SpaceInactiveError, claimed
+from worker_service.jobs.leases import JobLeases
 from worker_service.maintenance.reconciler import Reconciler
 
 ONE = np.ones(1, np.float32)
@@ -56,11 +58,22 @@ def are_ready(client: Client, ids: list[str]) -> bool:
     return all(client.get(f"{API}/images/{each}").json["state"] == "ready" for each in ids)
 
 
-def found(client: Client, query: str) -> set[str]:
-    """The ids that a search by text finds. The fixture's searches are answered by a worker, not by the cache."""
-    answer = client.post(f"{API}/search", json={"query": query, "k": 100})
+def answered(client: Client, query: str, **more: str) -> Any:
+    """The answer to a search by text. Each query is new, so a worker answers it, and not the cache."""
+    answer = client.post(f"{API}/search", json={"query": query, "k": 100, "mode": "vector", **more})
     assert answer.status_code == 200, answer.text
-    return {result["image_id"] for result in answer.json["results"]}
+    return answer.json
+
+
+def found(client: Client, query: str, **more: str) -> set[str]:
+    """The ids that a search by text finds."""
+    return {result["image_id"] for result in answered(client, query, **more)["results"]}
+
+
+def live_workers(session: Session) -> set[str | None]:
+    """The digests of the spaces that have a live worker."""
+    session.rollback()
+    return {each.space for each in workers.list_live(session)}
 
 
 def run_admin(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -83,6 +96,9 @@ def test_a_second_clip_is_refused_until_it_is_added_and_serves_only_when_it_is_a
         assert refused.returncode == 2
         assert "unknown embedding space" in refused.stderr
         wait_until(lambda: are_ready(client, known), timeout_s=30, what="the first images")
+        active = spaces.find_active(session)
+        assert active is not None
+        old = active.digest
         assert found(client, "a heart") == set(known)
 
         added = re.search(r"scripts\.admin (add-space \w+) --model (\S+) --dim (\d+)", refused.stderr)
@@ -98,16 +114,32 @@ def test_a_second_clip_is_refused_until_it_is_added_and_serves_only_when_it_is_a
             for number in range(8):
                 found(client, f"a number {number}")
             killed.send_signal(signal.SIGKILL)
-        with worker("embed", second_clip):
+        with worker("embed", second_clip) as second:
             wait_until(lambda: are_ready(client, known), timeout_s=30, what="all images")
             assert found(client, "a second heart") == set(known)
             wait_until(lambda: lacking(session, digest) == 0, timeout_s=START_S, what="the backlog to be empty")
             run_admin(monkeypatch, "activate-space", digest)
-            assert first.wait(30) == 0, "the supervisor starts it again, and it works for its backlog"
-            wait_until(lambda: ready_workers(session) == 1, timeout_s=START_S, what="the second CLIP to serve")
+            assert answered(client, "a third heart")["embedding_space"] == digest, "at once, without a pause"
             known += upload_some(client, 3, width=32)
             wait_until(lambda: are_ready(client, known), timeout_s=30, what="the images of the new space")
-            assert found(client, "a third heart") == set(known)
+            assert found(client, "a fourth heart") == set(known)
+            wait_until(lambda: lacking(session, old) == 0, timeout_s=30, what="the old space to keep up")
+            assert answered(client, "a fifth heart", space=old[:12])["embedding_space"] == old
+            assert found(client, "a fifth heart", space=old) == set(known), "both answer"
+
+            run_admin(monkeypatch, "activate-space", old)
+            assert answered(client, "a sixth heart")["embedding_space"] == old, "the roll-back is as quick"
+            assert found(client, "a seventh heart") == set(known)
+            assert first.poll() is None, "no worker has to load its model again"
+            wait_until(lambda: ready_workers(session) == 1, timeout_s=30, what="one worker to be on standby")
+            with pytest.raises(SystemExit):
+                run_admin(monkeypatch, "drop-space", digest)
+            second.send_signal(signal.SIGTERM)
+            assert second.wait(30) == 0
+        wait_until(lambda: live_workers(session) == {old}, timeout_s=60, what="the killed worker to count as dead")
+        run_admin(monkeypatch, "drop-space", digest)
+        assert found(client, "an eighth heart") == set(known)
+        assert client.post(f"{API}/search", json={"query": "x", "space": digest}).status_code == 422
 
 
 def lacking(session: Session, digest: str) -> int:
@@ -125,6 +157,29 @@ def test_a_generate_worker_of_another_space_takes_no_job(
     generators = {"AFTERIMAGE_MODEL__GENERATORS": '{"cheap": {"kind": "fake"}}'}
     with worker("generate", clips[0] | generators) as process:
         assert process.wait(START_S) == 2
+
+
+def test_a_job_that_meets_a_switch_goes_back_to_the_queue_and_never_fails_by_it(
+    session: Session, settings: Settings
+) -> None:
+    job = make_job(session)
+    session.commit()
+    jobs_settings = JobSettings(max_transient_retries=0)
+    with JobLeases(jobs_settings) as leases:
+        for _ in range(5):
+            with claimed(job.id, leases=leases, settings=jobs_settings, worker="old") as attempt:
+                assert attempt is not None
+                raise SpaceInactiveError
+            assert attempt.outcome is Outcome.REQUEUED
+            with claimed(job.id, leases=leases, settings=jobs_settings, worker="old") as too_soon:
+                assert too_soon is None, "the old worker has time to leave the queue"
+            session.refresh(job)
+            assert (job.state, job.transient_retries) == ("queued", 0)
+            job.run_after = None
+            session.commit()
+        last = session.scalars(select(JobEvent).where(JobEvent.job_id == job.id).order_by(JobEvent.seq.desc())).first()
+        assert last is not None
+        assert (last.type, last.data["reason"]) == ("requeued", "embedding_space_inactive")
 
 
 def test_an_image_that_is_ready_without_a_vector_is_embedded_again(session: Session, settings: Settings) -> None:
@@ -172,7 +227,7 @@ def test_the_first_space_of_a_database_is_added_and_a_second_one_is_not(session:
     assert spaces.find_active(session) == first
     assert spaces.find_or_add_first(session, digest="a", model="m", dim=8) == first
     assert spaces.find_or_add_first(session, digest="b", model="m", dim=8) is None
-    assert [space.digest for space, _, _ in spaces.list_all(session)] == ["a"]
+    assert [space.digest for space, _ in spaces.list_all(session)] == ["a"]
 
 
 def states(session: Session, *rows: Image) -> list[str]:

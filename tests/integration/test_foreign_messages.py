@@ -26,7 +26,7 @@ from shared.messaging.foreign import read_task_id
 from shared.metrics import MESSAGES_DROPPED
 from shared.request_stats import request_stats
 from shared.settings import Settings, get_settings
-from tests.factories import make_job
+from tests.factories import make_job, make_space
 from tests.foreign_broker import FOREIGN, REFUSALS, SECRET, Refusal, body, message, refusing_writes
 from tests.integration.conftest import API, Client, a_key
 from tests.integration.test_worker_process import worker
@@ -179,7 +179,10 @@ def refusing_then(redis_url: str, how: Refusal, process: "Popen[bytes]") -> Iter
 
 
 @pytest.mark.parametrize("reply", [b"", b"5", b"[]", b"{}", b'{"vectors": [5], "space": "a"}', b'{"error": 5}'])
-def test_an_unreadable_reply_of_an_embed_worker_is_a_temporary_error(settings: Settings, reply: bytes) -> None:
+def test_an_unreadable_reply_of_an_embed_worker_is_a_temporary_error(session: Session, reply: bytes) -> None:
+    space = make_space(session)
+    session.commit()
+
     def foreign_worker() -> None:
         received: Any = queue.broker().brpop([queue.EMBED_QUERIES_QUEUE], timeout=20)
         args, _, _ = orjson.loads(base64.b64decode(orjson.loads(received[1])["body"]))
@@ -189,7 +192,7 @@ def test_an_unreadable_reply_of_an_embed_worker_is_a_temporary_error(settings: S
     thread.start()
     try:
         with pytest.raises(EmbeddingUnavailableError):
-            embedding_rpc.embed_texts(["a cat"])
+            embedding_rpc.embed_texts(["a cat"], space)
     finally:
         thread.join()
 

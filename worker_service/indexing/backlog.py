@@ -1,66 +1,125 @@
-"""Embeds the corpus images that an inactive embedding space lacks, before an operator activates that space.
+"""Embeds the corpus images that an inactive embedding space lacks, while another space serves.
 
-The images stay `ready` in the active space meanwhile. Several workers may share the work: each begins at a random id,
-and a vector that another worker has stored first stays.
+The images stay `ready` in the active space meanwhile. Several workers may share the work, and a worker that dies loses
+nothing: see `shared.db.space_backlog`.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from uuid import UUID, uuid4
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from uuid import UUID
 
 import numpy as np
 
-from shared.db import images
+from shared.db import space_backlog
 from shared.db.session import session_scope
 from shared.db.tables import Image
-from shared.errors import BaseAppException, DatabaseError, EmbeddingError, ModelError
+from shared.errors import (
+    BaseAppException,
+    DatabaseError,
+    EmbeddingError,
+    InvalidImageError,
+    ModelError,
+    ResourceNotFoundError,
+    StorageError,
+)
 from shared.imaging import open_image
+from shared.settings import JobSettings
 from shared.storage import get_blobs
+from worker_service.execution.lease_keeper import LeaseKeeper
+from worker_service.execution.steps import CallStopped
 from worker_service.models.clip import ImageInput
 from worker_service.models.embedder import Embedder
 
 logger = logging.getLogger(__name__)
 
 CHUNK_IMAGES = 32
-FIRST_ID = UUID(int=0)
+CHECK_S = 1.0
+IDLE_S = 5.0
+"""Seconds between two looks for images when none is left, or when the database or the blob store has failed."""
+IDLE_RATIO = 10
+"""A look reads all images of the corpus. The wait after one that found none is at least so many times as long."""
 
 
-class Backlog:
-    """The images that the embedder's space lacks."""
+class Backlog(LeaseKeeper[UUID]):
+    """Embeds the images that the embedder's space lacks, and renews their leases meanwhile."""
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, embedder: Embedder, settings: JobSettings) -> None:
+        super().__init__(poll_s=settings.heartbeat_s)
         self._embedder = embedder
-        self._failed: set[UUID] = set()
+        self._space = embedder.space
+        self._settings = settings
 
-    def embed_chunk(self) -> bool:
-        """Embed up to `CHUNK_IMAGES` images; return False if no image is left that this process has not tried.
+    @contextmanager
+    def embedding(self, inactive: threading.Event, *, stopping: threading.Event) -> Iterator[None]:
+        """Embed in a thread for the length of the block, while `inactive` is set. Close the embedder inside it."""
 
-        Errors are logged, not raised.
-        """
+        def embed_until_stopped() -> None:
+            while not stopping.is_set():
+                if not inactive.wait(CHECK_S):
+                    continue
+                started = time.monotonic()
+                if not self._try_chunk():
+                    stopping.wait(max(IDLE_S, IDLE_RATIO * (time.monotonic() - started)))
+
+        thread = threading.Thread(target=embed_until_stopped, name="backlog", daemon=True)
+        thread.start()
         try:
-            rows = self._list_images()
-            self._embed(self._prepare(rows))
-        except DatabaseError as error:
+            yield
+        finally:
+            stopping.set()
+            thread.join(IDLE_S)
+
+    def _try_chunk(self) -> bool:
+        try:
+            return self.embed_chunk()
+        except CallStopped:
+            return False
+        except (DatabaseError, StorageError) as error:
             logger.warning("backlog_waits", extra={"cause": error.code})
             return False
-        return bool(rows)
 
-    def _list_images(self) -> list[Image]:
-        space, limit = self._embedder.space, CHUNK_IMAGES + len(self._failed)
+    def embed_chunk(self) -> bool:
+        """Claim and embed up to `CHUNK_IMAGES` images; return False if no image was claimed.
+
+        Raises:
+            DatabaseError, StorageError: the database or the blob store failed. The images are handed back.
+            CallStopped: the embedder was closed. The images are handed back.
+        """
         with session_scope() as session:
-            for after in (uuid4(), FIRST_ID):
-                rows = images.list_without_vector(session, space, after=after, limit=limit)
-                if untried := [row for row in rows if row.id not in self._failed]:
-                    return untried[:CHUNK_IMAGES]
-        return []
+            rows = space_backlog.claim(
+                session,
+                self._space,
+                limit=CHUNK_IMAGES,
+                lease_s=self._settings.lease_s,
+                max_crashes=self._settings.max_crashes,
+            )
+        ids = [row.id for row in rows]
+        self._add(ids)
+        try:
+            self._embed(self._prepare(rows))
+        except (DatabaseError, StorageError, CallStopped):
+            with session_scope() as session:
+                space_backlog.hand_back(session, self._space, ids)
+            raise
+        finally:
+            self._remove(ids)
+        return bool(ids)
+
+    def _renew_due(self, held: Sequence[UUID]) -> None:
+        if held:
+            with session_scope() as session:
+                space_backlog.renew(session, self._space, held, lease_s=self._settings.lease_s)
 
     def _prepare(self, rows: Sequence[Image]) -> dict[UUID, ImageInput]:
         inputs = {}
         for row in rows:
             try:
                 inputs[row.id] = self._embedder.prepare(open_image(get_blobs().get(row.blob_key)))
-            except BaseAppException as error:
-                self._skip(row.id, error)
+            except (ResourceNotFoundError, InvalidImageError, EmbeddingError) as error:
+                self._mark_failed(row.id, error)
         return inputs
 
     def _embed(self, inputs: Mapping[UUID, ImageInput]) -> None:
@@ -70,16 +129,18 @@ class Backlog:
             vectors = self._embedder.embed_corpus_images(list(inputs.values()))
         except (EmbeddingError, ModelError) as error:
             if len(inputs) == 1:
-                self._skip(next(iter(inputs)), error)
+                self._mark_failed(next(iter(inputs)), error)
                 return
-            for image_id, prepared in inputs.items():  # one image caused the error, so only that image is skipped
+            for image_id, prepared in inputs.items():  # one image caused the error, so only that image fails
                 self._embed({image_id: prepared})
             return
         norms = np.linalg.norm(vectors, axis=1)
         with session_scope() as session:
-            images.add_vectors(session, self._embedder.space, list(inputs), vectors / norms[:, None], norms)
+            space_backlog.store(session, self._space, list(inputs), vectors / norms[:, None], norms)
+        logger.info("backlog_embedded", extra={"images": len(inputs)})
 
-    def _skip(self, image_id: UUID, error: BaseAppException) -> None:
-        """Leave an image out until the next start. It stays searchable in the active space."""
-        self._failed.add(image_id)
+    def _mark_failed(self, image_id: UUID, error: BaseAppException) -> None:
+        """Leave an image out of this space. It stays searchable in the active one."""
         logger.warning("image_failed", extra={"image_id": str(image_id), "cause": error.code})
+        with session_scope() as session:
+            space_backlog.mark_failed(session, self._space, image_id, code=error.code)

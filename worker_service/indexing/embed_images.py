@@ -92,7 +92,7 @@ class ImageEmbedding:
             if not rows:
                 break
             with self._leases.holding([ImageClaim.of(row) for row in rows]):
-                files, unread = _read(rows)
+                files, unread = self._read(rows)
                 if files:
                     done += self._embed_files(files, isolated=rows[0].crashes > 0)
                 if unread is not None:
@@ -136,7 +136,7 @@ class ImageEmbedding:
             try:
                 inputs[claim] = self._embedder.prepare(open_image(data))
             except (InvalidImageError, EmbeddingError) as error:
-                _mark_failed(claim, error)
+                self._mark_failed(claim, error)
         return inputs
 
     def _embed(self, inputs: Mapping[ImageClaim, ImageInput]) -> int:
@@ -145,7 +145,7 @@ class ImageEmbedding:
             vectors = self._embedder.embed_corpus_images(list(inputs.values()))
         except (EmbeddingError, ModelError) as error:
             if len(claims) == 1:
-                _mark_failed(claims[0], error)
+                self._mark_failed(claims[0], error)
                 return 0
             # One image caused the error: embedded one by one, only that image fails.
             return sum(self._embed({claim: inputs[claim]}) for claim in claims)
@@ -155,25 +155,23 @@ class ImageEmbedding:
         logger.info("images_embedded", extra={"images": len(stored)})
         return len(stored)
 
+    def _read(self, rows: Sequence[ImageRow]) -> tuple[dict[ImageClaim, bytes], Sequence[ImageClaim] | None]:
+        """Read the files from the blob store, by claim.
 
-def _read(rows: Sequence[ImageRow]) -> tuple[dict[ImageClaim, bytes], Sequence[ImageClaim] | None]:
-    """Read the files from the blob store, by claim.
+        When the store fails, the second value holds the claims after the one whose read failed. Otherwise it is `None`.
+        """
+        files = {}
+        for position, row in enumerate(rows):
+            try:
+                files[ImageClaim.of(row)] = get_blobs().get(row.blob_key)
+            except ResourceNotFoundError as error:
+                self._mark_failed(ImageClaim.of(row), error)
+            except StorageError as error:
+                logger.warning("image_unreadable", extra={"image_id": str(row.id), "cause": error.code}, exc_info=True)
+                return files, [ImageClaim.of(later) for later in rows[position + 1 :]]
+        return files, None
 
-    When the store fails, the second value holds the claims after the one whose read failed. Otherwise it is `None`.
-    """
-    files = {}
-    for position, row in enumerate(rows):
-        try:
-            files[ImageClaim.of(row)] = get_blobs().get(row.blob_key)
-        except ResourceNotFoundError as error:
-            _mark_failed(ImageClaim.of(row), error)
-        except StorageError as error:
-            logger.warning("image_unreadable", extra={"image_id": str(row.id), "cause": error.code}, exc_info=True)
-            return files, [ImageClaim.of(later) for later in rows[position + 1 :]]
-    return files, None
-
-
-def _mark_failed(claim: ImageClaim, error: BaseAppException) -> None:
-    logger.warning("image_failed", extra={"image_id": str(claim.image_id), "cause": error.code})
-    with session_scope() as session:
-        images.mark_embedding_failed(session, claim, code=error.code)
+    def _mark_failed(self, claim: ImageClaim, error: BaseAppException) -> None:
+        logger.warning("image_failed", extra={"image_id": str(claim.image_id), "cause": error.code})
+        with session_scope() as session:
+            images.mark_embedding_failed(session, self._embedder.space, claim, code=error.code)

@@ -46,6 +46,9 @@ Owned = TypeVar("Owned")
 
 logger = logging.getLogger(__name__)
 
+SPACE_CHANGE_S = 2.0
+"""Seconds after which a job that met a switch of the embedding space may be claimed again."""
+
 
 class Outcome(StrEnum):
     """How an attempt ended."""
@@ -57,6 +60,10 @@ class Outcome(StrEnum):
     EXPIRED = "expired"  # its model work did not start within `expires_in_s`
     CANCELED = "canceled"  # while it ran; its images were discarded
     LOST = "lost"  # taken over, handed back or deleted while it ran; its images were discarded
+
+
+class SpaceInactiveError(Exception):
+    """This worker's CLIP is not that of the active embedding space, so another worker has to run the job."""
 
 
 class LeaseLostError(Exception):
@@ -198,6 +205,19 @@ class Attempt:
         self.outcome = Outcome.FAILED if state is JobState.FAILED else Outcome.REQUEUED
         self.error_code = error.code
 
+    def hand_over(self) -> None:
+        """Return the job to the queue for a worker whose CLIP is that of the active embedding space.
+
+        It counts as no retry. Within `SPACE_CHANGE_S`, this worker stops reading the queue, so it gets the job only
+        once per switch of the space.
+        """
+        self._write(
+            lambda session: jobs.hand_back(
+                session, [self._lease.claim], reason="embedding_space_inactive", wait_s=SPACE_CHANGE_S
+            )
+        )
+        self.outcome = Outcome.REQUEUED
+
     def _write(self, change: Callable[[Session], Owned]) -> Owned:
         """Run `change` in a transaction and return its result.
 
@@ -270,6 +290,9 @@ def _recording_errors(attempt: Attempt) -> Iterator[None]:
         # Without a timeout, the job was canceled, taken over or handed back, and its row already says so.
         if attempt.timed_out:
             attempt.fail(JobTimeoutError())
+    except SpaceInactiveError:
+        logger.info("job_handed_over")
+        attempt.hand_over()
     except TEMPORARY_ERRORS as error:
         logger.warning("job_fault", extra={"cause": error.code}, exc_info=True)
         attempt.retry_later(error)

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from shared import metrics
 from shared.contracts.images import ImageState
-from shared.db import bulks, idempotency, images, jobs, spaces, webhooks, workers
+from shared.db import bulks, idempotency, images, jobs, space_backlog, spaces, webhooks, workers
 from shared.db.session import session_scope
 from shared.errors import BrokerUnavailableError, DatabaseError
 from shared.messaging import foreign, queue
@@ -33,12 +33,20 @@ logger = logging.getLogger(__name__)
 LOCK = "reconciler"
 QUEUE_DEPTH_INTERVAL_S = 15.0
 """How often the waiting jobs are counted: as often as Prometheus scrapes, because a count reads all of them."""
+SPACES_INTERVAL_S = 60.0
+"""How often the vectors of each embedding space are counted: a count reads all images."""
 STOP_TIMEOUT_S = 5.0
 """How long a periodic task may take to notice that the process ends. A task that is cut off continues next time."""
 CLAIM_GRACE_S = 5.0
 """A job published longer ago than this should be claimed or in a list of the broker. Workers claim a job within
 milliseconds after they receive it."""
 
+SPACE_GAUGES = (
+    metrics.EMBEDDING_SPACE_VECTORS,
+    metrics.EMBEDDING_SPACE_MISSING,
+    metrics.EMBEDDING_SPACE_FAILED,
+    metrics.EMBEDDING_SPACE_ACTIVE,
+)
 UNSERVED_JOBS_PER_TICK = 1000
 """At most so many jobs of a model that is gone fail in one tick."""
 IMAGES_CHECKED_PER_TICK = 10_000
@@ -57,6 +65,8 @@ class Reconciler:
         self._served_at: dict[str, float] = {}
         self._counting_from = 0.0
         self._checked_to: UUID | None = None
+        self._spaces_counted: set[str] = set()
+        self._next_spaces_at = 0.0
 
     def tick(self) -> None:
         """Find and repair everything once, unless another reconciler is repairing now.
@@ -110,6 +120,7 @@ class Reconciler:
             _publish_if_empty(queue.EMBED_IMAGES_QUEUE, queue.publish_embed_pending)
         if webhooks_wait:
             _publish_if_empty(queue.IO_QUEUE, queue.publish_deliver_webhooks)
+        self._set_space_gauges()
         self._last_tick = time.monotonic()
 
     def _reopen_mislaid_images(self, session: Session) -> None:
@@ -154,6 +165,25 @@ class Reconciler:
             depth = queued.get(model, 0) - paused.get(model, 0)
             set_gauge(metrics.QUEUE_DEPTH, max(depth, 0), labels={"queue": model})
         self._models_with_depth = set(queued)
+
+    def _set_space_gauges(self) -> None:
+        """Set the metrics of each embedding space, and remove those of dropped ones."""
+        if time.monotonic() < self._next_spaces_at:
+            return
+        self._next_spaces_at = time.monotonic() + SPACES_INTERVAL_S
+        with session_scope() as session:
+            known = {space.short: (space, active) for space, active in spaces.list_all(session)}
+        for name, (space, active) in known.items():
+            with session_scope() as session:
+                progress = space_backlog.get_progress(session, space)
+            set_gauge(metrics.EMBEDDING_SPACE_VECTORS, progress.vectors, labels={"space": name})
+            set_gauge(metrics.EMBEDDING_SPACE_MISSING, progress.missing, labels={"space": name})
+            set_gauge(metrics.EMBEDDING_SPACE_FAILED, progress.failed, labels={"space": name})
+            set_gauge(metrics.EMBEDDING_SPACE_ACTIVE, active, labels={"space": name})
+        for name in self._spaces_counted - known.keys():
+            for gauge in SPACE_GAUGES:
+                gauge.remove(name)
+        self._spaces_counted = set(known)
 
     def _grace_after_gap(self) -> None:
         """After a gap between ticks, give every worker one full lease to renew before its jobs are taken back.

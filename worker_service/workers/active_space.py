@@ -1,56 +1,82 @@
-"""Keeps a worker whose CLIP is not that of the active embedding space away from queries, images and jobs.
+"""Keeps the work of the active embedding space away from a worker whose CLIP makes vectors of another space.
 
-An operator activates a space while workers run. The workers of the new space then begin, and those of the old one end.
+An operator activates a space while workers run. Within a second, the workers of the new space begin to read the queues
+of the active space, and those of the old one stop. Each keeps its models, so that another switch is as quick.
 """
 
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from shared.db import spaces
 from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.errors import DatabaseError
+from worker_service.jobs.attempt import SPACE_CHANGE_S
 from worker_service.workers.process import HEARTBEAT_S, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-
-def wait_until_active(process: WorkerProcess, space: Space, *, meanwhile: Callable[[], bool] = lambda: False) -> None:
-    """Return when `space` is active. meanwhile: one step of other work; returns False when that work is done."""
-    announced = False
-    while not _is_active(space):
-        if not announced:
-            announced = True
-            _log_inactive(process, space)
-        process.write_heartbeat("loading")
-        if not meanwhile():
-            process.stopping.wait(HEARTBEAT_S)
+CHECK_S = SPACE_CHANGE_S / 2
+"""Seconds between two looks at which space is active."""
 
 
-def stop_when_inactive(process: WorkerProcess, space: Space) -> None:
-    """End the process, from a thread, when another space becomes active. Its supervisor starts it again to wait."""
+def wait_until_active(process: WorkerProcess, space: Space) -> None:
+    """Return when `space` is active."""
+    process.space = space.digest
+    while not _check(process, space) and not process.stopping.is_set():
+        process.write_heartbeat(process.serving_state)
+        process.stopping.wait(HEARTBEAT_S)
+
+
+def follow_active_space(process: WorkerProcess, space: Space, queues: Sequence[str]) -> None:
+    """Let the process read `queues` only while `space` is active, from a thread, until the process stops.
+
+    It ends the process when an operator has dropped the space.
+
+    Raises:
+        DatabaseError: the database failed.
+    """
+    process.space = space.digest
+    _check(process, space)
 
     def check_until_stopped() -> None:
-        while not process.stopping.wait(HEARTBEAT_S):
+        while not process.stopping.is_set():
             try:
-                active = _is_active(space)
-            except DatabaseError:
-                continue
-            if not active:
-                _log_inactive(process, space)
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+                was_active = not process.standby.is_set()
+                active = _check(process, space)
+                for name in queues:
+                    process.read_queue(name, read=active)
+                if active != was_active:
+                    process.write_heartbeat(process.serving_state)
+            except DatabaseError as error:
+                logger.warning("active_space_unknown", extra={"cause": error.code})
+            process.stopping.wait(CHECK_S)
 
     threading.Thread(target=check_until_stopped, name="active-space", daemon=True).start()
 
 
-def _is_active(space: Space) -> bool:
+def _check(process: WorkerProcess, space: Space) -> bool:
+    """Whether `space` is active. Sets or clears `process.standby`, and ends the process if the space is gone.
+
+    Raises:
+        DatabaseError: the database failed.
+    """
     with session_scope() as session:
-        return spaces.is_active(session, space)
-
-
-def _log_inactive(process: WorkerProcess, space: Space) -> None:
-    logger.warning("space_inactive", extra={"worker": process.id, "model": space.model, "space": space.digest})
+        active = spaces.find_active(session)
+        known = spaces.find(session, space.digest) == space
+    fields = {"worker": process.id, "model": space.model, "space": space.digest}
+    if not known:
+        logger.error("space_dropped", extra=fields)
+        os.kill(os.getpid(), signal.SIGTERM)
+        process.stopping.wait()
+    elif active == space:
+        if process.standby.is_set():
+            logger.info("space_active", extra=fields)
+        process.standby.clear()
+    elif not process.standby.is_set():
+        logger.warning("space_inactive", extra=fields)
+        process.standby.set()
+    return active == space

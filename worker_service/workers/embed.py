@@ -1,7 +1,8 @@
 """The embed worker: its tasks make the vectors of queries and of corpus images. Queries run first.
 
-A worker whose embedding space is not the active one takes no message. It embeds the images that its space lacks, until
-an operator activates its space.
+Every embed worker answers the queries of its own embedding space. While its space is active, it also embeds the images
+that wait, and answers the processes of the previous release, whose queries name no space. While another space is
+active, it embeds the images that its own space lacks.
 """
 
 import logging
@@ -15,10 +16,12 @@ from worker_service.indexing import embed_images
 from worker_service.indexing.backlog import Backlog
 from worker_service.indexing.image_leases import ImageLeases
 from worker_service.models.embedder import Embedder
-from worker_service.workers.active_space import stop_when_inactive, wait_until_active
+from worker_service.workers.active_space import follow_active_space
 from worker_service.workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
+
+QUEUES_OF_ACTIVE_SPACE = [queue.EMBED_QUERIES_QUEUE, queue.EMBED_IMAGES_QUEUE]
 
 
 def serve(settings: Settings) -> None:
@@ -30,12 +33,15 @@ def serve(settings: Settings) -> None:
     """
     with WorkerProcess("embed", None, settings) as process, Watchdog(settings.watchdog) as watchdog:
         embedder = Embedder.load(settings, watchdog, only_model=True)
-        try:
-            with ImageLeases(settings.jobs) as leases:
-                wait_until_active(process, embedder.space, meanwhile=Backlog(embedder).embed_chunk)
+        with (
+            ImageLeases(settings.jobs) as leases,
+            Backlog(embedder, settings.jobs) as backlog,
+            backlog.embedding(process.standby, stopping=process.stopping),
+        ):
+            try:
                 _consume(process, embedder, leases)
-        finally:
-            embedder.close(settings.jobs.shutdown_grace_s)
+            finally:
+                embedder.close(settings.jobs.shutdown_grace_s)
 
 
 def _consume(process: WorkerProcess, embedder: Embedder, leases: ImageLeases) -> None:
@@ -61,5 +67,10 @@ def _consume(process: WorkerProcess, embedder: Embedder, leases: ImageLeases) ->
         if not leases.wait_until_empty(process.settings.jobs.shutdown_grace_s):
             logger.info("images_handed_back", extra={"images": leases.hand_back()})
 
-    stop_when_inactive(process, embedder.space)
-    process.serve(app, [queue.EMBED_QUERIES_QUEUE, queue.EMBED_IMAGES_QUEUE], on_stop=finish_or_hand_back)
+    follow_active_space(process, embedder.space, QUEUES_OF_ACTIVE_SPACE)
+    process.serve(
+        app,
+        [queue.embed_queries_queue(embedder.space)],
+        on_stop=finish_or_hand_back,
+        optional_queues=QUEUES_OF_ACTIVE_SPACE,
+    )

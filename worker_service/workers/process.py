@@ -5,13 +5,13 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
 from celery import Celery, Task
-from celery.signals import worker_shutdown, worker_shutting_down
+from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
 
 from shared.db import workers
 from shared.db.session import session_scope
@@ -42,7 +42,7 @@ class WorkerTask(Task[..., Any]):
 
 @dataclass
 class WorkerProcess:
-    """A worker process and its row in the database: `loading`, then `ready`, and deleted when the process ends.
+    """A worker process and its row in the database: `loading`, then `ready` or `standby`, and deleted at the end.
 
     A context manager around the life of the process. While it loads, SIGTERM or SIGINT end it at once, with exit
     status 0. When it serves, Celery's signal handlers take over.
@@ -55,10 +55,16 @@ class WorkerProcess:
     """How many more jobs it takes from each lane than from the next lower-priority lane."""
     bulk_pause_s: float = 0.0
     """Seconds between two jobs of lane `bulk` while higher-priority lanes are in use, at least."""
+    space: str | None = None
+    """Digest of the embedding space of its CLIP, once that is loaded."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the process should stop."""
+    standby: threading.Event = field(default_factory=threading.Event)
+    """Set while another embedding space is active."""
     _row_lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while the row is written or deleted, so that no heartbeat adds it again."""
+    _consumer: Any = None
+    """Celery's consumer, once it is ready."""
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -78,6 +84,11 @@ class WorkerProcess:
         return f"{self.kind}{f'.{self.model}' if self.model else ''}-{os.getpid()}@{socket.gethostname()}"
 
     @property
+    def serving_state(self) -> str:
+        """The state of a process that has loaded its models."""
+        return "standby" if self.standby.is_set() else "ready"
+
+    @property
     def lane_limits(self) -> list[int]:
         """For each lane, highest priority first: the number of unfinished jobs at which no more are taken from it."""
         return [
@@ -95,7 +106,7 @@ class WorkerProcess:
         return app
 
     def write_heartbeat(self, state: str) -> None:
-        """Write the process's state, `loading` or `ready`, and the time of this heartbeat, unless the process stops.
+        """Write the process's state and the time of this heartbeat, unless the process stops.
 
         Raises:
             DatabaseError: the database failed.
@@ -103,22 +114,46 @@ class WorkerProcess:
         with self._row_lock:
             if not self.stopping.is_set():
                 with session_scope() as session:
-                    workers.heartbeat(session, self.id, kind=self.kind, model=self.model, state=state)
+                    workers.heartbeat(session, self.id, kind=self.kind, model=self.model, state=state, space=self.space)
 
     def start_heartbeat(self) -> None:
-        """Write `ready` every `HEARTBEAT_S` seconds, in a thread, until the process stops."""
+        """Write `ready` or `standby` every `HEARTBEAT_S` seconds, in a thread, until the process stops."""
 
         def write_until_stopped() -> None:
             while not self.stopping.wait(HEARTBEAT_S):
                 try:
-                    self.write_heartbeat("ready")
+                    self.write_heartbeat(self.serving_state)
                 except DatabaseError as error:
                     logger.warning("heartbeat_failed", extra={"cause": error.code})
 
         threading.Thread(target=write_until_stopped, name="heartbeat", daemon=True).start()
 
-    def serve(self, app: Celery, queues: list[str], *, on_stop: Callable[[], Any]) -> None:
+    def read_queue(self, name: str, *, read: bool) -> None:
+        """Let Celery begin or stop to read a queue, soon and in its own thread. Any thread may call it.
+
+        The call has no effect while Celery starts or has no connection to the broker: repeat it.
+        """
+        consumer = self._consumer
+        if consumer is None:
+            return
+
+        def begin_or_stop() -> None:
+            tasks = consumer.task_consumer
+            if tasks is None or tasks.consuming_from(name) == read:
+                return
+            if read:
+                consumer.add_task_queue(name)
+            else:
+                consumer.cancel_task_queue(name)
+
+        consumer.call_soon(begin_or_stop)
+
+    def serve(
+        self, app: Celery, queues: list[str], *, on_stop: Callable[[], Any], optional_queues: Sequence[str] = ()
+    ) -> None:
         """Run the tasks of these queues until SIGTERM or SIGINT, then end within the grace time.
+
+        optional_queues: more queues that `read_queue` may name.
 
         Celery's warm shutdown waits for running tasks without limit. `on_stop` therefore runs in another thread and
         must make the tasks end. A process that still runs `EXTRA_SHUTDOWN_S` after the grace time is ended hard, and
@@ -143,12 +178,16 @@ class WorkerProcess:
         def keep_status(sender: Any, **_: object) -> None:
             status.append(sender.exitcode or 0)
 
+        def keep_consumer(sender: Any, **_: object) -> None:
+            self._consumer = sender
+
+        worker_ready.connect(keep_consumer, weak=False)
         worker_shutting_down.connect(stop, weak=False)
         # `worker_main` does not return the exit status: a worker that failed would end with status 0.
         worker_shutdown.connect(keep_status, weak=False)
-        app.conf.broker_transport_options["queues"] = queues
+        app.conf.broker_transport_options["queues"] = [*queues, *optional_queues]
         revoke.cancel_revoked_jobs()
-        self.write_heartbeat("ready")
+        self.write_heartbeat(self.serving_state)
         self.start_heartbeat()
         app.worker_main(
             [
