@@ -208,7 +208,23 @@ def encode_image(
     """
     if pixels.dtype != "uint8" or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
         raise InvalidOutputError(shape=list(pixels.shape), dtype=str(pixels.dtype))
-    return _encode(Image.fromarray(pixels), image_format, quality=quality, record=record)
+    data = _encode(Image.fromarray(pixels), image_format, quality=quality)
+    return data if record is None else with_record(data, record)
+
+
+def with_record(data: bytes, record: Mapping[str, Any]) -> bytes:
+    """Add a provenance record to a file that `encode_image` made without one. The image data stay as they are.
+
+    record: a JSON object of any length.
+    """
+    text = orjson.dumps(record, option=orjson.OPT_SORT_KEYS).decode()
+    if data.startswith(PNG_SIGNATURE):
+        chunk = io.BytesIO()
+        PngImagePlugin.putchunk(chunk, b"iTXt", b"afterimage\0\0\0\0\0", text.encode())
+        return data[:PNG_HEADER_BYTES] + chunk.getvalue() + data[PNG_HEADER_BYTES:]
+    if data.startswith(b"RIFF"):
+        return _webp_with_xmp(data, _xmp(_record_property(text)))
+    return data[:JPEG_HEADER_BYTES] + _xmp_segments(text) + data[JPEG_HEADER_BYTES:]
 
 
 def read_record(data: bytes) -> dict[str, Any] | None:
@@ -246,9 +262,13 @@ def thumbnail(picture: "Image.Image | Pixels") -> bytes:
     return _encode(small, ImageFormat.WEBP, quality=80, method=2)
 
 
-def pixels_sha256(pixels: "Pixels") -> str:
-    """The SHA-256, in hex, of uint8 pixels (H, W, 3) and their shape. It does not depend on the file format."""
-    return hashlib.sha256(b"%dx%d:" % pixels.shape[:2] + pixels.tobytes()).hexdigest()
+def pixels_sha256(picture: "Image.Image | Pixels") -> str:
+    """The SHA-256, in hex, of an RGB image or of uint8 pixels (H, W, 3), and of their shape.
+
+    It does not depend on the file format.
+    """
+    shape = picture.size[::-1] if isinstance(picture, Image.Image) else picture.shape[:2]
+    return hashlib.sha256(b"%dx%d:" % shape + picture.tobytes()).hexdigest()
 
 
 def perceptual_hash(picture: Image.Image) -> int:
@@ -430,35 +450,49 @@ def _encode(
     quality: int,
     lossless: bool = False,
     method: int = 4,
-    record: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Encode a picture. method: WebP's effort; 2 takes half the time of the default 4, and 5 % more bytes."""
-    text = None if record is None else orjson.dumps(record, option=orjson.OPT_SORT_KEYS).decode()
     file = io.BytesIO()
     match image_format:
         case ImageFormat.PNG:
-            chunks = PngImagePlugin.PngInfo()
-            if text is not None:
-                chunks.add_itxt("afterimage", text)
             # Level 3 takes two thirds of the default's time and 10 % more bytes.
-            picture.save(file, "PNG", pnginfo=chunks, compress_level=3)
+            picture.save(file, "PNG", compress_level=3)
         case ImageFormat.JPEG:
-            segments = b"" if text is None else _xmp_segments(text)
-            picture.save(file, "JPEG", quality=quality, subsampling=0, extra=segments)
+            picture.save(file, "JPEG", quality=quality, subsampling=0)
         case ImageFormat.WEBP:
-            xmp = b"" if text is None else _xmp(_record_property(text))
             # Lossless uses the fastest method: quality and method then only trade time for size.
             options = {"quality": quality, "method": method}
             if lossless:
                 options = {"lossless": True, "quality": 0, "method": 0}
-            picture.save(file, "WEBP", xmp=xmp, **options)
+            picture.save(file, "WEBP", **options)
     return file.getvalue()
 
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_HEADER_BYTES = 33
+"""The signature and the chunk IHDR."""
+JPEG_HEADER_BYTES = 20
+"""The start marker and the JFIF segment that Pillow writes."""
 XMP_HEADER = b"http://ns.adobe.com/xap/1.0/\0"
 XMP_EXTENSION_HEADER = b"http://ns.adobe.com/xmp/extension/\0"
 XMP_SEGMENT_BYTES = 65_000
 """A JPEG segment holds 65,533 bytes; the difference is for the headers."""
+
+
+def _webp_with_xmp(data: bytes, packet: bytes) -> bytes:
+    """Make the extended file format of a simple one, with an XMP packet.
+
+    https://developers.google.com/speed/webp/docs/riff_container#extended_file_format
+    """
+    with Image.open(io.BytesIO(data), formats=["WEBP"]) as file:
+        canvas = (file.width - 1).to_bytes(3, "little") + (file.height - 1).to_bytes(3, "little")
+    has_xmp = b"\x04\0\0\0"
+    chunks = b"WEBP" + _riff_chunk(b"VP8X", has_xmp + canvas) + data[12:] + _riff_chunk(b"XMP ", packet)
+    return _riff_chunk(b"RIFF", chunks)
+
+
+def _riff_chunk(name: bytes, payload: bytes) -> bytes:
+    return name + struct.pack("<I", len(payload)) + payload + b"\0" * (len(payload) % 2)
 
 
 def _xmp(properties: str) -> bytes:

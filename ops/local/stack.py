@@ -1,6 +1,7 @@
 """Start and stop a whole stack, in order and with a time limit for every step."""
 
 import fcntl
+import json
 import os
 import shlex
 import shutil
@@ -94,6 +95,7 @@ class LocalStack:
             "AFTERIMAGE_STORAGE__URL": self.layout.blobs.as_uri(),
             "AFTERIMAGE_API__HOST": "127.0.0.1",
             "AFTERIMAGE_API__PORT": str(port["api"]),
+            "AFTERIMAGE_SECURITY__SIGNING_KEYS": json.dumps([password["signing"]] if "signing" in password else []),
         }
 
     def start(
@@ -171,7 +173,7 @@ class LocalStack:
     ) -> None:
         layout = self.layout
         ports = {name: state.port(name) for name in ("postgres", "queue", "cache", "api", "flower")}
-        passwords = {name: state.password(name) for name in ("postgres", "queue", "cache", "flower")}
+        passwords = {name: state.password(name) for name in ("postgres", "queue", "cache", "flower", "signing")}
         state.save(layout)
         postgres.prepare(layout.postgres, port=ports["postgres"], password=passwords["postgres"], durable=durable)
         valkey.prepare(layout.queue, port=ports["queue"], password=passwords["queue"], keeps_data=True)

@@ -24,7 +24,14 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
-SECRETS = {"POSTGRES_PASSWORD", "QUEUE_PASSWORD", "CACHE_PASSWORD", "FLOWER_PASSWORD", "GRAFANA_PASSWORD"}
+SECRETS = {
+    "POSTGRES_PASSWORD",
+    "QUEUE_PASSWORD",
+    "CACHE_PASSWORD",
+    "FLOWER_PASSWORD",
+    "GRAFANA_PASSWORD",
+    "SIGNING_KEY",
+}
 VARIABLES_BESIDE_SETTINGS = {"AFTERIMAGE_CONFIG_FILE"}
 
 VARIABLE = re.compile(r"(?<!\$)\$\{(?P<name>\w+)(?::(?P<kind>[-?])(?P<rest>[^}]*))?\}")
@@ -39,7 +46,9 @@ def _setting_variables(model: type[BaseModel] = Settings, prefix: str = "AFTERIM
 
 def _interpolated(value: str) -> str:
     """The value as compose interpolates it, with every secret filled in."""
-    return VARIABLE.sub(lambda found: "secret" if found["kind"] == "?" else found["rest"] or "", value)
+    return VARIABLE.sub(
+        lambda found: "a-secret-of-many-letters" if found["kind"] == "?" else found["rest"] or "", value
+    )
 
 
 def _environment(service: dict[str, Any]) -> dict[str, str]:
@@ -138,8 +147,9 @@ def _pins(lock: Path) -> set[str]:
     return set(re.findall(r"^([\w.-]+==[^\s;]+)", lock.read_text(), re.MULTILINE))
 
 
-NOT_INSTALLED = ("torchao", "bitsandbytes")
-"""Extras that the repository's own set-up leaves out. They slow each import of diffusers down, and print warnings."""
+NOT_INSTALLED = ("torchao", "bitsandbytes", "c2pa")
+"""Extras that the repository's own set-up leaves out. The first two slow each import of diffusers down, and print
+warnings. The last one is large."""
 
 
 def test_the_lock_pins_a_version_that_fits_every_requirement() -> None:
@@ -174,7 +184,7 @@ _OURS_AS_PACKAGES = {
 }
 RUN_BY = {
     "api": [
-        *("api_service", "shared", "migrations", "scripts/admin.py"),
+        *("api_service", "shared", "migrations", "scripts/admin"),
         *("worker_service/__main__.py", "worker_service/maintenance"),
         *(f"worker_service/workers/{name}.py" for name in ("process", "io", "revoke", "lane_transport", "consumer")),
     ],
@@ -220,6 +230,7 @@ def test_every_path_that_the_dockerfile_copies_exists_and_is_not_ignored() -> No
 # --- Prometheus and Grafana ---------------------------------------------------------------------------------------
 
 PROMQL_WORDS = {"sum", "rate", "increase", "absent", "histogram_quantile", "topk", "by", "max", "and", "for", "or"}
+PROMQL_WORDS |= {"min", "min_over_time", "delta"}
 
 
 def _metric_names() -> set[str]:

@@ -10,11 +10,12 @@ from shared.errors import DatabaseConnectionError
 from shared.messaging import foreign, queue
 from shared.settings import Settings
 from worker_service.execution.watchdog import Watchdog
+from worker_service.jobs import content_credentials
 from worker_service.jobs.attempt import Outcome
 from worker_service.jobs.leases import JobLeases
 from worker_service.jobs.run import run_job
 from worker_service.models.worker_models import Models
-from worker_service.workers.active_space import stop_when_inactive, wait_until_active
+from worker_service.workers.active_space import follow_active_space, wait_until_active
 from worker_service.workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,10 @@ def serve(settings: Settings, model: str | None) -> None:
     Raises:
         ModelNotFoundError: the settings have no generator of that name.
         ModelLoadError: a model cannot be loaded; the message gives the cause.
+        ConfigurationError: the outputs cannot be signed, and the settings ask for it.
         DatabaseError: the database failed at the start.
     """
+    content_credentials.get_signer()
     name = model or settings.worker.generator or settings.model.default_generator
     lane_headroom, bulk_pause_s = settings.worker.lane_headroom, settings.worker.bulk_pause_s
     with (
@@ -72,5 +75,6 @@ def _consume(process: WorkerProcess, models: Models, leases: JobLeases) -> None:
         if not leases.wait_until_empty(process.settings.jobs.shutdown_grace_s):
             logger.info("jobs_handed_back", extra={"jobs": leases.hand_back()})
 
-    stop_when_inactive(process, models.space)
-    process.serve(app, [queue.generate_queue(models.name)], on_stop=finish_or_hand_back)
+    queues = [queue.generate_queue(models.name)]
+    follow_active_space(process, models.space, queues)
+    process.serve(app, queues, on_stop=finish_or_hand_back)
