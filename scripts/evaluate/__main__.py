@@ -1,8 +1,13 @@
-"""Does retrieval help? Generate the same prompts and seeds with four choices of references, and judge the images.
+"""Does retrieval help, and are its references right? Three parts, of which `--only` chooses some.
 
     python -m scripts.evaluate
-    python -m scripts.evaluate --quick
+    python -m scripts.evaluate --only gate concepts
     python -m scripts.evaluate --corpus photos/ --model sdxl --judge hf-hub:apple/DFN5B-CLIP-ViT-H-14
+
+The part `arms` generates the same prompts and seeds with four choices of references, and judges the images. The part
+`gate` plans the references of 200 queries for the starter corpus, and counts the right ones. The part `concepts` counts
+the prompts of two things for which both are among the references. These two parts are measured together, on a Postgres
+of their own, and need no generator.
 
 Arms: none (the prompt alone), random (the references of another prompt), retrieved (the references of the service),
 oracle (images of the concept itself). Prompts are names of concepts: `seen`, and `held_out`, on which the generator was
@@ -13,23 +18,30 @@ A corpus is a WebDataset tar, or a folder of images with NAME.json (caption, tag
 The attribute `concept` groups images of one thing; without it the caption does. The attribute `split` = held-out marks
 concepts that the generator was not trained on.
 
-Writes summary.json, table.md, chart.png, sheet.png (references and arms by prompt) and queries.png (searches).
+The arms write summary.json, table.md, chart.png, sheet.png (references and arms by prompt) and queries.png (searches).
+The other parts write relevance.json, relevance.md and relevance.jsonl (the references of each query).
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from scripts.evaluate import report
-from scripts.evaluate.evaluation import Models, Options, evaluate
+from ops.local.stack import StackError
+from scripts.evaluate import relevance, report
+from scripts.evaluate.corpus import Corpus
+from scripts.evaluate.evaluation import Models, Options, evaluate, read_store
+from scripts.evaluate.queries import QUERIES as LABELLED_QUERIES
 from scripts.evaluate.report_files import write_report_files
-from shared.errors import BaseAppException
-from shared.settings import STARTER, load_settings
+from scripts.evaluate.store import Store
+from shared.errors import BaseAppException, ConfigurationError
+from shared.settings import STARTER, Settings, load_settings
+from worker_service.models.clip import Clip
 
+ARMS = "arms"
+PARTS = (ARMS, "gate", "concepts")
 CONCEPTS, QUICK_CONCEPTS, SEEDS = 100, 10, 2
 QUERIES = (
     "sad face",
@@ -51,11 +63,10 @@ QUERIES = (
 
 
 def main() -> None:
-    options, out, queries = _arguments()
+    given, options = _arguments()
     console = Console()
     try:
         settings = load_settings()
-        models = Models.load(options, settings)
         with Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -64,19 +75,58 @@ def main() -> None:
             TimeRemainingColumn(),
             console=console,
         ) as progress:
-            evaluation = evaluate(options, settings, models, progress)
-    except BaseAppException as error:
+            if ARMS in given.only:
+                models = Models.load(options, settings)
+                evaluation = evaluate(options, settings, models, progress)
+                clip, corpus, store = models.clip, evaluation.corpus, evaluation.full_store
+            else:
+                clip = Clip.load(settings.model)
+                corpus, store = read_store(options.corpus, settings, clip, progress)
+            found = _relevance(given, corpus, store, clip, settings, progress)
+    except (BaseAppException, StackError) as error:
         raise SystemExit(f"scripts.evaluate: {error}") from error
-    measured = report.summary(evaluation, report.conditions(evaluation, options, settings, models))
-    console.print(Markdown(report.markdown_report(measured)))
-    for path in write_report_files(evaluation, measured, out=out, queries=queries, models=models, settings=settings):
+    paths = []
+    if ARMS in given.only:
+        measured = report.summary(evaluation, report.conditions(evaluation, options, settings, models))
+        console.print(Markdown(report.markdown_report(measured)))
+        queries = given.query or QUERIES
+        paths += write_report_files(
+            evaluation, measured, out=given.out, queries=queries, models=models, settings=settings
+        )
+    if isinstance(found, str):
+        console.print(f"gate and concepts: skipped, {found}")
+    elif found is not None:
+        console.print(Markdown(relevance.markdown_report(found.summary)))
+        paths += relevance.write_files(found, given.out)
+    for path in paths:
         console.print(f"wrote [bold]{path}")
 
 
-def _arguments() -> tuple[Options, Path, Sequence[str]]:
-    """Return the options, the output folder, and the queries for queries.png."""
+def _relevance(
+    given: argparse.Namespace, corpus: Corpus, store: Store, clip: Clip, settings: Settings, progress: Progress
+) -> relevance.Relevance | str | None:
+    """Measure the parts `gate` and `concepts`; return the reason if the default queries are for another corpus."""
+    if not {"gate", "concepts"} & set(given.only):
+        return None
+    path = given.labelled_queries or LABELLED_QUERIES
+    try:
+        return relevance.measure(store, clip, settings, progress, queries=path, corpus_digest=corpus.digest)
+    except ConfigurationError as error:
+        if given.labelled_queries is None and len(given.only) == len(PARTS):
+            return str(error)
+        raise
+
+
+def _arguments() -> tuple[argparse.Namespace, Options]:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
+    parser.add_argument(
+        "--labelled-queries",
+        type=Path,
+        metavar="FILE",
+        help="queries with their right captions, in the form of scripts/evaluate/queries.json, for the corpus",
     )
     parser.add_argument("--concepts", type=_positive, metavar="N", help=f"per split (default: {CONCEPTS})")
     parser.add_argument("--seeds", type=_positive, metavar="N", help=f"images per concept and arm (default: {SEEDS})")
@@ -115,7 +165,7 @@ def _arguments() -> tuple[Options, Path, Sequence[str]]:
         seeds=given.seeds or SEEDS,
         unseen_style=given.unseen_style,
     )
-    return options, given.out, given.query or QUERIES
+    return given, options
 
 
 def _positive(text: str) -> int:

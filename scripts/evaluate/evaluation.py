@@ -102,11 +102,8 @@ def evaluate(options: Options, settings: Settings, models: Models, progress: Pro
         InvalidOutputError: the generator produced an image that is not valid.
     """
     # 1. Read the corpus and measure the retriever on it.
-    decoding = progress.add_task("decoding the corpus", total=None)
-    corpus = read_corpus(options.corpus, limits=settings.api, threads=torch.get_num_threads())
-    progress.update(decoding, total=1, completed=1)
+    corpus, full_store = read_store(options.corpus, settings, models.clip, progress)
     names = corpus.concepts()
-    full_store = Store.of(corpus.images, _embed_images(models.clip, corpus.images, progress))
     queries = dict(zip(names, l2_normalised(models.clip.encode_text(names)), strict=True))
     retrieval = retrieval_quality.recall_by_name(
         queries, full_store.vectors, [image.concept for image in corpus.images]
@@ -171,6 +168,18 @@ def evaluate(options: Options, settings: Settings, models: Models, progress: Pro
         targets=targets,
         k=k,
     )
+
+
+def read_store(path: Path, settings: Settings, clip: Clip, progress: Progress) -> tuple[Corpus, Store]:
+    """Read a corpus and embed its images.
+
+    Raises:
+        ConfigurationError: the corpus has no image with a caption.
+    """
+    decoding = progress.add_task("decoding the corpus", total=None)
+    corpus = read_corpus(path, limits=settings.api, threads=torch.get_num_threads())
+    progress.update(decoding, total=1, completed=1)
+    return corpus, Store.of(corpus.images, _embed_images(clip, corpus.images, progress))
 
 
 def _embed_images(clip: Clip, images: Sequence[CorpusImage], progress: Progress) -> Floats:

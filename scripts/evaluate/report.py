@@ -12,6 +12,7 @@ from scripts.evaluate.arms import Arm
 from scripts.evaluate.evaluation import Evaluation, Models, Options
 from scripts.evaluate.splits import Split
 from scripts.evaluate.statistics import LEVEL, RESAMPLES, difference, estimate
+from shared.retrieval import resolve_gate
 from shared.settings import Settings
 from worker_service.jobs.outputs import LIBRARIES
 from worker_service.models.clip import Clip
@@ -66,16 +67,16 @@ def summary(evaluation: Evaluation, conditions: Mapping[str, Any]) -> dict[str, 
         },
         "seconds_per_image": {split: splits[split].seconds_per_image for split in splits},
     }
-    rounded: dict[str, Any] = _rounded(measured)
-    return rounded
+    figures: dict[str, Any] = rounded(measured)
+    return figures
 
 
 def conditions(evaluation: Evaluation, options: Options, settings: Settings, models: Models) -> dict[str, Any]:
     """Return everything that the figures depend on, without place and time of the measurement."""
     generator, given = models.generator, evaluation.corpus
     return {
-        "retriever": _clip_conditions(models.clip),
-        "judge": _clip_conditions(models.judge),
+        "retriever": clip_conditions(models.clip),
+        "judge": clip_conditions(models.judge),
         "generator": {
             "name": generator.name,
             "pipeline": generator.capabilities.pipeline,
@@ -96,7 +97,7 @@ def conditions(evaluation: Evaluation, options: Options, settings: Settings, mod
         "concepts": {split: len(measured.cases) for split, measured in evaluation.splits.items()},
         "seeds": options.seeds,
         "references_per_image": evaluation.k,
-        "min_similarity": settings.retrieval.min_similarity,
+        "min_similarity": resolve_gate(None, settings.retrieval.min_similarity).min_similarity,
         "duplicate_similarity": settings.retrieval.duplicate_similarity,
         "weight_temperature": settings.retrieval.weight_temperature,
         "clip_i_targets": "one image of each concept, kept out of the store"
@@ -107,7 +108,7 @@ def conditions(evaluation: Evaluation, options: Options, settings: Settings, mod
     }
 
 
-def _clip_conditions(clip: Clip) -> dict[str, Any]:
+def clip_conditions(clip: Clip) -> dict[str, Any]:
     return {"name": clip.name, "weights_digest": clip.weights_digest, "space_digest": clip.space_digest}
 
 
@@ -138,11 +139,12 @@ def _retrieval_helps(pairs: Mapping[str, Mapping[str, Any]]) -> bool:
     return all(measure in pair and pair[measure]["low"] > 0 for pair in pairs.values() for measure in DECIDING)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Return the value with all its numbers rounded, so that equal measurements give equal files."""
     if isinstance(value, dict):
-        return {str(key): _rounded(inner) for key, inner in value.items()}
+        return {str(key): rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_rounded(inner) for inner in value]
+        return [rounded(inner) for inner in value]
     return round(value, 5) if isinstance(value, float) else value
 
 
@@ -189,7 +191,7 @@ def _arm_table(measured: Mapping[str, Any], split: str) -> str:
         rows.append([arm, *cells, f"{measured['seconds_per_image'][split][arm]:.2f}"])
     real = measured["real_images"][split]
     rows.append(["real images", *(_estimate(real.get(measure), None) for measure in COLUMNS), ""])
-    return _markdown(["arm", *COLUMNS.values(), "s/image"], rows)
+    return markdown_table(["arm", *COLUMNS.values(), "s/image"], rows)
 
 
 def _estimate(mean: float | None, interval: Sequence[float] | None) -> str:
@@ -209,7 +211,7 @@ def _difference_table(pairs: Mapping[str, Mapping[str, Any]]) -> str:
         for pair, by_measure in pairs.items()
         for measure, found in by_measure.items()
     ]
-    return _markdown(["difference", "measure", "mean with interval", "wins"], rows)
+    return markdown_table(["difference", "measure", "mean with interval", "wins"], rows)
 
 
 def _retrieval_table(measured: Mapping[str, Any]) -> str:
@@ -229,7 +231,7 @@ def _retrieval_table(measured: Mapping[str, Any]) -> str:
             f"PSNR {measured['autoencoder']['psnr_db']:.1f} dB",
         ],
     ]
-    return _markdown(["part", "figure"], rows)
+    return markdown_table(["part", "figure"], rows)
 
 
 def _recall(what: str, found: Mapping[str, Any]) -> list[str]:
@@ -250,6 +252,7 @@ def _conditions_text(given: Mapping[str, Any]) -> str:
     )
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table as Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -42,6 +42,21 @@ def estimate(values: Floats, *, seed: int = 0) -> Estimate | None:
     return Estimate(mean=float(measured.mean()), low=low, high=high, concepts=len(measured))
 
 
+def ratio(numerators: Floats, denominators: Floats, *, seed: int = 0) -> Estimate | None:
+    """Return the sum of `numerators` divided by that of `denominators`, shapes (n,), one value per concept.
+
+    None if all denominators are zero.
+    """
+    if not denominators.sum():
+        return None
+    picks = _picks(len(numerators), seed)
+    totals = denominators[picks].sum(axis=1)
+    resampled = numerators[picks].sum(axis=1)[totals > 0] / totals[totals > 0]
+    low, high = _percentiles(resampled)
+    mean = float(numerators.sum() / denominators.sum())
+    return Estimate(mean=mean, low=low, high=high, concepts=len(numerators))
+
+
 def difference(a: Floats, b: Floats, *, seed: int = 0) -> Difference | None:
     """Return mean and interval of `a - b`, shapes (n,), over concepts with both values; None without such concepts."""
     measured = (a - b)[~np.isnan(a - b)]
@@ -55,7 +70,15 @@ def difference(a: Floats, b: Floats, *, seed: int = 0) -> Difference | None:
 
 
 def _interval(values: Floats, seed: int) -> tuple[float, float]:
-    picks = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    return _percentiles(values[_picks(len(values), seed)].mean(axis=1))
+
+
+def _picks(count: int, seed: int) -> npt.NDArray[np.integer]:
+    """Return the places that each resample takes, shape (RESAMPLES, count)."""
+    return np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+
+
+def _percentiles(resampled: Floats) -> tuple[float, float]:
     tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(values[picks].mean(axis=1), [tail, 100 - tail])
+    low, high = np.percentile(resampled, [tail, 100 - tail])
     return float(low), float(high)

@@ -36,16 +36,14 @@ def test_the_evaluation_chooses_references_as_the_service_does(session: Session)
     store = Store.of(images, projections)
     settings = RetrievalSettings(min_similarity=0.3, duplicate_similarity=0.97)
     for query in l2_normalised(projections[3] + rng.normal(size=(5, DIM)).astype(np.float32)):
-        theirs = retrieval.plan(
+        theirs = retrieval.plan_concepts(
             session,
             space,
-            query,
-            k=4,
-            min_similarity=settings.min_similarity,
-            collection_id=SHARED_COLLECTION,
-            where=ImageFilter(),
+            [retrieval.ConceptQuery("", [query], SHARED_COLLECTION, ImageFilter())],
+            most=4,
+            gate=retrieval.Gate(0.3),
             settings=settings,
-        )
+        ).candidates
         ours = store.plan(query, k=4, settings=settings)
         assert {r.used for r in ours} == {True, False}, "some images are below min_similarity"
         assert not {rows[3].sha256, rows[5].sha256} <= {r.scored.image.sha256 for r in ours}, (
