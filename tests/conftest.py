@@ -20,12 +20,11 @@ import psycopg2
 import pytest
 import redis
 from hypothesis import settings as hypothesis_settings
-from psycopg2 import extensions
 from sqlalchemy import URL, event, make_url
 from sqlalchemy.orm import Session
 
 from ops.local.stack import DATABASE, LocalStack
-from shared.db.session import build_engine, get_engine
+from shared.db.session import build_engine, get_engine, unbounded_waits
 from shared.messaging import queue
 from shared.messaging.coalesce import close_notifiers
 from shared.settings import Settings, get_settings
@@ -102,20 +101,18 @@ def fresh_database(servers: LocalStack) -> Iterator[str]:
 
 
 def _administer(server: URL, statement: str) -> None:
-    # The API sets a wait callback that limits the time of a statement. A copy of a database may take longer.
-    bound = extensions.get_wait_callback()
-    extensions.set_wait_callback(None)
-    # A connection for each statement: a test may have restarted the server in between.
-    admin = psycopg2.connect(
-        host=server.host, port=server.port, user=server.username, password=server.password, dbname="postgres"
-    )
-    try:
-        admin.autocommit = True
-        with admin.cursor() as cursor:
-            cursor.execute(statement)
-    finally:
-        admin.close()
-        extensions.set_wait_callback(bound)
+    # The API limits the time of a statement in its process. A copy of a database may take longer. A connection for
+    # each statement: a test may have restarted the server in between.
+    with unbounded_waits():
+        admin = psycopg2.connect(
+            host=server.host, port=server.port, user=server.username, password=server.password, dbname="postgres"
+        )
+        try:
+            admin.autocommit = True
+            with admin.cursor() as cursor:
+                cursor.execute(statement)
+        finally:
+            admin.close()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 
 import numpy as np
 from numpy.typing import NDArray
+from pgvector.sqlalchemy import BIT, HALFVEC
 from sqlalchemy import (
     ColumnElement,
     Integer,
@@ -24,23 +25,29 @@ from sqlalchemy import (
     exists,
     func,
     literal,
-    or_,
     select,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
+from shared.contracts.collections import Access
 from shared.contracts.images import ImageQuery, ImageState
-from shared.contracts.search import ImageFilter
+from shared.contracts.search import FoundBy, ImageFilter
+from shared.contracts.search_tuning import IndexKind, SearchTuning
 from shared.db import leasing, paging, spaces
+from shared.db.collections import Principal, access_of, require, visible_to
 from shared.db.spaces import Space
-from shared.db.tables import Collection, Image
+from shared.db.tables import Collection, EmbeddingSpace, Image, SpaceAttempt
 from shared.errors import EmbeddingCrashedError, ResourceNotFoundError
 from shared.metrics import RETRIEVAL_DURATION, RETRIEVAL_SIMILARITY, time_operation
 
 Vector = NDArray[np.float32]
 STORED_FILE = ("blob_key", "thumbnail_key", "format", "width", "height", "size_bytes", "perceptual_hash")
+UNMEASURED_EF_SEARCH = 100
+UNMEASURED_EXACT_BELOW = 100_000
+MAX_EF_SEARCH = 1000
+"""The largest `hnsw.ef_search` of pgvector."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,16 @@ class ScoredImage:
     """An image with its similarity to a query.
 
     similarity: cosine, in [-1, 1]; NaN without a query. vector: shape (dim,), float32, L2-normalised. norm: its length
-    before normalisation.
+    before normalisation. found_by: the searches that found it. word_share: part of the query's words, by weight, that
+    its caption and tags have, in [0, 1]; 0 if it was not found by words.
     """
 
     image: Image
     similarity: float
     vector: Vector
     norm: float
+    found_by: tuple[FoundBy, ...] = (FoundBy.VECTOR,)
+    word_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,46 +132,27 @@ def add(session: Session, collection_id: UUID, **columns: Any) -> tuple[Image, b
         # The image was deleted between the statements, so the insert can succeed now.
 
 
-def get(session: Session, image_id: UUID, *, owner_id: UUID, lock: bool = False) -> tuple[Image, Collection]:
-    """The image and its collection, if `owner_id` may see it.
+def get(
+    session: Session, image_id: UUID, *, principal: Principal, needs: Access = Access.READ, lock: bool = False
+) -> tuple[Image, Collection]:
+    """The image and its collection, if the principal may see it.
 
     lock: no other transaction changes or deletes the image until this one ends.
 
     Raises:
-        ResourceNotFoundError: the image does not exist, or is in a collection that `owner_id` may not see.
+        ResourceNotFoundError: the image does not exist, or is in a collection that the principal may not see.
+        CollectionAccessError: the principal may see the collection, but not more.
     """
     statement = (
-        select(Image, Collection)
+        select(Image, Collection, access_of(principal))
         .join(Collection, Collection.id == Image.collection_id)
-        .where(Image.id == image_id, visible_to(owner_id))
+        .where(Image.id == image_id, visible_to(principal))
     )
     row = session.execute(statement.with_for_update(of=Image) if lock else statement).one_or_none()
     if row is None:
         raise ResourceNotFoundError("There is no such image.", image_id=str(image_id))
+    require(row[2], needs)
     return row[0], row[1]
-
-
-def get_collection(session: Session, name: str, *, owner_id: UUID) -> Collection:
-    """The owner's collection with this name; otherwise a shared one.
-
-    Raises:
-        ResourceNotFoundError: neither exists.
-    """
-    statement = (
-        select(Collection)
-        .where(Collection.name == name, visible_to(owner_id))
-        .order_by((Collection.owner_id == owner_id).desc())
-        .limit(1)
-    )
-    collection = session.scalar(statement)
-    if collection is None:
-        raise ResourceNotFoundError("There is no such collection.", collection=name)
-    return collection
-
-
-def visible_to(owner_id: UUID) -> ColumnElement[bool]:
-    """The condition on collections that `owner_id` may see: their own and shared ones."""
-    return or_(Collection.owner_id == owner_id, Collection.shared)
 
 
 def list_page(session: Session, query: ImageQuery, *, collection_id: UUID) -> tuple[list[Image], str | None]:
@@ -188,6 +179,14 @@ def remove(session: Session, image: Image) -> None:
     """Delete an image. From this commit on, no search finds it. The sweeper deletes its bytes later."""
     session.execute(delete(Image).where(Image.id == image.id))
     bump_collection_version(session, image.collection_id)
+
+
+def remove_all(session: Session, image_ids: Sequence[UUID]) -> None:
+    """Delete those of these images that exist, as `remove` does."""
+    statement = delete(Image).where(leasing.in_lock_order(Image, Image.id.in_(image_ids)))
+    removed = session.scalars(statement.returning(Image.collection_id).execution_options(synchronize_session=False))
+    for collection_id in sorted(set(removed)):
+        bump_collection_version(session, collection_id)
 
 
 def bump_collection_version(session: Session, collection_id: UUID) -> None:
@@ -312,7 +311,7 @@ def reopen_without_vector(session: Session, space: Space, *, after: UUID | None 
         return Reopened([], None)
     statement = (
         update(Image)
-        .where(leasing.in_lock_order(Image, and_(Image.id.between(ids[0], ids[-1]), _lacks_vector(space))))
+        .where(leasing.in_lock_order(Image, and_(Image.id.between(ids[0], ids[-1]), lacks_vector(space))))
         .values(state=ImageState.PENDING, error_code=None, crashes=0, model_started=False, lease_until=None)
         .returning(Image.id)
         .execution_options(synchronize_session=False)
@@ -321,15 +320,37 @@ def reopen_without_vector(session: Session, space: Space, *, after: UUID | None 
     return Reopened(reopened, ids[-1] if len(ids) == limit else None)
 
 
+def make_ready(session: Session, space: Space) -> None:
+    """Make `pending` and `failed` images `ready` that have a vector in `space`, the active one.
+
+    An embedding of such an image that still runs then stores nothing.
+    """
+    has_vector = exists().where(space.table.c.image_id == Image.id)
+    statement = (
+        update(Image)
+        .where(leasing.in_lock_order(Image, and_(Image.state != ImageState.READY, has_vector)))
+        .values(state=ImageState.READY, error_code=None, crashes=0, model_started=False, lease_until=None)
+        .returning(Image.collection_id)
+        .execution_options(synchronize_session=False)
+    )
+    for collection_id in sorted(set(session.scalars(statement))):
+        bump_collection_version(session, collection_id)
+
+
 def count_without_vector(session: Session, space: Space) -> int:
     """How many `ready` images have no vector in this space."""
-    return session.scalar(select(func.count()).select_from(Image).where(_lacks_vector(space))) or 0
+    return session.scalar(select(func.count()).select_from(Image).where(lacks_vector(space))) or 0
 
 
-def list_without_vector(session: Session, space: Space, *, after: UUID, limit: int) -> list[Image]:
-    """`ready` images without a vector in this space whose ids follow `after`, by id."""
-    statement = select(Image).where(_lacks_vector(space), Image.id > after).order_by(Image.id).limit(limit)
-    return list(session.scalars(statement))
+def list_untried(session: Session, space: Space, *, after: UUID, limit: int) -> list[Image]:
+    """`ready` images without a vector in this space whose ids follow `after`, by id.
+
+    Images that a worker of the space has claimed, or could not embed, are left out. The lock keeps an image from being
+    deleted until the transaction ends.
+    """
+    tried = exists().where(SpaceAttempt.space_id == space.id, SpaceAttempt.image_id == Image.id)
+    statement = select(Image).where(lacks_vector(space), ~tried, Image.id > after).order_by(Image.id).limit(limit)
+    return list(session.scalars(statement.with_for_update(read=True, key_share=True, skip_locked=True)))
 
 
 def add_vectors(
@@ -351,8 +372,13 @@ def add_vectors(
     return list(there)
 
 
-def mark_embedding_failed(session: Session, claim: ImageClaim, *, code: str) -> bool:
-    """Set an image to `failed`; False when it was not owned any more. code: the error's code."""
+def mark_embedding_failed(session: Session, space: Space, claim: ImageClaim, *, code: str) -> bool:
+    """Set an image to `failed`; False when it was not owned any more. code: the error's code.
+
+    If another space became active since the claim, the image is handed back to a worker of that space.
+    """
+    if not spaces.is_active(session, space, lock=True):
+        return hand_back(session, [claim]) > 0
     statement = (
         update(Image)
         .where(_owned([claim]))
@@ -392,7 +418,8 @@ def take_back_expired(session: Session, *, max_crashes: int, limit: int = 1000) 
     return [(row.id, ImageState(row.state)) for row in session.execute(statement)]
 
 
-def _lacks_vector(space: Space) -> ColumnElement[bool]:
+def lacks_vector(space: Space) -> ColumnElement[bool]:
+    """The condition on `ready` images that have no vector in this space."""
     vectors = space.table
     return and_(Image.state == ImageState.READY, ~exists().where(vectors.c.image_id == Image.id))
 
@@ -413,7 +440,7 @@ def find_vector(session: Session, space: Space, image_id: UUID) -> tuple[Vector,
     """The stored vector (L2-normalised, shape (dim,)) and its norm; None if the image has no vector in this space."""
     table = space.table
     row = session.execute(select(table.c.embedding, table.c.norm).where(table.c.image_id == image_id)).one_or_none()
-    return (_as_vector(row.embedding), row.norm) if row is not None else None
+    return (as_vector(row.embedding), row.norm) if row is not None else None
 
 
 def find_by_ids(
@@ -428,19 +455,19 @@ def find_by_ids(
     )
     found = {}
     for image, embedding, norm in session.execute(statement):
-        vector = _as_vector(embedding)
+        vector = as_vector(embedding)
         similarity = float(vector @ query) if query is not None else float("nan")
         found[image.id] = ScoredImage(image=image, similarity=similarity, vector=vector, norm=norm)
     return found
 
 
-def filter_searchable(session: Session, space: Space, image_ids: Sequence[UUID], *, owner_id: UUID) -> set[UUID]:
-    """The ids of the images that `owner_id` may see and that a job could use now."""
+def filter_searchable(session: Session, space: Space, image_ids: Sequence[UUID], *, principal: Principal) -> set[UUID]:
+    """The ids of the images that the principal may see and that a job could use now."""
     statement = (
         select(Image.id)
         .join(Collection, Collection.id == Image.collection_id)
         .join(space.table, space.table.c.image_id == Image.id)
-        .where(Image.id.in_(image_ids), Image.state == ImageState.READY, visible_to(owner_id))
+        .where(Image.id.in_(image_ids), Image.state == ImageState.READY, visible_to(principal))
     )
     return set(session.scalars(statement))
 
@@ -454,49 +481,113 @@ def nearest(
     k: int,
     collection_id: UUID,
     where: ImageFilter,
-    ef_search: int,
+    ef_search: int | None,
     exact_below: int,
 ) -> Nearest:
-    """The `k` searchable images nearest to `vector`, most similar first.
+    """The `k` searchable images nearest to `vector`, most similar first. Fewer come only when the filter leaves fewer.
 
-    vector: shape (space.dim,), float32, L2-normalised. Similarity is cosine, in [-1, 1].
+    When the filter leaves fewer than `exact_below` images, each of them is compared. Until
+    `tune-search` has measured the index, this holds below UNMEASURED_EXACT_BELOW images. Otherwise the HNSW index is
+    scanned iteratively, so that the filter does not shorten the result. If the scan ends early all the same, at
+    `hnsw.max_scan_tuples`, each image is compared after all.
 
-    When the filter leaves fewer than `exact_below` images, each of them is compared. Otherwise the HNSW index is
-    scanned iteratively, so that the filter does not shorten the result. The result has fewer than `k` images when the
-    filter leaves fewer, or when the iterative scan reaches `hnsw.max_scan_tuples`.
+    Args:
+        vector: shape (space.dim,), float32, L2-normalised. Similarity is cosine, in [-1, 1].
+        ef_search: candidates that the index examines; `None`: as `search_tuning` measured.
     """
-    table = space.table
-    conditions = _conditions(collection_id, where)
-    few = select(Image.id).where(*conditions).limit(exact_below).subquery()
-    exact = (session.scalar(select(func.count()).select_from(few)) or 0) < exact_below
-
-    distance = table.c.embedding.cosine_distance(vector.tolist())
-    # With `+ 0` the planner cannot use the index for the order, which forces the exact comparison.
-    order = distance + literal(0) if exact else distance
-    statement: Select[Any] = (
-        select(Image, distance.label("distance"), table.c.embedding, table.c.norm)
-        .join(table, table.c.image_id == Image.id)
-        .where(*conditions)
-        .order_by(*((order, Image.id) if exact else (order,)))
-        .limit(k)
-    )
+    conditions = passing(collection_id, where)
+    index = session.get(EmbeddingSpace, space.id)  # None: an operator drops the space at this moment
+    kind = IndexKind.HALFVEC if index is None else IndexKind(index.index_kind)
+    width = ef_search or _tuned_ef_search(index, k)
+    # An index without a measurement may miss images, and comparing all is quick enough for more of them.
+    enough = exact_below if width else max(exact_below, UNMEASURED_EXACT_BELOW)
+    few = select(Image.id).where(*conditions).limit(enough).subquery()
+    exact = (session.scalar(select(func.count()).select_from(few)) or 0) < enough
     if not exact:
-        # set_config(..., true) lasts for this transaction only, so the next user of the connection does not inherit it.
-        settings = {"hnsw.ef_search": str(max(ef_search, min(k, 1000))), "hnsw.iterative_scan": "strict_order"}
-        for name, value in settings.items():
-            session.execute(select(func.set_config(name, value, True)))
-    found = [
-        ScoredImage(image=image, similarity=1 - float(distance), vector=_as_vector(embedding), norm=norm)
-        for image, distance, embedding, norm in session.execute(statement)
-    ]
-    # The index orders by vectors that it has normalised and rounded again, so its order differs in the last digits.
-    found.sort(key=lambda each: (-each.similarity, each.image.id))
+        width = width or UNMEASURED_EF_SEARCH
+        found = scan_index(session, space, vector, k=k, conditions=conditions, kind=kind, ef_search=width)
+        exact = len(found) < k
+    if exact:
+        found = compare_all(session, space, vector, k=k, conditions=conditions)
     for neighbour in found:
         RETRIEVAL_SIMILARITY.observe(neighbour.similarity)
     return Nearest(images=found, exact=exact)
 
 
-def _conditions(collection_id: UUID, where: ImageFilter) -> list[ColumnElement[bool]]:
+def _tuned_ef_search(index: EmbeddingSpace | None, k: int) -> int | None:
+    if index is None or index.search_tuning is None:
+        return None
+    tuning = SearchTuning.model_validate(index.search_tuning)
+    return tuning.ef_search(k) if tuning.index_kind == index.index_kind else None
+
+
+def scan_index(
+    session: Session,
+    space: Space,
+    vector: Vector,
+    *,
+    k: int,
+    conditions: Sequence[ColumnElement[bool]],
+    kind: IndexKind,
+    ef_search: int,
+) -> list[ScoredImage]:
+    """The `k` images that the approximate index finds, most similar first. vector: as in `nearest`."""
+    # set_config(..., true) lasts for this transaction only, so the next user of the connection does not inherit it.
+    width = max(ef_search, min(k, MAX_EF_SEARCH))
+    for name, value in (("hnsw.ef_search", str(width)), ("hnsw.iterative_scan", "strict_order")):
+        session.execute(select(func.set_config(name, value, True)))
+    table = space.table
+    if kind is IndexKind.HALFVEC:
+        return _scored(session, space, vector, k=k, conditions=conditions, exact=False)
+    signs = cast(func.binary_quantize(table.c.embedding), BIT(space.dim))
+    wanted = cast(func.binary_quantize(cast(vector.tolist(), HALFVEC(space.dim))), BIT(space.dim))
+    candidates = (
+        select(table.c.image_id)
+        .join(Image, Image.id == table.c.image_id)
+        .where(*conditions)
+        .order_by(signs.hamming_distance(wanted))
+        .limit(width)
+    )
+    return compare_all(session, space, vector, k=k, conditions=[Image.id.in_(candidates)])
+
+
+def compare_all(
+    session: Session, space: Space, vector: Vector, *, k: int, conditions: Sequence[ColumnElement[bool]]
+) -> list[ScoredImage]:
+    """The `k` images of those that fulfil the conditions, most similar first. vector: as in `nearest`."""
+    return _scored(session, space, vector, k=k, conditions=conditions, exact=True)
+
+
+def _scored(
+    session: Session,
+    space: Space,
+    vector: Vector,
+    *,
+    k: int,
+    conditions: Sequence[ColumnElement[bool]],
+    exact: bool,
+) -> list[ScoredImage]:
+    table = space.table
+    distance = table.c.embedding.cosine_distance(vector.tolist())
+    # With `+ 0` the planner cannot use the index for the order, which forces the exact comparison.
+    order = (distance + literal(0), Image.id) if exact else (distance,)
+    statement: Select[Any] = (
+        select(Image, distance.label("distance"), table.c.embedding, table.c.norm)
+        .join(table, table.c.image_id == Image.id)
+        .where(*conditions)
+        .order_by(*order)
+        .limit(k)
+    )
+    found = [
+        ScoredImage(image=image, similarity=1 - float(distance), vector=as_vector(embedding), norm=norm)
+        for image, distance, embedding, norm in session.execute(statement)
+    ]
+    # The index orders by vectors that it has normalised and rounded again, so its order differs in the last digits.
+    return sorted(found, key=lambda each: (-each.similarity, each.image.id))
+
+
+def passing(collection_id: UUID, where: ImageFilter) -> list[ColumnElement[bool]]:
+    """The conditions on images of this collection that are searchable and that the filter lets through."""
     conditions = [Image.collection_id == collection_id, Image.state == ImageState.READY]
     if where.tags:
         conditions.append(Image.tags.contains(where.tags))
@@ -513,5 +604,6 @@ def _conditions(collection_id: UUID, where: ImageFilter) -> list[ColumnElement[b
     return conditions
 
 
-def _as_vector(embedding: Any) -> Vector:
+def as_vector(embedding: Any) -> Vector:
+    """A stored embedding as an array: shape (dim,), float32."""
     return np.asarray(embedding, dtype=np.float32)

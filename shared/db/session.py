@@ -60,6 +60,8 @@ IDLE_IN_TRANSACTION = "25P03"
 """The error code of a statement in a transaction that the server has ended after `IDLE_LIMIT_S`."""
 CONFLICTS = {"40001", "40P01", "55P03"}
 """The error codes of a serialization failure, a deadlock, and a lock that was not free in time."""
+DROPPED_VECTORS = "42P01", 'relation "vectors_'
+"""The error code and a part of the server's message for a table of vectors that an operator has dropped."""
 QUERY_CANCELED, TOO_MANY_CONNECTIONS = "57014", "53300"
 CONNECTION_LOST = ("08", "57P")
 """Beginnings of the error codes when the connection fails, or when the server stops."""
@@ -101,6 +103,17 @@ def bound_waits(limit_s: float) -> BoundedWait:
     wait = BoundedWait(limit_s)
     extensions.set_wait_callback(wait)
     return wait
+
+
+@contextmanager
+def unbounded_waits() -> Iterator[None]:
+    """Let the statements of this process take any time in the block, and let it use COPY. For commands alone."""
+    callback = extensions.get_wait_callback()
+    extensions.set_wait_callback(None)
+    try:
+        yield
+    finally:
+        extensions.set_wait_callback(callback)
 
 
 def _bounded_wait() -> BoundedWait:
@@ -149,7 +162,7 @@ def session_scope() -> Iterator[Session]:
 def _named(error: DBAPIError) -> DatabaseError:
     """The error of the product for an error of the driver. It names the cause."""
     code = getattr(error.orig, "pgcode", None)
-    if code in CONFLICTS:
+    if code in CONFLICTS or (code == DROPPED_VECTORS[0] and DROPPED_VECTORS[1] in str(error.orig)):
         return DatabaseConflictError()
     if code == QUERY_CANCELED:
         return DatabaseConnectionError("A database statement took too long.")

@@ -22,11 +22,12 @@ from sqlalchemy import (
     SmallInteger,
     Text,
     UniqueConstraint,
+    Uuid,
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TSVECTOR
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, synonym
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -46,6 +47,7 @@ class Base(DeclarativeBase):
         dict[str, str]: JSONB,
         dict[str, float]: JSONB,
         list[str]: ARRAY(Text),
+        list[UUID]: ARRAY(Uuid),
         float: Double,
         bytes: LargeBinary,
     }
@@ -84,6 +86,7 @@ class ApiKey(Base):
     prefix: Mapped[str]
     secret_sha256: Mapped[bytes] = mapped_column(unique=True)
     scopes: Mapped[list[str]]
+    collection_ids: Mapped[list[UUID] | None]  # the collections that the key may use; None: all of its owner
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
@@ -93,14 +96,33 @@ class Collection(Base):
     """A named set of images. `version` rises with every change and is part of the keys of cached searches."""
 
     __tablename__ = "collections"
-    __table_args__ = (UniqueConstraint("owner_id", "name"),)
+    __table_args__ = (
+        UniqueConstraint("owner_id", "name"),
+        Index("ix_collections_deleting", "deleted_at", postgresql_where=text("deleted_at is not null")),
+    )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     owner_id: Mapped[UUID] = mapped_column(ForeignKey("owners.id", ondelete="CASCADE"))
     name: Mapped[str]
-    shared: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
+    shared: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))  # every owner may read and write it
+    description: Mapped[str | None]
+    defaults: Mapped[dict[str, Any]] = mapped_column(server_default="{}")  # a `CollectionDefaults` without its nulls
     version: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    deleted_at: Mapped[datetime | None]  # hidden from then on; housekeeping deletes its images in steps
+
+
+class CollectionGrant(Base):
+    """The access of another owner to a collection: `read` or `write`."""
+
+    __tablename__ = "collection_grants"
+    __table_args__ = (CheckConstraint("access in ('read', 'write')", name="access"),)
+
+    collection_id: Mapped[UUID] = mapped_column(ForeignKey("collections.id", ondelete="CASCADE"), primary_key=True)
+    owner_id: Mapped[UUID] = mapped_column(ForeignKey("owners.id", ondelete="CASCADE"), primary_key=True, index=True)
+    access: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    id: Mapped[UUID] = synonym("owner_id")  # pages of grants need a name for it
 
 
 class Image(Base):
@@ -112,6 +134,7 @@ class Image(Base):
         CheckConstraint("state in ('pending', 'ready', 'failed')", name="state"),
         Index(None, "collection_id", text("created_at desc"), text("id desc")),
         Index(None, "tags", postgresql_using="gin"),
+        Index(None, "words", postgresql_using="gin"),
         Index(None, "attributes", postgresql_using="gin", postgresql_ops={"attributes": "jsonb_path_ops"}),
         # The outbox of the embed workers: images that are stored and have no vector yet.
         Index("ix_images_pending", "created_at", postgresql_where=text("state = 'pending'")),
@@ -143,6 +166,8 @@ class Image(Base):
     """The description that the uploader's file had last; None before this column existed."""
     filename: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    words: Mapped[str | None] = mapped_column(TSVECTOR, deferred=True)
+    """The words of caption and tags, which a trigger of the database fills; see `shared.db.text_search`."""
 
     attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     crashes: Mapped[int] = mapped_column(Integer, server_default=text("0"))
@@ -165,6 +190,26 @@ class EmbeddingSpace(Base):
     dim: Mapped[int] = mapped_column(Integer)
     active: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    # The vectors that its workers added without a pause, while it was inactive.
+    added: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    adding_since: Mapped[datetime | None]
+    last_added_at: Mapped[datetime | None]
+    # The thresholds of relevance that `scripts.calibrate` measured, as `shared.contracts.calibration` describes them.
+    calibration: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    index_kind: Mapped[str] = mapped_column(server_default="halfvec")  # an `IndexKind`
+    search_tuning: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))  # a `SearchTuning`
+
+
+class SpaceAttempt(Base):
+    """An image that a worker of an inactive space embeds, or could not embed. Deleted when its vector is stored."""
+
+    __tablename__ = "space_attempts"
+
+    space_id: Mapped[int] = mapped_column(ForeignKey("embedding_spaces.id", ondelete="CASCADE"), primary_key=True)
+    image_id: Mapped[UUID] = mapped_column(ForeignKey("images.id", ondelete="CASCADE"), primary_key=True, index=True)
+    crashes: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    lease_until: Mapped[datetime | None]
+    error_code: Mapped[str | None]  # of the error that repeats; such an image is not tried again
 
 
 class Job(Base):
@@ -454,6 +499,52 @@ class OutputReference(Base):
     caption: Mapped[str | None]
 
 
+class WithdrawnImage(Base):
+    """An image that was withdrawn: every output that drew from it is withdrawn too. Neither comes back.
+
+    `cause_id` is the image that was named in the withdrawal; for that image itself, its own id.
+    """
+
+    __tablename__ = "withdrawn_images"
+
+    image_id: Mapped[UUID] = mapped_column(primary_key=True)
+    cause_id: Mapped[UUID]
+    reason: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class DerivedImage(Base):
+    """An image that is a remembered output, and an image from which this output drew. It outlives all three."""
+
+    __tablename__ = "derived_images"
+
+    image_id: Mapped[UUID] = mapped_column(primary_key=True)
+    source_id: Mapped[UUID] = mapped_column(primary_key=True, index=True)
+
+
+class AuditEvent(Base):
+    """One act of a person or program that others may have to account for. A trigger refuses changes of a row."""
+
+    __tablename__ = "audit_events"
+    __table_args__ = (
+        CheckConstraint("actor in ('caller', 'operator')", name="actor"),
+        Index("ix_audit_events_newest", text("created_at desc"), text("id desc")),
+        Index("ix_audit_events_subject", "subject_id", text("created_at desc"), text("id desc")),
+        Index("ix_audit_events_action", "action", text("created_at desc"), text("id desc")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    actor: Mapped[str]
+    owner_id: Mapped[UUID | None]  # no foreign key: the row outlives its owner and its subject
+    key_prefix: Mapped[str | None]
+    action: Mapped[str]
+    subject_kind: Mapped[str]
+    subject_id: Mapped[str]
+    details: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    request_id: Mapped[str | None]
+
+
 class BlobClaim(Base):
     """Blobs that an upload will name in rows: the sweeper keeps them. The claim ends in the commit of these rows."""
 
@@ -481,7 +572,8 @@ class Worker(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
     model: Mapped[str | None]
-    state: Mapped[str]
+    state: Mapped[str]  # `loading`, `ready`, or `standby` while its embedding space is not the active one
+    space: Mapped[str | None]  # digest of the embedding space of its CLIP
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.now())
 

@@ -10,13 +10,13 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from scripts.admin import main as admin
+from scripts.admin.__main__ import main as admin
 from shared.contracts.jobs import JobState
-from shared.db import jobs, spaces
-from shared.db.tables import Job, Owner
+from shared.db import collections, jobs, owners, spaces
+from shared.db.tables import ApiKey, Job, Owner
 from shared.settings import Settings
 from shared.storage import get_blobs, thumbnail_key
-from tests.factories import make_job
+from tests.factories import SHARED_COLLECTION, make_job
 from tests.integration.conftest import API, Client
 from tests.integration.test_jobs import claim, let_lease_expire
 
@@ -128,6 +128,28 @@ def test_an_owner_with_an_invalid_name_is_not_created(
     assert name not in session.scalars(select(Owner.name)).all()
 
 
+def test_a_key_is_limited_to_collections(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "create-owner", "team-a")
+    create = ("create-key", "team-a", "--name", "shop", "--scopes", "search")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *create, "--collections", "shared,products")
+    assert "There is no collection 'products'." in capsys.readouterr().err
+    owner_id = owners.ensure(session, "team-a")
+    products = collections.create(session, "products", owner_id=owner_id, most=None)
+    session.commit()
+    run(monkeypatch, *create, "--collections", "shared,products")
+    key = session.scalars(select(ApiKey)).one()
+    assert key.collection_ids == [SHARED_COLLECTION, products.id]
+    capsys.readouterr()
+    run(monkeypatch, "list-keys")
+    assert "only in: products shared" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *create[:-1], "admin", "--collections", "shared")
+    assert "cannot be limited" in capsys.readouterr().err
+
+
 def test_list_keys_and_list_spaces_fit_in_80_columns(
     session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,7 +161,7 @@ def test_list_keys_and_list_spaces_fit_in_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     for command, expected in (
         ("list-keys", (key_id, "owner: team-a", "name: a laptop with a long name", "scopes: generate search")),
-        ("list-spaces", (digest, "model: ViT-B-32/laion2b_s34b_b79k", "vectors: 0, images without: 0")),
+        ("list-spaces", (digest, "model: ViT-B-32/laion2b_s34b_b79k", "vectors: 0, missing: 0, failed: 0")),
     ):
         monkeypatch.setattr("sys.argv", ["admin", command])
         admin()

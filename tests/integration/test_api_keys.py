@@ -9,7 +9,7 @@ from flask.testing import FlaskClient
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from scripts.admin import main as admin
+from scripts.admin.__main__ import main as admin
 from shared.db.tables import ApiKey
 from tests.factories import make_job
 from tests.integration.conftest import API, a_key, picture

@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 from shared import retrieval
 from shared.contracts.generation import PinnedReference
 from shared.contracts.search import ImageFilter
-from shared.db import images, owners, spaces
+from shared.db import collections, images, owners, spaces
+from shared.db.collections import Principal
 from shared.db.images import ImageClaim, Nearest, Vector
 from shared.db.session import session_scope
 from shared.db.spaces import Space
@@ -56,7 +57,7 @@ def nearest(
 def test_the_nearest_images_come_first_with_their_cosine_similarity(session: Session, exact_below: int) -> None:
     space = make_space(session)
     by = {angle: make_image(session, vector=5 * axis(0, 1, angle)) for angle in (0.9, 0.1, 0.5)}
-    found = nearest(session, space, axis(0), exact_below=exact_below)
+    found = nearest(session, space, axis(0), k=3, exact_below=exact_below)
     assert found.exact == bool(exact_below)
     assert [f.image.id for f in found.images] == [by[angle].id for angle in (0.1, 0.5, 0.9)]
     assert [f.similarity for f in found.images] == pytest.approx(np.cos([0.1, 0.5, 0.9]), abs=2e-3)
@@ -65,7 +66,7 @@ def test_the_nearest_images_come_first_with_their_cosine_similarity(session: Ses
 
 def test_an_image_without_a_vector_or_of_another_collection_is_not_found(session: Session) -> None:
     space = make_space(session)
-    other = owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "somebody"))
+    other = collections.ensure(session, "mine", owner_id=owners.ensure(session, "somebody"))
     make_image(session)
     make_image(session, vector=axis(0), collection_id=other.id)
     assert nearest(session, space, axis(0)).images == []
@@ -135,7 +136,7 @@ def test_a_vector_that_arrives_after_its_image_was_deleted_is_dropped(session: S
 def test_equal_content_is_one_image_per_collection(session: Session) -> None:
     first = make_image(session, sha256="ab" * 32)
     assert make_image(session, sha256="ab" * 32).id == first.id
-    other = owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "somebody"))
+    other = collections.ensure(session, "mine", owner_id=owners.ensure(session, "somebody"))
     assert make_image(session, sha256="ab" * 32, collection_id=other.id).id != first.id
 
 
@@ -156,7 +157,7 @@ def test_an_image_that_is_deleted_while_its_content_is_added_again_is_added(sess
 def test_a_failed_image_becomes_pending_when_it_is_uploaded_again(session: Session) -> None:
     image = make_image(session, sha256="ab" * 32)
     session.execute(update(Image).values(crashes=3))
-    assert images.mark_embedding_failed(session, ImageClaim.of(image), code="invalid_image")
+    assert images.mark_embedding_failed(session, make_space(session), ImageClaim.of(image), code="invalid_image")
     again = make_image(session, sha256="ab" * 32)
     assert (again.id, again.state, again.error_code, again.crashes) == (image.id, "pending", None, 0)
     assert images.any_pending(session)
@@ -187,7 +188,7 @@ def test_an_attempt_that_lost_its_image_can_write_nothing(session: Session) -> N
 
     assert images.renew(session, [first], lease_s=30) == set()
     assert images.mark_model_started(session, [first]) == set()
-    assert not images.mark_embedding_failed(session, first, code="embedding_failed")
+    assert not images.mark_embedding_failed(session, space, first, code="embedding_failed")
     assert images.store_embeddings(session, space, [first], axis(0)[None], np.ones(1, np.float32)) == []
     assert images.hand_back(session, [first]) == 0
     assert images.store_embeddings(session, space, [second], axis(0)[None], np.ones(1, np.float32)) == [image.id]
@@ -255,29 +256,25 @@ def test_a_space_is_registered_once_and_the_first_one_is_active(session: Session
 
 
 def test_a_collection_is_found_by_its_own_owner_and_the_shared_one_by_all(session: Session) -> None:
-    mine, other = owners.ensure(session, "me"), owners.ensure(session, "other")
-    collection = owners.ensure_collection(session, "private", owner_id=mine)
+    mine, other = (Principal(owners.ensure(session, name)) for name in ("me", "other"))
+    collection = collections.ensure(session, "private", owner_id=mine.owner_id)
     image = make_image(session, collection_id=collection.id)
-    assert images.get_collection(session, "private", owner_id=mine).id == collection.id
-    assert images.get_collection(session, "shared", owner_id=other).id == SHARED_COLLECTION
+    assert collections.get_by_name(session, "private", principal=mine).id == collection.id
+    assert collections.get_by_name(session, "me/private", principal=mine).id == collection.id
+    assert collections.get_by_name(session, "shared", principal=other).id == SHARED_COLLECTION
+    for name in ("private", "me/private", "other/private", "me/shared"):
+        assert collections.find_by_name(session, name, principal=other) is None, name
     with pytest.raises(ResourceNotFoundError):
-        images.get_collection(session, "private", owner_id=other)
-    with pytest.raises(ResourceNotFoundError):
-        images.get(session, image.id, owner_id=other)
+        images.get(session, image.id, principal=other)
 
 
 # --- choosing references ------------------------------------------------------------------------------------------
 
 
-def plan(session: Session, space: Space, **changes: object) -> list[retrieval.Candidate]:
-    arguments: dict[str, object] = {
-        "k": 3,
-        "min_similarity": 0.5,
-        "collection_id": SHARED_COLLECTION,
-        "where": ImageFilter(),
-        "settings": RetrievalSettings(),
-    }
-    return retrieval.plan(session, space, axis(0), **(arguments | changes))  # type: ignore[arg-type]
+def plan(session: Session, space: Space) -> list[retrieval.Candidate]:
+    query = retrieval.ConceptQuery("any", [axis(0)], SHARED_COLLECTION, ImageFilter())
+    gate = retrieval.Gate(0.5)
+    return retrieval.plan_concepts(session, space, [query], most=3, gate=gate, settings=RetrievalSettings()).candidates
 
 
 def test_references_below_min_similarity_are_listed_but_not_used(session: Session) -> None:
@@ -321,7 +318,7 @@ def test_pinned_references_are_used_in_their_order_with_their_weights(session: S
     space = make_space(session)
     first, second = make_image(session, vector=axis(5)), make_image(session, vector=axis(0))
     pinned = [PinnedReference(image_id=first.id, weight=3), PinnedReference(image_id=second.id)]
-    references = retrieval.plan_pinned(session, space, pinned, axis(0))
+    references = retrieval.plan_pinned(session, space, pinned, axis(0)).candidates
     assert [(r.scored.image.id, r.weight, r.used) for r in references] == [
         (first.id, 0.75, True),
         (second.id, 0.25, True),
@@ -334,8 +331,8 @@ def test_a_weight_of_zero_is_not_taken_for_an_unset_one(session: Session) -> Non
     space = make_space(session)
     image = make_image(session, vector=axis(0))
     (scored,) = images.find_by_ids(session, space, [image.id], axis(0)).values()
-    references = retrieval.plan_pinned(session, space, [], axis(0), sent=[(scored, None), (scored, 0.0)])
-    assert [reference.weight for reference in references] == [1.0, 0.0]
+    plan = retrieval.plan_pinned(session, space, [], axis(0), sent=[(scored, None), (scored, 0.0)])
+    assert [reference.weight for reference in plan.candidates] == [1.0, 0.0]
 
 
 def test_a_pinned_reference_that_is_unknown_or_not_embedded_is_refused_by_name(session: Session) -> None:

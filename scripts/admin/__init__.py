@@ -1,0 +1,1 @@
+"""Commands of operators: see `python -m scripts.admin --help`."""

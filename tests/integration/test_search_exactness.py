@@ -1,0 +1,235 @@
+"""Searches find the true nearest images: exactly where they compare all, and nearly always with the index."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sqlalchemy import select, text
+
+from benchmarks.search_scale import FILTERS, load
+from shared.contracts.search import ImageFilter
+from shared.contracts.search_tuning import IndexKind, SearchTuning, TunedSearch
+from shared.db import images, search_tuning, spaces, vector_index
+from shared.db.images import Nearest, Vector
+from shared.db.session import get_engine, session_scope
+from shared.db.spaces import Space
+from shared.db.tables import EmbeddingSpace
+from shared.settings import Settings, get_settings
+from tests.factories import SHARED_COLLECTION
+
+TAGS = {None: 1} | {f"every-{every}": every for every in FILTERS.values()}
+"""Tags of the loaded images, with the number of images of which one has it."""
+
+
+def unit(vectors: NDArray[Any]) -> Vector:
+    normalised: Vector = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+    return normalised
+
+
+class Corpus:
+    """A searchable corpus in the test's database."""
+
+    def __init__(self, vectors: NDArray[Any], *, indexed: bool = True) -> None:
+        # As they are stored: with half precision.
+        self.vectors = unit(vectors).astype(np.float16).astype(np.float32)
+        with session_scope() as session:
+            self.space: Space = spaces.ensure(session, digest="d", model="m", dim=vectors.shape[1])
+        with get_engine().connect() as connection:
+            connection.execute(text("set local statement_timeout = 0"))
+            if not indexed:
+                connection.execute(text(f"drop index ix_{self.space.table.name}_embedding"))
+            self.ids = load(connection, self.space, SHARED_COLLECTION, self.vectors, first=0)
+            connection.execute(text("analyze"))
+            connection.commit()
+
+    def truth(self, query: Vector, *, k: int, tag: str | None = None) -> list[float]:
+        """The similarities of the true nearest images."""
+        rows = self.vectors[:: TAGS[tag]]
+        return sorted((rows @ query / np.linalg.norm(rows, axis=1)).tolist(), reverse=True)[:k]
+
+    def nearest(self, query: Vector, *, k: int = 10, tag: str | None = None, exact_below: int | None = None) -> Nearest:
+        settings = get_settings().retrieval
+        with session_scope() as session:
+            return images.nearest(
+                session,
+                self.space,
+                query,
+                k=k,
+                collection_id=SHARED_COLLECTION,
+                where=ImageFilter(tags=[] if tag is None else [tag]),
+                ef_search=settings.ef_search,
+                exact_below=settings.exact_below if exact_below is None else exact_below,
+            )
+
+    def recall(self, queries: Vector, *, tag: str | None = None) -> float:
+        shares = []
+        for query in queries:
+            truth = self.truth(query, k=10, tag=tag)
+            found = self.nearest(query, tag=tag).images
+            assert len(found) == len(truth)
+            shares.append(sum(each.similarity >= truth[-1] - 1e-3 for each in found) / len(truth))
+        return float(np.mean(shares))
+
+    def measured(self, ef_search: int) -> None:
+        """Let searches use the index, as if it had been measured."""
+        searches = [
+            TunedSearch(k=k, ef_search=ef_search, recall=1, recall_all=1, recall_filtered=1, median_ms=1)
+            for k in search_tuning.KS
+        ]
+        tuning = SearchTuning(
+            target=0.9,
+            index_kind=IndexKind.HALFVEC,
+            vectors=len(self.vectors),
+            queries=1,
+            measured_at=datetime.now(UTC),
+            searches=searches,
+        )
+        with session_scope() as session:
+            search_tuning.store(session, self.space, tuning)
+
+
+def clustered(count: int, *, dim: int = 64, seed: int = 0) -> Vector:
+    """Vectors around random centres, as those of a CLIP lie."""
+    rng = np.random.default_rng(seed)
+    centres = unit(rng.standard_normal((max(2, count // 50), dim)))
+    return unit(centres[rng.integers(len(centres), size=count)] + 0.6 * unit(rng.standard_normal((count, dim)))).astype(
+        np.float32
+    )
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_never_fewer_images_come_than_exist_and_the_best_come_first(settings: Settings, indexed: bool) -> None:
+    corpus = Corpus(clustered(1500))
+    if indexed:
+        corpus.measured(ef_search=400)
+
+    @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 100), tag=st.sampled_from(list(TAGS)))
+    def search(seed: int, k: int, tag: str | None) -> None:
+        query = unit(np.random.default_rng(seed).standard_normal(64)).astype(np.float32)
+        truth = corpus.truth(query, k=k, tag=tag)
+        found = corpus.nearest(query, k=k, tag=tag, exact_below=0 if indexed else None)
+        similarities = [each.similarity for each in found.images]
+        assert len(similarities) == len(truth)
+        assert similarities == sorted(similarities, reverse=True)
+        assert len({each.image.id for each in found.images}) == len(truth)
+        if found.exact:
+            assert similarities == pytest.approx(truth, abs=1e-3)
+
+    search()
+
+
+def test_an_index_scan_that_ends_early_is_followed_by_an_exact_search(settings: Settings) -> None:
+    """The nearest images lack the tag, and `hnsw.max_scan_tuples` ends the scan before it reaches one that has it."""
+    rng = np.random.default_rng(0)
+    near, far = unit(rng.standard_normal(64)), unit(rng.standard_normal(64))
+    vectors = unit(near + 0.1 * unit(rng.standard_normal((2000, 64))))
+    vectors[::200] = unit(-near + 0.1 * far + 0.1 * unit(rng.standard_normal((10, 64))))
+    corpus = Corpus(vectors.astype(np.float32))
+    corpus.measured(ef_search=40)
+    with session_scope() as session:
+        session.execute(text("set local hnsw.max_scan_tuples = 1"))
+        for setting in ("enable_seqscan", "enable_bitmapscan", "enable_sort"):
+            session.execute(text(f"set local {setting} = off"))
+        found = images.nearest(
+            session,
+            corpus.space,
+            near.astype(np.float32),
+            k=10,
+            collection_id=SHARED_COLLECTION,
+            where=ImageFilter(tags=["every-200"]),
+            ef_search=None,
+            exact_below=0,
+        )
+    assert found.exact
+    assert len(found.images) == 10
+
+
+def test_the_measured_width_reaches_the_wanted_recall_and_searches_use_it(settings: Settings) -> None:
+    corpus = Corpus(clustered(1500))
+    with session_scope() as session:
+        measured = search_tuning.measure(session, corpus.space, target=0.97, queries=30)
+        search_tuning.store(session, corpus.space, measured)
+    assert [each.k for each in measured.searches] == [10, 40, 100]
+    assert all(each.recall >= 0.97 for each in measured.searches)
+    assert [each.ef_search for each in measured.searches] == sorted(each.ef_search for each in measured.searches)
+    query = clustered(1, seed=5)[0]
+    assert not corpus.nearest(query, exact_below=0).exact
+    with session_scope() as session:
+        assert session.scalar(select(EmbeddingSpace.search_tuning)) == measured.model_dump(mode="json")
+        search_tuning.store(session, corpus.space, None)
+    assert corpus.nearest(query, exact_below=0).exact, "an index that nobody measured is not trusted"
+
+
+@pytest.mark.parametrize("kind", list(IndexKind))
+def test_an_index_is_built_again_while_images_come_and_searches_run(settings: Settings, kind: IndexKind) -> None:
+    corpus = Corpus(clustered(2000))
+    corpus.measured(ef_search=100)
+    vector_index.rebuild(
+        get_settings().database,
+        corpus.space,
+        kind=kind,
+        m=8,
+        ef_construction=64,
+        memory_mb=64,
+        parallel_workers=0,
+    )
+    with get_engine().connect() as connection:
+        indexes = connection.execute(
+            text("select indexname, indexdef from pg_indexes where tablename = :table and indexdef like '%hnsw%'"),
+            {"table": corpus.space.table.name},
+        ).all()
+        load(connection, corpus.space, SHARED_COLLECTION, clustered(10, seed=9), first=2000)
+    assert [row.indexname for row in indexes] == [f"ix_{corpus.space.table.name}_embedding"]
+    assert ("binary_quantize" in indexes[0].indexdef) == (kind is IndexKind.BIT)
+    with session_scope() as session:
+        assert search_tuning.find_kind(session, corpus.space) is kind
+        for setting in ("enable_seqscan", "enable_bitmapscan", "enable_sort"):
+            session.execute(text(f"set local {setting} = off"))
+        query = clustered(10, seed=9)[3]
+        found = images.scan_index(session, corpus.space, query, k=5, conditions=[], kind=kind, ef_search=200)
+    assert found[0].similarity == pytest.approx(1, abs=2e-3)
+    assert [each.similarity for each in found] == sorted((each.similarity for each in found), reverse=True)
+
+
+def test_a_build_that_was_killed_is_repeated(settings: Settings) -> None:
+    corpus = Corpus(clustered(200))
+    name = f"ix_{corpus.space.table.name}_embedding"
+    build: Callable[[], None] = lambda: vector_index.rebuild(  # noqa: E731
+        get_settings().database,
+        corpus.space,
+        kind=IndexKind.HALFVEC,
+        m=8,
+        ef_construction=64,
+        memory_mb=64,
+        parallel_workers=0,
+    )
+    with get_engine().connect() as connection:
+        # Killed before the last step: the new index serves under its first name.
+        connection.execute(text(f"alter index {name} rename to {name}_new"))
+        connection.commit()
+        build()
+        # Killed in the build: an index that is not complete is left.
+        connection.execute(text(f"create index {name}_new on {corpus.space.table.name} (norm)"))
+        connection.commit()
+        build()
+        names = connection.scalars(
+            text("select indexname from pg_indexes where tablename = :table and indexname like 'ix%'"),
+            {"table": corpus.space.table.name},
+        ).all()
+    assert names == [name]
+
+
+@pytest.mark.extended
+def test_searches_among_50_000_random_vectors_find_the_true_nearest(settings: Settings) -> None:
+    """Independent random vectors are the hardest case for a graph index, and no CLIP makes such ones."""
+    rng = np.random.default_rng(0)
+    corpus = Corpus(rng.standard_normal((50_000, 512), dtype=np.float32), indexed=False)
+    queries = unit(rng.standard_normal((40, 512), dtype=np.float32))
+    assert corpus.recall(queries) >= 0.98
+    for tag in TAGS:
+        assert corpus.recall(queries[:20], tag=tag) >= 0.95
