@@ -30,10 +30,19 @@ from afterimage_client.errors import (
     UnavailableError,
     UnreachableError,
     WaitTimeoutError,
+    WithdrawnError,
 )
 from afterimage_client.images import ImageFile
 from afterimage_client.jobs import Update
 from shared.contracts.bulks import BulkItemView, BulkOptions, BulkState, BulkView, ItemState
+from shared.contracts.collections import (
+    Access,
+    CollectionDefaults,
+    CollectionPatch,
+    CollectionView,
+    GrantedAccess,
+    GrantView,
+)
 from shared.contracts.common import OnInvalid
 from shared.contracts.generation import (
     GenerateRequest,
@@ -51,6 +60,7 @@ from shared.contracts.images import (
     UploadedFile,
     UploadFields,
     UploadResponse,
+    WithdrawalView,
 )
 from shared.contracts.jobs import (
     EventView,
@@ -64,11 +74,24 @@ from shared.contracts.jobs import (
     ReferenceImageView,
     Replay,
     ReplayVerdict,
+    WithdrawnView,
 )
 from shared.contracts.outputs import RememberRequest
-from shared.contracts.search import ImageFilter, RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
+from shared.contracts.search import (
+    Concept,
+    FoundBy,
+    ImageFilter,
+    Neighbour,
+    QueryPart,
+    RagSearchQuery,
+    RagSearchResponse,
+    SearchMode,
+    SearchRequest,
+    SearchResponse,
+)
 
 __all__ = [
+    "Access",
     "Afterimage",
     "AfterimageError",
     "AuthenticationError",
@@ -77,11 +100,18 @@ __all__ = [
     "BulkOptions",
     "BulkState",
     "BulkView",
+    "CollectionDefaults",
+    "CollectionPatch",
+    "CollectionView",
+    "Concept",
     "ConflictError",
     "CorruptDownloadError",
     "EventView",
     "FileOutcome",
+    "FoundBy",
     "GenerateRequest",
+    "GrantView",
+    "GrantedAccess",
     "IdempotencyKeyReusedError",
     "ImageDescription",
     "ImageFile",
@@ -96,6 +126,7 @@ __all__ = [
     "JobView",
     "Lane",
     "Mode",
+    "Neighbour",
     "NotFoundError",
     "OnInvalid",
     "OutputView",
@@ -104,6 +135,7 @@ __all__ = [
     "Preview",
     "ProblemError",
     "Progress",
+    "QueryPart",
     "QueueFullError",
     "RagGenerateRequest",
     "RagSearchQuery",
@@ -113,6 +145,7 @@ __all__ = [
     "RememberRequest",
     "Replay",
     "ReplayVerdict",
+    "SearchMode",
     "SearchRequest",
     "SearchResponse",
     "SentReferenceImage",
@@ -125,5 +158,8 @@ __all__ = [
     "UploadResponse",
     "UploadedFile",
     "WaitTimeoutError",
+    "WithdrawalView",
+    "WithdrawnError",
+    "WithdrawnView",
     "header_line",
 ]

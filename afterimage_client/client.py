@@ -9,6 +9,7 @@ import httpx
 import pydantic
 
 from afterimage_client.bulks import Bulks
+from afterimage_client.collections import Collections
 from afterimage_client.connection import Connection, parse_response, sent_tags, translate_transport_errors
 from afterimage_client.errors import error_from_response
 from afterimage_client.images import Images
@@ -74,16 +75,17 @@ class Afterimage:
         self.outputs = Outputs(self._connection)
         self.images = Images(self._connection)
         self.bulks = Bulks(self._connection)
+        self.collections = Collections(self._connection)
 
     def search(self, request: SearchRequest) -> SearchResponse:
-        """Search images of the corpus by text, by an image, or by both."""
+        """Search images of the corpus by texts, by images, or by both: alone, mixed by weight, or as what to avoid."""
         body = request.model_dump(mode="json", exclude_unset=True)
         return self._connection.post(SearchResponse, "/search", json=body)
 
     def references(self, query: RagSearchQuery) -> RagSearchResponse:
         """Return the references that a generation would use for this prompt, and why.
 
-        To use the same ones later, send their ids as `reference_ids`.
+        To draw from exactly these later, send the `plan` of the answer.
         """
         params = query.model_dump(mode="json", exclude_unset=True)
         if "tags" in params:

@@ -19,6 +19,7 @@ from api_service.http.urls import API, PathPrefixMiddleware, make_redirect_relat
 from api_service.openapi.document import DocumentedApp
 from api_service.routes.admin import admin
 from api_service.routes.bulks import bulks
+from api_service.routes.collections import collections
 from api_service.routes.generation import generation
 from api_service.routes.images import images
 from api_service.routes.jobs import jobs
@@ -74,6 +75,7 @@ def create_app(settings: Settings | None = None) -> DocumentedApp:
         generation,
         bulks,
         search,
+        collections,
         images,
         jobs,
         outputs,

@@ -2,7 +2,7 @@
 
     python -m scripts.demo "a red apple with a bite" --url http://127.0.0.1:8000
 
-Writes image.png, references.png (the reference images with similarity and weight) and provenance.json.
+Writes image.png, references.png (the references of each concept, with similarity and weight) and provenance.json.
 """
 
 import argparse
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from afterimage_client import Afterimage, AfterimageError, JobState, JobView, RagGenerateRequest, Update
 from scripts.console import ConsoleOutput
+from scripts.contact_sheet import Cell, sheet_of_rows
 from scripts.index_images.index import index_files, wait_until_searchable
 from scripts.index_images.report import Report
 from scripts.index_images.sources import read_source
@@ -28,9 +29,8 @@ STARTER_CORPUS = Path(__file__).resolve().parent.parent / "starter" / "corpus.ta
 EMBEDDING_WAIT_S = 300
 ENLARGED_PX = 256
 """Smaller images are enlarged by a whole factor to at most this side."""
-CELL_PX, CAPTION_HEIGHT_PX = 240, 56
-FONT_SIZE = 18
-"""Pixels. Pillow's font at its default size has hardly visible spaces."""
+CELL_PX = 240
+"""Pixels per side of a reference."""
 
 
 def main() -> None:
@@ -83,27 +83,41 @@ def generate(service: Afterimage, request: RagGenerateRequest, console: Console)
 
 
 def print_references(job: JobView, console: Console) -> None:
-    """Print the candidate references, whether each was used, and why."""
+    """Print the candidate references by concept, whether each was used, and why."""
     resolution = job.resolution or {}
     table = Table(title=f"“{job.prompt}” · {resolution['mode']}: {resolution['reason']}")
-    for column in ("reference", "similarity", "weight", "decision"):
+    for column in ("concept", "reference", "similarity", "weight", "decision"):
         table.add_column(column)
-    for reference in resolution["references"]:
-        table.add_row(
-            reference["caption"] or reference["image_id"],
-            f"{reference['similarity']:.3f}",
-            f"{reference['weight']:.2f}",
-            reference["reason"],
-        )
+    for text, references in by_concept(resolution).items():
+        for position, reference in enumerate(references):
+            table.add_row(
+                "" if position else text,
+                reference["caption"] or reference["image_id"],
+                f"{reference['similarity']:.3f}",
+                f"{reference['weight']:.2f}",
+                reference["reason"],
+            )
+        table.add_section()
     console.print(table)
+    for concept in resolution["concepts"]:
+        if not concept["found"]:
+            console.print(f"nothing was found for “{concept['text']}”: {concept['reason']}")
     console.print("seconds per stage:", {stage: round(seconds, 2) for stage, seconds in job.timings.items()})
+
+
+def by_concept(resolution: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The references of a job under the first concept that each is for, for every concept of the prompt."""
+    groups: dict[str, list[dict[str, Any]]] = {concept["text"]: [] for concept in resolution["concepts"]}
+    for reference in resolution["references"]:
+        groups[reference["concepts"][0]].append(reference)
+    return groups
 
 
 def write_files(service: Afterimage, job: JobView, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / "image.png", out / "references.png", out / "provenance.json"]
     side_by_side([decode_image(service.outputs.content(output)) for output in job.outputs]).save(paths[0])
-    references_sheet(service, (job.resolution or {}).get("references", [])).save(paths[1])
+    references_sheet(service, job.resolution or {"concepts": []}).save(paths[1])
     record = {
         "job": job.model_dump(mode="json", exclude={"outputs"}),
         "outputs": job.model_dump(mode="json")["outputs"],
@@ -128,20 +142,18 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def references_sheet(service: Afterimage, references: list[dict[str, Any]]) -> Image.Image:
-    """Draw the references of the job with caption, similarity and weight."""
-    sheet = Image.new("RGB", (CELL_PX * max(1, len(references)), CELL_PX + CAPTION_HEIGHT_PX), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.font = ImageFont.load_default(FONT_SIZE)
-    for column, reference in enumerate(references):
-        image = decode_image(service.images.content(UUID(reference["image_id"])))
-        sheet.paste(ImageOps.contain(image, (CELL_PX - 16, CELL_PX - 16)), (column * CELL_PX + 8, 8))
-        used = f"weight {reference['weight']:.2f}" if reference["used"] else "not used"
-        caption = (reference["caption"] or "")[:24]
-        draw.text((column * CELL_PX + 8, CELL_PX), f"{caption}\n{reference['similarity']:.3f}  {used}", fill="black")
-    if not references:
-        draw.text((8, 8), "no references", fill="black")
-    return sheet
+def references_sheet(service: Afterimage, resolution: dict[str, Any]) -> Image.Image:
+    """Draw a row per concept: its references with caption, similarity and weight."""
+    rows: list[tuple[str, list[Cell]]] = []
+    for concept in resolution["concepts"]:
+        cells: list[Cell] = []
+        for reference in by_concept(resolution)[concept["text"]]:
+            image = decode_image(service.images.content(UUID(reference["image_id"])))
+            used = f"weight {reference['weight']:.2f}" if reference["used"] else "not used"
+            cells.append((image, f"{reference['caption'] or ''}  {reference['similarity']:.3f}  {used}"))
+        rows.append((concept["text"] if concept["found"] else f"{concept['text']}\nnothing found", cells))
+    columns = max((len(cells) for _, cells in rows), default=1)
+    return sheet_of_rows([""] * max(1, columns), rows, cell_px=CELL_PX)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,15 @@ An empty default means that the setting is unset, or an empty list or table.
 GENERATORS = "(TOML, or JSON in `AFTERIMAGE_MODEL__GENERATORS`)"
 CONCEPTS = "(TOML, or JSON in `AFTERIMAGE_SAFETY__CONCEPTS`)"
 
+KINDS: dict[Any, str] = {
+    str: "text",
+    SecretStr: "text",
+    Path: "path",
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+}
+
 Variables = list[tuple[str, FieldInfo]]
 
 
@@ -174,7 +183,7 @@ def _kind(annotation: Any) -> str:
             return " or ".join(f"`{member.value}`" for member in annotation)
         if issubclass(annotation, BaseModel):
             return "table"
-        return {str: "text", SecretStr: "text", int: "integer", float: "number", bool: "true or false"}[annotation]
+        return KINDS[annotation]
     raise TypeError(f"no word for {annotation}")
 
 

@@ -58,15 +58,16 @@ MOST_READ_REFERENCES = 3
 with more: MultiBanana (arXiv 2511.22989), and the card of Qwen-Image-Edit-2509 ("1 to 3")."""
 
 
-def default_references(capabilities: Capabilities | None, mode: Mode, *, default: int) -> int:
+def default_references(capabilities: Capabilities | None, mode: Mode, *, default: int, concepts: int = 1) -> int:
     """How many references are searched for a request that does not say.
 
-    capabilities: None if no worker has published them. default: the number for the other modes.
+    capabilities: None if no worker has published them. default: the number for the other modes. concepts: the number
+    of references that the concepts need.
     """
     reads = mode is Mode.REFERENCE
     if mode is Mode.AUTO and capabilities is not None:
         reads = supports(capabilities, Mode.REFERENCE) and not supports(capabilities, Mode.IMAGE_PROMPT)
-    return min(default, MOST_READ_REFERENCES) if reads else default
+    return max(min(default, MOST_READ_REFERENCES) if reads else default, concepts)
 
 
 def supports(capabilities: Capabilities, mode: Mode) -> bool:

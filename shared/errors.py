@@ -159,6 +159,36 @@ class ReferenceDeletedError(ReferenceUnavailableError):
     code = "reference_deleted"
 
 
+class PlanInvalidError(ReferenceUnavailableError):
+    """The plan was not issued to this owner by this service, or it was changed."""
+
+    code = "plan_invalid"
+
+
+class PlanExpiredError(PlanInvalidError):
+    """The plan is too old. Search for a new one."""
+
+    code = "plan_expired"
+
+
+class PlanOutdatedError(PlanInvalidError):
+    """An image of the plan is gone, or the service uses another embedding space. Search for a new plan."""
+
+    code = "plan_outdated"
+
+
+class PlanMismatchError(PlanInvalidError):
+    """The plan was made for another prompt or another model."""
+
+    code = "plan_mismatch"
+
+
+class ContentCredentialsError(ImageGenerationError):
+    """The output could not be signed."""
+
+    code = "content_credentials_failed"
+
+
 class InvalidOutputError(ImageGenerationError):
     """The model returned something that is not an image."""
 
@@ -358,6 +388,47 @@ class ResourceNotFoundError(BaseAppException):
 
     code = "not_found"
     status = 404
+
+
+class CollectionUnavailableError(ResourceNotFoundError):
+    """The collection does not exist, or is not shared with this owner any more."""
+
+    code = "collection_unavailable"
+
+
+class CollectionAccessError(BaseAppException):
+    """The collection is shared with you, but not for this."""
+
+    code = "collection_access"
+    status = 403
+
+
+class CollectionExistsError(BaseAppException):
+    """A collection of this name exists."""
+
+    code = "collection_exists"
+    status = 409
+
+
+class CollectionLimitError(BaseAppException):
+    """The owner has as many collections as the service allows."""
+
+    code = "collection_limit"
+    status = 409
+
+
+class SharedCollectionError(BaseAppException):
+    """The collection `shared` belongs to all owners. It cannot be changed, shared or deleted."""
+
+    code = "shared_collection"
+    status = 409
+
+
+class OutputWithdrawnError(BaseAppException):
+    """This output was withdrawn, because an image from which it drew was withdrawn."""
+
+    code = "output_withdrawn"
+    status = 410
 
 
 class RateLimitError(BaseAppException):

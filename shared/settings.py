@@ -502,12 +502,12 @@ class ModelSettings(Section):
 
 class RetrievalSettings(Section):
     default_k: int = Field(4, ge=1, le=16, description="number of references of a request that does not set it")
-    min_similarity: float = Field(
-        0.42,
+    min_similarity: Advanced[float | None] = Field(
+        None,
         ge=-1,
         le=1,
-        description="lowest cosine of a reference that is used; the default fits the starter CLIP; "
-        "the CLIPs of OpenAI and LAION need about 0.22",
+        description="lowest cosine of a reference that is used; empty: the thresholds that `scripts.calibrate` "
+        "measured for the CLIP, or 0.42 without them",
     )
     duplicate_similarity: Advanced[float] = Field(
         0.95,
@@ -519,11 +519,13 @@ class RetrievalSettings(Section):
     weight_temperature: Advanced[float] = Field(
         0.1, gt=0, le=10, description="temperature of the softmax that turns similarities into weights"
     )
-    ef_search: Advanced[int] = Field(
-        100,
+    ef_search: Advanced[int | None] = Field(
+        None,
         ge=10,
         le=1000,
-        description="candidates that the vector index examines; more give better results and take longer",
+        description="candidates that the vector index examines; more give better results and take longer; unset: as "
+        "`python -m scripts.admin tune-search` measured; before that 100, and searches among fewer than 100,000 images "
+        "are exact",
     )
     exact_below: Advanced[int] = Field(
         10_000, ge=0, description="the search is exact when the filter leaves fewer images than this"
@@ -531,6 +533,54 @@ class RetrievalSettings(Section):
     text_timeout_s: Advanced[float] = Field(
         5, gt=0, le=60, description="longest wait of a search for the vector of its query"
     )
+    plan_expires_s: Advanced[int] = Field(
+        3600, ge=1, le=2_592_000, description="how long a request may use a plan of references"
+    )
+    text_language: Advanced[str] = Field(
+        "english",
+        pattern=r"^[a-z_][a-z0-9_]{0,62}$",
+        description="text search configuration of Postgres that finds the words of captions and tags; the first "
+        "upgrade applies it, and later changes need `python -m scripts.admin set-text-language`",
+    )
+
+
+def _http_url(url: str | None) -> str | None:
+    if url is None:
+        return None
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - reading the port parses it
+    except ValueError:
+        raise ValueError(UNREADABLE_URL) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must start with http:// or https:// and name a host")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("must not hold a user or a password; a key belongs into planner.api_key")
+    return url
+
+
+class PlannerSettings(Section):
+    """An optional chat model that splits prompts into concepts."""
+
+    url: Annotated[str | None, AfterValidator(_http_url), ADVANCED] = Field(
+        None,
+        description="OpenAI-compatible endpoint that splits prompts into concepts, such as "
+        "`http://127.0.0.1:11434/v1`; it gets the prompts; unset: rules split them",
+    )
+    model: Advanced[str] = Field("", description="name of the chat model at this endpoint; required with `url`")
+    api_key: Advanced[SecretStr | None] = Field(None, description="key for this endpoint; unset: none is sent")
+    timeout_s: Advanced[float] = Field(
+        3, gt=0, le=30, description="longest wait for an answer; then rules split the prompt"
+    )
+    pause_s: Advanced[float] = Field(
+        30, ge=0, le=3600, description="after a failure, rules split all prompts for this long"
+    )
+
+    @model_validator(mode="after")
+    def _a_model_is_named(self) -> Self:
+        if self.url is not None and not self.model:
+            raise ValueError("model is required with url")
+        return self
 
 
 class APISettings(Section):
@@ -604,6 +654,7 @@ class LimitSettings(Section):
         ge=0,
         description="images that one owner may request per day (UTC); an owner's own quota replaces it; 0: no quota",
     )
+    collections: Advanced[int] = Field(1000, ge=1, le=100_000, description="collections that one owner may have")
 
 
 class BulkSettings(Section):
@@ -758,6 +809,12 @@ class SecuritySettings(Section):
         default_factory=lambda: ["localhost", "127.0.0.1", "::1"],
         description="host names that the service answers to when API keys are off",
     )
+    signing_keys: Advanced[list[Annotated[SecretStr, Field(min_length=24)]]] = Field(
+        default_factory=list,
+        max_length=8,
+        description="secrets that sign plans of references, newest first; the first one signs and each is accepted; "
+        "the same for all API processes; a local stack makes its own; empty: searches return no plan",
+    )
 
 
 class PromptRule(Section):
@@ -827,6 +884,37 @@ class SafetySettings(Section):
         return self
 
 
+class ContentCredentialsSettings(Section):
+    """Signed manifests inside the outputs, by the standard C2PA (https://c2pa.org)."""
+
+    enabled: Advanced[bool] = Field(
+        False, description="sign every output; needs the extra `c2pa`; a job whose output cannot be signed fails"
+    )
+    certificate_chain: Advanced[Path | None] = Field(
+        None, description="PEM file: the certificate of the signer, then those of its issuers"
+    )
+    private_key: Advanced[Path | None] = Field(None, description="PEM file (PKCS #8) with the key of this certificate")
+    algorithm: Advanced[Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"]] = Field(
+        "es256", description="algorithm that fits the key"
+    )
+    timestamp_url: Advanced[str | None] = Field(
+        None,
+        pattern=r"^https?://",
+        description="RFC 3161 service that dates signatures, so that they outlive the certificate; unset: no network",
+    )
+    include_prompt: Advanced[bool] = Field(
+        True,
+        description="false: no file names the prompt, neither in its manifest nor in its own record; "
+        "the database keeps it",
+    )
+
+    @model_validator(mode="after")
+    def _a_signer_has_its_files(self) -> Self:
+        if self.enabled and (self.certificate_chain is None or self.private_key is None):
+            raise ValueError("certificate_chain and private_key are required with enabled")
+        return self
+
+
 class Settings(BaseSettings):
     """The whole configuration of one process."""
 
@@ -848,6 +936,7 @@ class Settings(BaseSettings):
     cache: CacheSettings = CacheSettings()
     model: ModelSettings = Field(default_factory=ModelSettings)
     retrieval: RetrievalSettings = RetrievalSettings()
+    planner: PlannerSettings = PlannerSettings()
     api: APISettings = APISettings()
     limits: LimitSettings = LimitSettings()
     bulks: BulkSettings = BulkSettings()
@@ -859,6 +948,7 @@ class Settings(BaseSettings):
     metrics: MetricsSettings = MetricsSettings()
     security: SecuritySettings = SecuritySettings()
     safety: SafetySettings = SafetySettings()
+    content_credentials: ContentCredentialsSettings = ContentCredentialsSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -7,6 +7,7 @@ from uuid import UUID
 from flask import Request
 
 from shared.db import keys, owners
+from shared.db.collections import Principal
 from shared.db.session import session_scope
 from shared.errors import AuthenticationError, AuthorizationError, DatabaseConnectionError
 from shared.settings import get_settings
@@ -23,8 +24,8 @@ BLUEPRINT_SCOPES = {
     "studio_generation": "generate",
     "studio_search": "search",
 }
-"""Scope that the operations of a blueprint need. `IMAGE_BLUEPRINTS` depend on the method; all others accept any key."""
-IMAGE_BLUEPRINTS = ("images", "studio_corpus")
+"""Scope that the operations of a blueprint need. In `CORPUS_BLUEPRINTS` it depends on the method; others need none."""
+CORPUS_BLUEPRINTS = ("images", "collections", "studio_corpus", "studio_collections")
 READ_METHODS = ("GET", "HEAD", "OPTIONS")
 FOREIGN_ORIGIN = "Pages of another origin must not do this."
 
@@ -37,6 +38,15 @@ class Caller:
     scopes: frozenset[str]
     key_id: UUID | None = None
     """`None` when API keys are off."""
+    key_prefix: str | None = None
+    """First characters of the key, for the audit."""
+    collection_ids: frozenset[UUID] | None = None
+    """The collections to which the key is limited; `None`: it may use all that its owner may use."""
+
+    @property
+    def principal(self) -> Principal:
+        """The caller as the database's rules of access know it."""
+        return Principal(self.owner_id, self.collection_ids)
 
 
 def authenticate(request: Request) -> Caller:
@@ -59,7 +69,8 @@ def authenticate(request: Request) -> Caller:
     needed = scope_of(request)
     if needed is not None and needed not in key.scopes:
         raise AuthorizationError(f"This API key lacks the scope {needed!r}.", scope=needed)
-    return Caller(key.owner_id, frozenset(key.scopes), key.id)
+    limited_to = None if key.collection_ids is None else frozenset(key.collection_ids)
+    return Caller(key.owner_id, frozenset(key.scopes), key.id, key.prefix, limited_to)
 
 
 def may_see_details(request: Request) -> bool:
@@ -79,7 +90,7 @@ def statistics_owner(caller: Caller) -> UUID | None:
 
 def scope_of(request: Request) -> str | None:
     """Return the scope that the request's operation needs; `None`: any valid key will do."""
-    if request.blueprint in IMAGE_BLUEPRINTS:
+    if request.blueprint in CORPUS_BLUEPRINTS:
         return "search" if request.method in READ_METHODS else "corpus:write"
     return BLUEPRINT_SCOPES.get(request.blueprint or "")
 

@@ -68,10 +68,13 @@ def no_content() -> Response:
     return response
 
 
-def stored_file(key: str, *, etag: str, media_type: str, size_bytes: int | None, filename: str) -> Response:
-    """Send the file stored under `key`, or a range of it. Caches may keep it forever. A large one is streamed.
+def stored_file(
+    key: str, *, etag: str, media_type: str, size_bytes: int | None, filename: str, may_go: bool = False
+) -> Response:
+    """Send the file stored under `key`, or a range of it. A large one is streamed.
 
-    size_bytes: `None` for a small file whose size the caller does not know.
+    size_bytes: `None` for a small file whose size the caller does not know. may_go: caches must ask each time whether
+    the file still may be shown. Otherwise they may keep it forever.
 
     Raises:
         RequestedRangeNotSatisfiable: the file has none of the requested bytes.
@@ -80,7 +83,7 @@ def stored_file(key: str, *, etag: str, media_type: str, size_bytes: int | None,
         TooManyStreamsError: the file is large, and this process or the owner has reached its limit of downloads.
     """
     headers = Headers()
-    headers["Cache-Control"] = "private, max-age=31536000, immutable"
+    headers["Cache-Control"] = "private, no-cache" if may_go else "private, max-age=31536000, immutable"
     headers["Accept-Ranges"] = "bytes"
     headers.set("Content-Disposition", "inline", filename=filename)
     if request.if_none_match.contains_weak(etag):
@@ -128,14 +131,15 @@ def _streamed_response(key: str, wanted: range) -> Response:
     return response
 
 
-def thumbnail(key: str, *, sha256: str, name: str) -> Response:
-    """Send the thumbnail of the image with this digest."""
+def thumbnail(key: str, *, sha256: str, name: str, may_go: bool = False) -> Response:
+    """Send the thumbnail of the image with this digest. may_go: as in `stored_file`."""
     return stored_file(
         key,
         etag=f"{sha256}-thumbnail",
         media_type=ImageFormat.WEBP.media_type,
         size_bytes=None,
         filename=f"{name}-thumbnail.webp",
+        may_go=may_go,
     )
 
 

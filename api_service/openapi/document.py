@@ -321,5 +321,5 @@ def _search_form() -> dict[str, Any]:
     fields = schemas.form_fields(SearchRequest)
     return {
         "schema": {"type": "object", "properties": fields | {"image": BINARY_SCHEMA}},
-        "encoding": {"filter": {"contentType": "application/json"}},
+        "encoding": {name: {"contentType": "application/json"} for name in ("filter", "mix", "negative")},
     }

@@ -21,6 +21,8 @@ OPERATIONS_BY_PARAMETER: dict[str, tuple[str, ...]] = {
         "deleteImage",
     ),
     "reference_id": ("getReferenceImageContent", "getReferenceImageThumbnail"),
+    "collection_id": ("getCollection", "changeCollection", "deleteCollection", "listGrants"),
+    "grant": ("shareCollection", "unshareCollection"),
     "bulk_id": (
         "getBulk",
         "appendBulkLines",
@@ -39,7 +41,7 @@ OPERATIONS_BY_PARAMETER: dict[str, tuple[str, ...]] = {
     "owner_id": ("getOwner", "changeOwner", "makeKey", "listKeys"),
     "key_id": ("changeKey", "rotateKey", "revokeKey"),
 }
-"""Operations that take an id, by the name of their path parameter."""
+"""Operations that take an id, by the name of their path parameter. A grant has two: see `_link`."""
 
 _JOB = {"job_id": "/id", "generation_id": "/outputs/0/id", "reference_id": "/reference_images/0/id"}
 _BULK = {"bulk_id": "/id"}
@@ -63,6 +65,12 @@ ID_POINTERS: dict[tuple[str, str], dict[str, str]] = {
     ("getImage", "200"): _IMAGE,
     ("changeImage", "200"): _IMAGE,
     ("listImages", "200"): {"image_id": "/items/0/id"},
+    ("createCollection", "201"): {"collection_id": "/id"},
+    ("getCollection", "200"): {"collection_id": "/id"},
+    ("changeCollection", "200"): {"collection_id": "/id"},
+    ("listCollections", "200"): {"collection_id": "/items/0/id"},
+    ("shareCollection", "200"): {"grant": "/collection_id"},
+    ("listGrants", "200"): {"grant": "/items/0/collection_id"},
     ("search", "200"): {"image_id": "/results/0/image_id"},
     ("ragSearch", "200"): {"image_id": "/references/0/image_id"},
     ("createBulk", "202"): _BULK,
@@ -93,6 +101,9 @@ def response_links(operation_id: str, status: str) -> dict[str, dict[str, Any]]:
 
 def _link(operation_id: str, parameter: str, pointer: str) -> dict[str, Any]:
     parameters = {parameter: f"$response.body#{pointer}"}
+    if parameter == "grant":  # the path has two parameters
+        owner = f"$response.body#{pointer.rpartition('/')[0]}/owner"
+        parameters = {"collection_id": f"$response.body#{pointer}", "owner": owner}
     if operation_id == "appendBulkLines":  # it continues after the lines that the bulk has
         parameters["from_line"] = f"$response.body#{pointer.rpartition('/')[0]}/received_lines"
     return {"operationId": operation_id, "parameters": parameters}

@@ -1,10 +1,16 @@
-"""Use cases of operators: manage owners and API keys. Every change is logged, without secrets."""
+"""Use cases of operators: manage owners and API keys, read the audit. Every change is logged, without secrets."""
 
 import logging
 from uuid import UUID
 
+from sqlalchemy.orm import Session
+
+from api_service.http import problems
 from api_service.http.auth import Caller
 from shared.contracts.admin import (
+    AuditAction,
+    AuditEventView,
+    AuditQuery,
     KeyCreate,
     KeyPatch,
     KeyQuery,
@@ -17,9 +23,10 @@ from shared.contracts.admin import (
     Scope,
 )
 from shared.contracts.common import Page, PageQuery
-from shared.db import keys, owners
+from shared.db import audit, collections, keys, owners
 from shared.db.session import session_scope
 from shared.db.tables import ApiKey, Owner
+from shared.errors import CollectionUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +55,10 @@ def get_owner(owner_id: UUID) -> OwnerView:
 def create_owner(request: OwnerCreate, *, caller: Caller) -> OwnerView:
     """Return the owner with this name, created if it does not exist."""
     with session_scope() as session:
-        view = _owner_view(owners.get(session, owners.ensure(session, request.name)))
+        owner_id, is_new = owners.add(session, request.name)
+        view = _owner_view(owners.get(session, owner_id))
+        if is_new:
+            audit.record(session, caller, action=AuditAction.OWNER_CREATED, subject=owner_id, name=request.name)
     _log("owner_made", caller, owner_id=view.id)
     return view
 
@@ -66,6 +76,8 @@ def update_owner(owner_id: UUID, patch: OwnerPatch, *, caller: Caller) -> OwnerV
         if "disabled" in patch.model_fields_set:
             owners.set_disabled(session, row, disabled=patch.disabled)
         view = _owner_view(row)
+        changes = patch.model_dump(mode="json", exclude_unset=True)
+        audit.record(session, caller, action=AuditAction.OWNER_CHANGED, subject=owner_id, **changes)
     _log("owner_changed", caller, owner_id=owner_id, fields=sorted(patch.model_fields_set))
     return view
 
@@ -78,7 +90,7 @@ def list_keys(query: KeyQuery) -> Page[KeyView]:
     """
     with session_scope() as session:
         rows, next_cursor = keys.list_page(session, owner_id=query.owner_id, cursor=query.cursor, limit=query.limit)
-        return Page(items=[_key_view(row) for row in rows], next_cursor=next_cursor)
+        return Page(items=[_key_view(session, row) for row in rows], next_cursor=next_cursor)
 
 
 def create_key(owner_id: UUID, request: KeyCreate, *, caller: Caller) -> NewKeyView:
@@ -86,6 +98,7 @@ def create_key(owner_id: UUID, request: KeyCreate, *, caller: Caller) -> NewKeyV
 
     Raises:
         ResourceNotFoundError: no owner has this id.
+        ValidationError: the owner has no access to one of `collections`, or the key would also have the scope `admin`.
     """
     with session_scope() as session:
         row, secret = keys.create(
@@ -94,9 +107,11 @@ def create_key(owner_id: UUID, request: KeyCreate, *, caller: Caller) -> NewKeyV
             name=request.name,
             scopes=frozenset(request.scopes),
             expires_in_s=request.expires_in_s,
+            collection_ids=_collection_ids(session, request, owner_id=owner_id),
         )
         session.refresh(row)
-        view = _key_view(row)
+        view = _key_view(session, row)
+        audit.record_key(session, caller, row, action=AuditAction.KEY_CREATED)
     _log("key_made", caller, owner_id=owner_id, made_key_id=view.id, scopes=view.scopes)
     return NewKeyView(key=view, secret=secret)
 
@@ -110,7 +125,8 @@ def update_key(key_id: UUID, patch: KeyPatch, *, caller: Caller) -> KeyView:
     with session_scope() as session:
         row = keys.get(session, key_id)
         row.expires_at = patch.expires_at
-        view = _key_view(row)
+        view = _key_view(session, row)
+        audit.record_key(session, caller, row, action=AuditAction.KEY_CHANGED)
     _log("key_changed", caller, changed_key_id=key_id, expires_at=patch.expires_at)
     return view
 
@@ -124,7 +140,8 @@ def rotate_key(key_id: UUID, request: KeyRotate, *, caller: Caller) -> NewKeyVie
     with session_scope() as session:
         row, secret = keys.rotate(session, key_id, overlap_s=request.overlap_s)
         session.refresh(row)
-        view = _key_view(row)
+        view = _key_view(session, row)
+        audit.record_key(session, caller, row, action=AuditAction.KEY_ROTATED, replaces=str(key_id))
     _log("key_rotated", caller, rotated_key_id=key_id, made_key_id=view.id)
     return NewKeyView(key=view, secret=secret)
 
@@ -137,9 +154,22 @@ def revoke_key(key_id: UUID, *, caller: Caller) -> KeyView:
     """
     with session_scope() as session:
         keys.revoke(session, key_id)
-        view = _key_view(keys.get(session, key_id))
+        row = keys.get(session, key_id)
+        view = _key_view(session, row)
+        audit.record_key(session, caller, row, action=AuditAction.KEY_REVOKED)
     _log("key_revoked", caller, revoked_key_id=key_id)
     return view
+
+
+def list_audit(query: AuditQuery) -> Page[AuditEventView]:
+    """Return a page of the audit, newest first.
+
+    Raises:
+        InvalidCursorError: the cursor was not issued by this service.
+    """
+    with session_scope() as session:
+        rows, next_cursor = audit.list_page(session, query)
+        return Page(items=[audit.view(row) for row in rows], next_cursor=next_cursor)
 
 
 def _log(event: str, caller: Caller, **fields: object) -> None:
@@ -156,13 +186,28 @@ def _owner_view(row: Owner) -> OwnerView:
     )
 
 
-def _key_view(row: ApiKey) -> KeyView:
+def _collection_ids(session: Session, request: KeyCreate, *, owner_id: UUID) -> list[UUID] | None:
+    if request.collections is None:
+        return None
+    if Scope.ADMIN in request.scopes:
+        detail = "A key with the scope `admin` cannot be limited: it could create keys without limits."
+        raise problems.field_error("body.collections", "exclusive", detail)
+    try:
+        return collections.ids_of(session, request.collections, owner_id=owner_id)
+    except CollectionUnavailableError as error:
+        raise problems.field_error("body.collections", "unknown", error.message) from None
+
+
+def _key_view(session: Session, row: ApiKey) -> KeyView:
+    limited_to = row.collection_ids
+    names = {} if limited_to is None else collections.names_for(session, limited_to, owner_id=row.owner_id)
     return KeyView(
         id=row.id,
         owner_id=row.owner_id,
         name=row.name,
         begins_with=row.prefix,
         scopes=[Scope(scope) for scope in row.scopes],
+        collections=None if limited_to is None else [names[each] for each in limited_to if each in names],
         created_at=row.created_at,
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,

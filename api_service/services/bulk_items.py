@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from uuid import UUID
 
@@ -13,16 +14,19 @@ from api_service.http import problems
 from api_service.http.auth import Caller
 from api_service.services import generation
 from api_service.services.bulk_lines import Line
+from shared.concepts import split_prompt
 from shared.contracts.bulks import BULK_LEVEL_FIELDS, BulkGenerateItem, BulkHeader, BulkOptions, BulkRagGenerateItem
+from shared.contracts.collections import CollectionDefaults
 from shared.contracts.generation import GenerationParameters, Mode
 from shared.contracts.jobs import JobKind
-from shared.db import bulks, images, spaces, workers
+from shared.contracts.search import ImageFilter
+from shared.db import bulks, calibrations, collections, images, spaces, workers
+from shared.db.collections import defaults_of
 from shared.db.tables import Bulk
 from shared.errors import (
     BaseAppException,
     MalformedBodyError,
     ReferenceUnavailableError,
-    ResourceNotFoundError,
     ValidationError,
 )
 from shared.settings import BulkSettings, Settings
@@ -82,14 +86,33 @@ class _ParsedLine:
     request: ItemRequest
     parameters: GenerationParameters
 
+    @property
+    def filters(self) -> dict[str, ImageFilter]:
+        """The filters by which the item searches, by their paths."""
+        if not self.parameters.k:
+            return {}
+        where = f"line.{self.line.number}"
+        of_concepts = {
+            f"{where}.concepts.{number}.filter": concept.filter
+            for number, concept in enumerate(self.parameters.concepts)
+            if concept.filter is not None
+        }
+        return {f"{where}.filter": self.parameters.filter, **of_concepts}
+
 
 def check_lines(
     session: Session, bulk: Bulk, lines: Sequence[Line], *, caller: Caller, settings: Settings
 ) -> CheckedLines:
     """Turn each line into an item with every value resolved, or into an error. Blank lines are skipped."""
     errors: list[dict[str, Any]] = []
-    capabilities = workers.list_capabilities(session)
+    capabilities, calibration = workers.list_capabilities(session), calibrations.find_active(session)
     parsed: list[_ParsedLine] = []
+
+    @cache
+    def find_defaults(name: str) -> CollectionDefaults:
+        collection = collections.find_by_name(session, name, principal=caller.principal)
+        return CollectionDefaults() if collection is None else defaults_of(collection)
+
     for line in lines:
         if line.text is not None and not line.text.strip():
             continue
@@ -97,8 +120,16 @@ def check_lines(
         try:
             fields = _parse_json(line, settings.bulks)
             request = _parse_item({**bulk.defaults, **fields}, where=f"line.{line.number}")
-            retrieval = generation.retrieval_of(request)
-            parameters = generation.resolve(request, retrieval, settings=settings, capabilities=capabilities)
+            # The rules: a planner would take its time for each line.
+            retrieval = generation.retrieval_of(request, split=split_prompt)
+            parameters = generation.resolve(
+                request,
+                retrieval,
+                settings=settings,
+                capabilities=capabilities,
+                defaults=find_defaults(retrieval.where.collection),
+                calibration=calibration,
+            )
         except BaseAppException as error:
             errors.append(_error_columns(line, fields, error))
         else:
@@ -188,27 +219,21 @@ def _find_existing(session: Session, parsed: Iterable[_ParsedLine], *, caller: C
     ids: set[UUID] = set()
     for each in parsed:
         if each.parameters.mode is not Mode.NONE:
-            names.add(each.parameters.filter.collection)
+            names.update(where.collection for where in each.filters.values())
             ids.update(reference.image_id for reference in each.parameters.references)
-    collections = set()
-    for name in names:
-        try:
-            images.get_collection(session, name, owner_id=caller.owner_id)
-        except ResourceNotFoundError:
-            continue
-        collections.add(name)
+    known = {name for name in names if collections.find_by_name(session, name, principal=caller.principal) is not None}
     space = spaces.find_active(session) if ids else None
-    found = set() if space is None else images.filter_searchable(session, space, list(ids), owner_id=caller.owner_id)
-    return _Existing(frozenset(collections), frozenset(found))
+    found = set() if space is None else images.filter_searchable(session, space, list(ids), principal=caller.principal)
+    return _Existing(frozenset(known), frozenset(found))
 
 
 def _check_references(parsed: _ParsedLine, existing: _Existing) -> None:
     parameters = parsed.parameters
     if parameters.mode is Mode.NONE:
         return
-    if parameters.filter.collection not in existing.collections:
-        field = f"line.{parsed.line.number}.filter.collection"
-        raise problems.field_error(field, "unknown_collection", "No collection has this name.")
+    for field, where in parsed.filters.items():
+        if where.collection not in existing.collections:
+            raise problems.field_error(f"{field}.collection", "unknown_collection", "No collection has this name.")
     missing = [str(each.image_id) for each in parameters.references if each.image_id not in existing.images]
     if missing:
         raise ReferenceUnavailableError(

@@ -4,8 +4,9 @@ A request is resolved here, once: the job stores every value that does not depen
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -15,11 +16,13 @@ from sqlalchemy.orm import Session
 from structlog.contextvars import bind_contextvars
 
 from api_service.http.auth import Caller
-from api_service.services import reference_images, views
-from api_service.services.images import find_collection
+from api_service.services import plans, reference_images, views
+from api_service.services.collections import find_collection
 from api_service.services.stored_blobs import session_for_rows_of
-from shared import metrics
+from shared import metrics, prompt_planner
 from shared.capabilities import check_parameters, default_references, drawable_size, resolve_defaults
+from shared.contracts.calibration import Calibration
+from shared.contracts.collections import CollectionDefaults
 from shared.contracts.generation import (
     DryRunView,
     GenerateRequest,
@@ -27,13 +30,27 @@ from shared.contracts.generation import (
     Mode,
     PinnedReference,
     RagGenerateRequest,
+    ResolvedConcept,
     ResolvedReferenceImage,
     seeds_from,
 )
 from shared.contracts.jobs import JobKind, JobView, Lane, ReferenceKind
-from shared.contracts.search import ImageFilter
+from shared.contracts.search import ImageFilter, SearchMode
 from shared.contracts.service import Capabilities
-from shared.db import idempotency, images, jobs, outputs, queue_limits, quotas, spaces, workers
+from shared.db import (
+    calibrations,
+    collections,
+    idempotency,
+    images,
+    jobs,
+    outputs,
+    queue_limits,
+    quotas,
+    spaces,
+    withdrawals,
+    workers,
+)
+from shared.db.collections import defaults_of
 from shared.db.session import session_scope
 from shared.db.tables import Job, ModelRecord, Output, OutputReference
 from shared.errors import (
@@ -44,6 +61,7 @@ from shared.errors import (
 )
 from shared.imaging import DecodedImage, UploadDecoder
 from shared.messaging.coalesce import dispatch_soon
+from shared.retrieval import resolve_gate
 from shared.settings import GeneratorSettings, Settings, get_settings
 from shared.ssrf import check_url
 
@@ -86,6 +104,7 @@ def rag_generate(
         Exception: all errors of `generate`.
         UnsupportedModeError: the model cannot work in the requested mode.
         ReferenceUnavailableError: a pinned image does not exist, is not visible to the caller, or is not searchable.
+        PlanInvalidError, PlanExpiredError, PlanMismatchError, PlanOutdatedError: as `plans.redeem`.
         ValidationError: no collection has the requested name, or a picture is not base64.
         InvalidImageError: a picture is not an image that the service accepts.
         DecoderBusyError, UploadInterruptedError, StorageError: as an upload, for a request with pictures.
@@ -111,6 +130,7 @@ def retry(job_id: UUID, *, caller: Caller, key: str | None = None) -> Submitted:
         JobUnreadableError: another release accepted the job, in a form that this release cannot read.
         ModelNotFoundError: the model of the job is not configured any more.
         ReferenceUnavailableError: a pinned reference does not exist any more.
+        CollectionUnavailableError: the same is true of a collection.
         IdempotencyKeyReusedError, OwnerQueueFullError, QueueFullError, QuotaExceededError, DatabaseConnectionError:
             as `generate`.
     """
@@ -130,6 +150,8 @@ def retry(job_id: UUID, *, caller: Caller, key: str | None = None) -> Submitted:
         settings.model.generator(job.model)  # raises when the model is not configured any more
         parameters = GenerationParameters.model_validate(job.parameters)
         _check_pinned_images(session, parameters.references, caller=caller)
+        for where in parameters.searched_filters:
+            collections.get_by_name(session, where.collection, principal=caller.principal)
         view = _finish_submit(session, job, route=RETRY_ROUTE, caller=caller, key=key, settings=settings)
     return _dispatch(view)
 
@@ -139,6 +161,7 @@ def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Su
 
     Raises:
         ResourceNotFoundError: the caller has no output with this id.
+        OutputWithdrawnError: the output was withdrawn.
         ReferenceUnavailableError: a reference of the output does not exist any more.
         ModelNotFoundError: the model of the output is not configured any more.
         OriginalUnreadableError: another release recorded the output, in a form that this release cannot read.
@@ -152,6 +175,7 @@ def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Su
                 session, owner_id=caller.owner_id, route=REPLAY_ROUTE, key=key, fingerprint=str(generation_id)
             )
             if known is not None:
+                withdrawals.refuse_withdrawn(session, generation_id)
                 return Submitted(_stored_view(session, known, caller=caller), already_submitted=True)
         original = outputs.get(session, generation_id, owner_id=caller.owner_id)
         used = outputs.list_references(session, [original.id]).get(original.id, [])
@@ -177,6 +201,7 @@ def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Su
 
 def _recorded_parameters(original: Output, references: Sequence[OutputReference]) -> GenerationParameters:
     """Return the parameters that draw one output again: its own seed, mode and references, without a search."""
+    concepts = {each["image_id"]: each.get("concepts", []) for each in original.provenance.get("references", [])}
     try:
         return GenerationParameters.model_validate(
             {
@@ -185,7 +210,7 @@ def _recorded_parameters(original: Output, references: Sequence[OutputReference]
                 "mode": original.provenance["mode"],
                 "k": 0,
                 "references": [
-                    PinnedReference.recorded(each.image_id, each.weight)
+                    PinnedReference.recorded(each.image_id, each.weight, concepts=concepts.get(str(each.image_id), []))
                     for each in references
                     if each.kind == ReferenceKind.CORPUS
                 ],
@@ -208,14 +233,27 @@ class Retrieval:
     k: int | None = None
     min_similarity: float | None = None
     where: ImageFilter = field(default_factory=ImageFilter)
+    concepts: Sequence[ResolvedConcept] = ()
+    avoid: Sequence[str] = ()
+    avoid_ids: Sequence[UUID] = ()
     pinned: Sequence[PinnedReference] = ()
     pictures: Sequence[ResolvedReferenceImage] = ()
+    planned_at: datetime | None = None
+    """When the plan was made whose references are in `pinned`."""
     ip_adapter_scale: float | None = None
     strength: float | None = None
 
+    @property
+    def searched(self) -> bool:
+        """Whether references are searched; otherwise the filter is not used."""
+        named = self.pinned or self.pictures or self.planned_at is not None
+        return self.mode is not Mode.NONE and not named
 
-def retrieval_of(request: GenerateRequest) -> Retrieval:
-    """Return the part of the request that is about references.
+
+def retrieval_of(
+    request: GenerateRequest, *, split: Callable[[str], list[str]] = prompt_planner.concepts_of
+) -> Retrieval:
+    """Return the part of the request that is about references. split: finds the concepts of a prompt.
 
     Raises:
         ValidationError: a picture is not base64.
@@ -227,11 +265,32 @@ def retrieval_of(request: GenerateRequest) -> Retrieval:
         k=request.similar_examples_count,
         min_similarity=request.min_similarity,
         where=request.filter,
+        concepts=_concepts(request, split),
+        avoid=request.avoid,
+        avoid_ids=request.avoid_ids,
         pinned=request.pinned,
         pictures=reference_images.resolve(request.reference_images),
         ip_adapter_scale=request.ip_adapter_scale,
         strength=request.strength,
     )
+
+
+def _concepts(request: RagGenerateRequest, split: Callable[[str], list[str]]) -> list[ResolvedConcept]:
+    """Return the things for which references are searched; an empty list: the prompt as a whole, or no search."""
+    searches = request.mode is not Mode.NONE and request.similar_examples_count != 0
+    if not searches or request.reference_ids or request.reference_images or request.plan:
+        return []
+    if request.concepts:
+        return [ResolvedConcept(text=each.text, k=each.k, filter=each.filter) for each in request.concepts]
+    return [ResolvedConcept(text=text) for text in split_texts(request.prompt, split)] if request.split_prompt else []
+
+
+def split_texts(prompt: str, split: Callable[[str], list[str]]) -> list[str]:
+    """Return the texts of the concepts of a prompt, each once; an empty list: the prompt as a whole."""
+    texts: dict[str, str] = {}
+    for text in split(prompt):
+        texts.setdefault(text.casefold(), text)
+    return [] if list(texts.values()) == [prompt] else list(texts.values())
 
 
 def _submit(
@@ -329,10 +388,38 @@ def fingerprint(request: GenerateRequest) -> str:
 def _resolve_and_check(
     session: Session, request: GenerateRequest, retrieval: Retrieval, *, caller: Caller, settings: Settings
 ) -> GenerationParameters:
-    """Resolve the request, and check that the collection and the pinned images exist."""
-    parameters = resolve(request, retrieval, settings=settings, capabilities=workers.list_capabilities(session))
+    """Resolve the request, and check that the collections and the pinned images exist."""
+    if isinstance(request, RagGenerateRequest) and request.plan is not None:
+        model = request.model or settings.model.default_generator
+        plan = plans.redeem(session, request.plan, prompt=request.prompt, model=model, caller=caller)
+        texts = [] if plan.concepts == [request.prompt] else plan.concepts
+        concepts = [ResolvedConcept(text=text) for text in texts]
+        retrieval = replace(
+            retrieval,
+            min_similarity=plan.min_similarity,
+            where=plan.where,
+            concepts=concepts,
+            pinned=plan.references,
+            planned_at=plan.made_at,
+        )
+    defaults = CollectionDefaults()
+    if retrieval.searched:
+        defaults = defaults_of(
+            find_collection(session, retrieval.where.collection, caller=caller, field="body.filter.collection")
+        )
+        for number, concept in enumerate(retrieval.concepts):
+            if concept.filter is not None:
+                field = f"body.concepts.{number}.filter.collection"
+                find_collection(session, concept.filter.collection, caller=caller, field=field)
+    parameters = resolve(
+        request,
+        retrieval,
+        settings=settings,
+        capabilities=workers.list_capabilities(session),
+        defaults=defaults,
+        calibration=calibrations.find_active(session),
+    )
     if retrieval.mode is not Mode.NONE:
-        find_collection(session, retrieval.where.collection, caller=caller, field="body.filter.collection")
         _check_pinned_images(session, retrieval.pinned, caller=caller)
     return parameters
 
@@ -343,8 +430,12 @@ def resolve(
     *,
     settings: Settings,
     capabilities: Mapping[str, tuple[Capabilities, ModelRecord]],
+    defaults: CollectionDefaults,
+    calibration: Calibration | None,
 ) -> GenerationParameters:
-    """Resolve the defaults of the request. This does not check whether its collection and images exist.
+    """Resolve the defaults of the request. This does not check whether its collections and images exist.
+
+    defaults: those of the collection that the request names. calibration: of the active embedding space.
 
     Raises:
         ModelNotFoundError: no model of this name is configured.
@@ -355,15 +446,19 @@ def resolve(
     name = request.model or settings.model.default_generator
     generator = settings.model.generator(name)
     known = capabilities.get(name)
-    defaults = resolve_defaults(generator.defaults, known[0] if known else None)
-    width, height = request.width or defaults.width, request.height or defaults.height
+    of_model = resolve_defaults(generator.defaults, known[0] if known else None)
+    width, height = request.width or of_model.width, request.height or of_model.height
     _check_request(request, retrieval, generator, known[0] if known else None, width=width, height=height)
 
     requested_k = retrieval.k
     if requested_k is None:
         loaded = known[0] if known else None
-        requested_k = default_references(loaded, retrieval.mode, default=settings.retrieval.default_k)
-    searched = retrieval.mode is not Mode.NONE and not retrieval.pinned and not retrieval.pictures
+        default_k = defaults.k or settings.retrieval.default_k
+        needed = sum(concept.k or 1 for concept in retrieval.concepts)
+        requested_k = default_references(loaded, retrieval.mode, default=default_k, concepts=needed)
+    gate = resolve_gate(
+        calibration, retrieval.min_similarity, defaults.min_similarity, settings.retrieval.min_similarity
+    )
     return GenerationParameters(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt or None,
@@ -372,19 +467,26 @@ def resolve(
         width=width,
         height=height,
         exact_size=request.exact_size,
-        num_inference_steps=request.num_inference_steps or defaults.num_inference_steps,
-        guidance_scale=_or_default(request.guidance_scale, defaults.guidance_scale),
-        scheduler=request.scheduler or defaults.scheduler,
+        num_inference_steps=request.num_inference_steps or of_model.num_inference_steps,
+        guidance_scale=_or_default(request.guidance_scale, of_model.guidance_scale),
+        scheduler=request.scheduler or of_model.scheduler,
         loras=request.loras,
         format=request.format,
         quality=request.quality,
         mode=retrieval.mode,
-        ip_adapter_scale=_or_default(retrieval.ip_adapter_scale, defaults.ip_adapter_scale),
-        strength=_or_default(retrieval.strength, defaults.strength),
-        k=min(requested_k, generator.max_references) if searched else 0,
-        min_similarity=_or_default(retrieval.min_similarity, settings.retrieval.min_similarity),
+        ip_adapter_scale=_or_default(retrieval.ip_adapter_scale, of_model.ip_adapter_scale),
+        strength=_or_default(retrieval.strength, of_model.strength),
+        k=min(requested_k, generator.max_references) if retrieval.searched else 0,
+        concepts=list(retrieval.concepts),
+        avoid=list(retrieval.avoid) if retrieval.searched else [],
+        avoid_ids=list(retrieval.avoid_ids) if retrieval.searched else [],
+        search_mode=defaults.mode or SearchMode.HYBRID,
+        min_similarity=gate.min_similarity,
+        max_gap=gate.max_gap,
+        matched_min_similarity=gate.matched_min_similarity,
         filter=retrieval.where,
         references=list(retrieval.pinned),
+        planned_at=retrieval.planned_at,
         reference_images=list(retrieval.pictures),
         preview_every=request.preview_every,
     )
@@ -447,7 +549,9 @@ def _check_pinned_images(session: Session, pinned: Sequence[PinnedReference], *,
         return
     ids = [reference.image_id for reference in pinned]
     space = spaces.find_active(session)
-    searchable = images.filter_searchable(session, space, ids, owner_id=caller.owner_id) if space is not None else set()
+    searchable = (
+        images.filter_searchable(session, space, ids, principal=caller.principal) if space is not None else set()
+    )
     missing = [str(image_id) for image_id in ids if image_id not in searchable]
     if missing:
         raise ReferenceUnavailableError(image_ids=missing)

@@ -14,11 +14,15 @@ from api_service.http.auth import Caller
 from api_service.http.concurrency import decoding
 from api_service.http.multipart import SentFile
 from api_service.services import file_description, views
+from api_service.services.collections import ensure_collection, find_collection
 from api_service.services.stored_blobs import NewBlob, session_for_rows_of
 from shared import metrics
+from shared.contracts.admin import AuditAction
+from shared.contracts.collections import Access
 from shared.contracts.common import ImageFormat, OnInvalid, Page
 from shared.contracts.images import (
     FileOutcome,
+    ImageDelete,
     ImageDescription,
     ImagePatch,
     ImageQuery,
@@ -27,17 +31,18 @@ from shared.contracts.images import (
     UploadedFile,
     UploadFields,
     UploadResponse,
+    WithdrawalView,
 )
-from shared.db import images, owners
+from shared.db import audit, collections, images, jobs, withdrawals
 from shared.db.session import session_scope
 from shared.db.tables import Collection, Image
-from shared.errors import InvalidImageError, ResourceNotFoundError
+from shared.errors import AuthorizationError, InvalidImageError, ResourceNotFoundError
 from shared.imaging import DecodedImage, UploadDecoder
 from shared.messaging.coalesce import notify_embed_workers_soon
+from shared.messaging.job_updates import publish_job_update
 from shared.settings import get_settings
 from shared.storage import image_key, thumbnail_key
 
-SHARED_COLLECTION = "shared"
 MAX_FILENAME_LENGTH = 200
 
 
@@ -76,8 +81,9 @@ def upload(files: list[SentFile], fields: UploadFields, *, caller: Caller, decod
         return _upload_response(outcomes, [], fields.collection)
     # 2. Store all blobs, then write all rows in one transaction.
     with session_for_rows_of(new_blobs(checked)) as session:
-        collection = ensure_collection(session, fields.collection, caller=caller)
-        response = _upload_response(outcomes, add_rows(session, collection, checked), collection.name)
+        collection = ensure_collection(session, fields.collection, caller=caller, field="form.collection")
+        name = collections.name_for(session, collection, principal=caller.principal)
+        response = _upload_response(outcomes, add_rows(session, collection, checked), name)
     after_upload(response.images, created=response.created)
     return response
 
@@ -99,8 +105,9 @@ def list_page(query: ImageQuery, *, caller: Caller) -> Page[ImageView]:
     """
     with session_scope() as session:
         collection = find_collection(session, query.collection, caller=caller, field="query.collection")
+        name = collections.name_for(session, collection, principal=caller.principal)
         rows, next_cursor = images.list_page(session, query, collection_id=collection.id)
-        return Page(items=[views.image(row, collection.name) for row in rows], next_cursor=next_cursor)
+        return Page(items=[views.image(row, name) for row in rows], next_cursor=next_cursor)
 
 
 def get(image_id: UUID, *, caller: Caller) -> ImageView:
@@ -110,8 +117,8 @@ def get(image_id: UUID, *, caller: Caller) -> ImageView:
         ResourceNotFoundError: no image that the caller may see has this id.
     """
     with session_scope() as session:
-        row, collection = images.get(session, image_id, owner_id=caller.owner_id)
-        return views.image(row, collection.name)
+        row, collection = images.get(session, image_id, principal=caller.principal)
+        return views.image(row, collections.name_for(session, collection, principal=caller.principal))
 
 
 def get_row(image_id: UUID, *, caller: Caller) -> Image:
@@ -121,7 +128,7 @@ def get_row(image_id: UUID, *, caller: Caller) -> Image:
         ResourceNotFoundError: no image that the caller may see has this id.
     """
     with session_scope() as session:
-        return images.get(session, image_id, owner_id=caller.owner_id)[0]
+        return images.get(session, image_id, principal=caller.principal)[0]
 
 
 def update(image_id: UUID, patch: ImagePatch, *, caller: Caller) -> ImageView:
@@ -132,9 +139,10 @@ def update(image_id: UUID, patch: ImagePatch, *, caller: Caller) -> ImageView:
     Raises:
         ValidationError: `file_description` comes with other fields, or the merged values are not valid.
         ResourceNotFoundError: no image that the caller may see has this id.
+        CollectionAccessError: the caller may not change images of its collection.
     """
     with session_scope() as session:
-        row, collection = images.get(session, image_id, owner_id=caller.owner_id, lock=True)
+        row, collection = images.get(session, image_id, principal=caller.principal, needs=Access.WRITE, lock=True)
         values: ImagePatch | ImageDescription = patch
         names: Iterable[str] = patch.model_fields_set
         if patch.file_description is not None:
@@ -149,7 +157,7 @@ def update(image_id: UUID, patch: ImagePatch, *, caller: Caller) -> ImageView:
             # `None` empties a field. Tags and attributes have empty values of their own.
             setattr(row, name, {"tags": [], "attributes": {}}.get(name) if value is None else value)
         images.bump_collection_version(session, row.collection_id)
-        return views.image(row, collection.name)
+        return views.image(row, collections.name_for(session, collection, principal=caller.principal))
 
 
 def delete(image_id: UUID, *, caller: Caller) -> None:
@@ -157,24 +165,74 @@ def delete(image_id: UUID, *, caller: Caller) -> None:
 
     Raises:
         ResourceNotFoundError: no image that the caller may see has this id.
+        CollectionAccessError: the caller may not change images of its collection.
     """
     with session_scope() as session:
-        row, _ = images.get(session, image_id, owner_id=caller.owner_id, lock=True)
+        row, _ = images.get(session, image_id, principal=caller.principal, needs=Access.WRITE, lock=True)
         images.remove(session, row)
+        audit.record(
+            session, caller, action=AuditAction.IMAGE_DELETED, subject=image_id, collection_id=str(row.collection_id)
+        )
 
 
-def find_collection(session: Session, name: str, *, caller: Caller, field: str) -> Collection:
-    """Return the collection with this name, of the caller or shared.
+def withdraw(image_id: UUID, request: ImageDelete, *, caller: Caller) -> WithdrawalView:
+    """Delete an image, and withdraw all outputs that drew from it or from an image made of such an output.
 
-    field: path of the request field with the name, for the error.
+    An image that was deleted before can be withdrawn by a key with the scope `admin`.
 
     Raises:
-        ValidationError: no collection that the caller may see has this name.
+        ResourceNotFoundError: no image that the caller may see has this id.
+        CollectionAccessError: the caller may not change images of its collection.
+        AuthorizationError: outputs or images of other owners are among them, and the key lacks the scope `admin`.
     """
+    with session_scope() as session:
+        if not request.dry_run:
+            withdrawals.lock(session)
+        _check_withdrawal(session, image_id, caller)
+        followed = withdrawals.follow(session, image_id)
+        image_ids = followed.image_ids
+        present, foreign = withdrawals.count_images(session, image_ids, principal=caller.principal)
+        needs_admin = foreign > 0 or not followed.owner_ids <= {caller.owner_id}
+        ended: list[UUID] = []
+        if not request.dry_run:
+            if needs_admin and "admin" not in caller.scopes:
+                raise AuthorizationError(
+                    "Outputs or images of other owners are among them, so this needs the scope 'admin'.", scope="admin"
+                )
+            withdrawals.withdraw(session, image_ids, cause_id=image_id, reason=request.reason)
+            ended = jobs.fail_using(session, image_ids)
+            audit.record(
+                session,
+                caller,
+                action=AuditAction.IMAGE_WITHDRAWN,
+                subject=image_id,
+                reason=request.reason,
+                outputs=followed.outputs,
+                owners=len(followed.owner_ids),
+                image_ids=[str(each) for each in image_ids],
+                job_ids=[str(each) for each in ended],
+            )
+    for job_id in ended:
+        publish_job_update(job_id)
+    return WithdrawalView(
+        image_id=image_id,
+        reason=request.reason,
+        dry_run=request.dry_run,
+        outputs=followed.outputs,
+        owners=len(followed.owner_ids),
+        images=present,
+        running_jobs=len(ended),
+        needs_admin=needs_admin,
+    )
+
+
+def _check_withdrawal(session: Session, image_id: UUID, caller: Caller) -> None:
     try:
-        return images.get_collection(session, name, owner_id=caller.owner_id)
-    except ResourceNotFoundError as error:
-        raise problems.field_error(field, "unknown", error.message) from None
+        images.get(session, image_id, principal=caller.principal, needs=Access.WRITE)
+    except ResourceNotFoundError:
+        was_deleted = session.get(Image, image_id) is None and withdrawals.is_known(session, image_id)
+        if not was_deleted or "admin" not in caller.scopes:
+            raise
 
 
 def _check_file(
@@ -231,13 +289,6 @@ def _blob_key(image: DecodedImage) -> str:
 
 def _thumbnail_key(image: DecodedImage) -> str:
     return thumbnail_key(image.sha256, image.thumbnail)
-
-
-def ensure_collection(session: Session, name: str, *, caller: Caller) -> Collection:
-    """Return the shared collection, or the caller's collection of this name, created if it does not exist."""
-    if name == SHARED_COLLECTION:
-        return images.get_collection(session, name, owner_id=caller.owner_id)
-    return owners.ensure_collection(session, name, owner_id=caller.owner_id)
 
 
 def add_rows(session: Session, collection: Collection, checked: Sequence[CheckedFile]) -> list[tuple[Image, bool]]:

@@ -1,5 +1,6 @@
 """Converts database rows to the contracts that the API returns."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -9,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from api_service.http.urls import api_address
 from shared.cache import get_cache_manager
+from shared.contracts.collections import CollectionView, GrantedAccess, GrantView
 from shared.contracts.common import ImageFormat
 from shared.contracts.images import ImageDescription, ImageState, ImageView
 from shared.contracts.jobs import (
@@ -26,14 +28,27 @@ from shared.contracts.jobs import (
     ReferenceKind,
     Replay,
     UsedReference,
+    WithdrawnView,
 )
 from shared.contracts.safety import SafetyRecord
 from shared.contracts.search import Neighbour
 from shared.contracts.webhooks import DeliveryState, DeliveryView
-from shared.db import outputs, queue_position, reference_images, throughput
+from shared.db import outputs, queue_position, reference_images, throughput, withdrawals
+from shared.db.collections import Details, defaults_of
 from shared.db.images import ScoredImage
-from shared.db.tables import Image, Job, JobEvent, Output, OutputReference, ReferenceImage, WebhookDelivery
+from shared.db.tables import (
+    Collection,
+    CollectionGrant,
+    Image,
+    Job,
+    JobEvent,
+    Output,
+    OutputReference,
+    ReferenceImage,
+    WebhookDelivery,
+)
 from shared.db.throughput import Throughput
+from shared.db.withdrawals import Withdrawal
 
 THROUGHPUT_TTL_S = 2
 
@@ -51,10 +66,9 @@ def job(session: Session, row: Job, *, progress: Progress | None = None) -> JobV
 
 def jobs(session: Session, rows: Sequence[Job]) -> list[JobView]:
     """Return jobs with their outputs, in order. Their queue positions are left out, because each needs a query."""
-    outputs_by_job = outputs.list_by_job(session, [row.id for row in rows])
-    references_by_output = outputs.list_references(
-        session, [each.id for of_job in outputs_by_job.values() for each in of_job]
-    )
+    rows_by_job = outputs.list_by_job(session, [row.id for row in rows])
+    output_rows = [each for of_job in rows_by_job.values() for each in of_job]
+    views_by_id = {each.id: each for each in outputs_of(session, output_rows)}
     with_pictures = [row.id for row in rows if row.parameters.get("reference_images")]
     pictures_by_job = reference_images.list_by_job(session, with_pictures) if with_pictures else {}
     return [
@@ -81,7 +95,7 @@ def jobs(session: Session, rows: Sequence[Job]) -> list[JobView]:
             warnings=_warnings(row.resolution),
             safety=_safety(row.safety),
             error=JobError.model_validate(row.error, extra="ignore") if row.error else None,
-            outputs=[output(each, references_by_output.get(each.id, [])) for each in outputs_by_job.get(row.id, [])],
+            outputs=[views_by_id[each.id] for each in rows_by_job.get(row.id, [])],
             metadata=row.job_metadata,
             created_at=row.created_at,
             started_at=row.started_at,
@@ -133,7 +147,21 @@ def _reference_image(row: ReferenceImage, described: dict[str, Any]) -> Referenc
     )
 
 
-def output(row: Output, references: Sequence[OutputReference]) -> OutputView:
+def outputs_of(session: Session, rows: Sequence[Output]) -> list[OutputView]:
+    """Return outputs with their references, in order."""
+    ids = [row.id for row in rows]
+    references, withdrawn = outputs.list_references(session, ids), withdrawals.find(session, ids)
+    return [_output(row, references.get(row.id, []), withdrawn.get(row.id)) for row in rows]
+
+
+def withdrawn(withdrawal: Withdrawal | None) -> WithdrawnView | None:
+    return None if withdrawal is None else WithdrawnView(at=withdrawal.at, reason=withdrawal.reason)
+
+
+def _output(row: Output, references: Sequence[OutputReference], withdrawal: Withdrawal | None) -> OutputView:
+    stands = withdrawal is None
+    # Releases before concepts recorded none.
+    concepts = {each["image_id"]: each.get("concepts", []) for each in row.provenance.get("references", [])}
     return OutputView(
         id=row.id,
         job_id=row.job_id,
@@ -145,8 +173,9 @@ def output(row: Output, references: Sequence[OutputReference]) -> OutputView:
         size_bytes=row.size_bytes,
         sha256=row.sha256,
         created_at=row.created_at,
-        content_url=api_address(f"/generations/{row.id}/content"),
-        thumbnail_url=api_address(f"/generations/{row.id}/thumbnail"),
+        content_url=api_address(f"/generations/{row.id}/content") if stands else None,
+        thumbnail_url=api_address(f"/generations/{row.id}/thumbnail") if stands else None,
+        withdrawn=withdrawn(withdrawal),
         references=[
             UsedReference(
                 kind=ReferenceKind(each.kind),
@@ -155,14 +184,15 @@ def output(row: Output, references: Sequence[OutputReference]) -> OutputView:
                 similarity=each.similarity,
                 weight=each.weight,
                 pinned=each.pinned,
-                caption=each.caption,
+                caption=each.caption if stands else None,
+                concepts=concepts.get(str(each.image_id), []) if stands else [],
             )
             for each in references
         ],
         safety=_safety(row.provenance.get("safety")),
-        warnings=_warnings(row.provenance),
-        replay=None if row.replay is None else Replay.model_validate(row.replay, extra="ignore"),
-        provenance=row.provenance,
+        warnings=_warnings(row.provenance) if stands else [],
+        replay=Replay.model_validate(row.replay, extra="ignore") if row.replay is not None and stands else None,
+        provenance=row.provenance if stands else {},
     )
 
 
@@ -217,11 +247,31 @@ def image(row: Image, collection: str) -> ImageView:
     )
 
 
+def collection(row: Collection, details: Details) -> CollectionView:
+    return CollectionView(
+        id=row.id,
+        name=details.name,
+        owner=None if row.shared else details.owner,
+        access=details.access,
+        description=row.description,
+        defaults=defaults_of(row),
+        images=details.images,
+        created_at=row.created_at,
+        url=api_address(f"/collections/{row.id}"),
+    )
+
+
+def grant(row: CollectionGrant, owner: str) -> GrantView:
+    access = GrantedAccess(row.access)
+    return GrantView(collection_id=row.collection_id, owner=owner, access=access, created_at=row.created_at)
+
+
 def scored_image(found: ScoredImage) -> Neighbour:
     row = found.image
     return Neighbour(
         image_id=row.id,
-        similarity=found.similarity,
+        similarity=None if math.isnan(found.similarity) else found.similarity,
+        found_by=list(found.found_by),
         caption=row.caption,
         tags=row.tags,
         source=row.source,

@@ -21,10 +21,18 @@ from api_service.studio.pages import (
     render_page,
     wants_fragment,
 )
-from api_service.studio.search import pinned_images, plan_references, sent_filter
+from api_service.studio.search import pinned_images, plan_key, plan_references, sent_concepts, sent_filter
 from shared.cache import cache_result
 from shared.capabilities import supports
-from shared.contracts.generation import DryRunView, GenerationParameters, Mode, PinnedReference, RagGenerateRequest
+from shared.concepts import split_prompt
+from shared.contracts.generation import (
+    REFERENCE_FIELDS,
+    DryRunView,
+    GenerationParameters,
+    Mode,
+    PinnedReference,
+    RagGenerateRequest,
+)
 from shared.contracts.images import ImageView
 from shared.contracts.jobs import JobQuery, ReferenceKind
 from shared.contracts.outputs import OutputQuery, RememberRequest
@@ -126,24 +134,33 @@ def _digest(text: str) -> str:
 def _request_from_form() -> RagGenerateRequest:
     """Build the request from the form.
 
-    If the person did not change the planned references, the job searches itself, which also records the reasons. If
-    references were pinned, dropped or weighted, the request pins exactly those that the form shows as used.
+    If the person did not change the planned references, the request has their plan. Without a plan for exactly this
+    form, the job searches itself. If references were pinned, dropped or weighted, the request pins exactly those that
+    the form shows as used.
     """
     form = request.form
     sent = filled_fields(form, REQUEST_FIELDS)
     sent.poplist("collection")
     values = requests.field_values(RagGenerateRequest, sent, where="form")
     values["filter"] = sent_filter(form)
+    values["concepts"] = [{"text": text} for text in sent_concepts(form)]
     planned = dict(pair.split("=", 1) for pair in form.get("planned", "").split() if "=" in pair)
     chosen = [*form.getlist("pin"), *form.getlist("use")]
     used = {image_id: form.get(f"weight.{image_id}", "").strip() for image_id in chosen}
     if form.getlist("pin") or used != planned:
         values["reference_ids"] = [
-            requests.parse_form(PinnedReference, {"image_id": image_id, "weight": weight or None})
+            requests.parse_form(
+                PinnedReference,
+                {"image_id": image_id, "weight": weight or None, "concepts": form.getlist(f"concept.{image_id}")},
+            )
             for image_id, weight in used.items()
         ]
+        del values["concepts"]
         if not used:
             values["mode"] = Mode.NONE
+    elif form.get("plan") and form.get("planned_for") == plan_key(form):
+        values = {name: value for name, value in values.items() if name not in REFERENCE_FIELDS}
+        values["plan"] = form["plan"]
     return requests.parse_form(RagGenerateRequest, {"preview_every": PREVIEW_EVERY, **values})
 
 
@@ -168,9 +185,12 @@ def _create_values(recorded: dict[str, Any], references: Sequence[PinnedReferenc
     # The form has no pictures. Without them the job searches, with the service's number of references.
     sent_pictures = bool(parameters.reference_images)
     weights = {f"weight.{each.image_id}": each.weight or 1 for each in pinned}
+    if parameters.max_gap is not None or parameters.matched_min_similarity is not None:
+        del settings["min_similarity"]  # of a calibration; as the request's own it would be the whole rule
     return {
         **settings,
         "num_images": len(parameters.seeds),
+        "concepts": None if pinned else _written_concepts(parameters),
         "similar_examples_count": len(pinned) or (None if sent_pictures else parameters.k),
         "sent_pictures": 1 if sent_pictures else None,
         "collection": parameters.filter.collection,
@@ -178,6 +198,12 @@ def _create_values(recorded: dict[str, Any], references: Sequence[PinnedReferenc
         "pin": [str(each.image_id) for each in pinned],
         **(weights if any(each.weight for each in pinned) else {}),
     }
+
+
+def _written_concepts(parameters: GenerationParameters) -> str | None:
+    """Return the concepts of a job as lines; `None`: the prompt gives the same ones."""
+    texts = [concept.text for concept in parameters.searched_concepts]
+    return None if texts == split_prompt(parameters.prompt) else "\n".join(texts)
 
 
 @studio_generation.post("/jobs/<uuid:job_id>/cancel")

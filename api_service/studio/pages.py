@@ -1,6 +1,7 @@
 """Functions that all pages share: render pages and errors, redirect, and read forms."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlencode
@@ -11,6 +12,7 @@ from werkzeug.datastructures import MultiDict
 
 from api_service.http import problems, requests
 from api_service.http.requests import Model
+from shared.contracts.search import PlannedConcept
 from shared.settings import get_settings
 
 IMAGES_PER_PAGE = 48
@@ -70,6 +72,34 @@ def read_form(model: type[Model], values: "MultiDict[str, str]", names: Sequence
 def pretty_json(record: Any) -> str:
     """Return indented JSON, not escaped for HTML."""
     return orjson.dumps(record, option=orjson.OPT_INDENT_2).decode()
+
+
+@dataclass(frozen=True)
+class ConceptGroup:
+    """References that are shown under a concept. concept: `None` where the prompt is the only one."""
+
+    concept: PlannedConcept | None
+    references: list[Any]
+
+
+def by_concept(concepts: Sequence[Any] | None, references: Sequence[Any]) -> list[ConceptGroup]:
+    """Group references under the first of their concepts.
+
+    concepts, references: contracts, or the JSON of a record. Records of releases before concepts have neither.
+    """
+    planned = [PlannedConcept.model_validate(each, from_attributes=True, extra="ignore") for each in concepts or []]
+    if len(planned) < 2:
+        return [ConceptGroup(None, list(references))] if references else []
+    first = [(_concepts_of(each)[:1], each) for each in references]
+    groups = [ConceptGroup(each, [shown for texts, shown in first if texts == [each.text]]) for each in planned]
+    texts = {each.text for each in planned}
+    others = [shown for named, shown in first if not texts.intersection(named)]
+    return [*groups, ConceptGroup(None, others)] if others else groups
+
+
+def _concepts_of(reference: Any) -> list[str]:
+    texts: list[str] = reference.get("concepts", []) if isinstance(reference, dict) else reference.concepts
+    return texts
 
 
 def next_page_query(cursor: str) -> str:

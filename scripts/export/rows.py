@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, and_, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from scripts.export.image_file import Row
-from shared.db import images, outputs
+from shared.db import images, outputs, withdrawals
 from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.db.tables import BulkItem, Image, Job, Output, OutputReference, Owner
@@ -34,14 +34,17 @@ COPIED_COLUMNS = (
 
 @dataclass(frozen=True)
 class OutputSelection:
-    """Select outputs by owner (None: all owners) and creation time: `after` <= time < `before`."""
+    """Select outputs by owner (None: all owners) and creation time: `after` <= time < `before`.
+
+    Withdrawn outputs are never selected.
+    """
 
     owner_id: UUID | None = None
     after: datetime | None = None
     before: datetime | None = None
 
     def conditions(self) -> list[ColumnElement[bool]]:
-        conditions = []
+        conditions = [~withdrawals.is_withdrawn(Output.id)]
         if self.owner_id is not None:
             conditions.append(Output.owner_id == self.owner_id)
         if self.after is not None:
@@ -197,16 +200,13 @@ def with_vector(row: Row, space: Space) -> Row:
     """
     for attempt in range(EMBED_TRIES):
         try:
-            answer = embedding_rpc.embed_image(row["image"])
+            vector = embedding_rpc.embed_image(row["image"], space)
             break
         except EmbeddingUnavailableError:
             if attempt == EMBED_TRIES - 1:
                 raise
         except EmbeddingError:
             return row
-    if answer.space != space.digest:
-        return row  # the vector belongs to another space than the one that searches use
-    vector = answer.vectors[0]
     norm = float(np.linalg.norm(vector))
     return row | {"embedding": (vector / norm).astype(np.float16).astype(np.float32).tolist(), "norm": norm}
 

@@ -3,7 +3,9 @@
 import base64
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Self
 from uuid import UUID
@@ -13,7 +15,7 @@ from pydantic import Field, model_validator
 from shared.contracts.common import Contract, ImageFormat, Metadata, Name, Prompt, Seed, Text
 from shared.contracts.images import Caption
 from shared.contracts.jobs import EventType, JobKind, Lane
-from shared.contracts.search import ImageFilter
+from shared.contracts.search import Concept, ImageFilter, SearchMode, refuse_repeated_concepts
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,21 @@ class GenerateRequest(Contract):
 class PinnedReference(Contract):
     image_id: UUID
     weight: float | None = Field(None, gt=0, le=100, description="relative weight; `null`: 1")
+    # Excluded when it is empty, so that a worker of the previous release can read the row.
+    concepts: list[Prompt] = Field(
+        default_factory=list,
+        max_length=8,
+        exclude_if=lambda texts: not texts,
+        description="things of the prompt that it stands for; they are recorded and change nothing",
+    )
 
     @classmethod
-    def recorded(cls, image_id: UUID, weight: float) -> Self:
+    def recorded(cls, image_id: UUID, weight: float, *, concepts: Sequence[str] = ()) -> Self:
         """A reference with the weight that an output's record has. A weight of 0 becomes the smallest positive one.
 
-        weight: a share of 1. A very small share is rounded to 0.
+        weight: a share of 1. A very small share is rounded to 0. concepts: the things that it was used for.
         """
-        return cls(image_id=image_id, weight=max(weight, sys.float_info.min))
+        return cls(image_id=image_id, weight=max(weight, sys.float_info.min), concepts=list(concepts))
 
 
 class SentReferenceImage(Contract):
@@ -139,10 +148,32 @@ class SentReferenceImage(Contract):
         return cls(data=base64.b64encode(file).decode(), weight=weight, caption=caption)
 
 
+MAX_PLAN_LENGTH = 131_072
+"""Longest token of a plan. Eight concepts of 2,000 characters of 4 bytes, the longest filter and 16 references need
+less."""
+REFERENCE_FIELDS = (
+    *("similar_examples_count", "concepts", "split_prompt", "reference_ids", "reference_images"),
+    *("min_similarity", "filter", "avoid", "avoid_ids"),
+)
+"""Fields that choose references. A plan has already chosen them."""
+
+
 class RagGenerateRequest(GenerateRequest):
     """Generate images conditioned on the corpus images nearest to the prompt, or on the references of the request."""
 
-    similar_examples_count: int | None = Field(None, ge=0, le=16, description="number of references to search")
+    similar_examples_count: int | None = Field(
+        None, ge=0, le=16, description="largest number of references to search, for all concepts together"
+    )
+    # The next two are excluded at their defaults: requests without them have the fingerprint of the previous release.
+    concepts: list[Concept] = Field(
+        default_factory=list,
+        max_length=8,
+        exclude_if=lambda concepts: not concepts,
+        description="the things that the image shows, each with references of its own; empty: see `split_prompt`",
+    )
+    split_prompt: bool = Field(
+        True, exclude_if=lambda split: split, description="find references for each thing that the prompt names"
+    )
     mode: Mode = Mode.AUTO
     reference_ids: Annotated[
         list[Annotated[UUID | PinnedReference, Field(title="Reference")]], Field(max_length=16)
@@ -153,6 +184,27 @@ class RagGenerateRequest(GenerateRequest):
         max_length=16,
         exclude_if=lambda images: not images,
         description="pictures to use after those of `reference_ids`, without a search",
+    )
+    # The next two are excluded when they are empty, for the same reason.
+    avoid: list[Prompt] = Field(
+        default_factory=list,
+        max_length=8,
+        exclude_if=lambda texts: not texts,
+        description="texts that searched references must not show",
+    )
+    avoid_ids: list[UUID] = Field(
+        default_factory=list,
+        max_length=64,
+        exclude_if=lambda ids: not ids,
+        description="images that are not used as searched references",
+    )
+    # Excluded when it is `None`, for the same reason.
+    plan: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_PLAN_LENGTH,
+        exclude_if=lambda plan: plan is None,
+        description="`plan` of `GET /rag/search` for this prompt: use exactly the references that it has shown",
     )
     min_similarity: float | None = Field(
         None, ge=-1, le=1, description="lowest cosine of a reference that is used; `null`: the value of the service"
@@ -168,6 +220,28 @@ class RagGenerateRequest(GenerateRequest):
             raise ValueError("reference_ids names an image twice")
         return self
 
+    @model_validator(mode="after")
+    def _a_plan_has_the_references(self) -> Self:
+        if self.plan is None:
+            return self
+        fields = type(self).model_fields
+        others = [
+            name
+            for name in REFERENCE_FIELDS
+            if name in fields and getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        ]
+        if others:
+            raise ValueError(f"plan has the references, so it excludes {', '.join(others)}")
+        return self
+
+    @model_validator(mode="after")
+    def _concepts_are_searched(self) -> Self:
+        refuse_repeated_concepts([concept.text for concept in self.concepts])
+        for name in ("concepts", "avoid", "avoid_ids"):
+            if getattr(self, name) and (self.reference_ids or self.reference_images):
+                raise ValueError(f"{name} is for a search, so it excludes reference_ids and reference_images")
+        return self
+
     @property
     def pinned(self) -> list[PinnedReference]:
         return [r if isinstance(r, PinnedReference) else PinnedReference(image_id=r) for r in self.reference_ids]
@@ -179,6 +253,14 @@ class ResolvedReferenceImage(Contract):
     sha256: str = Field(description="SHA-256 of the file that was sent")
     weight: float | None
     caption: str | None
+
+
+class ResolvedConcept(Contract):
+    """One thing that the image shows, and how its references are searched."""
+
+    text: str
+    k: int | None = Field(None, description="largest number of its references; `null`: as many as there is room")
+    filter: ImageFilter | None = Field(None, description="`null`: the filter of the job")
 
 
 class GenerationParameters(Contract):
@@ -203,8 +285,37 @@ class GenerationParameters(Contract):
     mode: Mode
     ip_adapter_scale: float
     strength: float
-    k: int = Field(description="number of references to search; 0: no search")
+    k: int = Field(description="largest number of references to search; 0: no search")
+    # Fields with `exclude_if` are left out at their defaults: a worker of the previous release can read the row.
+    concepts: list[ResolvedConcept] = Field(
+        default_factory=list,
+        exclude_if=lambda concepts: not concepts,
+        description="the things for which references are searched; empty: the prompt as a whole",
+    )
+    avoid: list[str] = Field(
+        default_factory=list,
+        exclude_if=lambda texts: not texts,
+        description="texts that searched references must not show",
+    )
+    avoid_ids: list[UUID] = Field(
+        default_factory=list, exclude_if=lambda ids: not ids, description="images that are not used as references"
+    )
+    search_mode: SearchMode = Field(
+        SearchMode.HYBRID,
+        exclude_if=lambda mode: mode is SearchMode.HYBRID,
+        description="how the corpus is searched",
+    )
     min_similarity: float
+    max_gap: float | None = Field(
+        None,
+        exclude_if=lambda gap: gap is None,
+        description="largest distance of a reference below the most similar image of its concept; `null`: any",
+    )
+    matched_min_similarity: float | None = Field(
+        None,
+        exclude_if=lambda similarity: similarity is None,
+        description="lowest cosine of a reference whose caption or tags match the words; `null`: `min_similarity`",
+    )
     filter: ImageFilter
     references: list[PinnedReference] = Field(description="pinned images of the corpus")
     # Excluded when it is empty, so that a worker of the previous release can read the row.
@@ -219,10 +330,26 @@ class GenerationParameters(Contract):
         None, exclude_if=lambda steps: steps is None, description="steps between previews; `null`: no previews"
     )
 
+    planned_at: datetime | None = Field(
+        None,
+        exclude_if=lambda moment: moment is None,
+        description="when the plan was made that has these references; `null`: the request used no plan",
+    )
+
     @property
     def named_references(self) -> int:
         """Number of references that the request names or brings; 0: they are searched."""
         return len(self.references) + len(self.reference_images)
+
+    @property
+    def searched_filters(self) -> list[ImageFilter]:
+        """Where references are searched; empty: they are not."""
+        return [concept.filter or self.filter for concept in self.searched_concepts] if self.k else []
+
+    @property
+    def searched_concepts(self) -> list[ResolvedConcept]:
+        """The things for which references are searched: the whole prompt, if it was not split."""
+        return self.concepts or [ResolvedConcept(text=self.prompt)]
 
 
 class DryRunView(Contract):

@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, Select, delete, func, literal_column, or_,
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
-from shared.db.tables import Bulk, Job, JobEvent, Output, PeriodicTask, WebhookDelivery
+from shared.db.tables import Bulk, Collection, Image, Job, JobEvent, Output, PeriodicTask, WebhookDelivery
 
 PENDING = "pending"
 
@@ -69,6 +69,19 @@ def delete_old_deliveries(session: Session, *, days: float, limit: int) -> int:
         .order_by(WebhookDelivery.created_at)
     )
     return delete_batch(session, WebhookDelivery, old, limit=limit)
+
+
+def delete_images_of_deleted_collections(session: Session, *, limit: int) -> int:
+    """Delete images of collections that were deleted; return how many."""
+    deleted = select(Collection.id).where(Collection.deleted_at.is_not(None))
+    return delete_batch(session, Image, select(Image).where(Image.collection_id.in_(deleted)), limit=limit)
+
+
+def delete_emptied_collections(session: Session, *, limit: int) -> int:
+    """Delete the rows of collections that were deleted and have no images left; return how many."""
+    empty = ~select(Image.id).where(Image.collection_id == Collection.id).exists()
+    deleted = select(Collection).where(Collection.deleted_at.is_not(None), empty)
+    return delete_batch(session, Collection, deleted, limit=limit)
 
 
 def begin_periodic_task(session: Session, name: str, *, every_s: float) -> bool:

@@ -16,7 +16,7 @@ from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
-from shared.db import owners, spaces
+from shared.db import collections, owners, spaces
 from shared.db.images import find_vector
 from shared.db.tables import Collection, Image, Job, Output, OutputReference
 from shared.messaging import queue
@@ -277,7 +277,7 @@ def _deleted_meanwhile(session: Session, table: Any, row_id: UUID) -> Iterator[T
 
 
 def test_an_image_of_another_owner_is_not_found(client: Client, session: Session) -> None:
-    theirs = owners.ensure_collection(session, "theirs", owner_id=owners.ensure(session, "other"))
+    theirs = collections.ensure(session, "theirs", owner_id=owners.ensure(session, "other"))
     image = make_image(session, collection_id=theirs.id)
     session.commit()
     for method, route in [("GET", ""), ("PATCH", ""), ("DELETE", ""), ("GET", "/content"), ("GET", "/thumbnail")]:

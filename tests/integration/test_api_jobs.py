@@ -17,11 +17,12 @@ from shared.cache import get_cache_manager
 from shared.capabilities import resolve_defaults
 from shared.contracts.jobs import JobState
 from shared.contracts.service import Capabilities, ModelDefaults
-from shared.db import jobs, owners, queue_limits, workers
+from shared.db import collections, jobs, owners, queue_limits, workers
 from shared.db.session import bound_waits, session_scope
 from shared.db.tables import Job, ModelRecord
 from shared.errors import OwnerQueueFullError, QueueFullError
 from shared.messaging import job_updates, queue
+from shared.retrieval import DEFAULT_MIN_SIMILARITY
 from shared.settings import Settings, get_settings
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, messages
@@ -101,7 +102,7 @@ def test_defaults_come_from_the_model_and_are_all_resolved(client: Client, setti
     assert parameters["num_inference_steps"] == defaults.num_inference_steps
     assert parameters["strength"] == defaults.strength
     assert parameters["k"] == settings.retrieval.default_k
-    assert parameters["min_similarity"] == settings.retrieval.min_similarity
+    assert parameters["min_similarity"] == DEFAULT_MIN_SIMILARITY
     assert parameters["guidance_scale"] == 0, "a requested zero is not a missing value"
 
 
@@ -169,7 +170,7 @@ def test_pinned_references_are_kept_in_order_with_their_weights(client: Client, 
 def test_an_image_without_a_vector_or_of_another_owner_cannot_be_pinned(client: Client, session: Session) -> None:
     make_image(session, vector=[1.0] + [0.0] * 15)
     pending = make_image(session)
-    theirs = owners.ensure_collection(session, "theirs", owner_id=owners.ensure(session, "other"))
+    theirs = collections.ensure(session, "theirs", owner_id=owners.ensure(session, "other"))
     hidden = make_image(session, vector=[1.0] + [0.0] * 15, collection_id=theirs.id)
     session.commit()
     answer = client.post(

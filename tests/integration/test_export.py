@@ -112,7 +112,8 @@ def test_an_exported_and_imported_corpus_returns_the_same_scores(session: Sessio
     wipe(session)
     assert answers(session) == []
     report = run("import", str(tmp_path / "corpus.parquet"))
-    assert report == {"code": 0, "event": "done", "new": COUNT + 1, "existing": 0, "to_embed": 1}
+    counts = {"new": COUNT + 1, "existing": 0, "withdrawn": 0, "to_embed": 1}
+    assert report == {"code": 0, "event": "done", **counts}
     assert answers(session) == before
     assert len(before) == COUNT
     assert session.execute(select(*columns).order_by(Image.id)).all() == rows

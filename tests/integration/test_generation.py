@@ -14,10 +14,12 @@ from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
 from api_service.services import reference_images, views
+from shared.contracts.collections import GrantedAccess
 from shared.contracts.generation import Mode, PinnedReference, ResolvedReferenceImage
 from shared.contracts.images import ImageState
 from shared.contracts.jobs import JobState, Lane, Replay
-from shared.db import images, jobs, outputs, spaces
+from shared.contracts.search import ImageFilter
+from shared.db import collections, images, jobs, outputs, owners, spaces
 from shared.db.tables import Image as ImageRow
 from shared.db.tables import Job, Output, ReferenceImage
 from shared.errors import ModelError, ModelLoadError, ModelOutOfMemoryError, StorageError
@@ -392,6 +394,41 @@ def test_a_picture_of_the_request_that_is_gone_or_damaged_fails_the_job_with_a_c
     assert error["code"] == code
 
 
+@pytest.mark.parametrize("end", ["unshared", "deleted", "not shared", "shared"])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_the_access_to_a_collection_is_checked_again_when_the_job_runs(
+    session: Session, models: Models, leases: JobLeases, pinned: bool, end: str
+) -> None:
+    image_id = add_embedded_image(session, models, "red", "a red square")
+    theirs = collections.create(session, "products", owner_id=owners.ensure(session, "other"), most=None)
+    session.get_one(ImageRow, image_id).collection_id = theirs.id
+    mine = owners.ensure(session, "local")
+    if end != "not shared":
+        collections.share(session, theirs, owner_id=mine, access=GrantedAccess.READ)
+    references = [PinnedReference(image_id=image_id)] if pinned else []
+    job = submit(session, references=references, filter=ImageFilter(collection="other/products"))
+    if end == "unshared":
+        collections.unshare(session, theirs, owner_id=mine)
+    if end == "deleted":
+        collections.mark_deleted(session, theirs)
+    session.commit()
+    outcome = run(job.id, models, leases)
+    if end == "shared":
+        assert outcome is Outcome.SUCCEEDED
+        (output,) = outputs.list_by_job(session, [job.id])[job.id]
+        used = outputs.list_references(session, [output.id])[output.id]
+        assert [reference.image_id for reference in used] == [image_id]
+        return
+    assert outcome is Outcome.FAILED
+    error = reload(session, job).error
+    assert error is not None
+    context = {"image_ids": [str(image_id)]} if pinned else {"collection": "other/products"}
+    assert (error["code"], error["context"]) == (
+        "reference_deleted" if pinned else "collection_unavailable",
+        context,
+    )
+
+
 def test_img2img_gets_the_pixels_of_its_reference(
     session: Session, models: Models, leases: JobLeases, model: RecordingGenerator
 ) -> None:
@@ -522,7 +559,7 @@ def test_the_result_says_which_text_the_model_did_not_read(
 
 def test_every_word_of_a_long_prompt_counts_in_the_search_for_references(models: Models) -> None:
     start = "a word " * 20
-    one, other = models.embed_text(start + "apple"), models.embed_text(start + "river")
+    one, other = models.embed_texts([start + "apple", start + "river"])
     assert not np.allclose(one, other, atol=1e-3)
 
 

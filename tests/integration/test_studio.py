@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 
 from api_service.app import create_app
 from api_service.services import jobs
+from shared.contracts.collections import GrantedAccess
 from shared.contracts.jobs import Change, JobWarning, Replay, ReplayVerdict
-from shared.db import images, workers
+from shared.db import collections, images, owners, workers
 from shared.db.spaces import Space
 from shared.db.tables import ApiKey, Image, Job, OutputReference, Owner
 from shared.settings import Settings, get_settings
@@ -25,7 +26,7 @@ from tests.integration.test_export_outputs import make_output
 
 SAME_ORIGIN = {"Origin": "http://localhost"}
 FRAGMENT = {"X-Fragment": "1"}
-PAGES = ("/", "/gallery", "/corpus", "/search", "/queue")
+PAGES = ("/", "/gallery", "/corpus", "/collections", "/search", "/queue")
 
 
 @pytest.fixture
@@ -347,6 +348,26 @@ def test_searching_by_text_by_a_file_and_by_an_image_of_the_corpus(
     assert "Write words" in client.post("/search", data=empty, headers=SAME_ORIGIN).text
 
 
+def test_the_search_page_says_what_found_an_image(client: Client, session: Session, space: Space) -> None:
+    make_image(session, vector=towards(a0=1), caption="a red apple")
+    make_image(session, vector=towards(a1=1), caption="a green apple")
+    session.commit()
+    by_words = client.get("/search", query_string={"query": "reds", "mode": "text"}).text
+    assert "found by its caption or tags" in by_words
+    assert "its look" not in by_words
+    assert '<option value="text" selected>' in by_words
+    assert "<meter" not in by_words, "this mode has no similarities"
+    with embed_worker(space):
+        both = client.get("/search", query_string={"query": "red"}).text
+        assert "found by its look and its caption or tags" in both
+        without = client.post("/search", data={"query": "red", "negative": "green apple"}, headers=SAME_ORIGIN).text
+        assert 'value="green apple"' in without
+        assert without.index("a red apple") < without.index("a green apple")
+        refused = client.post("/search", data={"query": "red", "negative": "red"}, headers=SAME_ORIGIN)
+    assert refused.status_code == 422
+    assert "It leaves nothing of the rest of the query." in refused.text
+
+
 def test_long_lists_have_pages(client: Client, session: Session) -> None:
     for _ in range(25):
         make_job(session, prompt="one of many")
@@ -356,6 +377,59 @@ def test_long_lists_have_pages(client: Client, session: Session) -> None:
     assert "state=queued" in older
     second = client.get("/queue" + older.replace("&amp;", "&"))
     assert (first.text.count("one of many"), second.text.count("one of many")) == (20, 5)
+
+
+# --- collections --------------------------------------------------------------------------------------------------
+
+
+def test_a_collection_is_created_described_shared_and_deleted_by_forms(client: Client, session: Session) -> None:
+    owners.ensure(session, "team-b")
+    session.commit()
+    made = client.post("/collections", data={"name": "products", "description": ""})
+    page = client.get(made.location)
+    assert page.status_code == 200
+    assert "<dd>owner</dd>" in page.text
+    changed = client.post(
+        made.location,
+        data={"name": "goods", "description": "<b>Goods</b>", "min_similarity": "0.3", "k": "2", "mode": "text"},
+    )
+    assert changed.location == made.location
+    assert client.get(f"{API}/collections?name=goods").json["items"][0]["defaults"] == {
+        "min_similarity": 0.3,
+        "k": 2,
+        "mode": "text",
+    }
+    page = client.get(made.location)
+    assert "&lt;b&gt;Goods&lt;/b&gt;" in page.text
+    assert "<option selected>text</option>" in page.text
+    assert client.post(f"{made.location}/share", data={"owner": "team-b", "access": "write"}).status_code == 303
+    assert "team-b" in client.get(made.location).text
+    unknown = client.post(f"{made.location}/share", data={"owner": "team-c", "access": "write"})
+    assert (unknown.status_code, "There is no such owner." in unknown.text) == (404, True)
+    assert client.post(f"{made.location}/unshare/team-b").status_code == 303
+    assert "No other owner." in client.get(made.location).text
+    emptied = client.post(made.location, data={"name": "goods", "min_similarity": "", "k": "", "mode": ""})
+    assert emptied.status_code == 303
+    assert set(client.get(f"{API}/collections?name=goods").json["items"][0]["defaults"].values()) == {None}
+    bad = client.post(made.location, data={"name": "Ä"})
+    assert (bad.status_code, "wrong" in bad.text) == (422, True)
+    assert client.post(f"{made.location}/delete").location == "/collections"
+    listed = client.get("/collections").text
+    assert "goods" not in listed
+    assert ">shared</a>" in listed
+
+
+def test_a_collection_of_another_owner_is_shown_without_forms(browser: FlaskClient, session: Session) -> None:
+    theirs = collections.create(session, "logos", owner_id=owners.ensure(session, "team-b"), most=None)
+    collections.share(session, theirs, owner_id=owners.ensure(session, "team"), access=GrantedAccess.READ)
+    session.commit()
+    sign_in(browser, session, "search", "corpus:write", "generate")
+    assert ">team-b/logos</a>" in browser.get("/collections").text
+    page = browser.get(f"/collections/{theirs.id}").text
+    assert "<dd>read</dd>" in page
+    assert "collection=team-b/logos" in page
+    assert 'method="post"' not in page.split("<main>")[1]
+    assert browser.get("/corpus?collection=team-b/logos").status_code == 200
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------
@@ -374,7 +448,7 @@ def sign_in(browser: FlaskClient, session: Session, *scopes: str) -> Any:
 def test_with_keys_every_page_redirects_to_sign_in(browser: FlaskClient) -> None:
     studio_rules = [rule for rule in browser.application.url_map.iter_rules() if rule.endpoint.startswith("studio")]
     rules = [rule for rule in studio_rules if not rule.alias]  # an alias redirects to its page
-    assert len(rules) == 22
+    assert len(rules) == 30
     open_to_all = set()
     for rule in rules:
         address = re.sub(r"<uuid:\w+>", str(uuid4()), rule.rule)

@@ -11,7 +11,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
-from shared.db import owners
+from shared.db import collections, owners
 from shared.db.spaces import Space
 from shared.db.tables import Job, OutputReference
 from tests.factories import make_image, make_job, make_space
@@ -76,7 +76,7 @@ def again(client: Client, page: str) -> Any:
 @pytest.fixture
 def space(session: Session) -> Space:
     space = make_space(session)
-    owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "local"))
+    collections.ensure(session, "mine", owner_id=owners.ensure(session, "local"))
     session.commit()
     return space
 
@@ -187,7 +187,7 @@ def test_the_filter_of_the_form_is_that_of_the_shown_references(client: Client, 
 
 
 def test_links_from_an_image_keep_its_collection(client: Client, session: Session, space: Space) -> None:
-    mine = owners.ensure_collection(session, "mine", owner_id=owners.ensure(session, "local"))
+    mine = collections.ensure(session, "mine", owner_id=owners.ensure(session, "local"))
     image = make_image(session, vector=towards(a0=1), collection_id=mine.id, tags=["fruit"], caption="an apple")
     session.commit()
     for page in (f"/corpus/{image.id}", "/corpus?collection=mine"):

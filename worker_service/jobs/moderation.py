@@ -23,14 +23,15 @@ MIN_CELL_PIXELS = 8
 
 
 def check_prompt(attempt: Attempt, policy: Policy) -> None:
-    """Check the prompt before it is used, and record the decisions.
+    """Check the prompt and the texts of its concepts before they are used, and record the decisions.
 
     Raises:
         PromptBlockedError: the policy blocks the prompt.
     """
     if not policy.is_on:
         return
-    decisions = policy.decide_on_prompt(attempt.parameters.prompt)
+    parameters = attempt.parameters
+    decisions = policy.decide_on_prompt(parameters.prompt, *(concept.text for concept in parameters.concepts))
     _record(attempt, policy, decisions)
     if any(decision.action is SafetyAction.BLOCK for decision in decisions):
         raise PromptBlockedError(concepts=_concepts(decisions))

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from shared import retrieval
+from shared.contracts.common import ImageFormat
 from shared.contracts.generation import Mode
 from shared.contracts.jobs import JobWarning, UsedReference
 from shared.contracts.safety import SafetyRecord, SafetyStage
@@ -19,8 +20,9 @@ from shared.db.spaces import Space
 from shared.db.tables import Image as ImageRow
 from shared.db.tables import Output, OutputReference
 from shared.errors import InvalidImageError, ReferenceDeletedError, ResourceNotFoundError
-from shared.imaging import encode_image, open_image, pixels_sha256, thumbnail
+from shared.imaging import encode_image, open_image, pixels_sha256, thumbnail, with_record
 from shared.storage import get_blobs, output_key, output_thumbnail_key
+from worker_service.jobs import content_credentials
 from worker_service.jobs.attempt import Attempt
 from worker_service.models.generate_batch import GeneratedImage
 from worker_service.models.generation import framing
@@ -33,12 +35,12 @@ LIBRARIES = ("afterimage", "torch", "diffusers", "transformers", "open_clip_torc
 def resolved_event(
     mode: Mode,
     reason: str,
-    references: Sequence[retrieval.Candidate],
+    plan: retrieval.Plan,
     *,
     space: Space,
     warnings: Sequence[JobWarning],
 ) -> dict[str, Any]:
-    """Data of the event `resolved`: the mode, and all candidate references with the reason to use or refuse each.
+    """Data of the event `resolved`: the mode, all candidate references with reasons, and what each concept got.
 
     warnings: ways in which the images will differ from the request.
     """
@@ -48,8 +50,9 @@ def resolved_event(
         "embedding_space": space.digest,
         "references": [
             {**_used_reference(reference).model_dump(mode="json"), "used": reference.used, "reason": reference.reason}
-            for reference in references
+            for reference in plan.candidates
         ],
+        "concepts": [concept.model_dump(mode="json") for concept in plan.concepts],
         "warnings": [warning.model_dump(mode="json") for warning in warnings],
     }
 
@@ -111,7 +114,7 @@ def store(
     attempt: Attempt,
     mode: Mode,
     reason: str,
-    references: Sequence[retrieval.Candidate],
+    plan: retrieval.Plan,
     requests: Sequence[ImageRequest],
     images: Sequence[GeneratedImage | None],
     *,
@@ -125,15 +128,16 @@ def store(
     Raises:
         StorageError: the blob store failed.
         InvalidOutputError: an image cannot be encoded.
+        ContentCredentialsError: an image cannot be signed.
     """
-    used = references if mode is not Mode.NONE else []
+    plan = plan.used if mode is not Mode.NONE else plan.unused
     return [
         _store_image(
             attempt,
             index,
             image.pixels,
-            provenance_record(attempt, index, mode, reason, used, request, image, warnings=warnings, models=models),
-            used,
+            provenance_record(attempt, index, mode, reason, plan, request, image, warnings=warnings, models=models),
+            plan.candidates,
         )
         for index, (request, image) in enumerate(zip(requests, images, strict=True))
         if image is not None
@@ -149,7 +153,18 @@ def _store_image(
 ) -> StoredOutput:
     parameters = attempt.parameters
     image = framing.to_requested_size(pixels, (parameters.width, parameters.height))
-    data = encode_image(image, image_format=parameters.format, quality=parameters.quality, record=provenance)
+    data = encode_image(image, image_format=parameters.format, quality=parameters.quality)
+    drawn_sha256 = pixels_sha256(image)
+    # A lossy format changes pixels, and the record has the digest of those that a reader of the file sees.
+    is_lossless = parameters.format is ImageFormat.PNG
+    provenance = {
+        **provenance,
+        "file_pixels_sha256": drawn_sha256 if is_lossless else pixels_sha256(open_image(data)),
+    }
+    record = content_credentials.record_of_file(provenance)
+    data = with_record(data, record)
+    if (signer := content_credentials.get_signer()) is not None:
+        data = signer.sign(data, parameters.format, content_credentials.manifest_of(record))
     key = output_key(attempt.job_id, attempt=attempt.number, index=index, image_format=parameters.format)
     thumbnail_key = output_thumbnail_key(attempt.job_id, attempt=attempt.number, index=index)
     blobs = get_blobs()
@@ -168,11 +183,14 @@ def _store_image(
         height=image.shape[0],
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        pixels_sha256=pixels_sha256(image),
+        pixels_sha256=drawn_sha256,
         provenance=provenance,
     )
     rows = [
-        OutputReference(generation_id=output.id, position=position, **_used_reference(reference).model_dump())
+        # The provenance has the concepts of each reference.
+        OutputReference(
+            generation_id=output.id, position=position, **_used_reference(reference).model_dump(exclude={"concepts"})
+        )
         for position, reference in enumerate(references)
     ]
     return StoredOutput(output=output, references=rows)
@@ -183,7 +201,7 @@ def provenance_record(
     index: int,
     mode: Mode,
     reason: str,
-    references: Sequence[retrieval.Candidate],
+    plan: retrieval.Plan,
     request: ImageRequest,
     image: GeneratedImage,
     *,
@@ -204,12 +222,13 @@ def provenance_record(
         "drawn_height": request.height,
         "scaled": drawn != (attempt.parameters.width, attempt.parameters.height),
         "crop": framing.crop_of(request),
-        "initial_image_box": initial_image_box(request, references),
+        "initial_image_box": initial_image_box(request, plan.candidates),
         "reference_call": models.image_model.reference_call(request),
         "text_parts": parts if (parts := models.image_model.text_parts(request)) > 1 else None,
         "warnings": [warning.model_dump(mode="json") for warning in warnings],
         "memory_savers": list(image.memory_savers),
-        "references": [_used_reference(reference).model_dump(mode="json") for reference in references],
+        "references": [_used_reference(reference).model_dump(mode="json") for reference in plan.candidates],
+        "concepts": [concept.model_dump(mode="json") for concept in plan.concepts],
         "embedding_space": models.space.digest,
         "model": {
             "name": models.name,
@@ -253,4 +272,5 @@ def _used_reference(reference: retrieval.Candidate) -> UsedReference:
         weight=reference.weight,
         pinned=reference.pinned,
         caption=image.caption,
+        concepts=list(reference.concepts),
     )

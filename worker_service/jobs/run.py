@@ -12,12 +12,13 @@ import numpy as np
 
 from shared import retrieval
 from shared.capabilities import check_parameters, drawable_size, resolve_mode
+from shared.concepts import wordings
 from shared.contracts.generation import GenerationParameters, Mode
-from shared.db import images, spaces
+from shared.db import collections, images, spaces
+from shared.db.collections import Principal
 from shared.db.images import ScoredImage
 from shared.db.session import session_scope
 from shared.errors import (
-    EmbeddingUnavailableError,
     ReferenceDeletedError,
     ReferenceUnavailableError,
     UnsupportedSizeError,
@@ -25,7 +26,7 @@ from shared.errors import (
 from shared.settings import Settings
 from shared.vectors import l2_normalised
 from worker_service.jobs import job_warnings, moderation, outputs, reference_images, replay
-from worker_service.jobs.attempt import Attempt, Outcome, claimed
+from worker_service.jobs.attempt import Attempt, Outcome, SpaceInactiveError, claimed
 from worker_service.jobs.leases import JobLeases
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.worker_models import Models
@@ -50,31 +51,31 @@ def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settin
         counting = attempt.counting_crashes(models.crash_isolation_lock)
         with attempt.stage("embed"), counting if embeds or models.policy.is_on else nullcontext():
             moderation.check_prompt(attempt, models.policy)
-            vector = models.embed_text(attempt.parameters.prompt) if embeds else None
-            sent = [] if vector is None else reference_images.embed(attempt, vector, models=models)
+            vectors = models.embed_texts(query_texts(attempt.parameters)) if embeds else None
+            sent = [] if vectors is None else reference_images.embed(attempt, vectors[0], models=models)
         with attempt.stage("retrieve"):
-            candidates = retrieve(attempt, vector, sent, models=models, settings=settings)
+            plan = retrieve(attempt, vectors, sent, models=models, settings=settings)
 
         # 2. Decide how the references condition the image, and append the event `resolved`.
-        used = [candidate for candidate in candidates if candidate.used]
+        used = [candidate for candidate in plan.candidates if candidate.used]
         mode, reason = resolve_mode(
             models.capabilities,
             attempt.parameters.mode,
             references=len(used),
             captions=sum(candidate.scored.image.caption is not None for candidate in used),
-            pinned=attempt.parameters.named_references > 0,
+            pinned=attempt.parameters.named_references > 0 and attempt.parameters.planned_at is None,
         )
         requests = image_requests(attempt, mode, outputs.load_references(used, with_pixels=False), models=models)
         differences = job_warnings.differences(
             requests[0],
             used,
             unread=models.image_model.unread_texts(requests[0]),
-            # A replay pins what its original searched: those weights are no wish of a request.
-            weighed=models.capabilities.weighs_references or attempt.replay_of is not None,
+            # A replay and a plan pin what a search has chosen: those weights are no wish of a request.
+            weighed=models.capabilities.weighs_references
+            or attempt.replay_of is not None
+            or attempt.parameters.planned_at is not None,
         )
-        attempt.record_resolution(
-            outputs.resolved_event(mode, reason, candidates, space=models.space, warnings=differences)
-        )
+        attempt.record_resolution(outputs.resolved_event(mode, reason, plan, space=models.space, warnings=differences))
 
         # 3. Generate: one request per image, in whatever batches they fit.
         with attempt.stage("load_references"):
@@ -91,7 +92,7 @@ def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settin
             allowed = moderation.apply_policy(attempt, images, models.policy)
             with attempt.stage("store"):
                 stored = outputs.store(
-                    attempt, mode, reason, used, requests, allowed, warnings=differences, models=models
+                    attempt, mode, reason, plan, requests, allowed, warnings=differences, models=models
                 )
                 replay.compare(attempt, stored)
             attempt.finish(stored)
@@ -127,41 +128,77 @@ def needs_references(parameters: GenerationParameters) -> bool:
     return parameters.mode is not Mode.NONE and (parameters.k > 0 or parameters.named_references > 0)
 
 
-def retrieve(
-    attempt: Attempt, vector: np.ndarray | None, sent: Sequence[ScoredImage], *, models: Models, settings: Settings
-) -> Sequence[retrieval.Candidate]:
-    """Candidate references for the prompt, with the decision on each; empty without a vector.
+def query_texts(parameters: GenerationParameters) -> list[str]:
+    """The texts by which references are compared, each once.
 
-    vector: CLIP's projection of the prompt, shape (dim,), float32, not normalised. None: the job needs no references.
-    sent: pictures of the request.
+    They are the wordings of all concepts and of the texts to avoid, or the prompt for references that the request
+    names.
+    """
+    if parameters.named_references:
+        return [parameters.prompt]
+    texts = [*(concept.text for concept in parameters.searched_concepts), *parameters.avoid]
+    return list(dict.fromkeys(wording for text in texts for wording in wordings(text)))
+
+
+def retrieve(
+    attempt: Attempt, vectors: np.ndarray | None, sent: Sequence[ScoredImage], *, models: Models, settings: Settings
+) -> retrieval.Plan:
+    """Candidate references for the prompt, with the decision on each; empty without vectors.
+
+    vectors: CLIP's projections of `query_texts`, shape (n, dim), float32, not normalised. None: the job needs no
+    references. sent: pictures of the request.
 
     Raises:
-        ReferenceDeletedError: a pinned image was deleted since the submit.
-        EmbeddingUnavailableError: this worker's CLIP is not the one of the active embedding space.
+        ReferenceDeletedError: a pinned image was deleted since the submit, or is not shared with the owner any more.
+        CollectionUnavailableError: the same is true of the collection.
+        SpaceInactiveError: this worker's CLIP is not the one of the active embedding space.
     """
     parameters = attempt.parameters
-    if vector is None:
-        return []
-    unit_vector = l2_normalised(vector)
+    if vectors is None:
+        return retrieval.Plan([], [])
+    unit_vectors = l2_normalised(vectors)
+    principal = Principal(attempt.owner_id)
     with session_scope() as session:
         if spaces.find_active(session) != models.space:
-            raise EmbeddingUnavailableError("This worker's CLIP is not that of the active embedding space.")
+            raise SpaceInactiveError
         if parameters.named_references:
+            # The owner may have lost the access to a collection since the submit.
+            pinned = [each.image_id for each in parameters.references]
+            visible = images.filter_searchable(session, models.space, pinned, principal=principal)
+            if missing := [str(image_id) for image_id in pinned if image_id not in visible]:
+                raise ReferenceDeletedError(image_ids=missing)
             weights = [each.weight for each in parameters.reference_images]
             weighted = list(zip(sent, weights, strict=True))
             try:
-                return retrieval.plan_pinned(session, models.space, parameters.references, unit_vector, sent=weighted)
+                return retrieval.plan_pinned(
+                    session,
+                    models.space,
+                    parameters.references,
+                    unit_vectors[0],
+                    sent=weighted,
+                    concepts=[concept.text for concept in parameters.concepts],
+                    reason="pinned by the request" if parameters.planned_at is None else "chosen by the request's plan",
+                )
             except ReferenceUnavailableError as error:
                 raise ReferenceDeletedError(**error.context) from error
-        return retrieval.plan(
+        queries, of_text = [], dict(zip(query_texts(parameters), unit_vectors, strict=True))
+        for concept in parameters.searched_concepts:
+            where = concept.filter or parameters.filter
+            collection = collections.get_by_name(session, where.collection, principal=principal)
+            of_wordings = [of_text[text] for text in wordings(concept.text)]
+            queries.append(retrieval.ConceptQuery(concept.text, of_wordings, collection.id, where, concept.k))
+        return retrieval.plan_concepts(
             session,
             models.space,
-            unit_vector,
-            k=min(parameters.k, models.capabilities.max_references),
-            min_similarity=parameters.min_similarity,
-            collection_id=images.get_collection(session, parameters.filter.collection, owner_id=attempt.owner_id).id,
-            where=parameters.filter,
+            queries,
+            most=min(parameters.k, models.capabilities.max_references),
+            gate=retrieval.Gate(parameters.min_similarity, parameters.max_gap, parameters.matched_min_similarity),
             settings=settings.retrieval,
+            mode=parameters.search_mode,
+            avoided=retrieval.Avoided(
+                {wording: of_text[wording] for text in parameters.avoid for wording in wordings(text)},
+                frozenset(parameters.avoid_ids),
+            ),
         )
 
 

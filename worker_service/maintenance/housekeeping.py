@@ -6,11 +6,11 @@ turn of a task is taken by one process.
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from shared import blob_sweeper
-from shared.db import blobs, retention
+from shared.db import blobs, calibrations, retention, spaces
 from shared.db.session import session_scope
 from shared.errors import BaseAppException
 from shared.metrics import ROWS_RETIRED, increment_counter
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 60.0
 """Longest time between two looks for a task that is due."""
+COLLECTIONS_EVERY_S = 5.0
+"""How soon the images of a deleted collection start to be removed, or continue after a crash."""
+CALIBRATION_EVERY_S = 3600.0
 ROWS_PER_DELETE = 500
 PAUSE_BETWEEN_DELETES_S = 0.1
 """Pause between two batches, so that a large clean-up does not slow other users of the database."""
@@ -32,10 +35,13 @@ class Housekeeping:
     def __init__(self, settings: Settings, stopping: threading.Event) -> None:
         self._settings = settings
         self._stopping = stopping
+        self._calibration_warning: str | None = None
         retention_settings = settings.retention
         tasks: dict[str, tuple[float, Callable[[], None]]] = {
             "retention": (retention_settings.every_s, self.delete_old_rows),
             "sweep": (retention_settings.sweep_every_s, self.sweep_blobs),
+            "collections": (COLLECTIONS_EVERY_S, self.delete_collections),
+            "calibration": (CALIBRATION_EVERY_S, self.check_calibration),
         }
         self._tasks = {name: (every_s, task) for name, (every_s, task) in tasks.items() if every_s > 0}
 
@@ -54,7 +60,43 @@ class Housekeeping:
         """
         with session_scope() as session:
             blobs.delete_old_claims(session, older_than_s=blob_sweeper.grace_s(self._settings))
-        for table, delete, limit in _deletions(self._settings.retention):
+        self._delete_in_batches(_deletions(self._settings.retention))
+
+    def delete_collections(self) -> None:
+        """Delete the images of deleted collections, then the collections. The next call continues an interrupted one.
+
+        Raises:
+            DatabaseError: the database failed. The batches deleted before stay deleted.
+        """
+        self._delete_in_batches(
+            [
+                ("images", retention.delete_images_of_deleted_collections, ROWS_PER_DELETE),
+                ("collections", retention.delete_emptied_collections, ROWS_PER_DELETE),
+            ]
+        )
+
+    def check_calibration(self) -> None:
+        """Log why the relevance gate of the active embedding space may be wrong, once while the reason stays the same.
+
+        Raises:
+            DatabaseError: the database failed.
+        """
+        if self._settings.retrieval.min_similarity is not None:
+            return
+        with session_scope() as session:
+            space = spaces.find_active(session)
+            warning = None if space is None else calibrations.warning_about(session, space)
+        if warning is not None and warning != self._calibration_warning:
+            logger.warning("calibration_outdated", extra={"detail": warning})
+        self._calibration_warning = warning
+
+    def sweep_blobs(self) -> None:
+        """Delete blobs that no row names: see `blob_sweeper.sweep`, also for the errors."""
+        older_than_s = blob_sweeper.grace_s(self._settings)
+        blob_sweeper.sweep(get_blobs(), older_than_s=older_than_s, stopping=self._stopping.is_set)
+
+    def _delete_in_batches(self, deletions: Iterable[tuple[str, Callable[..., int], int]]) -> None:
+        for table, delete, limit in deletions:
             deleted = limit
             while deleted == limit and not self._stopping.wait(PAUSE_BETWEEN_DELETES_S):
                 with session_scope() as session:
@@ -62,11 +104,6 @@ class Housekeeping:
                 if deleted:
                     increment_counter(ROWS_RETIRED, deleted, {"table": table})
                     logger.info("rows_retired", extra={"table": table, "rows": deleted})
-
-    def sweep_blobs(self) -> None:
-        """Delete blobs that no row names: see `blob_sweeper.sweep`, also for the errors."""
-        older_than_s = blob_sweeper.grace_s(self._settings)
-        blob_sweeper.sweep(get_blobs(), older_than_s=older_than_s, stopping=self._stopping.is_set)
 
     def _run_if_due(self, name: str, every_s: float, task: Callable[[], None]) -> None:
         try:

@@ -106,12 +106,16 @@ class Policy:
         rules = [[each.settings.model_dump(mode="json") for each in self.concepts], self.checker]
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
-    def decide_on_prompt(self, prompt: str) -> list[SafetyDecision]:
-        """Decisions about a prompt: one per concept that is found in it or in a few words of it."""
+    def decide_on_prompt(self, *texts: str) -> list[SafetyDecision]:
+        """Decisions about a prompt: one per concept that is found in it or in a few words of it.
+
+        texts: the prompt, and other texts of the request by which references are searched.
+        """
         rules = [(each, each.settings.prompt) for each in self.concepts if each.settings.prompt]
         if not rules:
             return []
-        vectors = l2_normalised(self.embed(parts_of_prompt(prompt)))
+        parts = dict.fromkeys(part for text in texts for part in parts_of_prompt(text))
+        vectors = l2_normalised(self.embed(list(parts)))
         return [each for concept, rule in rules for each in concept.decisions(rule, vectors, SafetyStage.PROMPT)]
 
     def decide_on_images(self, images: Sequence[GeneratedImage]) -> list[list[SafetyDecision]]:

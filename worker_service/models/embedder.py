@@ -38,6 +38,10 @@ MAX_BACKGROUND_BATCH_S = 1.5
 """Longest batch of images, in seconds, where queries run at the same time. A longer batch is not more efficient, and
 it delays the decoding of the next chunk."""
 
+UNKNOWN_SPACE_S = 15.0
+"""How long a worker whose embedding space is unknown waits for it to be added, before it ends."""
+UNKNOWN_SPACE_POLL_S = 0.5
+
 
 class Embedder:
     """CLIP behind a batcher. Any thread may call it. Vectors are projections, float32, not normalised."""
@@ -85,16 +89,7 @@ class Embedder:
             clip = Clip.load(settings.model)
             watch.progress(Stage.WARM_UP)
             clip.warm_up()
-        with session_scope() as session:
-            space = spaces.find_or_add_first(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
-        if space is None:
-            message = (
-                f"The CLIP {clip.name!r} makes vectors of an unknown embedding space, so this worker refuses to start. "
-                "Give it the CLIP of the active space, or add the space: python -m scripts.admin add-space "
-                f"{clip.space_digest} --model {shlex.quote(clip.name)} --dim {clip.dim}"
-            )
-            logger.error("space_unknown", extra={"model": clip.name, "space": clip.space_digest, "detail": message})
-            raise ModelLoadError(message)
+        space = _find_space(clip)
         logger.info("clip_loaded", extra={"model": clip.name, "space": space.digest[:12], "device": str(clip.device)})
         parallel = only_model and clip.device.type == "cpu"
         return cls(clip, space, watchdog, cores=torch.get_num_threads() if parallel else 0)
@@ -146,6 +141,35 @@ class Embedder:
     def _encode(self, items: Sequence[str | ImageInput]) -> Sequence[np.ndarray]:
         with self._cpu_threads.share() if self._cpu_threads else nullcontext():
             return encode(self._clip, items)
+
+
+def _find_space(clip: Clip) -> Space:
+    """The embedding space of this CLIP. The first space of a database is added.
+
+    For an unknown space, the error is logged at once. It is raised after `UNKNOWN_SPACE_S`, unless the space was added
+    meanwhile. A supervisor that starts the process again and again would otherwise load CLIP without a pause.
+
+    Raises:
+        ModelLoadError: the space is unknown; the message says how to add it.
+        DatabaseError: the database failed.
+    """
+    gives_up_at: float | None = None
+    while True:
+        with session_scope() as session:
+            space = spaces.find_or_add_first(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
+        if space is not None:
+            return space
+        message = (
+            f"The CLIP {clip.name!r} makes vectors of an unknown embedding space, so this worker refuses to start. "
+            "Give it the CLIP of the active space, or add the space: python -m scripts.admin add-space "
+            f"{clip.space_digest} --model {shlex.quote(clip.name)} --dim {clip.dim}"
+        )
+        if gives_up_at is None:
+            gives_up_at = time.monotonic() + UNKNOWN_SPACE_S
+            logger.error("space_unknown", extra={"model": clip.name, "space": clip.space_digest, "detail": message})
+        if time.monotonic() >= gives_up_at:
+            raise ModelLoadError(message)
+        time.sleep(UNKNOWN_SPACE_POLL_S)
 
 
 def encode(clip: Clip, items: Sequence[str | ImageInput]) -> Sequence[np.ndarray]:

@@ -133,13 +133,13 @@ class Models:
         """Embedding space of the CLIP model."""
         return self.embedder.space
 
-    def embed_text(self, text: str) -> np.ndarray:
-        """CLIP's projection of a text: shape (space.dim,), float32, not normalised.
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """CLIP's projections of texts, in one batch: shape (n, space.dim), float32, not normalised.
 
         Raises: as `Embedder.embed`.
         """
-        vector: np.ndarray = self.embedder.embed([text])[0]
-        return vector
+        vectors: np.ndarray = self.embedder.embed(list(texts))
+        return vectors
 
     def needs_pixels(self, mode: Mode) -> bool:
         """Whether the mode needs the pixels of the references, and not only their vectors."""
