@@ -89,7 +89,9 @@ class BulkRagGenerateItem(RagGenerateRequest):
     reference_images: list[SentReferenceImage] = Field(
         default_factory=list, max_length=0, description="always empty: a line of a bulk brings no pictures"
     )
-    plan: None = Field(None, description="always `null`: a plan is for a single request")
+    plan: Annotated[str, Field(max_length=0)] | None = Field(
+        None, exclude_if=lambda plan: not plan, description="always `null`: a plan is for a single request"
+    )
     custom_id: CustomId | None = Field(None, description="name that the caller gives the item, unique in the bulk")
 
 
