@@ -108,7 +108,9 @@ class Images:
         """
         query = ImageDelete(cascade=Cascade.WITHDRAW, reason=reason, dry_run=dry_run)
         params = query.model_dump(mode="json", exclude_defaults=True)
-        return parse_response(WithdrawalView, self._connection.send("DELETE", f"/images/{_id(image)}", params=params))
+        # A second withdrawal would find no image. So an attempt whose answer was lost is not repeated.
+        response = self._connection.send("DELETE", f"/images/{_id(image)}", params=params, idempotent=dry_run)
+        return parse_response(WithdrawalView, response)
 
     def generations(self, image: UUID | ImageView, *, page_size: int = 100) -> Iterator[OutputView]:
         """Yield your outputs that used this image, also after its deletion."""

@@ -42,6 +42,10 @@ class _Concepts(BaseModel):
     ]
 
 
+PAUSED = "paused"
+"""The outcome while the planner is not asked."""
+
+
 class _PlannerFailedError(Exception):
     """The endpoint gave no usable answer. `outcome` is the label of the metric."""
 
@@ -81,14 +85,13 @@ def concepts_of(prompt: str) -> list[str]:
     settings = get_settings().planner
     if settings.url is None:
         return split_prompt(prompt)
-    if _pause().holds():
-        increment_counter(PLANNER_ANSWERS, labels={"outcome": "paused"})
-        return split_prompt(prompt)
     try:
         found = _ask(prompt, url=settings.url, model=settings.model)
     except _PlannerFailedError as error:
-        _pause().begin(settings.pause_s)
         increment_counter(PLANNER_ANSWERS, labels={"outcome": error.outcome})
+        if error.outcome == PAUSED:
+            return split_prompt(prompt)
+        _pause().begin(settings.pause_s)
         logger.warning("planner_failed", extra={"outcome": error.outcome, "cause": str(error)})
         return split_prompt(prompt)
     increment_counter(PLANNER_ANSWERS, labels={"outcome": "answered"})
@@ -103,6 +106,8 @@ def _ask(prompt: str, *, url: str, model: str) -> list[str]:
         _PlannerFailedError: no valid answer came in time.
     """
     settings = get_settings().planner
+    if _pause().holds():
+        raise _PlannerFailedError(PAUSED, "it failed a moment ago")
     exchange = thread_executor().submit(_exchange, prompt, settings)
     try:
         return _parsed(exchange.result(settings.timeout_s))

@@ -120,7 +120,7 @@ def list_grants(collection_id: UUID, query: PageQuery, *, caller: Caller) -> Pag
         InvalidCursorError: the cursor was not issued by this service.
     """
     with session_scope() as session:
-        row = _get_own(session, collection_id, caller=caller)
+        row = _get_own(session, collection_id, caller=caller, lock=False)
         grants, next_cursor = collections.list_grants(session, row, cursor=query.cursor, limit=query.limit)
         names = owners.names(session, [grant.owner_id for grant in grants])
         items = [views.grant(grant, names[grant.owner_id]) for grant in grants]
@@ -194,8 +194,8 @@ def ensure_collection(session: Session, name: str, *, caller: Caller, field: str
     return collections.ensure(session, name, owner_id=caller.owner_id, most=get_settings().limits.collections)
 
 
-def _get_own(session: Session, collection_id: UUID, *, caller: Caller) -> Collection:
-    row = collections.get(session, collection_id, principal=caller.principal, lock=True)
+def _get_own(session: Session, collection_id: UUID, *, caller: Caller, lock: bool = True) -> Collection:
+    row = collections.get(session, collection_id, principal=caller.principal, lock=lock)
     if row.shared:
         raise SharedCollectionError
     return collections.get(session, collection_id, principal=caller.principal, needs=Access.OWNER)

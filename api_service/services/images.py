@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from uuid import UUID
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api_service.http import problems
@@ -230,7 +231,8 @@ def _check_withdrawal(session: Session, image_id: UUID, caller: Caller) -> None:
     try:
         images.get(session, image_id, principal=caller.principal, needs=Access.WRITE)
     except ResourceNotFoundError:
-        was_deleted = session.get(Image, image_id) is None and withdrawals.is_known(session, image_id)
+        alive = select(Image.id).join(Collection).where(Image.id == image_id, Collection.deleted_at.is_(None))
+        was_deleted = session.scalar(alive) is None and withdrawals.is_known(session, image_id)
         if not was_deleted or "admin" not in caller.scopes:
             raise
 

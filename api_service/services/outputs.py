@@ -131,7 +131,8 @@ def remember(
             if known is not None:
                 return Remembered.stored(known)
         withdrawals.delay_withdrawals(session)
-        withdrawals.refuse_withdrawn(session, generation_id)
+        # Locked: an image without its sources would not be found by their withdrawal.
+        outputs.get(session, generation_id, owner_id=caller.owner_id, lock=True)
         collection = ensure_collection(session, request.collection, caller=caller, field="body.collection")
         ((image, is_new),) = images.add_rows(session, collection, checked)
         withdrawals.record_sources(session, image.id, generation_id=generation_id)

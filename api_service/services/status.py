@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from api_service.http.auth import Caller
 from shared.cache import cache_result, get_cache_manager
 from shared.capabilities import resolve_defaults
-from shared.contracts.calibration import GateOrigin, RelevanceView
+from shared.contracts.calibration import Calibration, GateOrigin, RelevanceView
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import ConceptView, PolicyView, SafetyAction
 from shared.contracts.service import EmbeddingSpaceView, JobWindow, ModelsResponse, ModelView, StatsView, UsageView
@@ -30,6 +30,7 @@ from shared.settings import ConceptSettings, get_settings
 PERCENTILES = [0.5, 0.95, 0.99]
 PROGRESS_TTL_S = 5.0
 """How long the counts of an embedding space are cached: they take about a second for a million images."""
+WARNING_TTL_S = 60.0
 
 
 def models() -> ModelsResponse:
@@ -38,7 +39,8 @@ def models() -> ModelsResponse:
     with session_scope() as session:
         known = workers.list_capabilities(session)
         live = workers.list_live(session)
-        relevance = _relevance_view(session)
+        space = spaces.find_active(session)
+        calibration = None if space is None else calibrations.find(session, space)
     return ModelsResponse(
         models=[
             ModelView(
@@ -52,16 +54,13 @@ def models() -> ModelsResponse:
             for name, generator in settings.generators.items()
         ],
         policy=PolicyView(concepts=[_concept_view(each) for each in concepts]) if concepts else None,
-        relevance=relevance,
+        relevance=None if space is None else _relevance_view(space, calibration),
     )
 
 
-def _relevance_view(session: Session) -> RelevanceView | None:
+def _relevance_view(space: Space, calibration: Calibration | None) -> RelevanceView:
     """Return the relevance gate of searches whose request and collection set no threshold."""
-    space, setting = spaces.find_active(session), get_settings().retrieval.min_similarity
-    if space is None:
-        return None
-    calibration = calibrations.find(session, space)
+    setting = get_settings().retrieval.min_similarity
     gate = resolve_gate(calibration, setting)
     origin = GateOrigin.DEFAULT if calibration is None else GateOrigin.CALIBRATION
     return RelevanceView(
@@ -70,8 +69,15 @@ def _relevance_view(session: Session) -> RelevanceView | None:
         matched_min_similarity=gate.matched_min_similarity,
         origin=origin if setting is None else GateOrigin.SETTING,
         calibration=calibration,
-        warning=calibrations.warning_about(session, space) if setting is None else None,
+        warning=_calibration_warning(space) if setting is None else None,
     )
+
+
+@cache_result(key_prefix="calibration-warning", ttl=WARNING_TTL_S)
+def _calibration_warning(space: Space) -> str | None:
+    """Look for a reason against the calibration, in a transaction of its own: it counts the collection."""
+    with session_scope() as session:
+        return calibrations.warning_about(session, space)
 
 
 def _concept_view(concept: ConceptSettings) -> ConceptView:

@@ -15,10 +15,17 @@ from shared.contracts.collections import (
     CollectionQuery,
     GrantRequest,
 )
-from shared.contracts.common import PageQuery
+from shared.contracts.common import Contract, Name, PageQuery
 from shared.contracts.search import SearchMode
 
 studio_collections = page_blueprint("studio_collections")
+
+
+class OwnerForm(Contract):
+    """The name of an owner who gets access, or loses it."""
+
+    owner: Name
+
 
 GRANTS_SHOWN = 100
 
@@ -61,7 +68,7 @@ def change(collection_id: UUID) -> Response:
 
 @studio_collections.post("/collections/<uuid:collection_id>/share")
 def share(collection_id: UUID) -> Response:
-    owner = request.form.get("owner", "").strip()
+    owner = requests.parse_form(OwnerForm, filled_fields(request.form, ("owner",))).owner
     body = read_form(GrantRequest, request.form, ("access",))
     services.collections.share(collection_id, owner, body, caller=g.caller)
     return redirect_to("studio_collections.collection", collection_id=collection_id)
@@ -69,6 +76,7 @@ def share(collection_id: UUID) -> Response:
 
 @studio_collections.post("/collections/<uuid:collection_id>/unshare/<owner>")
 def unshare(collection_id: UUID, owner: str) -> Response:
+    owner = requests.parse_form(OwnerForm, {"owner": owner}).owner
     services.collections.unshare(collection_id, owner, caller=g.caller)
     return redirect_to("studio_collections.collection", collection_id=collection_id)
 

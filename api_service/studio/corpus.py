@@ -9,6 +9,7 @@ from api_service.http import multipart, requests
 from api_service.studio.pages import IMAGES_PER_PAGE, filled_fields, page_blueprint, read_form, redirect_to, render_page
 from shared.contracts.images import Cascade, ImageDelete, ImageQuery, UploadFields
 from shared.contracts.outputs import OutputQuery
+from shared.errors import AuthorizationError
 
 studio_corpus = page_blueprint("studio_corpus")
 
@@ -48,6 +49,8 @@ def image(image_id: UUID) -> Response:
 @studio_corpus.get("/corpus/<uuid:image_id>/withdraw")
 def withdraw(image_id: UUID) -> Response:
     """Show what would be withdrawn with the image, and ask for the reason."""
+    if "corpus:write" not in g.caller.scopes:  # as the API asks for the same numbers
+        raise AuthorizationError("This API key lacks the scope 'corpus:write'.", scope="corpus:write")
     view = services.images.get(image_id, caller=g.caller)
     query = ImageDelete(cascade=Cascade.WITHDRAW, dry_run=True)
     withdrawal = services.images.withdraw(image_id, query, caller=g.caller)

@@ -7,6 +7,7 @@ from scripts.admin.records import Commands, print_record
 from shared.contracts.admin import AuditAction, AuditQuery
 from shared.db import audit
 from shared.db.session import session_scope
+from shared.db.tables import AuditEvent
 
 
 def add_commands(commands: Commands) -> None:
@@ -28,8 +29,15 @@ def _print(arguments: argparse.Namespace) -> None:
         created_after=arguments.after,
         created_before=arguments.before,
     )
-    with session_scope() as session:
-        for row in audit.iterate(session, query):
+    last: AuditEvent | None = None
+    while True:
+        # A transaction for each portion: the server ends one that waits for a pager.
+        with session_scope() as session:
+            rows = audit.list_portion(session, query, after=last)
+        if not rows:
+            break
+        last = rows[-1]
+        for row in rows:
             if arguments.as_json:
                 print(audit.view(row).model_dump_json())
                 continue

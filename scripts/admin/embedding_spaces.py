@@ -62,8 +62,10 @@ def _list(_arguments: argparse.Namespace) -> None:
 
 def _add(arguments: argparse.Namespace) -> None:
     with session_scope() as session:
+        is_new = spaces.find(session, arguments.digest) is None
         space = spaces.ensure(session, digest=arguments.digest, model=arguments.model, dim=arguments.dim)
-        audit.record(session, OPERATOR, action=AuditAction.SPACE_ADDED, subject=space.digest, model=space.model)
+        if is_new:
+            audit.record(session, OPERATOR, action=AuditAction.SPACE_ADDED, subject=space.digest, model=space.model)
     print(space.digest)
 
 

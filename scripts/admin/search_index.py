@@ -58,7 +58,13 @@ def _tune_search(arguments: argparse.Namespace) -> None:
         raise ValueError("--recall must be in [0.5, 1], and --queries at least 2")
     with session_scope() as session:
         space = _named_space(session, arguments.space)
-        tuning = search_tuning.measure(session, space, target=arguments.recall, queries=arguments.queries)
+        tuning = search_tuning.measure(
+            session,
+            space,
+            target=arguments.recall,
+            queries=arguments.queries,
+            on_progress=lambda found: print(f"{found.k} images: measured", file=sys.stderr),
+        )
         if not arguments.dry_run:
             search_tuning.store(session, space, tuning)
     table = Table("images", "candidates", "recall", "with a filter", "median ms")

@@ -117,7 +117,8 @@ def reset(arguments: argparse.Namespace, output: ConsoleOutput) -> ExitCode:
             calibrations.store(session, space, None)
         shipped = calibrations.shipped(space.digest)
     rest = "the one that ships with this CLIP applies" if shipped else "the built-in threshold applies"
-    output.info(f"The calibration of {space.digest[:12]} is removed, and {rest}.")
+    removed = "would be removed" if arguments.dry_run else "is removed"
+    output.info(f"The calibration of {space.digest[:12]} {removed}, and {rest}.")
     output.event("reset", space=space.digest, stored=not arguments.dry_run)
     return ExitCode.DONE
 

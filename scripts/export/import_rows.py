@@ -58,7 +58,12 @@ def import_rows(rows: list[Row], collection_id: UUID, space: Space | None) -> Co
     with session_scope() as session:
         if not blobs.end_claim(session, claim_id):
             raise ImageFileError("the sweeper deleted the blobs before their rows were written: start again")
+        withdrawals.delay_withdrawals(session)
+        since = withdrawals.filter_withdrawn(session, ids) | withdrawals.find(session, ids).keys()
         for each in new:
+            if UUID(each.row["id"]) in since:
+                counts["withdrawn"] += 1
+                continue
             embedded = space is not None and each.row["embedding"] is not None
             statement = upsert(Image).values(
                 collection_id=collection_id,

@@ -28,8 +28,8 @@ class Thresholds(Contract):
         None,
         ge=-1,
         le=1,
-        description="lowest cosine of a reference whose caption and tags have all words of the query; with a part of "
-        "the words the limit lies between; `null`: words do not count",
+        description="lowest cosine of a reference whose caption has all words of the query; with a part of the words, "
+        "or with words that only the tags have, the limit lies between; `null`: words do not count",
     )
 
 

@@ -314,7 +314,7 @@ class GenerationParameters(Contract):
     matched_min_similarity: float | None = Field(
         None,
         exclude_if=lambda similarity: similarity is None,
-        description="lowest cosine of a reference whose caption or tags match the words; `null`: `min_similarity`",
+        description="lowest cosine of a reference whose caption has all words of the concept; `null`: words do nothing",
     )
     filter: ImageFilter
     references: list[PinnedReference] = Field(description="pinned images of the corpus")

@@ -160,7 +160,10 @@ class SearchResponse(Contract):
     requested: int = Field(description="`k` of the request")
     shortfall: int = Field(description="`requested` minus the number of results")
     embedding_space: str
-    exact: bool = Field(description="true: every matching image was compared; false: an approximate index was used")
+    exact: bool = Field(
+        description="true: every matching image was compared; false: an approximate index was used, or a word was too "
+        "common to compare all images that have it"
+    )
 
 
 class Concept(Contract):
@@ -170,7 +173,10 @@ class Concept(Contract):
     k: int | None = Field(
         None, ge=1, le=16, description="largest number of references of this concept; `null`: as many as there is room"
     )
-    filter: ImageFilter | None = Field(None, description="where to search; `null`: the filter of the request")
+    filter: ImageFilter | None = Field(
+        None,
+        description="where to search; `null`: the filter of the request; a near-duplicate of what is found may stand for it",
+    )
 
 
 def refuse_repeated_concepts(texts: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ some seconds: this is its lease, which it renews while it works. When the worker
 may store the result.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,6 +15,7 @@ from uuid import UUID, uuid4
 import numpy as np
 from numpy.typing import NDArray
 from pgvector.sqlalchemy import BIT, HALFVEC
+from pydantic import ValidationError
 from sqlalchemy import (
     ColumnElement,
     Integer,
@@ -41,6 +43,8 @@ from shared.db.spaces import Space
 from shared.db.tables import Collection, EmbeddingSpace, Image, SpaceAttempt
 from shared.errors import EmbeddingCrashedError, ResourceNotFoundError
 from shared.metrics import RETRIEVAL_DURATION, RETRIEVAL_SIMILARITY, time_operation
+
+logger = logging.getLogger(__name__)
 
 Vector = NDArray[np.float32]
 STORED_FILE = ("blob_key", "thumbnail_key", "format", "width", "height", "size_bytes", "perceptual_hash")
@@ -501,8 +505,7 @@ def nearest(
     width = ef_search or _tuned_ef_search(index, k)
     # An index without a measurement may miss images, and comparing all is quick enough for more of them.
     enough = exact_below if width else max(exact_below, UNMEASURED_EXACT_BELOW)
-    few = select(Image.id).where(*conditions).limit(enough).subquery()
-    exact = (session.scalar(select(func.count()).select_from(few)) or 0) < enough
+    exact = _are_fewer(session, collection_id, where, than=enough)
     if not exact:
         width = width or UNMEASURED_EF_SEARCH
         found = scan_index(session, space, vector, k=k, conditions=conditions, kind=kind, ef_search=width)
@@ -514,10 +517,24 @@ def nearest(
     return Nearest(images=found, exact=exact)
 
 
+def _are_fewer(session: Session, collection_id: UUID, where: ImageFilter, *, than: int) -> bool:
+    """Whether the filter leaves fewer images. A job searches several concepts, and its session counts once."""
+    counts: dict[object, int] = session.info.setdefault("images_let_through", {})
+    key = collection_id, where.model_dump_json(), than
+    if key not in counts:
+        some = select(Image.id).where(*passing(collection_id, where)).limit(than).subquery()
+        counts[key] = session.scalar(select(func.count()).select_from(some)) or 0
+    return counts[key] < than
+
+
 def _tuned_ef_search(index: EmbeddingSpace | None, k: int) -> int | None:
     if index is None or index.search_tuning is None:
         return None
-    tuning = SearchTuning.model_validate(index.search_tuning)
+    try:
+        tuning = SearchTuning.model_validate(index.search_tuning, extra="ignore")
+    except ValidationError as error:  # of another release
+        logger.warning("search_tuning_unreadable", extra={"cause": str(error)})
+        return None
     return tuning.ef_search(k) if tuning.index_kind == index.index_kind else None
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from statistics import median
+from uuid import UUID
 
 from sqlalchemy import ColumnElement, Text, cast, func, select, update
 from sqlalchemy.orm import Session
@@ -52,7 +53,10 @@ def measure(
     filters = [[Image.state == ImageState.READY], [Image.state == ImageState.READY, _one_of(FILTERED_SHARE)]]
     # 1. The true nearest images, once for the largest k.
     truths = [
-        [images.compare_all(session, space, vector, k=max(KS), conditions=conditions) for vector in sample]
+        [
+            images.compare_all(session, space, vector, k=max(KS), conditions=[*conditions, Image.id != image_id])
+            for image_id, vector in sample
+        ]
         for conditions in filters
     ]
     # 2. For each k the first value that suffices. A larger k never needs a smaller one.
@@ -97,11 +101,11 @@ def find_kind(session: Session, space: Space) -> IndexKind:
     return IndexKind(session.scalars(select(EmbeddingSpace.index_kind).where(EmbeddingSpace.id == space.id)).one())
 
 
-def _sample(session: Session, space: Space, count: int) -> list[Vector]:
-    """Up to `count` random vectors of the space."""
+def _sample(session: Session, space: Space, count: int) -> list[tuple[UUID, Vector]]:
+    """Up to `count` random vectors of the space, with the ids of their images."""
     table = space.table
-    rows = session.execute(select(table.c.embedding).order_by(func.random()).limit(count))
-    return [images.as_vector(row.embedding) for row in rows]
+    rows = session.execute(select(table.c.image_id, table.c.embedding).order_by(func.random()).limit(count))
+    return [(row.image_id, images.as_vector(row.embedding)) for row in rows]
 
 
 def _one_of(share: int) -> ColumnElement[bool]:
@@ -111,7 +115,7 @@ def _one_of(share: int) -> ColumnElement[bool]:
 def _recall(
     session: Session,
     space: Space,
-    sample: Sequence[Vector],
+    sample: Sequence[tuple[UUID, Vector]],
     truths: Sequence[Sequence[ScoredImage]],
     *,
     k: int,
@@ -121,9 +125,10 @@ def _recall(
 ) -> tuple[float, float]:
     """The mean recall of the index, and the median seconds of a search."""
     recalls, seconds = [], []
-    for vector, truth in zip(sample, truths, strict=True):
+    for (image_id, vector), truth in zip(sample, truths, strict=True):
+        others = [*conditions, Image.id != image_id]
         started = time.perf_counter()
-        found = images.scan_index(session, space, vector, k=k, conditions=conditions, kind=kind, ef_search=width)
+        found = images.scan_index(session, space, vector, k=k, conditions=others, kind=kind, ef_search=width)
         seconds.append(time.perf_counter() - started)
         wanted = truth[:k]
         if wanted:

@@ -87,16 +87,23 @@ def renew(session: Session, space: Space, image_ids: Collection[UUID], *, lease_
     session.execute(update(SpaceAttempt).where(leased).values(lease_until=leasing.from_now(lease_s)))
 
 
-def store(session: Session, space: Space, image_ids: Sequence[UUID], vectors: Vector, norms: Vector) -> None:
-    """Store vectors, and count them as progress. vectors, norms: as in `images.store_embeddings`."""
+def store(session: Session, space: Space, image_ids: Sequence[UUID], vectors: Vector, norms: Vector) -> int:
+    """Store vectors; return how many are new. vectors, norms: as in `images.store_embeddings`."""
     added = images.add_vectors(session, space, image_ids, vectors, norms)
     session.execute(delete(SpaceAttempt).where(_these(space, image_ids)))
-    # The first vectors after a pause only start the clock.
+    return len(added)
+
+
+def count_added(session: Session, space: Space, added: int) -> None:
+    """Count vectors as progress. The first ones after a pause only start the clock.
+
+    Not in the transaction of `store`: it locks images before the space, and `activate` does the opposite.
+    """
     session.execute(
         update(EmbeddingSpace)
         .where(EmbeddingSpace.id == space.id)
         .values(
-            added=case((_adds_vectors(), EmbeddingSpace.added + len(added)), else_=0),
+            added=case((_adds_vectors(), EmbeddingSpace.added + added), else_=0),
             adding_since=case((_adds_vectors(), EmbeddingSpace.adding_since), else_=func.now()),
             last_added_at=func.now(),
         )

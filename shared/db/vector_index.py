@@ -43,9 +43,15 @@ def rebuild(
     with _patient_connection(settings) as connection:
         connection.execute(text(f"set maintenance_work_mem = '{memory_mb:d}MB'"))
         connection.execute(text(f"set max_parallel_maintenance_workers = {parallel_workers:d}"))
-        # A killed run left the new index in use under its first name, or an index whose build has not ended.
-        if connection.scalar(text("select to_regclass(:name)"), {"name": index}) is None:
-            connection.execute(text(f"alter index if exists {new} rename to {index}"))
+        # A killed run left an index whose build has not ended, or a complete one beside the old one.
+        definition = connection.scalar(
+            text(
+                "select pg_get_indexdef(indexrelid) from pg_index where indexrelid = to_regclass(:new) and indisvalid"
+            ),
+            {"new": new},
+        )
+        if definition is not None:
+            _swap(connection, space, kind=IndexKind.BIT if "bit_hamming_ops" in definition else IndexKind.HALFVEC)
         connection.execute(text(f"drop index concurrently if exists {new}"))
         connection.execute(
             text(
@@ -53,12 +59,18 @@ def rebuild(
                 f"with (m = {m:d}, ef_construction = {ef_construction:d})"
             )
         )
-        connection.execute(
-            text("update embedding_spaces set index_kind = :kind, search_tuning = null where id = :id"),
-            {"kind": kind.value, "id": space.id},
-        )
-        connection.execute(text(f"drop index concurrently if exists {index}"))
-        connection.execute(text(f"alter index {new} rename to {index}"))
+        _swap(connection, space, kind=kind)
+
+
+def _swap(connection: Connection, space: Space, *, kind: IndexKind) -> None:
+    """Put the new index, which is complete, in the place of the old one. Each statement may be repeated."""
+    index = f"ix_{space.table.name}_embedding"
+    connection.execute(
+        text("update embedding_spaces set index_kind = :kind, search_tuning = null where id = :id"),
+        {"kind": kind.value, "id": space.id},
+    )
+    connection.execute(text(f"drop index concurrently if exists {index}"))
+    connection.execute(text(f"alter index {index}_new rename to {index}"))
 
 
 @contextmanager

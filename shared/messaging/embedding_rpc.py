@@ -40,8 +40,9 @@ def embed_texts(texts: list[str], space: Space) -> Vectors:
     """The vectors of `texts` in this embedding space, in the same order: shape (n, space.dim), float32, not normalised.
 
     Raises:
-        EmbeddingUnavailableError: no worker of the space answered within `retrieval.text_timeout_s`, or the broker or
-            the database is away.
+        EmbeddingUnavailableError: no worker of the space answered within `retrieval.text_timeout_s`, or the broker is
+            away.
+        DatabaseConnectionError: the database is away.
         EmbeddingError: the worker failed to embed them.
     """
     return _request({"texts": texts}, space, count=len(texts))

@@ -104,7 +104,8 @@ def find_candidates(
         for image_id in fuse(list(near), matches.found)
         if threshold is None or similarities[image_id] >= threshold
     ]
-    by_words = [match for match in matches.found if match.image_id in set(order[:k]) - near.keys()]
+    by_words_alone = set(order[:k]) - near.keys()
+    by_words = [match for match in matches.found if match.image_id in by_words_alone]
     loaded = {each.image.id: each for each in _load(session, space, by_words, vector)}
     shares = {match.image_id: match.word_share for match in matches.found}
     near |= {
@@ -113,7 +114,9 @@ def find_candidates(
         if image_id in shares
     }
     found = near | loaded
-    return Found([found[image_id] for image_id in order if image_id in found][:k], exact=nearest.exact)
+    return Found(
+        [found[image_id] for image_id in order if image_id in found][:k], exact=nearest.exact and matches.exact
+    )
 
 
 def _from(found: list[ScoredImage], threshold: float | None) -> list[ScoredImage]:

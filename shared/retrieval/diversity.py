@@ -1,6 +1,10 @@
 """Keeps chosen images different from each other."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shared.db.images import ScoredImage
 from shared.imaging import hash_distance
@@ -31,14 +35,18 @@ def diversify(found: Sequence[ScoredImage], *, k: int, diversity: float) -> list
 
     diversity: 0 keeps the order by similarity. 1 counts only how different an image is from those already chosen.
     """
-    remaining, chosen = list(found), list[ScoredImage]()
-    while remaining and len(chosen) < k:
-
-        def marginal_relevance(candidate: ScoredImage) -> float:
-            redundancy = max((float(candidate.vector @ other.vector) for other in chosen), default=0.0)
-            return (1 - diversity) * candidate.similarity - diversity * redundancy
-
-        best = max(remaining, key=marginal_relevance)
-        remaining.remove(best)
+    if not found:
+        return []
+    vectors = np.stack([each.vector for each in found])
+    relevance = (1 - diversity) * np.array([each.similarity for each in found])
+    redundancy: NDArray[np.floating[Any]] | None = None
+    chosen: list[int] = []
+    for _ in range(min(k, len(found))):
+        merit = relevance if redundancy is None else relevance - diversity * redundancy
+        merit = merit.copy()
+        merit[chosen] = -np.inf
+        best = int(merit.argmax())
         chosen.append(best)
-    return chosen
+        to_best = vectors @ vectors[best]
+        redundancy = to_best if redundancy is None else np.maximum(redundancy, to_best)
+    return [found[index] for index in chosen]

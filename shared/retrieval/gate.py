@@ -21,7 +21,7 @@ class Gate:
     max_gap: float | None = None
     """Largest distance below the most similar image of the same query; `None`: any."""
     matched_min_similarity: float | None = None
-    """Lowest cosine of an image whose caption and tags have all words of the query; `None`: words do not count."""
+    """Lowest cosine of an image whose caption has all words of the query; `None`: words do not count."""
 
     @classmethod
     def of(cls, thresholds: Thresholds) -> Self:

@@ -107,7 +107,8 @@ class Plan:
     @property
     def unused(self) -> "Plan":
         """The plan of a job that uses no reference after all."""
-        return Plan([], [concept.model_copy(update={"image_ids": []}) for concept in self.concepts])
+        unused = {"image_ids": [], "reason": "the mode of the job uses no references"}
+        return Plan([], [each.model_copy(update=unused if each.found else {"image_ids": []}) for each in self.concepts])
 
 
 def plan_concepts(
@@ -251,7 +252,7 @@ class _Chosen:
 
 
 def _shortlist(concept: ConceptImages, size: int, gate: Gate, settings: RetrievalSettings) -> list[_Entry]:
-    best = max((found.similarity for found in concept.images), default=0.0)
+    best = max((found.similarity for found in concept.images if found.image.id not in concept.refused), default=0.0)
     distinct = without_near_duplicates(concept.images, similarity=settings.duplicate_similarity)[:size]
     decisions = (
         (False, refused) if (refused := concept.refused.get(found.image.id)) else gate.decide(found, best=best)
@@ -302,7 +303,7 @@ def _with_weights(
         best = max((each.option.entries[number] for number in each.serves), key=lambda entry: entry.scored.similarity)
         candidates.append(
             Candidate(
-                scored=replace(each.option.scored, similarity=best.scored.similarity, found_by=best.scored.found_by),
+                scored=best.scored,
                 used=True,
                 reason=best.reason,
                 weight=float(weight),

@@ -215,8 +215,16 @@ def test_a_build_that_was_killed_is_repeated(settings: Settings) -> None:
         build()
         # Killed in the build: an index that is not complete is left.
         connection.execute(text(f"create index {name}_new on {corpus.space.table.name} (norm)"))
+        connection.execute(text(f"update pg_index set indisvalid = false where indexrelid = '{name}_new'::regclass"))
         connection.commit()
         build()
+        # Killed between the build and the end of the old index: there are two, of different kinds.
+        connection.execute(text(f"alter index {name} rename to {name}_new"))
+        connection.execute(text(f"create index {name} on {corpus.space.table.name} (norm)"))
+        connection.execute(text("update embedding_spaces set index_kind = 'bit'"))
+        connection.commit()
+        build()
+        assert connection.scalar(text("select index_kind from embedding_spaces")) == "halfvec"
         names = connection.scalars(
             text("select indexname from pg_indexes where tablename = :table and indexname like 'ix%'"),
             {"table": corpus.space.table.name},

@@ -65,7 +65,8 @@ def claim_all(session: Session, space: Space) -> list[UUID]:
 
 def store(session: Session, space: Space, *image_ids: UUID) -> None:
     count = len(image_ids)
-    space_backlog.store(session, space, image_ids, np.repeat(UNIT, count, axis=0), np.repeat(ONE, count))
+    added = space_backlog.store(session, space, image_ids, np.repeat(UNIT, count, axis=0), np.repeat(ONE, count))
+    space_backlog.count_added(session, space, added)
     session.commit()
 
 

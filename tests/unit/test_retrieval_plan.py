@@ -132,6 +132,22 @@ def test_images_found_by_words_keep_their_rank() -> None:
     assert plan.candidates[0].scored.found_by == (FoundBy.TEXT,)
 
 
+def test_a_refused_image_is_not_the_best_hit_of_the_gap() -> None:
+    rose, tulip = found("rose", 0.75), found("tulip", 0.655)
+    flower = ConceptImages("a flower", [rose, tulip], refused={rose.image.id: "avoided"})
+    assert chosen(decided([flower], gate=Gate(0.4, max_gap=0.085))) == ["tulip"]
+
+
+def test_a_concept_gets_the_copy_that_its_own_search_found() -> None:
+    """The other copy is more similar, but a filter may have kept it from this concept."""
+    first = concept("anything", {"both": 0.9, "copied": 0.8}, k=1)
+    second = concept("something", {"both": 0.9})
+    free = ConceptImages("a free one", [found("copy", 0.5, like="copied")])
+    plan = decided([first, second, free])
+    assert chosen(plan) == ["both", "copy"]
+    assert by_name(plan)["copy"].concepts == ("a free one",)
+
+
 def test_an_image_that_is_nearer_to_what_the_request_avoids_is_refused_with_the_reason() -> None:
     rose, tulip = found("rose", 0.6), found("tulip", 0.6)
     avoided = Avoided({"a rose": 0.7 * rose.vector, "a cat": 0.1 * tulip.vector})

@@ -80,6 +80,9 @@ class Backlog(LeaseKeeper[UUID]):
         except (DatabaseError, StorageError) as error:
             logger.warning("backlog_waits", extra={"cause": error.code})
             return False
+        except Exception:  # if the thread ended, the process would look healthy and embed nothing
+            logger.exception("backlog_failed")
+            return False
 
     def embed_chunk(self) -> bool:
         """Claim and embed up to `CHUNK_IMAGES` images; return False if no image was claimed.
@@ -99,7 +102,10 @@ class Backlog(LeaseKeeper[UUID]):
         ids = [row.id for row in rows]
         self._add(ids)
         try:
-            self._embed(self._prepare(rows))
+            inputs, unread = self._prepare(rows)
+            self._embed(inputs)
+            if unread is not None:
+                raise unread
         except (DatabaseError, StorageError, CallStopped):
             with session_scope() as session:
                 space_backlog.hand_back(session, self._space, ids)
@@ -113,14 +119,18 @@ class Backlog(LeaseKeeper[UUID]):
             with session_scope() as session:
                 space_backlog.renew(session, self._space, held, lease_s=self._settings.lease_s)
 
-    def _prepare(self, rows: Sequence[Image]) -> dict[UUID, ImageInput]:
-        inputs = {}
+    def _prepare(self, rows: Sequence[Image]) -> tuple[dict[UUID, ImageInput], StorageError | None]:
+        """The images that could be read, and the error of one that could not: it must not delay the others."""
+        inputs: dict[UUID, ImageInput] = {}
+        unread: StorageError | None = None
         for row in rows:
             try:
                 inputs[row.id] = self._embedder.prepare(open_image(get_blobs().get(row.blob_key)))
             except (ResourceNotFoundError, InvalidImageError, EmbeddingError) as error:
                 self._mark_failed(row.id, error)
-        return inputs
+            except StorageError as error:
+                unread = error
+        return inputs, unread
 
     def _embed(self, inputs: Mapping[UUID, ImageInput]) -> None:
         if not inputs:
@@ -136,7 +146,9 @@ class Backlog(LeaseKeeper[UUID]):
             return
         norms = np.linalg.norm(vectors, axis=1)
         with session_scope() as session:
-            space_backlog.store(session, self._space, list(inputs), vectors / norms[:, None], norms)
+            added = space_backlog.store(session, self._space, list(inputs), vectors / norms[:, None], norms)
+        with session_scope() as session:
+            space_backlog.count_added(session, self._space, added)
         logger.info("backlog_embedded", extra={"images": len(inputs)})
 
     def _mark_failed(self, image_id: UUID, error: BaseAppException) -> None:

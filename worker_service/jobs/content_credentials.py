@@ -35,17 +35,16 @@ def record_of_file(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The part of an output's record that its file contains: all of it, or all but the prompt."""
     if get_settings().content_credentials.include_prompt:
         return dict(provenance)
-    return {
-        **_without_prompt(provenance),
-        "parameters": _without_prompt(provenance["parameters"]),
-        "references": [_without_prompt(reference) for reference in provenance["references"]],
-        # The context of a warning may be the end of the prompt.
-        "warnings": [{**warning, "context": {}} for warning in provenance["warnings"]],
-    }
+    # The context of a warning may be the end of the prompt.
+    warnings = [{**warning, "context": {}} for warning in provenance["warnings"]]
+    return {**_without_prompt(provenance), "warnings": warnings}
 
 
-def _without_prompt(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in PROMPT_FIELDS}
+def _without_prompt(value: Any) -> Any:
+    """The value without the fields of the prompt, at any depth: a pinned reference names its concepts too."""
+    if isinstance(value, Mapping):
+        return {name: _without_prompt(each) for name, each in value.items() if name not in PROMPT_FIELDS}
+    return [_without_prompt(each) for each in value] if isinstance(value, list) else value
 
 
 def manifest_of(record: Mapping[str, Any]) -> dict[str, Any]:
