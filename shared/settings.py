@@ -40,6 +40,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 from shared.errors import ConfigurationError, ModelNotFoundError
+from shared.singleton import process_singleton
 
 logger = logging.getLogger(__name__)
 
@@ -1051,7 +1052,7 @@ def _variable(place: str) -> str:
     return "AFTERIMAGE_" + "__".join(names[:within]).upper()
 
 
-@cache
+@process_singleton
 def get_settings() -> Settings:
     """Return the settings of this process, which are read once."""
     return load_settings()

@@ -20,9 +20,13 @@ class process_singleton(Generic[Arguments, Resource]):  # noqa: N801 - a decorat
         self._cached = cache(function)
         self._lock = threading.RLock()
         self.cache_info = self._cached.cache_info
-        self.cache_clear = self._cached.cache_clear
         update_wrapper(self, function)
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Resource:
         with self._lock:
             return self._cached(*args, **kwargs)  # type: ignore[arg-type]  # types cannot express that they are hashable
+
+    def cache_clear(self) -> None:
+        """Forget all results, also the one that another thread is about to store."""
+        with self._lock:
+            self._cached.cache_clear()

@@ -143,7 +143,9 @@ def _request_from_form() -> RagGenerateRequest:
     sent.poplist("collection")
     values = requests.field_values(RagGenerateRequest, sent, where="form")
     values["filter"] = sent_filter(form)
-    values["concepts"] = [{"text": text} for text in sent_concepts(form)]
+    concepts = sent_concepts(form)
+    values["concepts"] = [{"text": text} for text in concepts or ()]
+    values["split_prompt"] = concepts is not None
     planned = dict(pair.split("=", 1) for pair in form.get("planned", "").split() if "=" in pair)
     chosen = [*form.getlist("pin"), *form.getlist("use")]
     used = {image_id: form.get(f"weight.{image_id}", "").strip() for image_id in chosen}
@@ -155,7 +157,7 @@ def _request_from_form() -> RagGenerateRequest:
             )
             for image_id, weight in used.items()
         ]
-        del values["concepts"]
+        del values["concepts"], values["split_prompt"]
         if not used:
             values["mode"] = Mode.NONE
     elif form.get("plan") and form.get("planned_for") == plan_key(form):
@@ -203,7 +205,7 @@ def _create_values(recorded: dict[str, Any], references: Sequence[PinnedReferenc
 def _written_concepts(parameters: GenerationParameters) -> str | None:
     """Return the concepts of a job as lines; `None`: the prompt gives the same ones."""
     texts = [concept.text for concept in parameters.searched_concepts]
-    return None if texts == split_prompt(parameters.prompt) else "\n".join(texts)
+    return None if texts == split_prompt(parameters.prompt) else "\n".join(" ".join(text.split()) for text in texts)
 
 
 @studio_generation.post("/jobs/<uuid:job_id>/cancel")

@@ -79,7 +79,10 @@ def plan_references(form: "MultiDict[str, str]", pinned: Sequence[ImageView]) ->
         return None
     if "similar_examples_count" in sent:
         sent["k"] = sent.pop("similar_examples_count")
-    sent.setlist("concept", sent_concepts(form))
+    concepts = sent_concepts(form)
+    sent.setlist("concept", concepts or [])
+    if concepts is None:
+        sent["split_prompt"] = "false"
     query = requests.parse_form(RagSearchQuery, requests.field_values(RagSearchQuery, sent, where="form"))
     where = requests.parse_form(ImageFilter, sent_filter(form))
     response = services.search.plan_references(query, caller=g.caller, where=where)
@@ -91,9 +94,13 @@ def plan_references(form: "MultiDict[str, str]", pinned: Sequence[ImageView]) ->
     return Plan(response, frozenset(used[room:]), plan_key(form))
 
 
-def sent_concepts(form: "MultiDict[str, str]") -> list[str]:
-    """Return the concepts of the form: one per line of its field `concepts`."""
-    return [text for line in form.get("concepts", "").splitlines() if (text := line.strip())]
+def sent_concepts(form: "MultiDict[str, str]") -> list[str] | None:
+    """Return the concepts of the form, one per line of its field `concepts`; `None`: the whole prompt is the only one.
+
+    A line that is the prompt stands for it, because a prompt may have several lines.
+    """
+    lines = [" ".join(line.split()) for line in form.get("concepts", "").splitlines() if line.strip()]
+    return None if lines == [" ".join(form.get("prompt", "").split())] else lines
 
 
 def pinned_images(form: "MultiDict[str, str]") -> list[ImageView]:

@@ -175,7 +175,7 @@ class Concept(Contract):
     )
     filter: ImageFilter | None = Field(
         None,
-        description="where to search; `null`: the filter of the request; a near-duplicate of what is found may stand for it",
+        description="where to search; `null`: the filter of the request; a near-duplicate found elsewhere may serve",
     )
 
 

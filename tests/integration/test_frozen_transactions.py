@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from ops.local.stack import REPOSITORY
 from shared import blob_sweeper
 from shared.contracts.common import ImageFormat
-from shared.db import blobs, queue_limits, spaces, webhooks
+from shared.db import blobs, collections, owners, queue_limits, spaces, webhooks, withdrawals
 from shared.db.dispatch import mark_next_published
 from shared.db.session import IDLE_LIMIT_S, session_scope
 from shared.errors import DatabaseConnectionError
@@ -77,14 +77,19 @@ def goes_on(act: Callable[[Session], object]) -> float:
 
 def test_every_advisory_lock_of_a_frozen_process_is_released(settings: Settings, session: Session) -> None:
     make_job(session)
+    owner_id = owners.ensure(session, "team")
     session.commit()
+    locks = LOCKS | {"collections": f"collections:{owner_id}", "withdrawals": withdrawals.LOCK}
     acts: dict[str, Callable[[Session], object]] = {
         "dispatch": lambda s: mark_next_published(s, "cheap", window=4, starvation_timeout_s=60),
         "embedding spaces": lambda s: spaces.ensure(s, digest="a" * 12, model="a", dim=4),
         "webhooks": lambda s: webhooks.claim_due(s, lease_s=1, per_host=1, per_owner=1),
         "queue limit": lambda s: queue_limits.refuse_when_full(s, OWNER, settings.queue),
+        "collections": lambda s: collections.ensure(s, "mine", owner_id=owner_id),
+        "withdrawals": withdrawals.lock,
+        "remembered outputs": withdrawals.delay_withdrawals,
     }
-    with holding(*map(advisory, LOCKS.values()), "select id from jobs for update"):
+    with holding(*map(advisory, locks.values()), "select id from jobs for update"):
         waits: dict[str, float] = {}
 
         def measure(name: str) -> None:
@@ -108,10 +113,12 @@ def test_every_advisory_lock_of_the_code_is_known_here() -> None:
         "migrations/env.py",
         "shared/db/blobs.py",
         "shared/db/bulks.py",
+        "shared/db/collections.py",
         "shared/db/dispatch.py",
         "shared/db/queue_limits.py",
         "shared/db/spaces.py",
         "shared/db/webhooks.py",
+        "shared/db/withdrawals.py",
         "worker_service/maintenance/reconciler.py",
     }
 
