@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 PREVIOUS, REPLACED = "PREVIOUS_RELEASE", "REPLACED"
+NEW_SETTINGS = {"AFTERIMAGE_SECURITY__SIGNING_KEYS"}
+"""Settings of a local stack that the previous release does not know, and so refuses."""
 
 
 def main() -> None:
     name = os.environ["SUPERVISOR_PROCESS_NAME"]
     if not (Path(os.environ[REPLACED]) / name).exists():
         os.chdir(os.environ[PREVIOUS])
+        for setting in NEW_SETTINGS:
+            os.environ.pop(setting, None)
     # `-m` finds modules in the current folder first.
     os.execv(sys.executable, [sys.executable, "-u", "-m", "worker_service", *sys.argv[1:]])
 

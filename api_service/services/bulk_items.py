@@ -22,7 +22,7 @@ from shared.contracts.jobs import JobKind
 from shared.contracts.search import ImageFilter
 from shared.db import bulks, calibrations, collections, images, spaces, workers
 from shared.db.collections import defaults_of
-from shared.db.tables import Bulk
+from shared.db.tables import Bulk, split_parameters
 from shared.errors import (
     BaseAppException,
     MalformedBodyError,
@@ -264,13 +264,15 @@ def _check_custom_id(parsed: _ParsedLine, lines_by_custom_id: dict[str, int]) ->
 
 def _item_columns(parsed: _ParsedLine, settings: Settings) -> dict[str, Any]:
     max_timeout_s = settings.jobs.timeout_s
+    stored, new = split_parameters(parsed.parameters.model_dump(mode="json"))
     return {
         "line": parsed.line.number,
         "custom_id": parsed.request.custom_id,
         "kind": parsed.request.kind,
         "model": parsed.parameters.model,
         "images": len(parsed.parameters.seeds),
-        "parameters": orjson.Fragment(parsed.parameters.model_dump_json()),
+        "parameters": stored,
+        "new_parameters": new,
         "metadata": parsed.request.metadata,
         "timeout_s": min(parsed.request.timeout_s or max_timeout_s, max_timeout_s),
     }

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -62,6 +62,7 @@ def _relevance_view(space: Space, calibration: Calibration | None) -> RelevanceV
     """Return the relevance gate of searches whose request and collection set no threshold."""
     setting = get_settings().retrieval.min_similarity
     gate = resolve_gate(calibration, setting)
+    measured_at = None if calibration is None else calibration.measured_at
     origin = GateOrigin.DEFAULT if calibration is None else GateOrigin.CALIBRATION
     return RelevanceView(
         min_similarity=gate.min_similarity,
@@ -69,13 +70,13 @@ def _relevance_view(space: Space, calibration: Calibration | None) -> RelevanceV
         matched_min_similarity=gate.matched_min_similarity,
         origin=origin if setting is None else GateOrigin.SETTING,
         calibration=calibration,
-        warning=_calibration_warning(space) if setting is None else None,
+        warning=_calibration_warning(space, measured_at) if setting is None else None,
     )
 
 
 @cache_result(key_prefix="calibration-warning", ttl=WARNING_TTL_S)
-def _calibration_warning(space: Space) -> str | None:
-    """Look for a reason against the calibration, in a transaction of its own: it counts the collection."""
+def _calibration_warning(space: Space, _measured_at: datetime | None) -> str | None:
+    """Look for a reason against the calibration of this time, in a transaction of its own: it counts the collection."""
     with session_scope() as session:
         return calibrations.warning_about(session, space)
 

@@ -92,10 +92,13 @@ def find_lines(session: Session, bulk_id: UUID, custom_ids: Sequence[str]) -> di
 
 INSERT_ITEMS = text(
     """
-    insert into bulk_items (bulk_id, line, custom_id, kind, model, images, parameters, metadata, timeout_s)
-    select :bulk_id, line, custom_id, kind, model, images, parameters, metadata, timeout_s
+    insert into bulk_items (
+        bulk_id, line, custom_id, kind, model, images, parameters, new_parameters, metadata, timeout_s
+    )
+    select :bulk_id, line, custom_id, kind, model, images, parameters, new_parameters, metadata, timeout_s
     from jsonb_to_recordset(cast(:rows as jsonb)) as row(
-        line int, custom_id text, kind text, model text, images int, parameters jsonb, metadata jsonb, timeout_s float8
+        line int, custom_id text, kind text, model text, images int, parameters jsonb, new_parameters jsonb,
+        metadata jsonb, timeout_s float8
     )
     """
 )
@@ -436,11 +439,12 @@ INSERT_JOBS = text(
         returning item.*
     ), new_jobs as (
         insert into jobs (
-            id, owner_id, bulk_id, bulk_line, kind, state, lane, model, images, parameters, metadata, timeout_s,
-            expires_at, retry_of, quota_day, last_seq
+            id, owner_id, bulk_id, bulk_line, kind, state, lane, model, images, parameters, new_parameters, metadata,
+            timeout_s, expires_at, retry_of, quota_day, last_seq
         )
         select item.job_id, bulk.owner_id, bulk.id, item.line, item.kind, 'queued', bulk.lane, item.model, item.images,
-            item.parameters, item.metadata, item.timeout_s, bulk.expires_at, item.retry_of, bulk.quota_day, 1
+            item.parameters, item.new_parameters, item.metadata, item.timeout_s, bulk.expires_at, item.retry_of,
+            bulk.quota_day, 1
         from updated_items item join bulks bulk on bulk.id = item.bulk_id
         order by item.line
         returning id, kind

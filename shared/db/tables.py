@@ -3,6 +3,7 @@
 Each embedding space has a vector table of its own, added when its model first runs: see `shared.db.spaces`.
 """
 
+from collections.abc import Mapping
 from datetime import date, datetime
 from typing import Any
 from uuid import UUID
@@ -27,7 +28,8 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TSVECTOR
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, synonym
+from sqlalchemy.ext.hybrid import hybrid_property
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column, synonym
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -212,7 +214,45 @@ class SpaceAttempt(Base):
     error_code: Mapped[str | None]  # of the error that repeats; such an image is not tried again
 
 
-class Job(Base):
+NEW_PARAMETERS = ("concepts", "avoid", "avoid_ids", "search_mode", "max_gap", "matched_min_similarity", "planned_at")
+"""Fields of `GenerationParameters` that the previous release refuses."""
+
+
+def split_parameters(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The parameters that the previous release reads, and those of this release alone."""
+    new = {name: parameters[name] for name in NEW_PARAMETERS if name in parameters}
+    stored = {name: value for name, value in parameters.items() if name not in new}
+    references = stored.get("references") or []
+    if any("concepts" in each for each in references):
+        new["references"] = references
+        stored["references"] = [{k: v for k, v in each.items() if k != "concepts"} for each in references]
+    return stored, new or None
+
+
+class HasParameters:
+    """A row with a `GenerationParameters` as JSON, in two columns.
+
+    A worker of the previous release reads the first one. It draws such a job with references for the whole prompt.
+    """
+
+    stored_parameters: Mapped[dict[str, Any]] = mapped_column("parameters")
+    new_parameters: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+
+    @hybrid_property
+    def parameters(self) -> dict[str, Any]:
+        return {**self.stored_parameters, **(self.new_parameters or {})}
+
+    @parameters.inplace.setter
+    def _set_parameters(self, parameters: Mapping[str, Any]) -> None:
+        self.stored_parameters, self.new_parameters = split_parameters(parameters)
+
+    @parameters.inplace.expression
+    @classmethod
+    def _stored_parameters(cls) -> InstrumentedAttribute[dict[str, Any]]:
+        return cls.stored_parameters
+
+
+class Job(HasParameters, Base):
     """A job that a user submitted. A `queued` row is also its outbox entry; a `processing` row also holds its lease."""
 
     __tablename__ = "jobs"
@@ -250,7 +290,6 @@ class Job(Base):
     model: Mapped[str]
     images: Mapped[int] = mapped_column(Integer)
     quota_day: Mapped[date | None]  # the day whose quota its images count towards; None: no quota
-    parameters: Mapped[dict[str, Any]]
     job_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
     webhook: Mapped[dict[str, Any] | None]
     retry_of: Mapped[UUID | None]  # no foreign key: the retried job may be deleted
@@ -340,7 +379,7 @@ class Bulk(Base):
     finished_at: Mapped[datetime | None]
 
 
-class BulkItem(Base):
+class BulkItem(HasParameters, Base):
     """One valid line of a bulk, resolved like a job. `job_id` is set when the item becomes a job."""
 
     __tablename__ = "bulk_items"
@@ -361,7 +400,6 @@ class BulkItem(Base):
     kind: Mapped[str]
     model: Mapped[str]
     images: Mapped[int] = mapped_column(Integer)
-    parameters: Mapped[dict[str, Any]]
     item_metadata: Mapped[dict[str, str]] = mapped_column("metadata", server_default="{}")
     timeout_s: Mapped[float]
     job_id: Mapped[UUID | None]  # no foreign key: if the job is deleted, the item must not get a new one

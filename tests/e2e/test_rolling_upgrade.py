@@ -28,7 +28,7 @@ from shared.db.tables import Job, JobEvent
 from shared.settings import DatabaseSettings
 from tests.conftest import TEST_ENVIRONMENT
 from tests.e2e.conftest import Api, disc
-from tests.release_worker import PREVIOUS, REPLACED
+from tests.release_worker import NEW_SETTINGS, PREVIOUS, REPLACED
 from tests.stack import RunningStack, clean_environment, running_stack, wait_until
 
 PREVIOUS_RELEASE = "1752a8aa5095390671fea2df26c094ec468c7cc6"
@@ -72,7 +72,11 @@ def old_reconciler(
         process = subprocess.Popen(
             [sys.executable, "-m", "worker_service.reconciler"],
             cwd=release,
-            env=clean_environment() | environment | stack.environment(),
+            env={
+                name: value
+                for name, value in (clean_environment() | environment | stack.environment()).items()
+                if name not in NEW_SETTINGS
+            },
             stdout=log,
             stderr=log,
         )

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from scripts.admin import __main__ as admin
 from scripts.calibrate import __main__ as command
 from scripts.calibrate import sample
+from shared.cache import get_cache_manager
 from shared.contracts.calibration import Calibration
 from shared.db import calibrations, spaces
 from shared.db.spaces import Space
@@ -246,6 +247,7 @@ def test_a_changed_corpus_makes_the_calibration_old(
     some = session.scalars(select(Image.id).limit(corpus // 4)).all()
     session.execute(delete(Image).where(Image.id.in_(some)))
     session.commit()
+    get_cache_manager().invalidate("calibration-warning*")  # it is kept for a minute
     warning = relevance(client)["warning"]
     assert f"calibrated on {corpus} images, and the collection has {corpus - corpus // 4} now" in warning
 

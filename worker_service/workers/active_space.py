@@ -14,6 +14,7 @@ from shared.db import spaces
 from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.errors import DatabaseError
+from shared.messaging.queue import notify_embed_workers
 from worker_service.jobs.attempt import SPACE_CHANGE_S
 from worker_service.workers.process import HEARTBEAT_S, WorkerProcess
 
@@ -51,6 +52,8 @@ def follow_active_space(process: WorkerProcess, space: Space, queues: Sequence[s
                     process.read_queue(name, read=active)
                 if active != was_active:
                     process.write_heartbeat(process.serving_state)
+                    # A worker of the old space may have received the last notification, and may embed nothing now.
+                    notify_embed_workers()
             except DatabaseError as error:
                 logger.warning("active_space_unknown", extra={"cause": error.code})
             process.stopping.wait(CHECK_S)
