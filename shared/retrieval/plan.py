@@ -190,8 +190,8 @@ def decide(concepts: Sequence[ConceptImages], *, most: int, gate: Gate, settings
 
     1. Near-duplicates are one image. The best images of each concept remain, and the gate decides on them.
     2. First comes the image that passes the gate of most concepts which have no reference yet. This is the greedy set
-       cover (Chvatal, 1979). Of equals, the one that is higher in the order of its concepts comes first, then the more
-       similar one.
+       cover (Chvatal, 1979). Of equals, the one that is higher in the order of its concepts comes first, then the one
+       whose concept is named first. So the references of a picture with several things come in the prompt's order.
     3. When each concept has a reference, the next images are chosen in this way for the concepts with the fewest.
 
     Each concept that has references gets an equal share of the weight.
@@ -279,10 +279,10 @@ def _next(options: Sequence[_Option], counts: Sequence[int], open_concepts: set[
     fewest = min(counts[number] for option in options for number in option.entries.keys() & open_concepts)
     wanting = {number for number in open_concepts if counts[number] == fewest}
 
-    def merit(option: _Option) -> tuple[int, int, float]:
-        entries = [entry for number, entry in option.entries.items() if number in wanting]
-        ranks = sum(entry.rank for entry in entries)
-        return len(entries), -ranks, max((entry.scored.similarity for entry in entries), default=-1.0)
+    def merit(option: _Option) -> tuple[int, int, int]:
+        entries = {number: entry for number, entry in option.entries.items() if number in wanting}
+        ranks = sum(entry.rank for entry in entries.values())
+        return len(entries), -ranks, -min(entries, default=len(counts))
 
     return max(options, key=merit)
 

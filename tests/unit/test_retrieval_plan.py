@@ -66,6 +66,13 @@ def test_each_concept_gets_a_reference_before_one_gets_two() -> None:
     assert chosen(decided([robot, flower], most=4)) == ["a", "x", "b", "y"]
 
 
+def test_references_come_in_the_order_in_which_the_prompt_names_their_concepts() -> None:
+    """A model that reads pictures in their order puts the robot where the prompt says."""
+    robot = concept("a robot", {"a": 0.5, "b": 0.45})
+    flower = concept("a flower", {"x": 0.9, "y": 0.8})
+    assert chosen(decided([robot, flower])) == ["a", "x", "b", "y"]
+
+
 def test_concepts_share_the_weight_equally() -> None:
     plan = decided([concept("a robot", {"a": 0.9, "b": 0.9, "c": 0.9}), concept("a flower", {"x": 0.5})])
     weights = {name: each.weight for name, each in by_name(plan).items()}
