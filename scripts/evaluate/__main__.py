@@ -5,9 +5,9 @@
     python -m scripts.evaluate --corpus photos/ --model sdxl --judge hf-hub:apple/DFN5B-CLIP-ViT-H-14
 
 The part `arms` generates the same prompts and seeds with four choices of references, and judges the images. The part
-`gate` plans the references of 200 queries for the starter corpus, and counts the right ones. The part `concepts` counts
-the prompts of two things for which both are among the references. These two parts are measured together, on a Postgres
-of their own, and need no generator.
+`gate` plans the references of labelled queries for the starter corpus, and counts the right ones. 200 queries are for
+tuning, and 200 for the test. The part `concepts` counts the prompts of several things for which all are among the
+references. These two parts are measured together, on a Postgres of their own, and need no generator.
 
 Arms: none (the prompt alone), random (the references of another prompt), retrieved (the references of the service),
 oracle (images of the concept itself). Prompts are names of concepts: `seen`, and `held_out`, on which the generator was
@@ -34,6 +34,7 @@ from scripts.evaluate import relevance, report
 from scripts.evaluate.corpus import Corpus
 from scripts.evaluate.evaluation import Models, Options, evaluate, read_store
 from scripts.evaluate.queries import QUERIES as LABELLED_QUERIES
+from scripts.evaluate.queries import QuerySet
 from scripts.evaluate.report_files import write_report_files
 from scripts.evaluate.store import Store
 from shared.errors import BaseAppException, ConfigurationError
@@ -108,9 +109,9 @@ def _relevance(
     """Measure the parts `gate` and `concepts`; return the reason if the default queries are for another corpus."""
     if not {"gate", "concepts"} & set(given.only):
         return None
-    path = given.labelled_queries or LABELLED_QUERIES
+    queries = {QuerySet.TEST: given.labelled_queries} if given.labelled_queries else LABELLED_QUERIES
     try:
-        return relevance.measure(store, clip, settings, progress, queries=path, corpus_digest=corpus.digest)
+        return relevance.measure(store, clip, settings, progress, queries=queries, corpus_digest=corpus.digest)
     except ConfigurationError as error:
         if given.labelled_queries is None and len(given.only) == len(PARTS):
             return str(error)

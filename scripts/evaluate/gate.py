@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.evaluate.queries import IN_CORPUS, Half, Kind, Query
+from scripts.evaluate.queries import IN_CORPUS, Kind, Query, QuerySet
 from scripts.evaluate.service_corpus import ServiceCorpus
 from scripts.evaluate.statistics import Estimate, estimate, ratio
 from shared import retrieval
@@ -56,7 +56,7 @@ class Outcome:
         return {
             "query": self.query.text,
             "kind": self.query.kind,
-            "half": self.query.half,
+            "set": self.query.query_set,
             "concepts": list(self.concepts),
             "used": [
                 {"caption": caption, "right": right} for caption, right in zip(self.used, self.right, strict=True)
@@ -150,14 +150,15 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def by_half(
+def by_set(
     outcomes: Outcomes, measure: Callable[[Sequence[Outcome]], dict[str, Any]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the figures of all queries and of each half, by way."""
+    """Return the figures of each set of queries that was planned, by way."""
     return {
         way.value: {
-            "all": measure(of_way),
-            **{half.value: measure([each for each in of_way if each.query.half is half]) for half in Half},
+            query_set.value: measure(chosen)
+            for query_set in QuerySet
+            if (chosen := [each for each in of_way if each.query.query_set is query_set])
         }
         for way, of_way in outcomes.items()
     }

@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 from scripts.evaluate import gate
 from scripts.evaluate.corpus import Corpus, read_corpus
 from scripts.evaluate.gate import Way
-from scripts.evaluate.queries import Half, Kind, Query
+from scripts.evaluate.queries import Kind, Query
 from scripts.evaluate.service_corpus import fill
 from scripts.evaluate.store import Store
 from shared import retrieval
@@ -32,7 +32,7 @@ def store(clip: Clip) -> Store:
 
 def test_the_service_finds_what_one_vector_misses(session: Session, store: Store, clip: Clip) -> None:
     def query(kind: Kind, text: str, *right: str) -> Query:
-        return Query(kind, text, [frozenset({caption}) for caption in right], Half.TUNING)
+        return Query(kind, text, [frozenset({caption}) for caption in right])
 
     queries = [
         query(Kind.PLURAL, "two dogs", "dog"),
