@@ -10,6 +10,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 SHIPPED := afterimage_client api_service ops scripts shared worker_service
 PROMPT ?= a red apple with a bite
+SHEET_OPTION = $(if $(SHEET),--sheet $(filter-out 1,$(SHEET)))
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +25,8 @@ $(READY): requirements.lock pyproject.toml
 	$(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
-demo: $(READY) ## start a stack, index the starter corpus, generate images into out/  (PROMPT="...")
-	@$(PY) -m ops.local run -- sh -c '$(PY) -m scripts.demo "$$PROMPT" --url "$$AFTERIMAGE_URL"'
+demo: $(READY) ## start a stack, index the starter corpus, generate images into out/  (PROMPT="...", or SHEET=1 or SHEET=FILE of prompts, DEMO=--help)
+	@$(PY) -m ops.local run -- sh -c '$(PY) -m scripts.demo "$$PROMPT" --url "$$AFTERIMAGE_URL" $(SHEET_OPTION) $(DEMO)'
 demo: export PROMPT := $(PROMPT)
 
 up: $(READY) ## start the local stack in the background and print its addresses

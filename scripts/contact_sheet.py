@@ -1,5 +1,6 @@
 """Contact sheets: rows of labelled images on white."""
 
+import io
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +13,11 @@ FONT_SIZE = 13
 
 Cell = tuple[Image.Image | None, str]
 """An image, or None for an empty cell, and the line below it."""
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Return the image of a file, as RGB."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def sheet_of_rows(

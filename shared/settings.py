@@ -398,6 +398,26 @@ class GeneratorSettings(Section):
     any_size: Advanced[bool] = Field(
         True, description="the model draws sizes near its native one well; false: only the native size"
     )
+    native_side: Advanced[int | None] = Field(
+        None,
+        ge=16,
+        le=4096,
+        description="pixels per side for which the model was trained; unset: as its pipeline says, which for FLUX.2 is "
+        "always 1024",
+    )
+    max_sequence_length: Advanced[int | None] = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="tokens of a prompt that the model reads, where the pipeline takes this number; unset: as the "
+        "pipeline says",
+    )
+    text_encoder_out_layers: Advanced[list[int] | None] = Field(
+        None,
+        min_length=1,
+        description="hidden states of the text encoder that condition the model, where the pipeline takes them; unset: "
+        "as the pipeline says",
+    )
     max_batch_size: int = Field(4, ge=1, le=64, description="images per call of the model")
     max_references: Advanced[int] = Field(4, ge=1, le=16, description="references per image")
     reference_side: Advanced[int | None] = Field(
@@ -406,6 +426,13 @@ class GeneratorSettings(Section):
         le=2048,
         description="mode `reference`: pixels per side of a reference, where the pipeline takes a size; unset: 512, or "
         "what the pipeline chooses",
+    )
+    reference_side_of_several: Advanced[int | None] = Field(
+        None,
+        ge=16,
+        le=2048,
+        description="mode `reference`: pixels per side of a reference in images whose references stand for several "
+        "things; unset: `reference_side`",
     )
     weigh_references: Advanced[bool] = Field(
         False,
@@ -417,6 +444,11 @@ class GeneratorSettings(Section):
         description="action on an image that the model's own safety checker rejects; no effect without a checker",
     )
     cost_ms: Advanced[float] = Field(5, ge=0, le=10_000, description="fake generator only: time of one batch")
+
+    @property
+    def text_arguments(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call, by name, that decide how it reads a prompt; only those that are set."""
+        return self.model_dump(include={"max_sequence_length", "text_encoder_out_layers"}, exclude_none=True)
 
     @model_validator(mode="after")
     def _weighed_references_have_the_scale_of_the_training(self) -> Self:

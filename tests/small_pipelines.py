@@ -107,7 +107,7 @@ IMAGE_ENCODER_DIM = 20
 def save_clip(folder: Path, *, seed: int = 0, dim: int = CLIP_DIM) -> None:
     """Save an open_clip model, for the name `local-dir:<folder>`."""
     torch.manual_seed(seed)
-    tokenizer = _clip_tokenizer(context=24)
+    tokenizer = clip_tokenizer(context=24)
     tokenizer.save_pretrained(folder)
     model_cfg: dict[str, Any] = {
         "embed_dim": dim,
@@ -142,7 +142,7 @@ def save_sd15(folder: Path, *, seed: int = 0, checker_flags: bool | None = None)
     StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=CLIPTextModel(_clip_text(32)),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         unet=unet,
         scheduler=PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
         safety_checker=None if checker_flags is None else _safety_checker(flags=checker_flags),
@@ -179,8 +179,8 @@ def save_sdxl(folder: Path, *, turbo: bool = False, seed: int = 0) -> None:
         vae=_vae(),
         text_encoder=CLIPTextModel(_clip_text(32)),
         text_encoder_2=CLIPTextModelWithProjection(_clip_text(24, projection_dim=projection_dim)),
-        tokenizer=_clip_tokenizer(),
-        tokenizer_2=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         unet=unet,
         scheduler=scheduler,
     ).save_pretrained(folder)
@@ -216,7 +216,7 @@ def save_flux(folder: Path, *, seed: int = 0) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=_vae(latent_channels=4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.01),
         text_encoder=CLIPTextModel(_clip_text(32)),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=T5EncoderModel(
             T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, tie_word_embeddings=False)
         ),
@@ -249,7 +249,7 @@ def save_flux2_klein(folder: Path, *, distilled: bool = True, kv: bool = False, 
         text_encoder=Qwen3ForCausalLM(
             Qwen3Config(**_language_model(layers=27), max_position_embeddings=1024, tie_word_embeddings=True)
         ),
-        tokenizer=_chat_tokenizer(),
+        tokenizer=chat_tokenizer(),
         transformer=_flux2_transformer(guidance_embeds=False),
         is_distilled=distilled,
     ).save_pretrained(folder)
@@ -266,11 +266,11 @@ def save_flux2_dev(folder: Path, *, seed: int = 0) -> None:
             Mistral3Config(
                 text_config=MistralConfig(**_language_model(layers=30), max_position_embeddings=1024),
                 vision_config=PixtralVisionConfig(**vision, head_dim=8, image_size=64, patch_size=16),
-                image_token_index=_chat_tokenizer().convert_tokens_to_ids("[IMG]"),
+                image_token_index=chat_tokenizer().convert_tokens_to_ids("[IMG]"),
             )
         ),
         tokenizer=PixtralProcessor(
-            image_processor=PixtralImageProcessor(), tokenizer=_chat_tokenizer(), chat_template=CHAT_TEMPLATE
+            image_processor=PixtralImageProcessor(), tokenizer=chat_tokenizer(), chat_template=CHAT_TEMPLATE
         ),
         transformer=_flux2_transformer(guidance_embeds=True),
     ).save_pretrained(folder)
@@ -320,9 +320,9 @@ def save_sd3(folder: Path, *, seed: int = 0) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_packed_vae(block_out_channels=[8, 16, 16, 16]),
         text_encoder=CLIPTextModelWithProjection(_clip_text(32, projection_dim=16)),
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(_clip_text(32, projection_dim=16)),
-        tokenizer_2=_clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         text_encoder_3=_t5_encoder(width=64),
         tokenizer_3=_t5_tokenizer(),
         transformer=_amplified(
@@ -398,7 +398,7 @@ def save_krea2(folder: Path, *, distilled: bool = False, seed: int = 0) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=_qwen_vae(),
         text_encoder=Qwen3VLModel(_qwen3_vl()),
-        tokenizer=_chat_tokenizer(),
+        tokenizer=chat_tokenizer(),
         transformer=_amplified(
             Krea2Transformer2DModel(
                 in_channels=16,
@@ -456,7 +456,7 @@ def save_z_image(folder: Path, *, seed: int = 0) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_packed_vae(),
         text_encoder=Qwen3Model(Qwen3Config(**_language_model(layers=2), max_position_embeddings=1024)),
-        tokenizer=_chat_tokenizer(),
+        tokenizer=chat_tokenizer(),
         transformer=_amplified(
             ZImageTransformer2DModel(
                 in_channels=4,
@@ -564,7 +564,7 @@ def _flux_parts() -> dict[str, Any]:
         "scheduler": FlowMatchEulerDiscreteScheduler(),
         "vae": _packed_vae(),
         "text_encoder": CLIPTextModel(_clip_text(32)),
-        "tokenizer": _clip_tokenizer(),
+        "tokenizer": clip_tokenizer(),
         "text_encoder_2": _t5_encoder(),
         "tokenizer_2": _t5_tokenizer(),
         "transformer": _amplified(
@@ -600,10 +600,10 @@ def _qwen_image_parts() -> dict[str, Any]:
                 **_vision_tokens(),
             )
         ),
-        "tokenizer": _chat_tokenizer(),
+        "tokenizer": chat_tokenizer(),
         "processor": Qwen2VLProcessor(
             image_processor=Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56),
-            tokenizer=_chat_tokenizer(),
+            tokenizer=chat_tokenizer(),
             video_processor=Qwen2VLVideoProcessor(),
             chat_template=CHAT_TEMPLATE,
         ),
@@ -642,7 +642,7 @@ def _qwen3_vl_processor() -> Qwen3VLProcessor:
         image_processor=Qwen2VLImageProcessor(
             patch_size=16, min_pixels=64 * 64, max_pixels=64 * 64, image_mean=[0.5] * 3, image_std=[0.5] * 3
         ),
-        tokenizer=_chat_tokenizer(),
+        tokenizer=chat_tokenizer(),
         video_processor=Qwen3VLVideoProcessor(),
         chat_template=CHAT_TEMPLATE,
     )
@@ -656,7 +656,7 @@ def _multimodal_language_model() -> dict[str, Any]:
 
 
 def _vision_tokens() -> dict[str, int]:
-    tokenizer = _chat_tokenizer()
+    tokenizer = chat_tokenizer()
     names = {
         "image_token_id": "<|image_pad|>",
         "video_token_id": "<|video_pad|>",
@@ -753,7 +753,7 @@ def _flux2_transformer(*, guidance_embeds: bool) -> Flux2Transformer2DModel:
 
 def _language_model(*, layers: int) -> dict[str, Any]:
     return {
-        "vocab_size": len(_chat_tokenizer()),
+        "vocab_size": len(chat_tokenizer()),
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_hidden_layers": layers,
@@ -816,7 +816,7 @@ def _unet(cross_attention_dim: int) -> dict[str, Any]:
 
 
 def _clip_text(width: int, **overrides: Any) -> CLIPTextConfig:
-    vocabulary = len(_clip_tokenizer())
+    vocabulary = len(clip_tokenizer())
     return CLIPTextConfig(
         vocab_size=vocabulary,
         bos_token_id=vocabulary - 2,
@@ -830,7 +830,7 @@ def _clip_text(width: int, **overrides: Any) -> CLIPTextConfig:
     )
 
 
-def _clip_tokenizer(context: int = 77) -> CLIPTokenizer:
+def clip_tokenizer(context: int = 77) -> CLIPTokenizer:
     """A tokenizer of single bytes, without merges."""
     letters = sorted(ByteLevel.alphabet())
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -849,7 +849,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def _chat_tokenizer() -> Qwen2Tokenizer:
+def chat_tokenizer() -> Qwen2Tokenizer:
     """A tokenizer of single bytes with the special tokens of chats, without merges."""
     vocabulary = [*sorted(ByteLevel.alphabet()), *CHAT_TOKENS]
     return Qwen2Tokenizer(

@@ -123,7 +123,8 @@ class PinnedReference(Contract):
         default_factory=list,
         max_length=8,
         exclude_if=lambda texts: not texts,
-        description="things of the prompt that it stands for; they are recorded and change nothing",
+        description="things of the prompt that it stands for; they are recorded, and in the mode `reference` they can "
+        "change the order and the size in which the model reads the pictures",
     )
 
     @classmethod

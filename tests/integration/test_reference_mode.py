@@ -29,7 +29,7 @@ from worker_service.models.embedder import Embedder
 from worker_service.models.generation.diffusion import Diffusion
 from worker_service.models.worker_models import Models
 
-SIDE = 32
+SIDE, SIDE_OF_SEVERAL = 32, 16
 DRAWN: dict[str, Any] = {"width": 256, "height": 256, "num_inference_steps": 2, "ip_adapter_scale": 1.0}
 
 
@@ -41,6 +41,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Clip, Diffusion]:
     generator = GeneratorSettings(
         source=str(klein),
         reference_side=SIDE,
+        reference_side_of_several=SIDE_OF_SEVERAL,
         weigh_references=True,
         defaults=GeneratorDefaults(width=256, height=256, num_inference_steps=2),
     )
@@ -122,6 +123,22 @@ def test_pinned_pictures_condition_the_image_heaviest_first_and_replay_as_identi
     assert run(replay.id, models, leases) is Outcome.SUCCEEDED
     compared = Replay.model_validate(outputs_of(session, replay)[0].replay)
     assert (compared.verdict, compared.changed) == ("identical", [])
+
+
+def test_pictures_of_several_things_are_smaller_and_in_the_order_of_the_prompt(
+    session: Session, models: Models, leases: JobLeases
+) -> None:
+    red, blue = (add_embedded_image(session, models, colour, f"a {colour} square") for colour in ("red", "blue"))
+    pinned = [
+        PinnedReference(image_id=red, weight=3, concepts=["a red square"]),
+        PinnedReference(image_id=blue, concepts=["a blue square"]),
+    ]
+    prompt = "a blue square beside a red square"
+    job = submit(session, prompt=prompt, seeds=[5], k=0, references=pinned, mode=Mode.REFERENCE, **DRAWN)
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    call = outputs_of(session, job)[0].provenance["reference_call"]
+    assert (call["order"], call["side"]) == ([1, 0], SIDE_OF_SEVERAL)
+    assert call["weights"] == [pytest.approx(1 / 3), 1.0]
 
 
 def test_a_picture_of_the_request_is_read_like_the_same_image_of_the_corpus(
@@ -230,7 +247,7 @@ def test_weights_of_pinned_references_are_told_to_decide_only_the_order(
     assert run(searched.id, models, leases) is Outcome.SUCCEEDED
     (original,) = outputs_of(session, searched)
     pinned = [
-        PinnedReference(image_id=reference["image_id"], weight=reference["weight"])
+        PinnedReference.recorded(reference["image_id"], reference["weight"], concepts=reference["concepts"])
         for reference in original.provenance["references"]
     ]
     replay = make_job(session, seeds=[5], k=0, references=pinned, mode=Mode.REFERENCE, **DRAWN)

@@ -1,7 +1,7 @@
 """Mode `reference`: pipelines that read reference images themselves. Small ones of the real classes, random weights."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from worker_service.models.interface import ImageRequest
 
 Loaded = Callable[[str], Diffusion]
 SIDE = 64
+FULL_SIDE = 128
 SIGNAL = 2 * ROUNDING
 """Images of different references differ by more. They differ less than those of different prompts."""
 
@@ -33,6 +34,7 @@ SAVERS: dict[str, Callable[[Path], None]] = {
     "klein_base": lambda folder: small_pipelines.save_flux2_klein(folder, distilled=False),
     "klein_kv": lambda folder: small_pipelines.save_flux2_klein(folder, kv=True),
     "klein_unweighed": small_pipelines.save_flux2_klein,
+    "klein_two_sides": small_pipelines.save_flux2_klein,
     "dev": small_pipelines.save_flux2_dev,
     "kontext": small_pipelines.save_kontext,
     "qwen_edit": small_pipelines.save_qwen_image_edit,
@@ -73,7 +75,10 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
         folder = tmp_path_factory.mktemp(name)
         SAVERS[name](folder)
         generator = GeneratorSettings(
-            source=str(folder), reference_side=SIDE, weigh_references=name != "klein_unweighed"
+            source=str(folder),
+            reference_side=FULL_SIDE if name == "klein_two_sides" else SIDE,
+            reference_side_of_several=SIDE if name == "klein_two_sides" else None,
+            weigh_references=name not in ("klein_unweighed", "klein_two_sides"),
         )
         settings = ModelSettings(generators={name: generator}, default_generator=name, threads=1)
         return sharpened(Diffusion.load(name, settings))
@@ -186,12 +191,12 @@ def test_a_row_takes_no_reference_of_another_row(native: Loaded) -> None:
     assert distance(images[0], images[1]) > SIGNAL
 
 
-def drawn_by_diffusers(model: Diffusion, request: ImageRequest) -> np.ndarray:
+def drawn_by_diffusers(model: Diffusion, request: ImageRequest, *, side: int = SIDE) -> np.ndarray:
     """The image of `request` from the bare pipeline, called as its documentation says."""
     pipeline = model.text_to_image
     pipeline.scheduler = schedulers.new_scheduler(model.own_scheduler, None)
     parameters = inspect.signature(type(pipeline).__call__).parameters
-    size = (SIDE, SIDE)
+    size = (side, side)
     images = pipeline(
         prompt=request.prompt,
         image=[framing.initial_image(used.image, size, size) for used in request.references if used.image is not None],
@@ -209,6 +214,89 @@ def drawn_by_diffusers(model: Diffusion, request: ImageRequest) -> np.ndarray:
 def test_references_without_weights_are_those_of_the_plain_call_of_diffusers(native: Loaded, pipeline: str) -> None:
     model = native(pipeline)
     assert distance(drawn(model, WITH), drawn_by_diffusers(model, WITH)) == 0
+
+
+def of_things(*things: str, weights: Sequence[float] = (), prompt: str = "a dog and a red car") -> ImageRequest:
+    """A request with one reference for each name; equal names stand for one thing, and an empty name for none."""
+    references = tuple(
+        replace(reference(seed), concepts=(thing,) if thing else (), weight=weight)
+        for seed, (thing, weight) in enumerate(zip(things, weights or [1.0] * len(things), strict=True), start=1)
+    )
+    return replace(WITH, prompt=prompt, references=references)
+
+
+@pytest.mark.parametrize(
+    ("things", "side"),
+    [
+        (["a dog"], FULL_SIDE),
+        (["a dog", "a dog", "a dog"], FULL_SIDE),
+        (["a dog", "a red car"], SIDE),
+        ([""], FULL_SIDE),
+        (["", ""], SIDE),
+        (["a dog", ""], SIDE),
+    ],
+)
+def test_references_of_several_things_have_a_side_of_their_own(native: Loaded, things: list[str], side: int) -> None:
+    model = native("klein_two_sides")
+    request = of_things(*things)
+    call = model.reference_call(request)
+    assert call is not None
+    assert call["side"] == side
+    assert distance(drawn(model, request), drawn_by_diffusers(model, request, side=side)) == 0
+    one_side = native("klein_unweighed").reference_call(request)
+    assert one_side == call | {"side": SIDE}
+
+
+def test_a_reference_that_shows_all_things_has_the_side_of_one(native: Loaded) -> None:
+    model = native("klein_two_sides")
+    both = replace(reference(1), concepts=("a dog", "a red car"))
+    sides = [
+        call["side"]
+        for references in ((both,), (both, replace(reference(2), concepts=("a dog",))))
+        if (call := model.reference_call(replace(WITH, references=references))) is not None
+    ]
+    assert sides == [FULL_SIDE, FULL_SIDE]
+
+
+def test_rows_share_a_call_only_with_references_of_one_side(native: Loaded) -> None:
+    model = native("klein_two_sides")
+    several = of_things("a dog", "a red car")
+    others = of_things("a cat", "a hat", prompt="a cat wearing a hat")
+    one = of_things("a dog", "a dog", prompt="a dog")
+    assert model.batch_key(several) == model.batch_key(others) != model.batch_key(one)
+    batched = generate_images(model, several, others)
+    single = [drawn(model, request) for request in (several, others)]
+    assert [distance(a, b) <= ROUNDING for a, b in zip(batched, single, strict=True)] == [True] * 2
+    qwen = native("qwen_21")
+    assert qwen.native_references is not None
+    two_sides = replace(qwen.native_references, side_of_several=FULL_SIDE)
+    same_prompt = replace(one, prompt=several.prompt)
+    assert two_sides.batch_key(several) != two_sides.batch_key(same_prompt)
+
+
+@pytest.mark.parametrize(
+    ("things", "weights", "order"),
+    [
+        (["a red car", "a dog"], [0.5, 0.5], [1, 0]),
+        (["a red car", "a dog", "a dog"], [0.5, 0.2, 0.3], [2, 0, 1]),
+        (["a dog", "a dog", "a dog"], [0.2, 0.5, 0.3], [1, 2, 0]),
+        (["", "", ""], [0.2, 0.5, 0.3], [1, 2, 0]),
+        (["a bird", "a fish"], [0.4, 0.6], [1, 0]),
+    ],
+)
+def test_references_come_in_the_order_in_which_the_prompt_names_their_things(
+    native: Loaded, things: list[str], weights: list[float], order: list[int]
+) -> None:
+    model = native("klein")
+    request = of_things(*things, weights=weights)
+    call = model.reference_call(request)
+    assert call is not None
+    assert call["order"] == order
+    assert call["weights"] == [pytest.approx(weights[place] / max(weights)) for place in order]
+    ordered = [replace(request.references[place], weight=1, concepts=()) for place in order]
+    if len(set(weights)) == 1:
+        plain = replace(request, references=tuple(ordered))
+        assert distance(drawn(model, request), drawn(model, plain)) == 0
 
 
 def weighed(*weights: float, scale: float = 1.0) -> ImageRequest:
@@ -302,7 +390,7 @@ def test_the_kept_latents_are_bounded_by_bytes(native: Loaded) -> None:
     drawn(model, WITH)
     one = next(iter(model.native_references.latents.values())).nbytes
     small = NativeReferences(
-        CallShape.PACKED, 4, SIDE, "image {}", True, latents=LRUCache(one * 2, getsizeof=lambda each: each.nbytes)
+        CallShape.PACKED, 4, SIDE, SIDE, "image {}", True, latents=LRUCache(one * 2, getsizeof=lambda each: each.nbytes)
     )
     model.native_references, before = small, model.native_references
     try:

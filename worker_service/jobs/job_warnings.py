@@ -56,7 +56,7 @@ def _of_weights(request: ImageRequest, references: Sequence[retrieval.Candidate]
     # Only of references that the request named: the weights of searched ones are no wish of the request.
     weights = {reference.weight for reference in references if reference.pinned}
     if request.mode.traits.uses_native_references and len(weights) > 1:
-        detail = "The model does not weigh references. Their weights decide only their order, heaviest first."
+        detail = "The model does not weigh references. Their weights decide only their order."
         yield JobWarning(code="weights_not_applied", detail=detail)
 
 

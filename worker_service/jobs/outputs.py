@@ -73,6 +73,7 @@ def load_references(references: Sequence[retrieval.Candidate], *, with_pixels: b
             weight=reference.weight,
             caption=reference.scored.image.caption,
             sha256=reference.scored.image.sha256,
+            concepts=reference.concepts,
         )
         for reference in references
     ]
@@ -241,6 +242,7 @@ def provenance_record(
             # Unset like in the records of releases that had no such settings.
             "attention": models.settings.attention,
             "compile": None if models.settings.compile == "none" else models.settings.compile,
+            "text_arguments": models.settings.text_arguments or None,
         },
         "versions": _versions(),
         **_safety(attempt, image),

@@ -43,6 +43,8 @@ class Reference:
     caption: str | None
     sha256: str | None = None
     """Digest of the stored file; None: the image was not stored."""
+    concepts: tuple[str, ...] = ()
+    """Things of the prompt that it stands for; empty: not known."""
 
     @property
     def digest(self) -> str:

@@ -69,7 +69,8 @@ class Diffusion:
     """State of the running call."""
 
     def __post_init__(self) -> None:
-        self.text_reader = TextReader(self.text_to_image)
+        length = self.settings.max_sequence_length
+        self.text_reader = TextReader(self.text_to_image, max_sequence_length=length)
         self.native_references = NativeReferences.of(self.text_to_image, self.settings)
         if self.settings.ip_adapter is not None:
             self.text_to_image.unet.encoder_hid_proj.register_forward_pre_hook(self._per_row_embeds)
@@ -242,6 +243,7 @@ class Diffusion:
             # On the CPU for every device, so that a seed means the same noise everywhere.
             "generator": [torch.Generator("cpu").manual_seed(request.seed) for request in requests],
             "output_type": "np",
+            **self.settings.text_arguments,
         }
         if first.mode.traits.uses_initial_image:
             assert self.image_to_image is not None, "checked by check_parameters"

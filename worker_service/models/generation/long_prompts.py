@@ -29,8 +29,9 @@ CACHED_TEXTS = 1024
 class TextReader:
     """How much of a text the encoders of one pipeline read. Any thread may use it."""
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        limits = _token_limits(pipeline)
+    def __init__(self, pipeline: DiffusionPipeline, *, max_sequence_length: int | None = None) -> None:
+        """max_sequence_length: that of the settings; None: the default of the pipeline's call."""
+        limits = _token_limits(pipeline, max_sequence_length)
         # Copies, because the model's thread uses the pipeline's own tokenizers, and a tokenizer is not thread-safe.
         self._limits = [(copy.deepcopy(tokenizer), limit) for tokenizer, limit in limits]
         self._lock = threading.Lock()
@@ -115,14 +116,15 @@ def _column(rows: Sequence[Sequence[str]], number: int) -> list[str]:
     return [parts[number] if number < len(parts) else "" for parts in rows]
 
 
-def _token_limits(pipeline: DiffusionPipeline) -> list[tuple[Any, int]]:
+def _token_limits(pipeline: DiffusionPipeline, max_sequence_length: int | None) -> list[tuple[Any, int]]:
     """The tokenizers of the text encoders, each with the number of tokens of a text that its encoder reads."""
-    length = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    length = max_sequence_length or (None if parameter is None else parameter.default)
     limits = []
     for tokenizer, _ in _text_encoders(pipeline):
         maximum = tokenizer.model_max_length
-        if not isinstance(tokenizer, CLIPTokenizer) and length is not None and isinstance(length.default, int):
-            maximum = length.default
+        if not isinstance(tokenizer, CLIPTokenizer) and isinstance(length, int):
+            maximum = length
         taken = tokenizer.num_special_tokens_to_add() + _template_tokens(pipeline, tokenizer)
         limits.append((tokenizer, maximum - taken))
     return limits

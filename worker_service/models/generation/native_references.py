@@ -6,6 +6,7 @@ The shape is read from the loaded pipeline, never from a model's name. See `Call
 import inspect
 import re
 import sys
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -75,6 +76,25 @@ def used_references(request: ImageRequest) -> list[Reference]:
     return sorted((each for each in request.references if each.weight > 0), key=lambda each: -each.weight)
 
 
+def in_prompt_order(references: Sequence[Reference], prompt: str) -> list[Reference]:
+    """First one reference for each thing, in the order in which the prompt names the things; then the next for each.
+
+    references: heaviest first. They keep this order within a thing, and where their things are not known.
+    """
+    turns: Counter[str] = Counter()
+    places = []
+    for each in references:
+        thing = each.concepts[0] if each.concepts else ""
+        places.append((turns[thing], prompt.casefold().find(thing.casefold())))
+        turns[thing] += 1
+    return [each for _, each in sorted(zip(places, references, strict=True), key=lambda pair: pair[0])]
+
+
+def stand_for_several(references: Sequence[Reference]) -> bool:
+    """Whether there is no thing of the prompt that all the references stand for."""
+    return len(references) > 1 and not set.intersection(*(set(each.concepts) for each in references))
+
+
 @dataclass
 class NativeReferences:
     """The references of one loaded pipeline: which requests can share a call, and the arguments of that call."""
@@ -84,6 +104,8 @@ class NativeReferences:
     """References per image, at most."""
     side: int | None
     """Pixels per side of a reference; None: the pipeline decides."""
+    side_of_several: int | None
+    """The same for references that stand for several things."""
     name: str
     """Name of a reference in a prompt, with its place in the call, as the model was trained."""
     weighs: bool
@@ -102,7 +124,8 @@ class NativeReferences:
         return cls(
             shape,
             max_references=1 if shape is CallShape.SINGLE else settings.max_references,
-            side=_side(pipeline, shape, settings),
+            side=_side(pipeline, shape, settings.reference_side),
+            side_of_several=_side(pipeline, shape, settings.reference_side_of_several or settings.reference_side),
             name=_name(pipeline, shape),
             weighs=settings.weigh_references and shape is CallShape.PACKED and _attends_with_mask(pipeline),
         )
@@ -110,15 +133,19 @@ class NativeReferences:
     def batch_key(self, request: ImageRequest) -> Hashable:
         """Requests with equal keys can share a call.
 
-        Packed: the same number of references. Nested: any references. Otherwise only the images of one job, with the
-        same texts and the same references in the same order.
+        Packed: the same number of references of one side. Nested: any references. Otherwise only the images of one
+        job, with the same texts and the same references in the same order.
         """
         used = self._used(request)
         if self.shape is CallShape.PACKED:
-            return len(used), self._bias(request) is not None
+            return len(used), self.side_of(used) if used else None, self._bias(request) is not None
         if self.shape is CallShape.NESTED or not used:
             return None
-        return request.prompt, request.negative_prompt, tuple(each.digest for each in used)
+        return request.prompt, request.negative_prompt, self.side_of(used), tuple(each.digest for each in used)
+
+    def side_of(self, used: Sequence[Reference]) -> int | None:
+        """Pixels per side of each of these references of one image; None: the pipeline decides."""
+        return self.side_of_several if stand_for_several(used) else self.side
 
     def arguments(
         self, pipeline: DiffusionPipeline, requests: Sequence[ImageRequest], arguments: dict[str, Any]
@@ -142,11 +169,11 @@ class NativeReferences:
             return arguments | {"images": [[_picture(each) for each in row] for row in rows]}
         # One prompt and many images of it: Qwen-Image-Edit-Plus takes no second prompt.
         texts = {name: arguments[name][0] for name in ("prompt", "negative_prompt") if name in arguments}
-        pictures = [_picture(each) for each in rows[0]]
+        pictures, side = [_picture(each) for each in rows[0]], self.side_of(rows[0])
         arguments = arguments | texts | {"num_images_per_prompt": len(rows)}
         if self.shape is CallShape.SINGLE:
-            return arguments | {"image": pictures[0] if self.side is None else _of_area(pictures[0], self.side)}
-        return arguments | {"image": pictures} | ({} if self.side is None else {"output_resolution": self.side})
+            return arguments | {"image": pictures[0] if side is None else _of_area(pictures[0], side)}
+        return arguments | {"image": pictures} | ({} if side is None else {"output_resolution": side})
 
     def _with_names(self, prompt: str, request: ImageRequest) -> str:
         """The prompt with the model's own name of each reference in place of `{image N}`.
@@ -166,16 +193,17 @@ class NativeReferences:
         )
 
     def _used(self, request: ImageRequest) -> list[Reference]:
-        without_effect = self.weighs and request.ip_adapter_scale == 0
-        return [] if without_effect else used_references(request)[: self.max_references]
+        if self.weighs and request.ip_adapter_scale == 0:
+            return []
+        return in_prompt_order(used_references(request)[: self.max_references], request.prompt)
 
     def weights(self, request: ImageRequest) -> list[float] | None:
         """Weight of each used reference in the attention, in the order of the call; None: they only order.
 
         The heaviest has the weight `ip_adapter_scale`. With 1, a reference acts as in the pipeline's plain call.
         """
-        used = self._used(request)
-        return [request.ip_adapter_scale * each.weight / used[0].weight for each in used] if self.weighs else None
+        weights = [each.weight for each in self._used(request)]
+        return [request.ip_adapter_scale * each / max(weights) for each in weights] if self.weighs else None
 
     def _bias(self, request: ImageRequest) -> list[float] | None:
         """Terms to add to the attention scores of each reference's tokens; None when all weights are 1.
@@ -198,7 +226,7 @@ class NativeReferences:
         return {
             "shape": self.shape.value,
             "order": [next(i for i, each in enumerate(request.references) if each is one) for one in used],
-            "side": self.side,
+            "side": self.side_of(used),
             "fit": "pad" if self.shape is CallShape.PACKED else "pipeline",
             "weights": self.weights(request),
         }
@@ -211,6 +239,8 @@ class NativeReferences:
         alone (`Flux2Transformer2DModel.forward` of diffusers 0.42.1).
         """
         rows = [self._used(request) for request in requests]
+        side = self.side_of(rows[0])
+        assert side is not None, "packed references have a side"
         biases = [self._bias(request) for request in requests]
         attention: dict[str, torch.Tensor] = {}
         text_tokens = 0
@@ -225,7 +255,7 @@ class NativeReferences:
         def prepare_image_latents(
             images: object, batch_size: int, generator: object, device: torch.device, dtype: torch.dtype
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            encoded = [[self._encoded(pipeline, each, dtype) for each in row] for row in rows]
+            encoded = [[self._encoded(pipeline, each, side, dtype) for each in row] for row in rows]
             ids = pipeline._prepare_image_ids(encoded[0]).repeat(len(rows), 1, 1).to(device)
             tokens = torch.cat(
                 [torch.cat([pipeline._pack_latents(each) for each in row], dim=1) for row in encoded]
@@ -246,15 +276,16 @@ class NativeReferences:
         blank = [Image.new("RGB", (64, 64))] * len(rows[0])
         return {"image": blank, "attention_kwargs": attention}
 
-    def _encoded(self, pipeline: DiffusionPipeline, reference: Reference, dtype: torch.dtype) -> torch.Tensor:
+    def _encoded(
+        self, pipeline: DiffusionPipeline, reference: Reference, side: int, dtype: torch.dtype
+    ) -> torch.Tensor:
         """Latents of one reference: shape (1, channels, side, side)."""
         # The memory saver that decodes in tiles also encodes in tiles, which changes the latents slightly.
-        key = reference.digest, self.side, getattr(pipeline.vae, "use_tiling", False)
+        key = reference.digest, side, getattr(pipeline.vae, "use_tiling", False)
         if (kept := self.latents.get(key)) is not None:
             return kept
-        assert self.side is not None, "packed references have a side"
-        square = framing.initial_image(_picture(reference), (self.side, self.side), (self.side, self.side))
-        pixels = pipeline.image_processor.preprocess(square, height=self.side, width=self.side)
+        square = framing.initial_image(_picture(reference), (side, side), (side, side))
+        pixels = pipeline.image_processor.preprocess(square, height=side, width=side)
         on_device = pixels.to(get_module_execution_device(pipeline.vae), dtype)
         latents: torch.Tensor = pipeline._encode_vae_image(image=on_device, generator=None)
         if latents.nbytes <= self.latents.maxsize:
@@ -271,16 +302,16 @@ def _name(pipeline: DiffusionPipeline, shape: CallShape) -> str:
     return "image {}"
 
 
-def _side(pipeline: DiffusionPipeline, shape: CallShape, settings: GeneratorSettings) -> int | None:
-    """Pixels per side of a reference, of the settings or else a default; None where the call takes no size."""
+def _side(pipeline: DiffusionPipeline, shape: CallShape, wanted: int | None) -> int | None:
+    """Pixels per side of a reference: as wanted, or else a default; None where the call takes no size."""
     if shape is CallShape.PACKED:
         multiple: int = pipeline.image_processor.config.vae_scale_factor
-        return max(1, (settings.reference_side or DEFAULT_SIDE) // multiple) * multiple
+        return max(1, (wanted or DEFAULT_SIDE) // multiple) * multiple
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "output_resolution" in parameters:
-        return settings.reference_side or int(parameters["output_resolution"].default)
+        return wanted or int(parameters["output_resolution"].default)
     if "_auto_resize" in parameters and "max_area" in parameters:
-        return settings.reference_side or isqrt(parameters["max_area"].default)
+        return wanted or isqrt(parameters["max_area"].default)
     return None
 
 

@@ -13,7 +13,7 @@ from shared.capabilities import resolve_defaults
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.errors import ModelLoadError
-from shared.settings import GeneratorDefaults, GeneratorSettings
+from shared.settings import GeneratorSettings
 from worker_service.models.generation import schedulers
 from worker_service.models.generation.guidance import Guidance
 from worker_service.models.generation.native_references import NativeReferences
@@ -42,14 +42,14 @@ def of(
     Raises:
         ModelLoadError: the pipeline lacks something that this service needs.
     """
-    _require_usable(pipeline)
+    _require_usable(pipeline, settings)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     references = NativeReferences.of(pipeline, settings)
     guidance = Guidance.of(pipeline)
-    native_width, native_height = _native_size(pipeline, denoiser, settings.defaults)
+    native_width, native_height = _native_size(pipeline, denoiser, settings)
     size_multiple = _size_multiple(pipeline, denoiser)
-    needs_reference = references is not None and not _draws_from_text(pipeline, size=4 * size_multiple)
+    needs_reference = references is not None and not _draws_from_text(pipeline, settings, size=4 * size_multiple)
     capabilities = Capabilities(
         modes=[mode.value for mode in _modes(image_to_image, references, settings, needs_reference=needs_reference)],
         native_width=native_width,
@@ -81,9 +81,10 @@ def of(
     return capabilities.model_copy(update={"defaults": resolve_defaults(settings.defaults, of_the_pipeline)})
 
 
-def _require_usable(pipeline: DiffusionPipeline) -> None:
+def _require_usable(pipeline: DiffusionPipeline, settings: GeneratorSettings) -> None:
     parameters = inspect.signature(type(pipeline).__call__).parameters
     lacks = [lack for name, lack in NEEDED_PARAMETERS.items() if name not in parameters]
+    lacks += [f"no {name}, which the settings name" for name in settings.text_arguments if name not in parameters]
     if getattr(pipeline, "unet", None) is None and getattr(pipeline, "transformer", None) is None:
         lacks.append("neither a UNet nor a transformer")
     if not hasattr(pipeline, "scheduler"):
@@ -103,7 +104,7 @@ def _size_multiple(pipeline: DiffusionPipeline, denoiser: Any) -> int:
     return lcm(factor * upsamplers, getattr(pipeline, "vae_scale_factor", factor) * patch)
 
 
-def _draws_from_text(pipeline: DiffusionPipeline, *, size: int) -> bool:
+def _draws_from_text(pipeline: DiffusionPipeline, settings: GeneratorSettings, *, size: int) -> bool:
     """Whether the pipeline draws without a reference. One that diffusers does not list for it is asked to draw a step.
 
     size: pixels per side of that image.
@@ -120,6 +121,7 @@ def _draws_from_text(pipeline: DiffusionPipeline, *, size: int) -> bool:
             num_inference_steps=1,
             generator=[torch.Generator("cpu").manual_seed(0)],
             output_type="latent",
+            **settings.text_arguments,
         )
     except Exception:  # such as AttributeError on None; with any other cause, the warm-up fails with that cause
         return False
@@ -145,10 +147,16 @@ def _modes(
     ]
 
 
-def _native_size(pipeline: DiffusionPipeline, denoiser: Any, defaults: GeneratorDefaults) -> tuple[int, int]:
-    """(width, height) in pixels for which the model was trained: as the pipeline says, or else as the settings say."""
+def _native_size(pipeline: DiffusionPipeline, denoiser: Any, settings: GeneratorSettings) -> tuple[int, int]:
+    """(width, height) in pixels for which the model was trained.
+
+    As `native_side` says, then the pipeline, then the default size of the settings.
+    """
+    if settings.native_side is not None:
+        return settings.native_side, settings.native_side
     sample_size = getattr(pipeline, "default_sample_size", None) or denoiser.config.get("sample_size")
     if sample_size is None:
+        defaults = settings.defaults
         return defaults.width or UNKNOWN_NATIVE_SIDE, defaults.height or UNKNOWN_NATIVE_SIDE
     height, width = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
     return width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor

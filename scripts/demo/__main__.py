@@ -1,12 +1,13 @@
 """Run one retrieval-augmented generation and write its images, references and provenance to `out/`.
 
     python -m scripts.demo "a red apple with a bite" --url http://127.0.0.1:8000
+    python -m scripts.demo --sheet --quiz
 
-Writes image.png, references.png (the references of each concept, with similarity and weight) and provenance.json.
+The first writes image.png, references.png (the references of each concept, with similarity and weight) and
+provenance.json. With `--sheet` it draws one image for each prompt of a file into sheet.png.
 """
 
 import argparse
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from rich.table import Table
 
 from afterimage_client import Afterimage, AfterimageError, JobState, JobView, RagGenerateRequest, Update
 from scripts.console import ConsoleOutput
-from scripts.contact_sheet import Cell, sheet_of_rows
+from scripts.contact_sheet import Cell, decode_image, sheet_of_rows
+from scripts.demo import sheet
 from scripts.index_images.index import index_files, wait_until_searchable
 from scripts.index_images.report import Report
 from scripts.index_images.sources import read_source
 from scripts.index_images.upload import Uploader
 
-STARTER_CORPUS = Path(__file__).resolve().parent.parent / "starter" / "corpus.tar"
+STARTER_CORPUS = Path(__file__).resolve().parents[2] / "starter" / "corpus.tar"
 EMBEDDING_WAIT_S = 300
 ENLARGED_PX = 256
 """Smaller images are enlarged by a whole factor to at most this side."""
@@ -34,27 +36,53 @@ CELL_PX = 240
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("prompt", nargs="?", default="a red apple with a bite")
     parser.add_argument("--url", help="address of the API (default: $AFTERIMAGE_URL, else http://127.0.0.1:8000)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
     parser.add_argument("--num-images", type=int, default=4)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--corpus", type=Path, default=STARTER_CORPUS)
+    parser.add_argument(
+        "--sheet",
+        nargs="?",
+        type=Path,
+        const=sheet.ORDINARY_PROMPTS,
+        metavar="FILE",
+        help="draw one image for each prompt of FILE, one per line, instead of `prompt` (default: %(const)s)",
+    )
+    parser.add_argument(
+        "--quiz", action="store_true", help="with --sheet: also a sheet without captions, to guess the prompts"
+    )
     arguments = parser.parse_args()
+    if arguments.quiz and arguments.sheet is None:
+        parser.error("--quiz needs --sheet")
     console = Console()
     try:
+        prompts = None if arguments.sheet is None else sheet.read_prompts(arguments.sheet)
         with Afterimage(arguments.url) as service:
             index_corpus(service, arguments.corpus, console)
-            request = RagGenerateRequest(prompt=arguments.prompt, num_images=arguments.num_images, seed=arguments.seed)
-            job = generate(service, request, console)
-            if job.state is not JobState.SUCCEEDED:
-                raise SystemExit(f"the job ended {job.state}: {job.error}")
-            print_references(job, console)
-            for path in write_files(service, job, arguments.out):
-                console.print(f"wrote [bold]{path}")
-    except (AfterimageError, ValueError) as error:
+            if prompts is None:
+                request = RagGenerateRequest(
+                    prompt=arguments.prompt, num_images=arguments.num_images, seed=arguments.seed
+                )
+                jobs = [generate(service, request, console)]
+                print_references(jobs[0], console)
+                paths = write_files(service, jobs[0], arguments.out)
+            else:
+                drawn = sheet.draw(service, prompts, seed=arguments.seed, console=console)
+                jobs = [each.job for each in drawn]
+                print_missing(jobs, console)
+                paths = sheet.write_sheet(drawn, arguments.out, seed=arguments.seed)
+                paths += sheet.write_quiz(drawn, arguments.out, seed=arguments.seed) if arguments.quiz else []
+    except (AfterimageError, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    for path in paths:
+        console.print(f"wrote [bold]{path}")
+    if any(job.state is not JobState.SUCCEEDED for job in jobs):
+        raise SystemExit(1)
 
 
 def index_corpus(service: Afterimage, corpus: Path, console: Console) -> None:
@@ -66,7 +94,7 @@ def index_corpus(service: Afterimage, corpus: Path, console: Console) -> None:
 
 
 def generate(service: Afterimage, request: RagGenerateRequest, console: Console) -> JobView:
-    """Submit a job, show its progress, and return it when it has ended."""
+    """Submit a job, show its progress, and return it when it has succeeded."""
     with Progress(TextColumn("[bold]{task.description}"), BarColumn(), console=console) as progress:
         task = progress.add_task("queued", total=None)
 
@@ -79,7 +107,10 @@ def generate(service: Afterimage, request: RagGenerateRequest, console: Console)
                 total=1 if update.state.is_final else step.total_steps if step else None,
             )
 
-        return service.jobs.wait(service.jobs.submit(request), on_update=show)
+        job = service.jobs.wait(service.jobs.submit(request), on_update=show)
+    if job.state is not JobState.SUCCEEDED:
+        raise SystemExit(f"the job ended {job.state}: {job.error}")
+    return job
 
 
 def print_references(job: JobView, console: Console) -> None:
@@ -99,10 +130,19 @@ def print_references(job: JobView, console: Console) -> None:
             )
         table.add_section()
     console.print(table)
-    for concept in resolution["concepts"]:
-        if not concept["found"]:
-            console.print(f"nothing was found for “{concept['text']}”: {concept['reason']}")
+    print_missing([job], console)
     console.print("seconds per stage:", {stage: round(seconds, 2) for stage, seconds in job.timings.items()})
+
+
+def print_missing(jobs: list[JobView], console: Console) -> None:
+    """Print the concepts for which a search found nothing, and why; and the jobs that failed."""
+    for job in jobs:
+        if job.state is not JobState.SUCCEEDED:
+            console.print(f"“{job.prompt}”: the job ended {job.state}: {job.error}")
+        for concept in (job.resolution or {"concepts": []})["concepts"]:
+            if not concept["found"]:
+                of_prompt = "" if concept["text"] == job.prompt else f" of “{job.prompt}”"
+                console.print(f"nothing was found for “{concept['text']}”{of_prompt}: {concept['reason']}")
 
 
 def by_concept(resolution: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -124,10 +164,6 @@ def write_files(service: Afterimage, job: JobView, out: Path) -> list[Path]:
     }
     paths[2].write_text(json.dumps(record, indent=2))
     return paths
-
-
-def decode_image(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:
