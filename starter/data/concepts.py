@@ -21,8 +21,13 @@ GROUPS = {
 """Our names by Emojibase group number. Symbols and flags are left out: a 64 px model learns nothing from signs."""
 
 
+def listed(text: str) -> tuple[str, ...]:
+    """Return the parts of a text between `|`, each with single spaces."""
+    return tuple(" ".join(part.split()) for part in text.split("|"))
+
+
 def _names(text: str) -> frozenset[str]:
-    return frozenset(" ".join(name.split()) for name in text.split("|"))
+    return frozenset(listed(text))
 
 
 PEOPLE_GROUP = 1

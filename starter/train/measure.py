@@ -1,5 +1,8 @@
 """Compute the figures of the model card: retrieval recall, similarity ranges, autoencoder PSNR."""
 
+import math
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from transformers import CLIPTokenizer
 from starter.train.autoencoder import psnr, reconstruct
 from starter.train.clip import tokenize
 from starter.train.dataset import to_unit
+from starter.train.queries import Query, QueryStage
+from starter.train.texts import plural
 
 NONSENSE = (
     "qwv zzxk plorf",
@@ -68,6 +73,34 @@ def similarity_ranges(queries: Tensor, nonsense: Tensor, store: Tensor, concept:
     }
     points = torch.tensor([0.05, 0.5, 0.95])
     return {name: [round(x, 3) for x in values.quantile(points).tolist()] for name, values in groups.items()}
+
+
+def everyday_queries(stage: QueryStage, *, most: int = 600) -> dict[str, float]:
+    """Return the share of right images among the first three of each kind of query, at most `most` of each kind.
+
+    `absent_auc`: probability that the best image of a name is nearer than the best image of an absent thing.
+    """
+    texts: dict[str, list[Query]] = {
+        "plural": [(f"two {plural(name)}", stage.images([name])) for name in stage.names],
+        **{kind: stage.texts[kind] for kind in ("same", "narrower", "broader", "theme")},
+    }
+    found = {}
+    for kind, queries in texts.items():
+        chosen = queries[:: math.ceil(len(queries) / most)]
+        nearest = (_vectors(stage, [text for text, _ in chosen]) @ stage.store.T).topk(3).indices.tolist()
+        shares = [
+            len(set(right).intersection(row)) / min(3, len(right))
+            for (_, right), row in zip(chosen, nearest, strict=True)
+        ]
+        found[kind] = round(statistics.mean(shares), 3)
+    present, absent = (
+        (_vectors(stage, words) @ stage.store.T).max(dim=1).values for words in (stage.names, stage.vocabulary.absent)
+    )
+    return {**found, "absent_auc": round((present[:, None] > absent).float().mean().item(), 3)}
+
+
+def _vectors(stage: QueryStage, texts: Sequence[str]) -> Tensor:
+    return text_vectors(stage.module, stage.tokenizer, list(texts))
 
 
 @torch.no_grad()
