@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Qwen2Tokenizer
 
 from starter.train.adapter import join_adapter
 from starter.train.autoencoder import AutoencoderStage
@@ -24,7 +25,14 @@ from starter.train.dataset import load_dataset
 from starter.train.export import export_clip, export_generator, replace_folder
 from starter.train.generator import GeneratorStage
 from starter.train.loop import CHECKPOINT, Plan, Stage, best_checkpoint, load_checkpoint, save_checkpoint, train
-from starter.train.measure import NONSENSE, recall, reconstruction_psnr, similarity_ranges, text_vectors
+from starter.train.measure import (
+    NONSENSE,
+    everyday_queries,
+    recall,
+    reconstruction_psnr,
+    similarity_ranges,
+    text_vectors,
+)
 from starter.train.picture_autoencoder import PictureAutoencoderStage
 from starter.train.picture_generator import PictureGeneratorStage, caption_texts
 from starter.train.picture_generator import learn_tokenizer as learn_picture_tokenizer
@@ -73,7 +81,10 @@ def picture_generator(folder: Path) -> PictureGeneratorStage:
     """Return the stage on the best picture autoencoder in `folder`, which must not change later."""
     stage = load_best(picture_autoencoder(folder), folder)
     samples = stage.scenes.samples
-    return PictureGeneratorStage(samples, stage.autoencoder, learn_picture_tokenizer(caption_texts(samples)))
+    tokenizer_folder = folder / "picture_tokenizer"
+    if not tokenizer_folder.exists():
+        learn_picture_tokenizer(caption_texts(samples)).save_pretrained(str(tokenizer_folder))
+    return PictureGeneratorStage(samples, stage.autoencoder, Qwen2Tokenizer.from_pretrained(str(tokenizer_folder)))
 
 
 def generator(folder: Path, *, compiled: bool = False) -> GeneratorStage:
@@ -120,20 +131,43 @@ def load_best(stage: AnyStage, folder: Path) -> AnyStage:
 
 
 def export(folder: Path, out: Path) -> None:
-    """Write clip/, judge/ and generator/ into `out`; each folder is replaced as a whole."""
+    """Write clip/, judge/, generator/ and picture_generator/ into `out`, each where its stage has a checkpoint.
+
+    Each folder is replaced as a whole.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as new:
-        retriever = load_best(queries(folder), folder)
-        export_clip(retriever.module, RETRIEVER, retriever.tokenizer, Path(new) / "clip")
-        replace_folder(Path(new) / "clip", out / "clip")
-        if best_checkpoint(folder / "judge").exists():
-            judge_stage = load_best(judge(folder), folder)
-            export_clip(judge_stage.module, JUDGE, judge_stage.tokenizer, Path(new) / "judge")
-            replace_folder(Path(new) / "judge", out / "judge")
-        if best_checkpoint(folder / "generator").exists():
-            generator_stage = load_best(generator(folder), folder)
-            export_generator(generator_stage, Path(new) / "generator")
-            replace_folder(Path(new) / "generator", out / "generator")
+        for name, (target, write) in EXPORTS.items():
+            if best_checkpoint(folder / name).exists():
+                write(folder, Path(new) / target)
+                replace_folder(Path(new) / target, out / target)
+
+
+def write_clip(folder: Path, target: Path) -> None:
+    stage = load_best(queries(folder), folder)
+    export_clip(stage.module, RETRIEVER, stage.tokenizer, target)
+
+
+def write_judge(folder: Path, target: Path) -> None:
+    stage = load_best(judge(folder), folder)
+    export_clip(stage.module, JUDGE, stage.tokenizer, target)
+
+
+def write_generator(folder: Path, target: Path) -> None:
+    export_generator(load_best(generator(folder), folder), target)
+
+
+def write_picture_generator(folder: Path, target: Path) -> None:
+    load_best(picture_generator(folder), folder).pipeline().to(torch.float16).save_pretrained(target)
+
+
+EXPORTS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    "queries": ("clip", write_clip),
+    "judge": ("judge", write_judge),
+    "generator": ("generator", write_generator),
+    "picture_generator": ("picture_generator", write_picture_generator),
+}
+"""By stage: the folder of its export, and the function that writes it."""
 
 
 def adopt(models: Path, folder: Path) -> None:
@@ -165,6 +199,21 @@ def adopt(models: Path, folder: Path) -> None:
     )
     generator_stage.module.load_state_dict(generator_stage.average)
     write_checkpoint(generator_stage, folder)
+    if (models / "picture_generator").exists():
+        adopt_picture_generator(models / "picture_generator", folder)
+
+
+def adopt_picture_generator(parts: Path, folder: Path) -> None:
+    Qwen2Tokenizer.from_pretrained(str(parts / "tokenizer")).save_pretrained(str(folder / "picture_tokenizer"))
+    autoencoder_stage = picture_autoencoder(folder)
+    autoencoder_stage.module.load_state_dict(load_weights(parts / "vae" / DIFFUSERS_WEIGHTS))
+    write_checkpoint(autoencoder_stage, folder)
+    stage = picture_generator(folder)
+    stage.transformer.load_state_dict(load_weights(parts / "transformer" / DIFFUSERS_WEIGHTS))
+    stage.text_encoder.load_state_dict(load_weights(parts / "text_encoder" / "model.safetensors"), strict=False)
+    stage.text_encoder.tie_weights()
+    stage.average = {name: value.detach().clone() for name, value in stage.module.state_dict().items()}
+    write_checkpoint(stage, folder)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -189,6 +238,7 @@ def measure(folder: Path) -> dict[str, object]:
     return {
         "retrieval": recall(names, store, dataset.concept),
         "text_image_cosine": similarity_ranges(names, nonsense, store, dataset.concept),
+        "everyday_queries": everyday_queries(retriever),
         "autoencoder": {
             "psnr_db": reconstruction_psnr(best_autoencoder, dataset.pixels[dataset.held_out]),
             "psnr_db_train": reconstruction_psnr(best_autoencoder, dataset.pixels[~dataset.held_out][::8]),

@@ -21,7 +21,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "grass": ("on the grass", "in a meadow", "in a field", "in the garden"),
     "beach": ("on the beach", "on the sand", "by the sea"),
     "water": ("under water", "in the sea", "in the ocean", "swimming in the water"),
-    "mountains": ("in the mountains", "in front of the mountains"),
+    "mountains": ("in the mountains", "in front of the mountains", "over the mountains"),
     "city": ("in the city", "in a town", "in front of a city"),
     "room": ("in a room", "on the floor", "at home"),
     "desert": ("in the desert",),

@@ -1,4 +1,4 @@
-"""Cut the corpus drawings out of their white background, recolour them and place them in a picture."""
+"""Cut the corpus drawings out of their white background, and recolour them."""
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ HUES: dict[str, int] = {
 
 
 def cut_out(pixels: Pixels) -> Image.Image:
-    """Return the drawing as RGBA, cropped to what is drawn.
+    """Return the drawing as RGBA of the same size.
 
     The background is the white area that reaches the border. White inside of the drawing stays. A pixel at the edge
     mixes the drawing with white: its alpha is estimated from its darkest neighbour.
@@ -46,9 +46,7 @@ def cut_out(pixels: Pixels) -> Image.Image:
     divisor = np.maximum(share, 0.05)[..., None]
     colour = np.clip(255 - (255 - pixels.astype(np.float32)) / divisor, 0, 255)
     rgba = np.dstack([colour, share * 255]).round().astype(np.uint8)
-    drawing = Image.fromarray(rgba, "RGBA")
-    box = drawing.getchannel("A").getbbox()
-    return drawing.crop(box) if box else drawing
+    return Image.fromarray(rgba, "RGBA")
 
 
 def recoloured(drawing: Image.Image, colour: str) -> Image.Image:
@@ -71,15 +69,6 @@ def coloured_share(drawing: Image.Image) -> float:
     saturation = np.asarray(drawing.convert("RGB").convert("HSV").getchannel("S"))
     drawn = np.asarray(drawing.getchannel("A")) > 128
     return float((saturation[drawn] > 60).mean()) if drawn.any() else 0.0
-
-
-def paste(canvas: Image.Image, drawing: Image.Image, *, left: int, top: int, side: int) -> None:
-    """Draw into the square (left, top, side): with its ratio, centred across, standing on the square's bottom line."""
-    inner = max(1, round(side * 0.94))
-    ratio = inner / max(drawing.size)
-    size = (max(1, round(drawing.width * ratio)), max(1, round(drawing.height * ratio)))
-    resized = drawing.resize(size, Image.Resampling.LANCZOS)
-    canvas.paste(resized, (left + (side - size[0]) // 2, top + side - size[1] - (side - inner) // 2), resized)
 
 
 def _shifted(values: npt.NDArray[np.int16]) -> list[npt.NDArray[np.int16]]:

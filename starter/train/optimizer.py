@@ -43,6 +43,8 @@ def adamw(
 class MuonWithAdamW:
     """Muon (https://kellerjordan.github.io/posts/muon/) for matrices and convolution kernels, AdamW for the rest.
 
+    AdamW also trains embeddings: most of their rows have no gradient, so Muon would take steps too long for the others.
+
     A kernel is the linear map (out, in x height x width). torch.optim.Muon only takes matrices, so it gets a matrix
     view of the kernel's memory. Such a view exists only in the `channels_last` layout.
 
@@ -53,8 +55,9 @@ class MuonWithAdamW:
     def __init__(self, module: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]):
         self._kernels: list[tuple[nn.Parameter, nn.Parameter]] = []
         matrices, rest = [], []
+        embeddings = {id(each.weight) for each in module.modules() if isinstance(each, nn.Embedding)}
         for parameter in module.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim == 2 and id(parameter) not in embeddings:
                 matrices.append(parameter)
             elif parameter.ndim == 4 and min(parameter.shape[:2]) >= SMALLEST_WIDTH:
                 matrix = nn.Parameter(as_matrix(parameter.detach()))
@@ -67,7 +70,7 @@ class MuonWithAdamW:
         self._muon = torch.optim.Muon(
             matrices, lr=MUON_RATE * learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )
-        self._adamw = torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.0, betas=betas, fused=True)
+        self._adamw = torch.optim.AdamW(rest, lr=MUON_RATE * learning_rate, weight_decay=0.0, betas=betas, fused=True)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from starter.data.corpus import IMAGE_PX, Sample
 from starter.train.autoencoder import edge_loss, psnr, recolour
 from starter.train.dataset import to_unit
-from starter.train.optimizer import Optimizer, adamw
+from starter.train.optimizer import MuonWithAdamW, Optimizer, adamw, has_bfloat16
 from starter.train.scenes import FULL_SIDE, HALF_SIDE, SceneMaker
 
-LATENT_CHANNELS = 32
+LATENT_CHANNELS = 24
 PATCH = 2
 TOKEN_CHANNELS = LATENT_CHANNELS * PATCH**2
 TOKEN_PX = 16
@@ -84,7 +84,7 @@ class PictureAutoencoderStage:
         samples: list[Sample],
         *,
         batch: int = 16,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 1e-3,
         noise: float = 0.1,
         kl_weight: float = 1e-4,
     ) -> None:
@@ -98,7 +98,8 @@ class PictureAutoencoderStage:
         self.kl_weight = kl_weight
 
     def optimizer(self) -> Optimizer:
-        return adamw(self.module, learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=self.betas)
+        choice = MuonWithAdamW if has_bfloat16() else adamw
+        return choice(self.module, learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=self.betas)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         images = self.crops(random.Random(int(torch.randint(2**31, ()).item())))

@@ -27,11 +27,10 @@ from starter.train.picture_autoencoder import TOKEN_CHANNELS, TOKEN_PX, encode
 from starter.train.scenes import (
     FULL_SIDE,
     HALF_SIDE,
-    HELD_WORDS,
+    LOOKS,
     NUMBERS,
     OPENINGS,
-    SIDE_WORDS,
-    WORN_WORDS,
+    RELATIONS,
     Reference,
     Scene,
     SceneMaker,
@@ -53,13 +52,13 @@ CONTENT_ONLY = "{% for message in messages %}{{ message['content'] | lower }}{% 
 """The chat template: the prompt itself. The pipeline always applies a template."""
 
 KINDS: dict[tuple[int, int], float] = {
-    (0, FULL_SIDE): 0.08,
-    (1, FULL_SIDE): 0.22,
-    (2, FULL_SIDE): 0.08,
-    (1, HALF_SIDE): 0.08,
+    (0, FULL_SIDE): 0.14,
+    (1, FULL_SIDE): 0.26,
+    (2, FULL_SIDE): 0.06,
+    (3, FULL_SIDE): 0.06,
     (2, HALF_SIDE): 0.30,
-    (3, HALF_SIDE): 0.18,
-    (4, HALF_SIDE): 0.06,
+    (3, HALF_SIDE): 0.13,
+    (4, HALF_SIDE): 0.05,
 }
 """Probability of each number of references and their side."""
 
@@ -267,7 +266,8 @@ def random_sigmas(count: int) -> Tensor:
 def caption_texts(samples: list[Sample]) -> list[str]:
     """Return the texts from which the tokenizer learns: names, keywords and all words of scene captions."""
     texts = [text for sample in samples for text in (sample.caption, plural(sample.caption), *sample.tags)]
-    words: list[str] = [*HUES, *NUMBERS.values(), *OPENINGS, *WORN_WORDS, *HELD_WORDS, *SIDE_WORDS]
+    words: list[str] = [*HUES, *NUMBERS.values(), *OPENINGS, *LOOKS]
+    words += [word for relation, _, _ in RELATIONS.values() for word in relation]
     for phrases in (PLACES, LANDSCAPES, TIMES, WEATHERS):
         words += [phrase for group in phrases.values() for phrase in group]
     return [" " + text for text in texts + 20 * words]

@@ -1,7 +1,8 @@
-"""Training scenes: one to three things from the corpus on a background, with a caption and the references to draw from.
+"""Training scenes: one to four things from the corpus on a background, with a caption and the references to draw from.
 
-Things stand on a grid of 16 pixels, the size of one token of the generator. Where several things are drawn, each has
-about half of the picture's side, like its reference. So most of drawing is copying tokens, which a small model learns.
+A thing is drawn as large as its reference, on the grid of 16 pixels that the generator's tokens form. The i-th place
+of a scene shows the i-th reference. So most of drawing is copying tokens, which a small model learns. The exceptions
+teach the rest: other colours, other drawings of the same concept, and several small things from one large reference.
 """
 
 import random
@@ -11,26 +12,47 @@ from PIL import Image
 
 from starter.data.corpus import IMAGE_PX, Sample
 from starter.train.backgrounds import LANDSCAPES, PLACES, TIMES, WEATHERS, draw_background
-from starter.train.cutouts import HUES, coloured_share, cut_out, paste, recoloured
+from starter.train.cutouts import HUES, coloured_share, cut_out, recoloured
 
 FULL_SIDE = IMAGE_PX
 HALF_SIDE = IMAGE_PX // 2
 COLOURABLE_SHARE = 0.35
-SAME_DRAWING = 0.6
-"""Probability that the drawn image is one of its references. Otherwise it is another drawing of the same concept."""
+SAME_DRAWING = 0.85
+"""Probability that the drawn image is its reference. Otherwise it is another drawing of the same concept."""
+COUNTED_SHARE = 0.3
+"""Share of the scenes of one concept that show it several times."""
+
+COMMON_PLACES = frozenset({"grass", "mountains"})
+"""Grounds that a caption with a time or a weather need not name."""
+
+Place = tuple[int, int]
+"""Left and top of a square in pixels."""
 
 HATS = frozenset({"crown", "woman's hat", "top hat", "graduation cap", "billed cap", "military helmet"})
-WORN_WORDS = ("wearing", "with", "in")
-HELD_WORDS = ("holding", "with", "carrying")
-SIDE_WORDS = ("and", "and", "next to", "beside", "with", "near")
+RELATIONS: dict[str, tuple[tuple[str, ...], Place, Place]] = {
+    "beside": (("and", "and", "and", "next to", "beside", "near", "by"), (0, 32), (64, 32)),
+    "worn": (("wearing", "in"), (32, 48), (32, 0)),
+    "held": (("holding", "with", "with", "carrying", "playing with"), (16, 16), (64, 64)),
+    "over": (("over", "above"), (32, 0), (32, 64)),
+    "under": (("under", "below"), (32, 64), (32, 0)),
+    "on": (("on", "on top of", "sitting on"), (32, 16), (32, 64)),
+}
+"""Words of each relation, and the places of the first and of the second thing."""
+RELATION_SHARES = (40, 14, 26, 6, 7, 7)
+ROWS: dict[int, tuple[Place, ...]] = {
+    2: ((0, 32), (64, 32)),
+    3: ((0, 64), (64, 64), (32, 0)),
+    4: ((0, 64), (64, 64), (0, 0), (64, 0)),
+}
+"""Places of things of equal rank, by their number."""
 NUMBERS = {2: "two", 3: "three", 4: "four"}
+ARTICLES = ("the", "some", "one", "")
+LOOKS = ("little", "big", "old", "new", "nice", "cute", "happy", "beautiful", "simple", "funny", "small")
+"""Adjectives that change nothing in the picture, so that the generator does not depend on known words alone."""
 UNCOUNTABLE = frozenset(
     {"bread", "butter", "salt", "bacon", "money", "grass", "broccoli", "garlic", "fire", "ice", "spaghetti"}
 )
-OPENINGS = ("{}",) * 6 + ("a picture of {}", "a drawing of {}", "an image of {}", "an icon of {}")
-
-Box = tuple[int, int, int]
-"""Left, top and side of a square in pixels."""
+OPENINGS = ("{}",) * 8 + ("a picture of {}", "a drawing of {}", "an image of {}", "an icon of {}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Scene:
-    """One training example. picture: RGB, IMAGE_PX square. references: in the order in which the caption names them."""
+    """One training example. picture: RGB, IMAGE_PX square. references: as the service orders them.
+
+    The service takes one reference for each concept in the order of the caption, then the next one for each.
+    """
 
     caption: str
     picture: Image.Image
@@ -52,25 +77,29 @@ class Scene:
 
 @dataclass(frozen=True)
 class Thing:
-    """A concept with the index of the image to draw, and the words for it."""
+    """A concept with the indices of the images to draw and of its references, and the words for it."""
 
-    image: int
+    drawn: tuple[int, ...]
     references: tuple[int, ...]
     noun: str
     colour: str = ""
+    look: str = ""
+    article: str | None = None
 
     def singular(self) -> str:
-        words = f"{self.colour} {self.noun}".strip()
+        words = " ".join(word for word in (self.look, self.colour, self.noun) if word)
+        if self.article is not None:
+            return f"{self.article} {words}".strip()
         if self.noun in UNCOUNTABLE or (self.noun.endswith("s") and not self.noun.endswith("ss")):
             return words
         return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
 
     def counted(self, number: int) -> str:
-        return f"{NUMBERS[number]} {self.colour} {plural(self.noun)}".replace("  ", " ")
+        return " ".join(word for word in (NUMBERS[number], self.look, self.colour, plural(self.noun)) if word)
 
 
 class SceneMaker:
-    """Makes random scenes from the corpus images that are not held out, or from `concepts` alone."""
+    """Makes random scenes from the corpus images that are held out of the training, or from those that are not."""
 
     def __init__(self, samples: list[Sample], *, held_out: bool = False) -> None:
         self.samples = samples
@@ -79,88 +108,79 @@ class SceneMaker:
             if sample.is_held_out == held_out:
                 self.images_of.setdefault(sample.concept, []).append(index)
         self.concepts = list(self.images_of)
-        self.hats = [concept for concept in self.concepts if concept in HATS]
+        self.hats = [concept for concept in self.concepts if concept in HATS] or self.concepts
         self.held = [concept for concept in self.concepts if self._group(concept) in ("objects", "food", "activities")]
-        self._drawings: dict[int, Image.Image] = {}
+        self._drawings: dict[tuple[int, int], Image.Image] = {}
 
     def scene(self, rng: random.Random, *, references: int, side: int) -> Scene:
         """Return a scene with exactly `references` references of `side` pixels.
 
-        With FULL_SIDE it shows one thing or a landscape. With HALF_SIDE it shows as many things as there are references
-        for, or one thing several times.
+        Without references it mostly shows a landscape. With FULL_SIDE it shows one concept, once in the reference's
+        size or several times in half of it. With HALF_SIDE it shows two or three concepts.
         """
         place, time, weather = self._surroundings(rng)
         if references == 0:
-            if rng.random() < 0.7:
-                if place == "white" or place not in LANDSCAPES:
-                    place = rng.choice(list(LANDSCAPES))
-                text = _with_surroundings(rng.choice(LANDSCAPES[place]), "white", time, weather, rng)
-                return self._finished(text, draw_background(place, time, weather, rng), (), rng)
-            thing = self._thing(rng, references=0)
-            picture = draw_background(place, time, weather, rng)
-            self._place(picture, thing, (0, 0, FULL_SIDE))
-            return self._finished(_with_surroundings(thing.singular(), place, time, weather, rng), picture, (), rng)
+            return self._without_references(place, time, weather, rng)
         picture = draw_background(place, time, weather, rng)
         if side == FULL_SIDE:
-            thing = self._thing(rng, references=references)
-            self._place(picture, thing, _single_box(place, rng))
-            text, things = thing.singular(), [thing]
+            number = rng.choice((2, 2, 3, 4)) if rng.random() < COUNTED_SHARE else 1
+            thing = self._thing(rng, references=references, number=number)
+            for image, where in zip(thing.drawn, ROWS.get(number, ((0, 0),)), strict=True):
+                self._paste(picture, image, where, FULL_SIDE if number == 1 else HALF_SIDE, thing.colour)
+            text, things = thing.singular() if number == 1 else thing.counted(number), [thing]
         else:
-            text, things = self._group_of_things(picture, references, rng)
-        used = tuple(Reference(image, side) for thing in things for image in thing.references)
+            text, things = self._several(picture, references, rng)
+        most = max(len(thing.references) for thing in things)
+        rounds = [thing.references[turn] for turn in range(most) for thing in things if turn < len(thing.references)]
+        used = tuple(Reference(image, side) for image in rounds)
         return self._finished(_with_surroundings(text, place, time, weather, rng), picture, used, rng)
 
-    def _group_of_things(self, picture: Image.Image, references: int, rng: random.Random) -> tuple[str, list[Thing]]:
-        kind = rng.random()
-        if references == 1 or kind < 0.12:
-            thing = self._thing(rng, references=references)
-            number = rng.choice((2, 2, 3, 3, 4))
-            for box in _boxes(number, rng):
-                self._place(picture, thing, box)
-            return thing.counted(number), [thing]
-        if references >= 3 and kind < 0.45:
-            shares = _shares(references, 3)
-            things = [self._thing(rng, references=share) for share in shares]
-            for thing, box in zip(things, _boxes(3, rng), strict=True):
-                self._place(picture, thing, box)
+    def _without_references(self, place: str, time: str, weather: str, rng: random.Random) -> Scene:
+        if rng.random() < 0.3:
+            thing = self._thing(rng, references=0, number=1)
+            picture = draw_background(place, time, weather, rng)
+            self._paste(picture, thing.drawn[0], (0, 0), FULL_SIDE, thing.colour)
+            return self._finished(_with_surroundings(thing.singular(), place, time, weather, rng), picture, (), rng)
+        if place not in LANDSCAPES:
+            place = rng.choice(list(LANDSCAPES))
+        text = _with_surroundings(rng.choice(LANDSCAPES[place]), "white", time, weather, rng)
+        return self._finished(text, draw_background(place, time, weather, rng), (), rng)
+
+    def _several(self, picture: Image.Image, references: int, rng: random.Random) -> tuple[str, list[Thing]]:
+        if references >= 3 and rng.random() < 0.4:
+            things = [self._thing(rng, references=share, number=1) for share in _shares(references, 3)]
+            for thing, where in zip(things, ROWS[3], strict=True):
+                self._paste(picture, thing.drawn[0], where, HALF_SIDE, thing.colour)
             names = [thing.singular() for thing in things]
             return f"{names[0]}, {names[1]} and {names[2]}", things
-        first, second = (self._thing(rng, references=share) for share in _shares(references, 2))
-        return self._pair(picture, first, second, rng)
+        relation = rng.choices(list(RELATIONS), RELATION_SHARES)[0]
+        words, *places = RELATIONS[relation]
+        among = {"worn": self.hats, "held": self.held}.get(relation)
+        shares = _shares(references, 2)
+        first = self._thing(rng, references=shares[0], number=1)
+        second = self._thing(rng, references=shares[1], number=1, among=among)
+        for thing, where in zip((first, second), places, strict=True):
+            self._paste(picture, thing.drawn[0], where, HALF_SIDE, thing.colour)
+        return f"{first.singular()} {rng.choice(words)} {second.singular()}", [first, second]
 
-    def _pair(self, picture: Image.Image, first: Thing, second: Thing, rng: random.Random) -> tuple[str, list[Thing]]:
-        relation = rng.choices(("side", "worn", "held", "over", "under", "on"), (50, 10, 20, 6, 7, 7))[0]
-        if relation == "worn":
-            second = self._thing(rng, references=len(second.references), among=self.hats)
-            boxes, word = ((16, 32, 96), (32, 0, 64)), rng.choice(WORN_WORDS)
-        elif relation == "held":
-            second = self._thing(rng, references=len(second.references), among=self.held)
-            boxes, word = ((0, 16, 96), (64, 64, 64)), rng.choice(HELD_WORDS)
-        elif relation == "over":
-            boxes, word = ((32, 0, 64), (32, 64, 64)), rng.choice(("over", "above"))
-        elif relation == "under":
-            boxes, word = ((32, 64, 64), (32, 0, 64)), rng.choice(("under", "below"))
-        elif relation == "on":
-            boxes, word = ((32, 0, 64), (16, 48, 80)), rng.choice(("on", "on top of", "sitting on"))
-        else:
-            top = rng.choice((32, 32, 48, 64))
-            boxes, word = ((0, top, 64), (64, top, 64)), rng.choice(SIDE_WORDS)
-        self._place(picture, first, boxes[0])
-        self._place(picture, second, boxes[1])
-        return f"{first.singular()} {word} {second.singular()}", [first, second]
-
-    def _thing(self, rng: random.Random, *, references: int, among: list[str] | None = None) -> Thing:
+    def _thing(self, rng: random.Random, *, references: int, number: int, among: list[str] | None = None) -> Thing:
+        """Return a random thing that is drawn `number` times. The i-th drawing shows the i-th reference, in turn."""
         concept = rng.choice(among or self.concepts)
-        images = self.images_of[concept]
-        drawn = rng.choice(images)
-        others = [image for image in images if image != drawn] or [drawn]
-        rng.shuffle(others)
-        chosen = ([drawn] if rng.random() < SAME_DRAWING else []) + others
-        used = tuple((chosen * references)[:references])
-        colour = ""
-        if rng.random() < 0.25 and coloured_share(self._drawing(drawn)) > COLOURABLE_SHARE:
+        images = rng.sample(self.images_of[concept], len(self.images_of[concept]))
+        used = tuple((images * references)[:references])
+        drawn = used or (images[0],)
+        if references == 1 and rng.random() > SAME_DRAWING:
+            drawn = (images[-1],)
+        drawn = tuple((drawn * number)[:number])
+        colour, look, article = "", "", None
+        if rng.random() < 0.25 and coloured_share(self._drawing(drawn[0], HALF_SIDE)) > COLOURABLE_SHARE:
             colour = rng.choice(list(HUES))
-        return Thing(image=drawn, references=used, noun=self._noun(concept, rng), colour=colour)
+        if rng.random() < 0.15:
+            look = rng.choice(LOOKS)
+        if rng.random() < 0.15:
+            article = rng.choice(ARTICLES)
+        noun = self._noun(concept, rng)
+        return Thing(drawn=drawn, references=used, noun=noun, colour=colour, look=look, article=article)
 
     def _noun(self, concept: str, rng: random.Random) -> str:
         sample = self.samples[self.images_of[concept][0]]
@@ -169,17 +189,16 @@ class SceneMaker:
         plain = concept.removesuffix(" face") if sample.attributes["group"] == "nature" else concept
         return plain if plain[:2].isupper() else plain[0].lower() + plain[1:]
 
-    def _place(self, picture: Image.Image, thing: Thing, box: Box) -> None:
-        drawing = self._drawing(thing.image)
-        if thing.colour:
-            drawing = recoloured(drawing, thing.colour)
-        left, top, side = box
-        paste(picture, drawing, left=left, top=top, side=side)
+    def _paste(self, picture: Image.Image, image: int, where: Place, side: int, colour: str) -> None:
+        drawing = self._drawing(image, side)
+        if colour:
+            drawing = recoloured(drawing, colour)
+        picture.paste(drawing, where, drawing)
 
-    def _drawing(self, image: int) -> Image.Image:
-        if image not in self._drawings:
-            self._drawings[image] = cut_out(self.samples[image].pixels(IMAGE_PX))
-        return self._drawings[image]
+    def _drawing(self, image: int, side: int) -> Image.Image:
+        if (image, side) not in self._drawings:
+            self._drawings[image, side] = cut_out(self.samples[image].pixels(side))
+        return self._drawings[image, side]
 
     def _group(self, concept: str) -> str:
         return self.samples[self.images_of[concept][0]].attributes["group"]
@@ -213,26 +232,11 @@ def plural(noun: str) -> str:
 
 
 def _with_surroundings(text: str, place: str, time: str, weather: str, rng: random.Random) -> str:
-    phrases = (rng.choice(PLACES[place]), rng.choice(TIMES[time]), rng.choice(WEATHERS[weather]))
-    return " ".join([text, *(phrase for phrase in phrases if phrase)])
-
-
-def _single_box(place: str, rng: random.Random) -> Box:
-    if place == "white":
-        side = rng.choice((128, 128, 128, 112))
-        return (FULL_SIDE - side) // 2, (FULL_SIDE - side) // 2, side
-    side = rng.choice((112, 96, 96))
-    return (FULL_SIDE - side) // 2, FULL_SIDE - side - (0 if side == 112 else 16), side
-
-
-def _boxes(number: int, rng: random.Random) -> list[Box]:
-    """Return `number` squares of half the side: a row of two at one of three heights, a triangle, or a grid."""
-    half = HALF_SIDE
-    if number == 2:
-        top = rng.choice((32, 48, 64))
-        return [(0, top, half), (half, top, half)]
-    lower = [(0, half, half), (half, half, half)]
-    return [(half // 2, 0, half), *lower] if number == 3 else [(0, 0, half), (half, 0, half), *lower]
+    """Add phrases for the surroundings. The place is often left out where the time or the weather shows."""
+    words = [rng.choice(PLACES[place]), rng.choice(TIMES[time]), rng.choice(WEATHERS[weather])]
+    if place in COMMON_PLACES and any(words[1:]) and rng.random() < 0.6:
+        words[0] = ""
+    return " ".join([text, *filter(None, words)])
 
 
 def _shares(total: int, parts: int) -> list[int]:
