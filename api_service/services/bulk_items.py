@@ -73,6 +73,14 @@ def _check_defaults(defaults: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class ParsedLines:
+    """The requests of a chunk of lines, with split prompts, and the errors of the other lines."""
+
+    requests: list[tuple[Line, ItemRequest, generation.Retrieval]]
+    errors: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class CheckedLines:
     """The items and errors of a chunk of lines, as columns of their tables."""
 
@@ -81,7 +89,7 @@ class CheckedLines:
 
 
 @dataclass(frozen=True)
-class _ParsedLine:
+class _ResolvedLine:
     line: Line
     request: ItemRequest
     parameters: GenerationParameters
@@ -100,28 +108,41 @@ class _ParsedLine:
         return {f"{where}.filter": self.parameters.filter, **of_concepts}
 
 
+def parse_lines(lines: Sequence[Line], *, defaults: dict[str, Any], settings: BulkSettings) -> ParsedLines:
+    """Turn each line into a request, or into an error. Blank lines are skipped.
+
+    Splitting the prompts of a chunk takes up to a second. Call it outside of the transaction that locks the bulk.
+    """
+    parsed = ParsedLines([], [])
+    for line in lines:
+        if line.text is not None and not line.text.strip():
+            continue
+        fields: object = None
+        try:
+            fields = _parse_json(line, settings)
+            request = _parse_item({**defaults, **fields}, where=f"line.{line.number}")
+            # The rules: a planner would take its time for each line.
+            parsed.requests.append((line, request, generation.retrieval_of(request, split=split_prompt)))
+        except BaseAppException as error:
+            parsed.errors.append(_error_columns(line, fields, error))
+    return parsed
+
+
 def check_lines(
-    session: Session, bulk: Bulk, lines: Sequence[Line], *, caller: Caller, settings: Settings
+    session: Session, bulk: Bulk, lines: ParsedLines, *, caller: Caller, settings: Settings
 ) -> CheckedLines:
-    """Turn each line into an item with every value resolved, or into an error. Blank lines are skipped."""
-    errors: list[dict[str, Any]] = []
+    """Turn each request into an item with every value resolved, or into an error."""
+    errors = list(lines.errors)
     capabilities, calibration = workers.list_capabilities(session), calibrations.find_active(session)
-    parsed: list[_ParsedLine] = []
+    resolved: list[_ResolvedLine] = []
 
     @cache
     def find_defaults(name: str) -> CollectionDefaults:
         collection = collections.find_by_name(session, name, principal=caller.principal)
         return CollectionDefaults() if collection is None else defaults_of(collection)
 
-    for line in lines:
-        if line.text is not None and not line.text.strip():
-            continue
-        fields: object = None
+    for line, request, retrieval in lines.requests:
         try:
-            fields = _parse_json(line, settings.bulks)
-            request = _parse_item({**bulk.defaults, **fields}, where=f"line.{line.number}")
-            # The rules: a planner would take its time for each line.
-            retrieval = generation.retrieval_of(request, split=split_prompt)
             parameters = generation.resolve(
                 request,
                 retrieval,
@@ -131,14 +152,14 @@ def check_lines(
                 calibration=calibration,
             )
         except BaseAppException as error:
-            errors.append(_error_columns(line, fields, error))
+            errors.append(_error_columns(line, {"custom_id": request.custom_id}, error))
         else:
-            parsed.append(_ParsedLine(line, request, parameters))
+            resolved.append(_ResolvedLine(line, request, parameters))
 
-    existing = _find_existing(session, parsed, caller=caller)
-    lines_by_custom_id = _find_custom_ids(session, bulk, parsed)
+    existing = _find_existing(session, resolved, caller=caller)
+    lines_by_custom_id = _find_custom_ids(session, bulk, resolved)
     items: list[dict[str, Any]] = []
-    for each in parsed:
+    for each in resolved:
         try:
             _check_references(each, existing)
             _check_custom_id(each, lines_by_custom_id)
@@ -213,7 +234,7 @@ class _Existing:
     images: frozenset[UUID]
 
 
-def _find_existing(session: Session, parsed: Iterable[_ParsedLine], *, caller: Caller) -> _Existing:
+def _find_existing(session: Session, parsed: Iterable[_ResolvedLine], *, caller: Caller) -> _Existing:
     """Find the collections and images that the items name, with few queries for all items."""
     names: set[str] = set()
     ids: set[UUID] = set()
@@ -227,7 +248,7 @@ def _find_existing(session: Session, parsed: Iterable[_ParsedLine], *, caller: C
     return _Existing(frozenset(known), frozenset(found))
 
 
-def _check_references(parsed: _ParsedLine, existing: _Existing) -> None:
+def _check_references(parsed: _ResolvedLine, existing: _Existing) -> None:
     parameters = parsed.parameters
     if parameters.mode is Mode.NONE:
         return
@@ -241,13 +262,13 @@ def _check_references(parsed: _ParsedLine, existing: _Existing) -> None:
         )
 
 
-def _find_custom_ids(session: Session, bulk: Bulk, parsed: Iterable[_ParsedLine]) -> dict[str, int]:
+def _find_custom_ids(session: Session, bulk: Bulk, parsed: Iterable[_ResolvedLine]) -> dict[str, int]:
     """Return the line numbers, by custom_id, of stored items that have a custom_id of these lines."""
     custom_ids = [each.request.custom_id for each in parsed if each.request.custom_id is not None]
     return bulks.find_lines(session, bulk.id, custom_ids) if custom_ids else {}
 
 
-def _check_custom_id(parsed: _ParsedLine, lines_by_custom_id: dict[str, int]) -> None:
+def _check_custom_id(parsed: _ResolvedLine, lines_by_custom_id: dict[str, int]) -> None:
     """Add the custom_id to `lines_by_custom_id`.
 
     Raises:
@@ -262,7 +283,7 @@ def _check_custom_id(parsed: _ParsedLine, lines_by_custom_id: dict[str, int]) ->
         raise problems.field_error(field, "repeated", f"Line {first} has the same custom_id.")
 
 
-def _item_columns(parsed: _ParsedLine, settings: Settings) -> dict[str, Any]:
+def _item_columns(parsed: _ResolvedLine, settings: Settings) -> dict[str, Any]:
     max_timeout_s = settings.jobs.timeout_s
     stored, new = split_parameters(parsed.parameters.model_dump(mode="json"))
     return {

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import chain
+from typing import Any
 from uuid import UUID
 
 import orjson
@@ -113,7 +114,7 @@ def send(body: BulkBody, *, may_complete: bool, caller: Caller, key: str | None)
         if already_submitted:
             lines = _skip_received(lines, bulk)
         if bulk.state == BulkState.RECEIVING:
-            _store_lines(bulk.id, lines, caller=caller)
+            _store_lines(bulk.id, lines, defaults=bulk.defaults, caller=caller)
         elif next(lines, None) is not None:
             if bulk.state in (BulkState.ABANDONED, BulkState.CANCELED):
                 raise BulkStateError("The bulk receives no more lines.", state=bulk.state)
@@ -139,7 +140,8 @@ def append(bulk_id: UUID, body: BulkBody, *, from_line: int, may_complete: bool,
         with session_scope() as session:
             bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id)
         _check_receiving(bulk, received_lines=from_line)
-        _store_lines(bulk_id, body.lines(received=from_line, digest=bulk.digest), caller=caller)
+        lines = body.lines(received=from_line, digest=bulk.digest)
+        _store_lines(bulk_id, lines, defaults=bulk.defaults, caller=caller)
         return _complete_if_all_arrived(bulk_id, body, may_complete=may_complete, caller=caller)
 
 
@@ -250,14 +252,18 @@ def _check_early_end(bulk: Bulk, body: BulkBody, *, is_header: bool, may_complet
         raise IdempotencyKeyReusedError
 
 
-def _store_lines(bulk_id: UUID, lines: Iterator[Line], *, caller: Caller) -> None:
-    """Store the lines, each chunk in its own transaction, so that lines before a lost connection are kept."""
+def _store_lines(bulk_id: UUID, lines: Iterator[Line], *, defaults: dict[str, Any], caller: Caller) -> None:
+    """Store the lines, each chunk in its own transaction, so that lines before a lost connection are kept.
+
+    defaults: fields of the items that lack them, from the bulk's header.
+    """
     settings = get_settings()
     for chunk in in_chunks(lines, max_lines=settings.bulks.chunk_lines):
+        parsed = bulk_items.parse_lines(chunk, defaults=defaults, settings=settings.bulks)
         with session_scope() as session:
             bulk = bulks.get(session, bulk_id, owner_id=caller.owner_id, lock=True)
             _check_receiving(bulk, received_lines=chunk[0].number - 1)
-            checked = bulk_items.check_lines(session, bulk, chunk, caller=caller, settings=settings)
+            checked = bulk_items.check_lines(session, bulk, parsed, caller=caller, settings=settings)
             bulks.append_lines(
                 session,
                 bulk,

@@ -181,13 +181,15 @@ def find_collection(
 def ensure_collection(session: Session, name: str, *, caller: Caller, field: str) -> Collection:
     """Return a collection to which the caller may write. A missing one of the caller is created.
 
+    It is not deleted until the transaction ends. An image that is added to a deleted one would be lost.
+
     Raises:
         ValidationError: it is missing and is of another owner, or the caller's key is limited to collections.
         CollectionAccessError: the caller may read it only.
         CollectionLimitError: the caller has as many collections as the service allows.
     """
     try:
-        return collections.get_by_name(session, name, principal=caller.principal, needs=Access.WRITE)
+        return collections.get_by_name(session, name, principal=caller.principal, needs=Access.WRITE, lock=True)
     except CollectionUnavailableError as error:
         if "/" in name or caller.collection_ids is not None:
             raise problems.field_error(field, "unknown", error.message) from None

@@ -10,6 +10,7 @@ from shared.contracts.admin import AuditAction
 from shared.db import audit, calibrations, space_backlog, spaces, workers
 from shared.db.audit import OPERATOR
 from shared.db.session import session_scope
+from shared.db.spaces import Space
 
 
 def add_commands(commands: Commands) -> None:
@@ -83,9 +84,20 @@ def _activate(arguments: argparse.Namespace) -> None:
                 raise ValueError(
                     "No embed worker with the CLIP of this space runs, so searches would fail: see --force."
                 )
-        pending = space_backlog.activate(session, space)
+        space_backlog.activate(session, space)
         audit.record(session, OPERATOR, action=AuditAction.SPACE_ACTIVATED, subject=space.digest, model=space.model)
-    print(f"{pending} images are pending until they are embedded", file=sys.stderr)
+    print(f"{_reopen(space)} images are pending until they are embedded", file=sys.stderr)
+
+
+def _reopen(space: Space) -> int:
+    """Make the images `pending` that have no vector in the active space, in short steps that delay no upload."""
+    pending, after = 0, None
+    while True:
+        with session_scope() as session:
+            step = space_backlog.reopen(session, space, after=after)
+        pending, after = pending + len(step.image_ids), step.next_after
+        if after is None:
+            return pending
 
 
 def _retry(arguments: argparse.Namespace) -> None:

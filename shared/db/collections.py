@@ -84,8 +84,12 @@ def require(access: str | None, needs: Access) -> None:
         )
 
 
-def get_by_name(session: Session, name: str, *, principal: Principal, needs: Access = Access.READ) -> Collection:
+def get_by_name(
+    session: Session, name: str, *, principal: Principal, needs: Access = Access.READ, lock: bool = False
+) -> Collection:
     """The collection that a request names: one's own, `shared`, or `owner/name` of another owner.
+
+    lock: no other transaction renames or deletes it until this one ends. Images may be added meanwhile.
 
     Raises:
         CollectionUnavailableError: no collection that the principal may see has this name.
@@ -102,6 +106,8 @@ def get_by_name(session: Session, name: str, *, principal: Principal, needs: Acc
         .order_by((Collection.owner_id == principal.owner_id).desc())
         .limit(1)
     )
+    if lock:
+        statement = statement.with_for_update(of=Collection, read=True, key_share=True)
     row = session.execute(statement).one_or_none()
     # The limit is checked last: a plain name means the same collection for every key of an owner.
     limited_to = principal.collection_ids

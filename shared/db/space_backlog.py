@@ -61,9 +61,10 @@ def claim(session: Session, space: Space, *, limit: int, lease_s: float, max_cra
 
     The search for images begins at a random id, so that workers that share the work seldom find the same.
     """
+    expired = and_(SpaceAttempt.lease_until < func.clock_timestamp(), SpaceAttempt.crashes + 1 >= max_crashes)
     session.execute(
         update(SpaceAttempt)
-        .where(_of(space), SpaceAttempt.lease_until < func.clock_timestamp(), SpaceAttempt.crashes + 1 >= max_crashes)
+        .where(_in_lock_order(space, expired))
         .values(crashes=SpaceAttempt.crashes + 1, lease_until=None, error_code=EmbeddingCrashedError.code)
     )
     crashed = session.scalar(_claim_crashed(space, lease_s=lease_s))
@@ -84,13 +85,14 @@ def claim(session: Session, space: Space, *, limit: int, lease_s: float, max_cra
 def renew(session: Session, space: Space, image_ids: Collection[UUID], *, lease_s: float) -> None:
     """Extend the leases of these images to `lease_s` from now, except those that have no lease any more."""
     leased = and_(_these(space, image_ids), SpaceAttempt.lease_until.is_not(None))
-    session.execute(update(SpaceAttempt).where(leased).values(lease_until=leasing.from_now(lease_s)))
+    until = leasing.from_now(lease_s)
+    session.execute(update(SpaceAttempt).where(_in_lock_order(space, leased)).values(lease_until=until))
 
 
 def store(session: Session, space: Space, image_ids: Sequence[UUID], vectors: Vector, norms: Vector) -> int:
     """Store vectors; return how many are new. vectors, norms: as in `images.store_embeddings`."""
     added = images.add_vectors(session, space, image_ids, vectors, norms)
-    session.execute(delete(SpaceAttempt).where(_these(space, image_ids)))
+    session.execute(delete(SpaceAttempt).where(_in_lock_order(space, _these(space, image_ids))))
     return len(added)
 
 
@@ -117,9 +119,10 @@ def mark_failed(session: Session, space: Space, image_id: UUID, *, code: str) ->
 
 def hand_back(session: Session, space: Space, image_ids: Collection[UUID]) -> None:
     """Give up the leases of these images. Those at which a worker died are still claimed alone."""
-    leased = and_(_these(space, image_ids), SpaceAttempt.lease_until.is_not(None))
-    session.execute(delete(SpaceAttempt).where(leased, SpaceAttempt.crashes == 0))
-    session.execute(update(SpaceAttempt).where(leased).values(lease_until=None))
+    leased = _in_lock_order(space, and_(_these(space, image_ids), SpaceAttempt.lease_until.is_not(None)))
+    handed_back = update(SpaceAttempt).where(leased).values(lease_until=None)
+    rows = session.execute(handed_back.returning(SpaceAttempt.image_id, SpaceAttempt.crashes)).all()
+    session.execute(delete(SpaceAttempt).where(_these(space, [row.image_id for row in rows if not row.crashes])))
 
 
 # --- for operators ------------------------------------------------------------------------------------------------
@@ -127,7 +130,7 @@ def hand_back(session: Session, space: Space, image_ids: Collection[UUID]) -> No
 
 def retry_failed(session: Session, space: Space) -> int:
     """Let the workers of this space try its failed images again; return how many there are."""
-    failed = delete(SpaceAttempt).where(_of(space), SpaceAttempt.error_code.is_not(None))
+    failed = delete(SpaceAttempt).where(_in_lock_order(space, SpaceAttempt.error_code.is_not(None)))
     return len(session.scalars(failed.returning(SpaceAttempt.image_id)).all())
 
 
@@ -159,20 +162,24 @@ def get_progress(session: Session, space: Space) -> Progress:
     )
 
 
-def activate(session: Session, space: Space) -> int:
-    """Let searches use this space, and set the states of all images by it, in the caller's transaction.
+def activate(session: Session, space: Space) -> None:
+    """Let searches use this space, in the caller's transaction. `reopen` follows, in transactions of its own.
 
-    An image with a vector there becomes `ready`, also one that failed in the space before. A `ready` image without one
-    becomes `pending`. Returns how many became `pending`.
+    An image with a vector there becomes `ready`, also one that failed in the space before.
     """
     spaces.activate(session, space)
     images.make_ready(session, space)
-    reopened, after = 0, None
-    while True:
-        page = images.reopen_without_vector(session, space, after=after, limit=REOPENED_AT_ONCE)
-        reopened, after = reopened + len(page.image_ids), page.next_after
-        if after is None:
-            return reopened
+
+
+def reopen(session: Session, space: Space, *, after: UUID | None = None) -> images.Reopened:
+    """Make `ready` images without a vector in the space that has just become active `pending`: one step of a pass.
+
+    Call it again with `next_after`. If another space became active meanwhile, nothing is changed. The reconciler looks
+    for such images too, but more slowly.
+    """
+    if not spaces.is_active(session, space, lock=True):
+        return images.Reopened([], None)
+    return images.reopen_without_vector(session, space, after=after, limit=REOPENED_AT_ONCE)
 
 
 # --- conditions ---------------------------------------------------------------------------------------------------
@@ -204,6 +211,12 @@ def _of(space: Space) -> ColumnElement[bool]:
 
 def _these(space: Space, image_ids: Collection[UUID]) -> ColumnElement[bool]:
     return and_(_of(space), SpaceAttempt.image_id.in_(image_ids))
+
+
+def _in_lock_order(space: Space, condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Rows of this space that meet `condition`; the statement locks them as `leasing.in_lock_order` does."""
+    rows = select(SpaceAttempt.image_id).where(_of(space), condition).order_by(SpaceAttempt.image_id)
+    return and_(_of(space), SpaceAttempt.image_id.in_(rows.with_for_update(key_share=True)))
 
 
 def _adds_vectors() -> ColumnElement[bool]:

@@ -8,27 +8,36 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from PIL import Image
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from api_service.app import create_app
 from ops.local.stack import REPOSITORY, LocalStack
-from shared.db import keys, owners
+from shared.db import keys, owners, spaces
+from shared.db.session import session_scope
 from shared.imaging import UploadDecoder
 from shared.messaging import job_updates, queue
 from shared.messaging.coalesce import close_notifiers
-from shared.settings import APISettings, Settings, get_settings
+from shared.settings import APISettings, ModelSettings, Settings, get_settings
 from tests.conftest import emptied, fresh_database, process_settings
 from tests.stack import wait_until
+
+if TYPE_CHECKING:
+    from tests.recording_generator import RecordingGenerator
+    from worker_service.jobs.leases import JobLeases
+    from worker_service.models.clip import Clip
+    from worker_service.models.worker_models import Models
 
 API = "/api/v1"
 Client = Any
@@ -97,6 +106,53 @@ def a_key(session: Session, *scopes: str, owner: str = "team") -> dict[str, str]
     _, secret = keys.create(session, owners.ensure(session, owner), name="test", scopes=frozenset(scopes))
     session.commit()
     return {"Authorization": f"Bearer {secret}"}
+
+
+# --- parts of workers. Torch takes seconds to import, so only the tests that need it import it ----------------------
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> "Clip":
+    """A small CLIP with random weights."""
+    from tests.small_pipelines import save_clip
+    from worker_service.models.clip import Clip
+
+    folder = tmp_path_factory.mktemp("clip")
+    save_clip(folder)
+    return Clip.load(ModelSettings.model_validate({"clip": {"model": f"local-dir:{folder}"}}))
+
+
+@pytest.fixture
+def model(settings: Settings) -> "RecordingGenerator":
+    from tests.recording_generator import RecordingGenerator
+
+    return RecordingGenerator(settings.model)
+
+
+@pytest.fixture
+def models(settings: Settings, session: Session, clip: "Clip", model: "RecordingGenerator") -> Iterator["Models"]:
+    """The models of a generate worker: `clip`, whose space is the active one, and `model`."""
+    from worker_service.execution.watchdog import Watchdog
+    from worker_service.models.embedder import Embedder
+    from worker_service.models.worker_models import Models
+
+    space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
+    session.commit()
+    watchdog = Watchdog(settings.watchdog)
+    models = Models.of(Embedder(clip, space, watchdog), model, settings.model.generators["cheap"], watchdog)
+    yield models
+    models.close(5)
+
+
+@pytest.fixture
+def leases(settings: Settings) -> Iterator["JobLeases"]:
+    from worker_service.jobs.leases import JobLeases
+
+    with JobLeases(settings.jobs) as leases:
+        yield leases
+
+
+# --- servers ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -210,6 +266,22 @@ def messages(queue_name: str) -> list[Any]:
     """The messages in a Celery queue, of all priorities. Each priority is a list of its own in Redis."""
     keys = queue.broker().scan_iter(f"{queue_name}*", _type="list")
     return [json.loads(message) for key in keys for message in queue.broker().lrange(key, 0, -1)]
+
+
+def count_waiting() -> int:
+    """How many sessions of the database wait for a lock."""
+    with session_scope() as session:
+        return session.scalar(text("select count(*) from pg_locks where not granted")) or 0
+
+
+@contextmanager
+def waiting(work: Callable[[], Any], *, count: int = 1) -> Iterator["Future[Any]"]:
+    """Run `work` in a thread, and the block as soon as `work` waits for a lock, as one of `count` sessions that do."""
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(work)
+        wait_until(lambda: running.done() or count_waiting() == count, timeout_s=10, what="a lock to be waited for")
+        assert not running.done(), f"it has not waited: {running.result()}"
+        yield running
 
 
 def picture(colour: str = "red", *, size: tuple[int, int] = (64, 48), kind: str = "PNG") -> bytes:

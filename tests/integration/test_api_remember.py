@@ -1,8 +1,9 @@
 """Outputs that become images of the corpus: `POST /generations/{id}/remember`."""
 
 import io
+from functools import partial
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from PIL import Image as Picture
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shared.db.tables import BlobClaim, Image, Output
+from shared.contracts.collections import GrantedAccess
+from shared.db import collections, images, owners
+from shared.db.tables import BlobClaim, Collection, DerivedImage, Image, Output
 from shared.messaging import queue
 from shared.settings import Settings
 from shared.storage import get_blobs
 from tests.factories import make_image
-from tests.integration.conftest import API, Client, a_key, messages
+from tests.integration.conftest import API, Client, a_key, messages, waiting
 from tests.integration.test_api_jobs import code
 from tests.integration.test_export_outputs import make_output
 from tests.stack import wait_until
@@ -124,3 +127,60 @@ def test_a_key_needs_the_scopes_of_the_output_and_of_an_upload(keyed_client: Cli
     assert remember(keyed_client, output.id, a_key(session, "generate", "corpus:write")).status_code == 201
     other = a_key(session, "generate", "corpus:write", owner="others")
     assert code(remember(keyed_client, output.id, other)) == (404, "not_found")
+
+
+# --- deletes at the same time -------------------------------------------------------------------------------------
+
+
+def test_an_output_that_is_being_deleted_cannot_be_remembered(client: Client, session: Session, output: Output) -> None:
+    output_id = output.id
+    session.delete(output)
+    session.flush()
+    with waiting(lambda: remember(client, output_id)) as answer:
+        session.commit()
+        assert code(answer.result(10)) == (404, "not_found")
+    assert count(session, Image) == 0
+
+
+def test_an_output_is_not_deleted_before_the_image_made_of_it_names_its_sources(
+    client: Client, session: Session, output: Output
+) -> None:
+    url = f"{API}/generations/{output.id}"
+    session.scalars(select(Collection).with_for_update()).one()
+    with (
+        waiting(lambda: remember(client, output.id)) as remembered,
+        waiting(lambda: client.application.test_client().delete(url), count=2) as deleted,
+    ):
+        session.commit()
+        assert (remembered.result(10).status_code, deleted.result(10).status_code) == (201, 204)
+    assert [count(session, table) for table in (Image, DerivedImage, Output)] == [1, 1, 0]
+
+
+def test_an_output_whose_image_is_being_deleted_becomes_a_new_image(
+    client: Client, session: Session, output: Output
+) -> None:
+    first = remember(client, output.id).json["id"]
+    images.remove(session, session.get_one(Image, UUID(first)))
+    with waiting(lambda: remember(client, output.id)) as answer:
+        session.commit()
+        again = answer.result(10)
+    assert again.status_code == 201
+    assert client.get(again.json["url"]).json["id"] != first
+
+
+def test_an_output_is_not_added_to_a_collection_that_is_being_deleted(keyed_client: Client, session: Session) -> None:
+    output = make_output(session, 5, owner="team")
+    own = collections.ensure(session, "own", owner_id=output.owner_id)
+    foreign = collections.ensure(session, "pictures", owner_id=owners.ensure(session, "others"))
+    collections.share(session, foreign, owner_id=output.owner_id, access=GrantedAccess.WRITE)
+    key = a_key(session, "generate", "corpus:write", "search")
+    for row, name, expected in ((own, "own", 201), (foreign, "others/pictures", 422)):
+        collections.mark_deleted(session, row)
+        session.flush()
+        with waiting(partial(remember, keyed_client, output.id, key, collection=name)) as answer:
+            session.commit()
+            again = answer.result(10)
+        assert again.status_code == expected, again.text
+        if expected == 201:
+            assert keyed_client.get(again.json["url"], headers=key).json["collection"] == "own", "a new one"
+    assert count(session, Image) == 1

@@ -13,6 +13,8 @@ from prometheus_client import REGISTRY
 from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
+from api_service.services import bulk_items
+from shared.concepts import split_prompt
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
 from shared.db import bulks, jobs, owners
@@ -310,6 +312,21 @@ def test_pinned_references_are_looked_up(client: Client, session: Session) -> No
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_split_while_no_row_of_the_bulk_is_locked(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    bulk_id = UUID(accepted(client, *prompts(1), query="?complete=false")["id"])
+    unlocked: list[UUID] = []
+
+    def split(prompt: str) -> list[str]:
+        with session_scope() as session:
+            unlocked.extend(session.scalars(select(Bulk.id).with_for_update(skip_locked=True)))
+        return split_prompt(prompt)
+
+    monkeypatch.setattr(bulk_items, "split_prompt", split)
+    more = client.post(f"{API}/bulks/{bulk_id}/lines?from_line=1", data=lines(*prompts(2)), content_type=JSON_LINES)
+    assert (more.status_code, more.json["total"]) == (202, 3), more.text
+    assert unlocked == [bulk_id, bulk_id]
 
 
 def test_a_bulk_is_resumed_by_line(client: Client) -> None:

@@ -25,7 +25,8 @@ from shared.storage import get_blobs
 from tests.factories import SHARED_COLLECTION, make_image, make_job
 from tests.integration.conftest import API, Client
 from tests.integration.test_api_search import embed_worker
-from tests.integration.test_generation import RecordingGenerator, leases, model, reload, run  # noqa: F401 - fixtures
+from tests.integration.test_generation import reload, run
+from tests.recording_generator import RecordingGenerator
 from worker_service.execution.watchdog import Watchdog
 from worker_service.jobs.attempt import Outcome
 from worker_service.jobs.leases import JobLeases
@@ -106,7 +107,7 @@ def worker(space: Space, embedder: Embedder) -> Iterator[list[dict[str, Any]]]:
 
 
 @pytest.fixture
-def models(settings: Settings, embedder: Embedder, watchdog: Watchdog, model: RecordingGenerator) -> Iterator[Models]:  # noqa: F811
+def models(settings: Settings, embedder: Embedder, watchdog: Watchdog, model: RecordingGenerator) -> Iterator[Models]:
     models = Models.of(embedder, model, settings.model.generators["cheap"], watchdog)
     yield models
     models.close(5)
@@ -164,6 +165,25 @@ def test_a_concept_that_the_corpus_lacks_is_named_with_the_reason(
     assert (accordion["found"], accordion["image_ids"]) == (False, [])
     assert "is below 0.42" in accordion["reason"]
     assert used(shown) == {"rocket": ["a rocket"]}
+
+
+def test_words_before_the_name_of_a_thing_do_not_spoil_its_search(
+    client: Client,
+    session: Session,
+    corpus: dict[str, ImageRow],
+    worker: list[dict[str, Any]],
+    models: Models,
+    leases: JobLeases,
+) -> None:
+    prompt = "draw me a big scary robot"
+    shown = plan(client, prompt=prompt)
+    assert used(shown) == {"robot": [prompt]}
+    assert len(worker) == 1, "one batch embeds the concept and its shorter names"
+    job_id = UUID(submit(client, prompt=prompt).json["id"])
+    assert run(job_id, models, leases) is Outcome.SUCCEEDED
+    resolved = client.get(f"{API}/jobs/{job_id}").json["resolution"]
+    assert used(resolved) == used(shown)
+    assert [each["reason"] for each in resolved["references"]] == [each["reason"] for each in shown["references"]]
 
 
 def test_the_number_of_references_is_a_limit_for_all_concepts_together(
@@ -310,7 +330,7 @@ def test_a_job_uses_the_references_that_the_plan_shows_and_records_their_concept
     corpus: dict[str, ImageRow],
     worker: list[dict[str, Any]],
     models: Models,
-    leases: JobLeases,  # noqa: F811
+    leases: JobLeases,
 ) -> None:
     shown = plan(client)
     job_id = UUID(submit(client).json["id"])
@@ -332,7 +352,7 @@ def test_a_job_avoids_what_its_plan_avoids(
     corpus: dict[str, ImageRow],
     worker: list[dict[str, Any]],
     models: Models,
-    leases: JobLeases,  # noqa: F811
+    leases: JobLeases,
 ) -> None:
     fields: dict[str, Any] = {"avoid": ["roses"], "avoid_ids": [str(corpus["robot"].id)]}
     shown = plan(client, **fields)
@@ -349,7 +369,7 @@ def test_a_concept_of_a_job_searches_with_its_own_filter(
     embedder: Embedder,
     pictures: dict[str, Image.Image],
     models: Models,
-    leases: JobLeases,  # noqa: F811
+    leases: JobLeases,
 ) -> None:
     owner_id = owners.ensure(session, "local")
     mine = collections.ensure(session, "mine", owner_id=owner_id)
@@ -368,7 +388,7 @@ def test_a_job_of_which_nothing_is_found_draws_from_the_prompt_alone(
     session: Session,
     corpus: dict[str, ImageRow],
     models: Models,
-    leases: JobLeases,  # noqa: F811
+    leases: JobLeases,
 ) -> None:
     job = make_job(session, concepts=[{"text": "an accordion"}, {"text": "a teapot"}], min_similarity=0.9)
     session.commit()
@@ -386,8 +406,8 @@ def test_captions_of_the_references_of_all_concepts_reach_the_model(
     session: Session,
     corpus: dict[str, ImageRow],
     models: Models,
-    model: RecordingGenerator,  # noqa: F811
-    leases: JobLeases,  # noqa: F811
+    model: RecordingGenerator,
+    leases: JobLeases,
 ) -> None:
     concepts = [{"text": "a robot"}, {"text": "a flower"}]
     job = make_job(session, prompt=PROMPT, concepts=concepts, min_similarity=GATE, mode=Mode.CAPTION)
@@ -401,7 +421,7 @@ def test_a_retry_and_a_replay_keep_the_concepts(
     session: Session,
     corpus: dict[str, ImageRow],
     models: Models,
-    leases: JobLeases,  # noqa: F811
+    leases: JobLeases,
 ) -> None:
     job_id = UUID(submit(client).json["id"])
     assert run(job_id, models, leases) is Outcome.SUCCEEDED
@@ -428,8 +448,8 @@ def test_the_content_policy_reads_concepts_as_it_reads_prompts(
     session: Session,
     embedder: Embedder,
     watchdog: Watchdog,
-    model: RecordingGenerator,  # noqa: F811
-    leases: JobLeases,  # noqa: F811
+    model: RecordingGenerator,
+    leases: JobLeases,
 ) -> None:
     rule = {"name": "weapon", "texts": ["a pistol"], "prompt": {"threshold": 0.75, "action": "block"}}
     policy = SafetySettings.model_validate({"concepts": [rule]})
@@ -449,7 +469,7 @@ def test_a_row_of_the_previous_release_searches_the_whole_prompt(
     session: Session,
     corpus: dict[str, ImageRow],
     models: Models,
-    leases: JobLeases,  # noqa: F811
+    leases: JobLeases,
 ) -> None:
     job = make_job(session, prompt="a rocket", min_similarity=GATE)
     assert "concepts" not in job.parameters

@@ -22,17 +22,8 @@ from shared.imaging import open_image, pixels_sha256, read_record
 from shared.settings import Settings, get_settings
 from shared.storage import get_blobs
 from tests.integration.conftest import API, Client
-from tests.integration.test_generation import (  # noqa: F401 - fixtures
-    RecordingGenerator,
-    add_embedded_image,
-    clip,
-    leases,
-    model,
-    models,
-    reload,
-    run,
-    submit,
-)
+from tests.integration.test_generation import add_embedded_image, reload, run, submit
+from tests.recording_generator import RecordingGenerator
 from tests.signing_certificates import SigningFiles, make_signing_files
 from worker_service.jobs import content_credentials as signing_of_jobs
 from worker_service.jobs.attempt import Outcome
@@ -78,8 +69,8 @@ def manifest_of_file(data: bytes) -> tuple[str, dict[str, Any]]:
 @pytest.mark.parametrize("image_format", ImageFormat)
 def test_an_output_is_signed_with_its_references(
     session: Session,
-    models: Models,  # noqa: F811
-    leases: JobLeases,  # noqa: F811
+    models: Models,
+    leases: JobLeases,
     configure: Configure,
     signing: SigningFiles,
     client: Client,
@@ -110,8 +101,8 @@ def test_an_output_is_signed_with_its_references(
 
 def test_outputs_are_not_signed_unless_the_settings_ask_for_it(
     session: Session,
-    models: Models,  # noqa: F811
-    leases: JobLeases,  # noqa: F811
+    models: Models,
+    leases: JobLeases,
 ) -> None:
     job = submit(session, seeds=[5], k=0)
     assert run(job.id, models, leases) is Outcome.SUCCEEDED
@@ -122,9 +113,9 @@ def test_outputs_are_not_signed_unless_the_settings_ask_for_it(
 
 def test_an_output_that_cannot_be_signed_is_not_published(
     session: Session,
-    models: Models,  # noqa: F811
-    leases: JobLeases,  # noqa: F811
-    model: RecordingGenerator,  # noqa: F811
+    models: Models,
+    leases: JobLeases,
+    model: RecordingGenerator,
     configure: Configure,
     signing: SigningFiles,
     monkeypatch: pytest.MonkeyPatch,
@@ -142,8 +133,8 @@ def test_an_output_that_cannot_be_signed_is_not_published(
 @pytest.mark.parametrize("format_", [ImageFormat.PNG, ImageFormat.WEBP])
 def test_a_replay_of_a_signed_output_has_the_same_pixels(
     session: Session,
-    models: Models,  # noqa: F811
-    leases: JobLeases,  # noqa: F811
+    models: Models,
+    leases: JobLeases,
     configure: Configure,
     signing: SigningFiles,
     client: Client,
@@ -165,8 +156,8 @@ def test_a_replay_of_a_signed_output_has_the_same_pixels(
 
 def test_a_signed_output_can_be_remembered(
     session: Session,
-    models: Models,  # noqa: F811
-    leases: JobLeases,  # noqa: F811
+    models: Models,
+    leases: JobLeases,
     configure: Configure,
     signing: SigningFiles,
     client: Client,
@@ -184,8 +175,8 @@ def test_a_signed_output_can_be_remembered(
 
 def test_without_the_prompt_no_part_of_the_file_names_it(
     session: Session,
-    models: Models,  # noqa: F811
-    leases: JobLeases,  # noqa: F811
+    models: Models,
+    leases: JobLeases,
     configure: Configure,
     signing: SigningFiles,
     tmp_path: Path,

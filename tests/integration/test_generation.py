@@ -2,7 +2,7 @@
 
 import io
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -29,6 +29,7 @@ from shared.settings import ModelSettings, Settings, get_settings
 from shared.storage import get_blobs, image_key, thumbnail_key
 from shared.vectors import l2_normalised
 from tests.factories import SHARED_COLLECTION, make_job
+from tests.recording_generator import RecordingGenerator
 from tests.small_pipelines import CLIP_DIM, save_clip, save_sd15
 from tests.stack import wait_until
 from worker_service.execution.batcher import Submission
@@ -42,53 +43,9 @@ from worker_service.jobs.leases import JobLeases
 from worker_service.jobs.run import run_job
 from worker_service.models.clip import Clip
 from worker_service.models.embedder import Embedder
-from worker_service.models.fake import FakeGenerator
 from worker_service.models.generate_batch import GeneratedImage
 from worker_service.models.interface import ImageRequest, UnreadTexts
 from worker_service.models.worker_models import Models
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
-    folder = tmp_path_factory.mktemp("clip")
-    save_clip(folder)
-    return Clip.load(ModelSettings.model_validate({"clip": {"model": f"local-dir:{folder}"}}))
-
-
-class RecordingGenerator(FakeGenerator):
-    """The fake generator. It also records its requests, and calls `before` at the start of each call."""
-
-    def __init__(self, settings: ModelSettings) -> None:
-        super().__init__(**vars(FakeGenerator.load("cheap", settings)))
-        self.received: list[ImageRequest] = []
-
-    def before(self) -> None: ...
-
-    def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
-        self.received += requests
-        self.before()
-        return super().generate(requests, on_step)
-
-
-@pytest.fixture
-def model(settings: Settings) -> RecordingGenerator:
-    return RecordingGenerator(settings.model)
-
-
-@pytest.fixture
-def models(settings: Settings, session: Session, clip: Clip, model: RecordingGenerator) -> Iterator[Models]:
-    space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
-    session.commit()
-    watchdog = Watchdog(settings.watchdog)
-    models = Models.of(Embedder(clip, space, watchdog), model, settings.model.generators["cheap"], watchdog)
-    yield models
-    models.close(5)
-
-
-@pytest.fixture
-def leases(settings: Settings) -> Iterator[JobLeases]:
-    with JobLeases(settings.jobs) as leases:
-        yield leases
 
 
 def run(job_id: UUID, models: Models, leases: JobLeases) -> Outcome:

@@ -29,15 +29,8 @@ from shared.settings import Settings, get_settings
 from tests.factories import make_image, make_space
 from tests.integration.conftest import API, AppFactory, Client, FlushingClient, a_key
 from tests.integration.test_api_search import embed_worker, towards
-from tests.integration.test_generation import (  # noqa: F401 - fixtures
-    RecordingGenerator,
-    add_embedded_image,
-    clip,
-    leases,
-    model,
-    models,
-    run,
-)
+from tests.integration.test_generation import add_embedded_image, run
+from tests.recording_generator import RecordingGenerator
 from tests.stack import wait_until
 from worker_service.jobs.attempt import Outcome
 from worker_service.jobs.leases import JobLeases
@@ -136,9 +129,9 @@ def test_a_plan_keeps_its_concepts(client: Client, session: Session, corpus: lis
 def test_a_job_draws_from_its_plan_and_its_record_says_so(
     client: Client,
     session: Session,
-    models: Models,  # noqa: F811
-    leases: JobLeases,  # noqa: F811
-    model: RecordingGenerator,  # noqa: F811
+    models: Models,
+    leases: JobLeases,
+    model: RecordingGenerator,
 ) -> None:
     first = add_embedded_image(session, models, "red", "a red square")
     second = add_embedded_image(session, models, "blue", "a blue square")
@@ -420,8 +413,14 @@ def test_studio_submits_the_plan_that_it_showed(
 def test_studio_leaves_a_changed_prompt_to_the_search_of_the_job(
     client: Client, session: Session, corpus: list[Image], worker: None
 ) -> None:
-    form = shown_form(client, prompt="red")
-    for change in ({"prompt": "blue"}, {"similar_examples_count": "1"}, {"filter": '{"tags": ["x"]}'}):
+    form = shown_form(client, prompt="red", avoid="blue", avoid_ids=str(corpus[2].id))
+    for change in (
+        {"prompt": "blue"},
+        {"similar_examples_count": "1"},
+        {"filter": '{"tags": ["x"]}'},
+        {"avoid": "green"},
+        {"avoid_ids": [str(corpus[2].id), str(corpus[1].id)]},
+    ):
         assert client.post("/", data={**form, **change}, headers=PAGE).status_code == 303
         assert (parameters(session).planned_at, parameters(session).references) == (None, []), change
     assert client.post("/", data={**form, "model": "cheap"}, headers=PAGE).status_code == 303

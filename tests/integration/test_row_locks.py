@@ -13,45 +13,51 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.bulks import BulkState
 from shared.contracts.jobs import JobState
-from shared.db import bulks, images, jobs, owners
+from shared.db import bulks, images, jobs, owners, space_backlog, spaces
 from shared.db.dispatch import mark_next_published
 from shared.db.images import ImageClaim
 from shared.db.jobs import Claim
 from shared.db.session import session_scope
 from shared.db.spaces import Space
-from shared.db.tables import Bulk, BulkItem, Image, ImageUsage, Job
+from shared.db.tables import Bulk, BulkItem, Image, ImageUsage, Job, SpaceAttempt
 from shared.settings import Settings
 from tests.factories import DIM, make_image, make_job, make_space
+from tests.integration.conftest import count_waiting
 from tests.stack import wait_until
 
 ROWS = 12
 VECTORS = np.ones((ROWS, DIM), np.float32) / np.sqrt(np.float32(DIM))
 NORMS = np.ones(ROWS, np.float32)
-WAITING = text("select count(*) from pg_locks where not granted")
 
 ImageStatement = Callable[[Session, Space, Sequence[ImageClaim]], object]
+BacklogStatement = Callable[[Session, Space, Sequence[UUID]], object]
 JobStatement = Callable[[Session, Sequence[Claim]], object]
 
 
-def locks_in_order(table: type[Image] | type[Job], session: Session, statement: Callable[[Session], object]) -> bool:
+def locks_in_order(
+    table: type[Image] | type[Job] | type[SpaceAttempt], session: Session, statement: Callable[[Session], object]
+) -> bool:
     """Whether `statement` holds no row while it waits for the row with the lowest id.
 
     A statement that skips the locked row ends without waiting. That is safe too.
     """
-    first = session.scalars(select(table.id).order_by(table.id).limit(1)).one()
+    row_id = SpaceAttempt.image_id if issubclass(table, SpaceAttempt) else table.id
+    first = session.scalars(select(row_id).order_by(row_id).limit(1)).one()
     # The table has the rows in the opposite order, in which a scan of the table reads them.
     name = table.__tablename__
-    session.execute(text(f"create index opposite on {name} (id desc)"))
+    session.execute(text(f"create index opposite on {name} ({row_id.key} desc)"))
     session.execute(text(f"cluster {name} using opposite"))
     session.execute(text("drop index opposite"))
     session.commit()
-    session.scalars(select(table.id).where(table.id == first).with_for_update()).one()
+    session.scalars(select(row_id).where(row_id == first).with_for_update()).one()
 
     return waits_without_locks(table, session, statement)
 
 
 def waits_without_locks(
-    table: type[Image] | type[Job] | type[ImageUsage], session: Session, statement: Callable[[Session], object]
+    table: type[Image] | type[Job] | type[ImageUsage] | type[SpaceAttempt],
+    session: Session,
+    statement: Callable[[Session], object],
 ) -> bool:
     """Whether `statement` ends, or holds no row of `table` while it waits for the one row that `session` has locked."""
 
@@ -61,14 +67,10 @@ def waits_without_locks(
             scope.execute(text("set local enable_indexscan = off"))
             statement(scope)
 
-    def waits() -> bool:
-        with session_scope() as scope:
-            return bool(scope.scalar(WAITING))
-
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(execute)
         try:
-            wait_until(lambda: running.done() or waits(), timeout_s=10, what="the statement to wait or to end")
+            wait_until(lambda: running.done() or count_waiting(), timeout_s=10, what="the statement to wait or to end")
             if running.done():
                 running.result()
                 return True
@@ -106,6 +108,30 @@ def test_images_without_a_vector_are_locked_in_one_order(session: Session) -> No
     session.execute(space.table.delete())
     session.commit()
     assert locks_in_order(Image, session, lambda scope: images.reopen_without_vector(scope, space, limit=ROWS))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        lambda session, space, _: space_backlog.claim(session, space, limit=1, lease_s=30, max_crashes=1),
+        lambda session, space, ids: space_backlog.renew(session, space, ids, lease_s=30),
+        lambda session, space, ids: space_backlog.hand_back(session, space, ids),
+        lambda session, space, ids: space_backlog.store(session, space, ids, VECTORS, NORMS),
+        lambda session, space, _: space_backlog.retry_failed(session, space),
+    ],
+    ids=["claim", "renew", "hand_back", "store", "retry_failed"],
+)
+def test_claims_of_a_backlog_are_locked_in_one_order(session: Session, statement: BacklogStatement) -> None:
+    """Some of them have crashed, have failed or have expired, so that each statement changes several rows."""
+    make_space(session)
+    ids = [make_image(session, vector=np.ones(DIM)).id for _ in range(ROWS)]
+    new = spaces.ensure(session, digest="ef" * 32, model="second", dim=DIM)
+    for number, image_id in enumerate(sorted(ids)):
+        attempt = SpaceAttempt(space_id=new.id, image_id=image_id, crashes=1 - number % 2, lease_until=func.now())
+        attempt.error_code = "embedding_failed" if number % 3 == 0 else None
+        session.add(attempt)
+    session.commit()
+    assert locks_in_order(SpaceAttempt, session, lambda scope: statement(scope, new, ids))
 
 
 @pytest.mark.parametrize(

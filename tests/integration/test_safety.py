@@ -21,7 +21,6 @@ from shared.settings import ModelSettings, SafetySettings, Settings, get_setting
 from shared.storage import get_blobs
 from tests.factories import make_job
 from tests.integration.conftest import API, Client
-from tests.small_pipelines import save_clip
 from worker_service.execution.steps import OnStep
 from worker_service.execution.watchdog import Watchdog
 from worker_service.jobs.attempt import Outcome
@@ -63,13 +62,6 @@ class RecordingGenerator(FakeGenerator):
         return [self.unsafe_seeds is not None and request.seed in self.unsafe_seeds for request in latest]
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
-    folder = tmp_path_factory.mktemp("clip")
-    save_clip(folder)
-    return Clip.load(ModelSettings.model_validate({"clip": {"model": f"local-dir:{folder}"}}))
-
-
 @pytest.fixture
 def models_with(settings: Settings, session: Session, clip: Clip) -> Iterator[ModelsWith]:
     """`models_with(concept, ...)`: loaded models with a policy of these concepts."""
@@ -88,12 +80,6 @@ def models_with(settings: Settings, session: Session, clip: Clip) -> Iterator[Mo
     yield build
     for models in built:
         models.close(5)
-
-
-@pytest.fixture
-def leases(settings: Settings) -> Iterator[JobLeases]:
-    with JobLeases(settings.jobs) as leases:
-        yield leases
 
 
 def generator_of(models: Models) -> RecordingGenerator:

@@ -5,7 +5,8 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import numpy as np
@@ -23,10 +24,14 @@ from shared.db.spaces import Space
 from shared.db.tables import Collection, Image, SpaceAttempt
 from shared.errors import DatabaseConflictError, EmbeddingUnavailableError
 from shared.messaging import embedding_rpc, queue
-from shared.settings import JobSettings
+from shared.settings import JobSettings, Settings
+from shared.storage import get_blobs
 from tests.factories import DIM, make_image, make_space
-from tests.integration.conftest import API, Client
+from tests.integration.conftest import API, Client, picture, waiting
 from worker_service.maintenance.reconciler import Reconciler
+
+if TYPE_CHECKING:
+    from worker_service.models.clip import Clip
 
 ONE = np.ones(1, np.float32)
 UNIT = np.eye(1, DIM, dtype=np.float32)
@@ -74,6 +79,14 @@ def let_leases_expire(session: Session) -> None:
     leased = SpaceAttempt.lease_until.is_not(None)
     session.execute(update(SpaceAttempt).where(leased).values(lease_until=func.now() - text("interval '1 second'")))
     session.commit()
+
+
+def activate(space: Space) -> int:
+    """Switch as the command does; return how many images are pending for lack of a vector."""
+    with session_scope() as session:
+        space_backlog.activate(session, space)
+    with session_scope() as session:
+        return len(space_backlog.reopen(session, space).image_ids)
 
 
 def make_old(session: Session) -> None:
@@ -170,8 +183,7 @@ def test_the_progress_says_how_long_the_rest_takes(session: Session, old: Space,
 def test_the_states_of_images_follow_the_active_space_there_and_back(session: Session, old: Space, new: Space) -> None:
     both, only_old = searchable(session, 2, old)
     store(session, new, both)
-    assert space_backlog.activate(session, new) == 1
-    session.commit()
+    assert activate(new) == 1
     assert (state(session, both), state(session, only_old)) == ("ready", "pending")
     # Uploaded now, so that only the new space has its vector; and the image that the new CLIP cannot embed.
     only_new = make_image(session, vector=UNIT[0], space=new).id
@@ -181,8 +193,7 @@ def test_the_states_of_images_follow_the_active_space_there_and_back(session: Se
     assert state(session, only_old) == "failed"
     version = session.scalar(select(Collection.version))
 
-    assert space_backlog.activate(session, old) == 1
-    session.commit()
+    assert activate(old) == 1
     assert [state(session, each) for each in (both, only_old, only_new)] == ["ready", "ready", "pending"]
     assert session.get_one(Image, only_old).error_code is None
     assert session.scalar(select(Collection.version)) != version, "cached searches lack the image"
@@ -191,7 +202,8 @@ def test_the_states_of_images_follow_the_active_space_there_and_back(session: Se
 def test_a_failure_in_the_space_before_does_not_fail_an_image(session: Session, old: Space, new: Space) -> None:
     image = make_image(session)
     (row,) = images.claim_pending(session, limit=1, lease_s=30, space=old)
-    space_backlog.activate(session, new)
+    session.commit()
+    activate(new)
     images.mark_embedding_failed(session, old, ImageClaim.of(row), code="embedding_failed")
     session.commit()
     assert state(session, image.id) == ImageState.PENDING
@@ -236,6 +248,52 @@ def test_the_switch_waits_for_all_but_new_images_and_for_a_worker(
     make_old(session)
     run_admin(monkeypatch, "activate-space", old.digest)
     assert [state(session, each) for each in (first, just_uploaded, broken)] == ["ready", "ready", "ready"]
+
+
+def test_images_are_reopened_in_steps_that_end_when_another_space_becomes_active(
+    session: Session, old: Space, new: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space_backlog, "REOPENED_AT_ONCE", 2)
+    known = sorted(searchable(session, 5, old))
+    space_backlog.activate(session, new)
+    step = space_backlog.reopen(session, new)
+    session.commit()
+    assert (sorted(step.image_ids), step.next_after) == (known[:2], known[1])
+    space_backlog.activate(session, old)
+    late = space_backlog.reopen(session, new, after=step.next_after)
+    session.commit()
+    assert (late.image_ids, late.next_after) == ([], None)
+    assert {state(session, each) for each in known} == {"ready"}
+    run_admin(monkeypatch, "activate-space", new.digest, "--force")
+    assert {state(session, each) for each in known} == {"pending"}
+
+
+def test_the_switch_and_a_worker_of_the_backlog_do_not_wait_for_each_other(
+    session: Session, old: Space, clip: "Clip", settings: Settings
+) -> None:
+    """The worker has locked an image when the switch waits for it. To lock the space then was a deadlock."""
+    from worker_service.execution.watchdog import Watchdog
+    from worker_service.indexing.backlog import Backlog
+    from worker_service.models.embedder import Embedder
+
+    space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
+    image = make_image(session, vector=UNIT[0], space=old)
+    get_blobs().put(image.blob_key, picture(), media_type="image/png")
+    session.commit()
+    embedder = Embedder(clip, space, Watchdog(settings.watchdog))
+    # The worker's insert of the same row waits for the end of this transaction.
+    session.execute(space.table.insert().values(image_id=image.id, embedding=np.eye(1, clip.dim)[0].tolist(), norm=1))
+
+    with (
+        waiting(Backlog(embedder, settings.jobs).embed_chunk) as embedded,
+        waiting(partial(activate, space), count=2) as switched,
+    ):
+        session.rollback()
+        assert embedded.result(10)
+        switched.result(10)
+    embedder.close(5)
+    assert spaces.is_active(session, space)
+    assert images.find_vector(session, space, image.id) is not None
 
 
 def test_a_space_is_dropped_by_command_but_not_the_active_one_or_one_in_use(
@@ -379,8 +437,7 @@ def test_an_api_process_that_missed_the_switch_searches_the_old_vectors(
 
     def embed_then_switch(texts: list[str], space: Space) -> embedding_rpc.Vectors:
         answer = embed(texts, space)
-        with session_scope() as scope:
-            space_backlog.activate(scope, new)
+        activate(new)
         return answer
 
     monkeypatch.setattr("api_service.services.search.embed_texts", embed_then_switch)

@@ -4,9 +4,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -16,6 +14,8 @@ from pyarrow import parquet
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
+from scripts.export.image_file import open_image_file
+from scripts.export.import_rows import import_rows
 from shared import blob_sweeper
 from shared.contracts.generation import PinnedReference, Webhook
 from shared.contracts.jobs import JobState
@@ -37,20 +37,12 @@ from shared.errors import ReferenceDeletedError
 from shared.settings import Settings
 from shared.storage import get_blobs
 from tests.factories import make_image, make_job
-from tests.integration.conftest import API, Client, a_key, picture
+from tests.integration.conftest import API, Client, a_key, picture, waiting
 from tests.integration.test_api_search import towards
 from tests.integration.test_export import run as export
 from tests.integration.test_export_outputs import make_output
-from tests.integration.test_generation import (  # noqa: F401 - fixtures
-    RecordingGenerator,
-    add_embedded_image,
-    clip,
-    leases,
-    model,
-    models,
-)
-from tests.integration.test_row_locks import WAITING
-from tests.stack import wait_until
+from tests.integration.test_generation import add_embedded_image
+from tests.recording_generator import RecordingGenerator
 from worker_service.jobs.attempt import Outcome
 from worker_service.jobs.leases import JobLeases
 from worker_service.jobs.run import run_job
@@ -468,21 +460,51 @@ def test_the_scope_admin_does_not_open_private_collections(keyed_client: Client,
     assert withdraw(keyed_client, private.id, a_key(session, "corpus:write", "admin", owner="mine")).status_code == 404
 
 
-# --- jobs and withdrawals at the same time ------------------------------------------------------------------------
+# --- imports, jobs and withdrawals at the same time ---------------------------------------------------------------
+
+
+def test_an_import_that_began_before_a_withdrawal_adds_nothing_of_it(
+    client: Client, session: Session, tmp_path: Path
+) -> None:
+    files = {"file": (io.BytesIO(picture()), "a.png")}
+    image_id = UUID(client.post(f"{API}/upload", data=files).json["images"][0]["id"])
+    assert export("corpus", str(tmp_path / "corpus"))["images"] == 1
+    withdrawals.lock(session)
+    withdrawals.withdraw(session, [image_id], cause_id=image_id, reason=REASON)
+    with waiting(lambda: import_rows_of(tmp_path / "corpus")) as report:
+        session.commit()
+        assert report.result(10) == (0, 1)
+    assert count(session, Image) == 0
+
+
+def test_a_withdrawal_waits_for_an_import_of_an_output_and_takes_its_image(
+    client: Client, session: Session, image: Image, output: Output, tmp_path: Path
+) -> None:
+    assert export("outputs", str(tmp_path / "outputs"))["images"] == 1
+    again = collections.ensure(session, "again", owner_id=output.owner_id)
+    session.commit()
+    session.refresh(again, with_for_update={"key_share": True})
+    with (
+        waiting(lambda: import_rows_of(tmp_path / "outputs")) as report,
+        waiting(lambda: withdraw(client, image.id), count=2) as answer,
+    ):
+        session.commit()
+        assert report.result(10) == (1, 0)
+        assert answer.result(10).json["images"] == 2
+    assert count(session, Image) == 0
+
+
+def import_rows_of(file: Path) -> tuple[int, int]:
+    """Import a file, as the script does; return the counts of new and of withdrawn images."""
+    with session_scope() as session:
+        again = collections.ensure(session, "again", owner_id=owners.ensure(session, "local"))
+    with open_image_file(file) as (_, _, groups):
+        counts = [import_rows(rows, again.id, None) for rows in groups]
+    return sum(each["new"] for each in counts), sum(each["withdrawn"] for each in counts)
 
 
 def resolution_with(image_id: UUID) -> dict[str, Any]:
     return {"mode": "image_prompt", "references": [{"image_id": str(image_id), "used": True}]}
-
-
-@contextmanager
-def in_thread(work: Callable[[], Any]) -> Iterator["Future[Any]"]:
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(work)
-
-
-def waits_for_a_lock(session: Session) -> bool:
-    return bool(session.scalar(WAITING))
 
 
 def running(session: Session) -> tuple[Job, jobs.Claim]:
@@ -559,9 +581,7 @@ def test_a_withdrawal_waits_for_a_job_that_is_ending_and_withdraws_its_output(
     session.commit()
     new = stored(job, image.id)
     assert jobs.finish(session, claim, [new], timings={}), "not committed yet: its row is locked"
-    with in_thread(lambda: withdraw(client, image.id)) as answer:
-        with session_scope() as observer:
-            wait_until(lambda: waits_for_a_lock(observer), timeout_s=10, what="the withdrawal to wait")
+    with waiting(lambda: withdraw(client, image.id)) as answer:
         session.commit()
         assert answer.result(10).json["running_jobs"] == 0
     view = client.get(f"{API}/jobs/{job.id}").json
@@ -575,9 +595,7 @@ def test_a_withdrawal_waits_for_an_output_that_is_being_remembered_and_takes_it(
     withdrawals.refuse_withdrawn(session, output.id)
     made = make_image(session)
     withdrawals.record_sources(session, made.id, generation_id=output.id)
-    with in_thread(lambda: withdraw(client, image.id)) as answer:
-        with session_scope() as observer:
-            wait_until(lambda: waits_for_a_lock(observer), timeout_s=10, what="the withdrawal to wait")
+    with waiting(lambda: withdraw(client, image.id)) as answer:
         session.commit()
         assert answer.result(10).json["images"] == 2
     assert count(session, Image) == 0
@@ -588,9 +606,7 @@ def test_an_output_that_is_being_withdrawn_cannot_be_remembered_any_more(
 ) -> None:
     withdrawals.lock(session)
     withdrawals.withdraw(session, [image.id], cause_id=image.id, reason=REASON)
-    with in_thread(lambda: client.post(f"{API}/generations/{output.id}/remember")) as answer:
-        with session_scope() as observer:
-            wait_until(lambda: waits_for_a_lock(observer), timeout_s=10, what="the request to wait")
+    with waiting(lambda: client.post(f"{API}/generations/{output.id}/remember")) as answer:
         session.commit()
         assert answer.result(10).status_code == 410
     assert count(session, Image) == 0
@@ -605,9 +621,8 @@ def test_a_withdrawal_locks_images_in_one_order_with_embed_workers(
     session.commit()
     every = sorted([image.id, *(each.id for each in made)])
     session.scalars(select(Image.id).where(Image.id == every[0]).with_for_update()).one()
-    with in_thread(lambda: withdraw(client, image.id)) as answer:
+    with waiting(lambda: withdraw(client, image.id)) as answer:
         with session_scope() as observer:
-            wait_until(lambda: waits_for_a_lock(observer), timeout_s=10, what="the withdrawal to wait")
             free = select(Image.id).where(Image.id.in_(every[1:])).with_for_update(skip_locked=True)
             assert len(observer.scalars(free).all()) == len(every) - 1
         session.commit()
@@ -617,9 +632,9 @@ def test_a_withdrawal_locks_images_in_one_order_with_embed_workers(
 def test_a_worker_that_draws_while_the_image_is_withdrawn_publishes_nothing(
     client: Client,
     session: Session,
-    models: Models,  # noqa: F811
-    model: RecordingGenerator,  # noqa: F811
-    leases: JobLeases,  # noqa: F811
+    models: Models,
+    model: RecordingGenerator,
+    leases: JobLeases,
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
