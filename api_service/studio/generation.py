@@ -21,7 +21,15 @@ from api_service.studio.pages import (
     render_page,
     wants_fragment,
 )
-from api_service.studio.search import pinned_images, plan_key, plan_references, sent_concepts, sent_filter
+from api_service.studio.search import (
+    avoided_images,
+    pinned_images,
+    plan_key,
+    plan_references,
+    sent_concepts,
+    sent_filter,
+    sent_lines,
+)
 from shared.cache import cache_result
 from shared.capabilities import supports
 from shared.concepts import split_prompt
@@ -61,6 +69,8 @@ REQUEST_FIELDS = (
     "format",
     "quality",
 )
+SEARCH_ONLY_FIELDS = ("concepts", "split_prompt", "avoid", "avoid_ids")
+"""Fields about a search. A request with chosen references has none."""
 PREVIEW_EVERY = 4
 RECENT_JOBS = 6
 STATS_TTL_S = 2
@@ -70,11 +80,11 @@ STATS_TTL_S = 2
 def create() -> Response:
     """Show the form with the values of the query string, and the references for its prompt."""
     models = services.status.models().models
-    plan, pinned, unavailable = None, list[ImageView](), None
+    plan, pinned, avoided, unavailable = None, list[ImageView](), list[ImageView](), None
     if "search" in g.caller.scopes:
-        pinned = pinned_images(request.args)
+        pinned, avoided = pinned_images(request.args), avoided_images(request.args)
         try:
-            plan = plan_references(request.args, pinned)
+            plan = plan_references(request.args, pinned, avoided)
         except EmbeddingUnavailableError as error:
             unavailable = error.message  # the job can be submitted nevertheless
     else:
@@ -88,6 +98,7 @@ def create() -> Response:
         recent=services.jobs.list_page(JobQuery(limit=RECENT_JOBS), caller=g.caller).items,
         plan=plan,
         pinned=pinned,
+        avoided=avoided,
         unavailable=unavailable,
     )
 
@@ -146,6 +157,7 @@ def _request_from_form() -> RagGenerateRequest:
     concepts = sent_concepts(form)
     values["concepts"] = [{"text": text} for text in concepts or ()]
     values["split_prompt"] = concepts is not None
+    values["avoid"], values["avoid_ids"] = sent_lines(form, "avoid"), form.getlist("avoid_ids")
     planned = dict(pair.split("=", 1) for pair in form.get("planned", "").split() if "=" in pair)
     chosen = [*form.getlist("pin"), *form.getlist("use")]
     used = {image_id: form.get(f"weight.{image_id}", "").strip() for image_id in chosen}
@@ -157,7 +169,7 @@ def _request_from_form() -> RagGenerateRequest:
             )
             for image_id, weight in used.items()
         ]
-        del values["concepts"], values["split_prompt"]
+        values = {name: value for name, value in values.items() if name not in SEARCH_ONLY_FIELDS}
         if not used:
             values["mode"] = Mode.NONE
     elif form.get("plan") and form.get("planned_for") == plan_key(form):
@@ -193,6 +205,8 @@ def _create_values(recorded: dict[str, Any], references: Sequence[PinnedReferenc
         **settings,
         "num_images": len(parameters.seeds),
         "concepts": None if pinned else _written_concepts(parameters),
+        "avoid": _in_lines(parameters.avoid) or None,
+        "avoid_ids": [str(image_id) for image_id in parameters.avoid_ids],
         "similar_examples_count": len(pinned) or (None if sent_pictures else parameters.k),
         "sent_pictures": 1 if sent_pictures else None,
         "collection": parameters.filter.collection,
@@ -205,7 +219,11 @@ def _create_values(recorded: dict[str, Any], references: Sequence[PinnedReferenc
 def _written_concepts(parameters: GenerationParameters) -> str | None:
     """Return the concepts of a job as lines; `None`: the prompt gives the same ones."""
     texts = [concept.text for concept in parameters.searched_concepts]
-    return None if texts == split_prompt(parameters.prompt) else "\n".join(" ".join(text.split()) for text in texts)
+    return None if texts == split_prompt(parameters.prompt) else _in_lines(texts)
+
+
+def _in_lines(texts: Sequence[str]) -> str:
+    return "\n".join(" ".join(text.split()) for text in texts)
 
 
 @studio_generation.post("/jobs/<uuid:job_id>/cancel")

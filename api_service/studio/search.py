@@ -28,25 +28,29 @@ from shared.settings import get_settings
 
 studio_search = page_blueprint("studio_search")
 
-MAX_PINNED = 16
+MAX_PINNED, MAX_AVOIDED = 16, 64
 SEARCH_FIELDS = ("query", "k", "threshold", "image_id", "diversity", "collection", "mode")
 
 
 @studio_search.get("/references")
 def references() -> Response:
     """Show the references for the prompt: the part of the page `create` that follows it."""
-    pinned = pinned_images(request.args)
-    return render_page("references", active="create", plan=plan_references(request.args, pinned), pinned=pinned)
+    pinned, avoided = pinned_images(request.args), avoided_images(request.args)
+    plan = plan_references(request.args, pinned, avoided)
+    return render_page("references", active="create", plan=plan, pinned=pinned, avoided=avoided)
 
 
-PLAN_FIELDS = ("prompt", "concepts", "model", "min_similarity", "similar_examples_count", "collection", "filter")
+PLAN_FIELDS = (
+    *("prompt", "concepts", "avoid", "avoid_ids"),
+    *("model", "min_similarity", "similar_examples_count", "collection", "filter"),
+)
 """Fields of the page `create` on which the planned references depend."""
 
 
 def plan_key(form: "MultiDict[str, str]") -> str:
     """Return a digest of these fields. While it is the same, the planned references are those for the form."""
-    sent = filled_fields(form, PLAN_FIELDS).to_dict()
-    values = {"model": get_settings().model.default_generator, **sent}
+    sent = filled_fields(form, PLAN_FIELDS).to_dict(flat=False)
+    values = {"model": [get_settings().model.default_generator], **sent}
     return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -64,8 +68,10 @@ class Plan:
         return reference.used and reference.image_id not in self.without_room
 
 
-def plan_references(form: "MultiDict[str, str]", pinned: Sequence[ImageView]) -> Plan | None:
-    """Plan the references for the form's prompt, beside the pinned images.
+def plan_references(
+    form: "MultiDict[str, str]", pinned: Sequence[ImageView], avoided: Sequence[ImageView]
+) -> Plan | None:
+    """Plan the references for the form's prompt, beside the pinned images and without the avoided ones.
 
     `None`: the form has no prompt, or wants no references.
 
@@ -83,6 +89,8 @@ def plan_references(form: "MultiDict[str, str]", pinned: Sequence[ImageView]) ->
     sent.setlist("concept", concepts or [])
     if concepts is None:
         sent["split_prompt"] = "false"
+    sent.setlist("avoid", sent_lines(form, "avoid"))
+    sent.setlist("avoid_ids", [str(image.id) for image in avoided])
     query = requests.parse_form(RagSearchQuery, requests.field_values(RagSearchQuery, sent, where="form"))
     where = requests.parse_form(ImageFilter, sent_filter(form))
     response = services.search.plan_references(query, caller=g.caller, where=where)
@@ -99,19 +107,33 @@ def sent_concepts(form: "MultiDict[str, str]") -> list[str] | None:
 
     A line that is the prompt stands for it, because a prompt may have several lines.
     """
-    lines = [" ".join(line.split()) for line in form.get("concepts", "").splitlines() if line.strip()]
+    lines = sent_lines(form, "concepts")
     return None if lines == [" ".join(form.get("prompt", "").split())] else lines
+
+
+def sent_lines(form: "MultiDict[str, str]", name: str) -> list[str]:
+    """Return the lines of a field that are not blank."""
+    return [" ".join(line.split()) for line in form.get(name, "").splitlines() if line.strip()]
 
 
 def pinned_images(form: "MultiDict[str, str]") -> list[ImageView]:
     """Return the images that the form pins. Ids that are invalid or no longer exist are left out."""
-    pinned = []
-    for image_id in list(dict.fromkeys(form.getlist("pin")))[:MAX_PINNED]:
+    return _named_images(form.getlist("pin")[:MAX_PINNED])
+
+
+def avoided_images(form: "MultiDict[str, str]") -> list[ImageView]:
+    """Return the images that the form wants to avoid as references, without ids as in `pinned_images`."""
+    return _named_images(form.getlist("avoid_ids")[:MAX_AVOIDED])
+
+
+def _named_images(image_ids: Sequence[str]) -> list[ImageView]:
+    named = []
+    for image_id in dict.fromkeys(image_ids):
         try:
-            pinned.append(services.images.get(UUID(image_id), caller=g.caller))
+            named.append(services.images.get(UUID(image_id), caller=g.caller))
         except (ValueError, ResourceNotFoundError):
             continue
-    return pinned
+    return named
 
 
 def sent_filter(form: "MultiDict[str, str]") -> dict[str, Any]:

@@ -159,6 +159,30 @@ def test_pinned_references_take_the_slots_of_found_ones(client: Client, session:
     assert client.post("/", data=form, headers=SAME_ORIGIN).status_code == 303
 
 
+def test_things_and_images_to_avoid_are_no_references_and_stay_in_the_form(
+    client: Client, session: Session, space: Space
+) -> None:
+    red, dark, mixed = (make_image(session, vector=towards(a0=1, **more)) for more in ({}, {"a3": 0.5}, {"a2": 1.1}))
+    session.commit()
+    plain = {"prompt": "red", "similar_examples_count": "3"}
+    asked = {**plain, "avoid": "blue\r\n\r\n", "avoid_ids": str(red.id)}
+    with embed_worker(space):
+        before = client.get("/references", query_string=plain, headers=FRAGMENT)
+        shown = client.get("/references", query_string=asked, headers=FRAGMENT)
+        page = client.get("/", query_string=asked)
+    assert set(checked_values(before, "use")) == {str(red.id), str(dark.id), str(mixed.id)}
+    for answer in (shown, page):
+        assert checked_values(answer, "use") == [str(dark.id)]
+        assert checked_values(answer, "avoid_ids") == [str(red.id)]
+        assert "which the request avoids" in answer.text
+    assert re.search(r'name="avoid"[^>]*>blue\s*</textarea>', page.text)
+
+    client.post("/", data=asked, headers=SAME_ORIGIN)
+    assert (submitted(session)["avoid"], submitted(session)["avoid_ids"]) == (["blue"], [str(red.id)])
+    client.post("/", data={**asked, "pin": [str(mixed.id)]}, headers=SAME_ORIGIN)
+    assert [each["image_id"] for each in submitted(session)["references"]] == [str(mixed.id)], "the choice counts"
+
+
 def test_an_invalid_weight_is_reported_once(client: Client) -> None:
     image_id = str(uuid4())
     answer = client.post("/", data={"prompt": "x", "use": image_id, f"weight.{image_id}": "heavy"}, headers=SAME_ORIGIN)

@@ -128,6 +128,17 @@ def test_pinned_references_are_used_again_with_their_weights_and_no_others(
     assert shares == pytest.approx([(each or 1) / sum(other or 1 for other in weights) for each in weights])
 
 
+def test_things_and_images_to_avoid_are_avoided_again(client: Client, session: Session, space: Space) -> None:
+    image = make_image(session, vector=towards(a0=1))
+    avoided: dict[str, Any] = {"avoid": ["a pear", "a bowl of plums"], "avoid_ids": [image.id]}
+    job = make_job(session, state=JobState.SUCCEEDED, **avoided)
+    session.commit()
+    with embed_worker(space, lambda items: towards(a0=1)[None].repeat(len(items), axis=0)):
+        form = again(client, f"/jobs/{job.id}")
+    assert checked_values(form, "avoid_ids") == [str(image.id)]
+    assert [submitted(session)[name] for name in avoided] == [["a pear", "a bowl of plums"], [str(image.id)]]
+
+
 def test_an_output_is_generated_again_with_its_references_and_settings(
     client: Client, session: Session, space: Space
 ) -> None:

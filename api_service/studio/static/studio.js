@@ -5,7 +5,7 @@ const JOB_EVENTS = ["queued", "started", "resolved", "degraded", "moderated", "r
 const MAX_STREAMS = 2;
 const TYPING_PAUSE_MS = 350;
 const RETRY_MS = 2500;
-const PLAN_FIELDS = ["prompt", "model", "collection", "min_similarity", "similar_examples_count", "filter"];
+const PLAN_FIELDS = ["prompt", "concepts", "avoid", "avoid_ids", "model", "collection", "min_similarity", "similar_examples_count", "filter"];
 
 async function fetchPart(address, options = {}) {
   try {
