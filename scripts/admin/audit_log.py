@@ -7,7 +7,8 @@ from scripts.admin.records import Commands, print_record
 from shared.contracts.admin import AuditAction, AuditQuery
 from shared.db import audit
 from shared.db.session import session_scope
-from shared.db.tables import AuditEvent
+
+ROWS_PER_PAGE = 100
 
 
 def add_commands(commands: Commands) -> None:
@@ -28,15 +29,14 @@ def _print(arguments: argparse.Namespace) -> None:
         subject_id=arguments.subject,
         created_after=arguments.after,
         created_before=arguments.before,
+        limit=ROWS_PER_PAGE,
     )
-    last: AuditEvent | None = None
-    while True:
-        # A transaction for each portion: the server ends one that waits for a pager.
+    more = True
+    while more:
+        # A transaction for each page: the server ends one that waits for a pager.
         with session_scope() as session:
-            rows = audit.list_portion(session, query, after=last)
-        if not rows:
-            break
-        last = rows[-1]
+            rows, cursor = audit.list_page(session, query, oldest_first=True)
+        query, more = query.model_copy(update={"cursor": cursor}), cursor is not None
         for row in rows:
             if arguments.as_json:
                 print(audit.view(row).model_dump_json())

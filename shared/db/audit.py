@@ -3,20 +3,17 @@
 Rows are never changed or deleted, which a trigger of the database ensures. They contain no secrets.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import UUID, uuid4
 
-from sqlalchemy import Select, literal, select, tuple_
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 from structlog.contextvars import get_contextvars
 
 from shared.contracts.admin import AuditAction, AuditActor, AuditEventView, AuditQuery
 from shared.db import paging
 from shared.db.tables import ApiKey, AuditEvent
-
-ROWS_PER_PORTION = 1000
 
 
 class Actor(Protocol):
@@ -76,8 +73,10 @@ def record_key(session: Session, actor: Actor, key: ApiKey, *, action: AuditActi
     )
 
 
-def list_page(session: Session, query: AuditQuery) -> tuple[list[AuditEvent], str | None]:
-    """A page of the audit, newest first, and the cursor of the next page.
+def list_page(
+    session: Session, query: AuditQuery, *, oldest_first: bool = False
+) -> tuple[list[AuditEvent], str | None]:
+    """A page of the audit, newest first if not said otherwise, and the cursor of the next page.
 
     Raises:
         InvalidCursorError: the cursor was not made by this API.
@@ -89,16 +88,8 @@ def list_page(session: Session, query: AuditQuery) -> tuple[list[AuditEvent], st
         id=AuditEvent.id,
         cursor=query.cursor,
         limit=query.limit,
+        oldest_first=oldest_first,
     )
-
-
-def list_portion(session: Session, query: AuditQuery, *, after: AuditEvent | None) -> Sequence[AuditEvent]:
-    """The next rows that `query` selects, oldest first, whatever its page; an empty list at the end."""
-    statement = _selected(query).order_by(AuditEvent.created_at, AuditEvent.id).limit(ROWS_PER_PORTION)
-    if after is not None:
-        last = tuple_(literal(after.created_at), literal(after.id))
-        statement = statement.where(tuple_(AuditEvent.created_at, AuditEvent.id) > last)
-    return session.scalars(statement).all()
 
 
 def view(row: AuditEvent) -> AuditEventView:

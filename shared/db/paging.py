@@ -1,4 +1,4 @@
-"""Pages by cursor over (created_at, id), newest first. Inserted or deleted rows do not shift the next page."""
+"""Pages by cursor over (created_at, id), newest or oldest first. New and deleted rows do not shift the next page."""
 
 import base64
 import binascii
@@ -22,15 +22,19 @@ def fetch_page(
     id: InstrumentedAttribute[UUID],  # noqa: A002 - the column's name
     cursor: str | None,
     limit: int,
+    oldest_first: bool = False,
 ) -> tuple[list[Row], str | None]:
     """Up to `limit` rows, and the cursor of the next page, or None on the last page.
 
     Raises:
         InvalidCursorError: the cursor was not made by this function.
     """
+    place = tuple_(created_at, id)
     if cursor is not None:
-        statement = statement.where(tuple_(created_at, id) < tuple_(*_decode(cursor)))
-    rows = list(session.scalars(statement.order_by(created_at.desc(), id.desc()).limit(limit + 1)))
+        last = tuple_(*_decode(cursor))
+        statement = statement.where(place > last if oldest_first else place < last)
+    order = (created_at, id) if oldest_first else (created_at.desc(), id.desc())
+    rows = list(session.scalars(statement.order_by(*order).limit(limit + 1)))
     more = len(rows) > limit
     return rows[:limit], _encode(rows[limit - 1]) if more else None
 

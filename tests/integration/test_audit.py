@@ -190,7 +190,7 @@ def test_the_commands_of_an_operator_are_recorded_and_printed_as_json_lines(
 def test_an_audit_of_many_rows_is_printed_whole(
     session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(audit, "ROWS_PER_PORTION", 3)
+    monkeypatch.setattr("scripts.admin.audit_log.ROWS_PER_PAGE", 3)
     for number in range(10):
         audit.record(session, OPERATOR, action=AuditAction.SPACE_ADDED, subject=str(number))
         session.commit()
