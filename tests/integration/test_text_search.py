@@ -173,6 +173,22 @@ def test_a_changed_description_is_found_by_its_new_words(client: Client, session
     assert matching(session, space, "lion") == matching(session, space, "pet") == []
 
 
+def test_a_sample_counts_as_a_count_of_each_word_does(session: Session, space: Space) -> None:
+    words = ["red", "big", "old", "wet", "dog", "cat"]
+    random = np.random.default_rng(5)
+    shares = [0.9, 0.6, 0.5, 0.2, 0.05, 0.0]
+    having: dict[str, int] = dict.fromkeys(words, 0)
+    for _ in range(60):
+        chosen = [word for word, share in zip(words, shares, strict=True) if random.random() < share]
+        add(session, " ".join(chosen) or None)
+        having = {word: count + (word in chosen) for word, count in having.items()}
+    searchable = text_search._searchable([])
+    for most in (1, 5, 20, 100):
+        for number in range(1, len(words) + 1):
+            counted = text_search._count_images(session, words[:number], searchable, most=most)
+            assert counted == {word: min(having[word], most + 1) for word in words[:number]}, most
+
+
 def test_very_common_words_do_not_select_images(
     session: Session, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +214,50 @@ def test_very_common_words_do_not_select_images(
     assert len(some.found) == 5
     assert not some.exact
     assert {each.image_id for each in some.found} <= reds | {apple}
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def known(session: Session, *names: str, where: ImageFilter | None = None) -> str | None:
+    return text_search.find_name(session, names, collection_id=SHARED_COLLECTION, where=where or ImageFilter())
+
+
+@pytest.mark.parametrize(
+    "caption", ["machine", "The machines!", "two boys, a machine and a door", "They stand by it: the machine is on."]
+)
+def test_a_caption_has_a_name_by_itself(session: Session, space: Space, caption: str) -> None:
+    add(session, caption)
+    assert known(session, "machine") == "machine"
+
+
+@pytest.mark.parametrize("caption", ["slot machine", "the washing machine", "a machine gun", "apparatus", None])
+def test_a_name_that_is_a_part_of_another_one_is_not_known(session: Session, space: Space, caption: str | None) -> None:
+    add(session, caption, "machine", "washing")
+    assert known(session, "machine") is None
+
+
+def test_the_first_known_name_is_found(session: Session, space: Space) -> None:
+    add(session, "bear")
+    assert known(session, "teddy bear", "bear") == "bear"
+    add(session, "a bear with a teddy")
+    assert known(session, "teddy bear", "bear") == "bear", "the words in another order"
+    add(session, "two Teddy-bears", licence="MIT")
+    assert known(session, "teddy bears", "bear") == "bear"
+    teddy = add(session, "the teddy bear", "toy")
+    assert known(session, "teddy bears", "bear") == "teddy bears"
+    assert known(session, "teddy bear", where=ImageFilter(tags=["toy"])) == "teddy bear"
+    assert known(session, "teddy bear", where=ImageFilter(tags=["pet"])) is None
+    session.get_one(Image, teddy).state = "pending"
+    session.flush()
+    assert known(session, "teddy bear") is None, "it is not searchable"
+    assert known(session) is None
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_never_raises(session: Session, space: Space, name: str) -> None:
+    add(session, name)
+    assert known(session, name) in (name, None)
 
 
 # --- the language -------------------------------------------------------------------------------------------------
@@ -560,3 +620,61 @@ def test_the_words_of_images_without_them_are_filled(settings: Settings, session
         assert text_search.fill_words(other, after=UUID(int=0)) == image
         assert text_search.fill_words(other, after=image) is None
     assert matching(session, space, "dogs") == [image]
+
+
+# --- shorter names of a concept -----------------------------------------------------------------------------------
+
+TRACTOR = {
+    "draw me a tractor": towards(a0=1),
+    "tractor": towards(a1=1),
+}
+
+
+def planned(
+    session: Session, space: Space, *, mode: SearchMode = SearchMode.HYBRID, gate: float = 0.5
+) -> retrieval.Plan:
+    query = retrieval.ConceptQuery.of(
+        "draw me a tractor", TRACTOR, collection_id=SHARED_COLLECTION, where=ImageFilter()
+    )
+    return retrieval.plan_concepts(
+        session, space, [query], most=3, gate=retrieval.Gate(gate), settings=RetrievalSettings(), mode=mode
+    ).used
+
+
+def captions(plan: retrieval.Plan) -> list[str | None]:
+    return [each.scored.image.caption for each in plan.candidates]
+
+
+def test_a_concept_that_the_corpus_lacks_is_searched_by_its_name(session: Session, space: Space) -> None:
+    add(session, "pancakes", vector=towards(a0=1, a2=0.5))
+    assert captions(planned(session, space)) == ["pancakes"]
+    add(session, "tractor", vector=towards(a1=1, a2=0.5))
+    plan = planned(session, space)
+    assert captions(plan) == ["tractor"]
+    (reference,), (concept,) = plan.candidates, plan.concepts
+    assert reference.reason.endswith("searched as “tractor”")
+    assert reference.scored.similarity == pytest.approx(0.894, abs=2e-3), "to the name, for the gate"
+    assert reference.concepts == (concept.text,) == ("draw me a tractor",)
+
+
+def test_captions_that_are_sentences_have_names_too(session: Session, space: Space) -> None:
+    add(session, "pancakes", vector=towards(a0=1, a2=0.5))
+    add(session, "An old man sits on the tractor and smiles.", vector=towards(a1=1, a2=0.5))
+    add(session, "A red tractor stands in a field.", vector=towards(a1=1, a3=0.5))
+    assert set(captions(planned(session, space))) == {
+        "An old man sits on the tractor and smiles.",
+        "A red tractor stands in a field.",
+    }
+
+
+def test_a_concept_keeps_its_own_images(session: Session, space: Space) -> None:
+    """An image with all its words passes, its name's images do not pass, or the caller wants vectors alone."""
+    add(session, "pancakes", vector=towards(a0=1, a2=0.5))
+    named = add(session, "tractor", vector=towards(a1=1, a2=2))
+    assert captions(planned(session, space)) == ["pancakes"], "0.45 is below the gate"
+    session.get_one(Image, named).caption = "draw a tractor"
+    add(session, "tractor", vector=towards(a1=1, a3=0.5))
+    assert captions(planned(session, space, mode=SearchMode.VECTOR)) == ["pancakes"]
+    assert captions(planned(session, space)) == ["tractor"]
+    add(session, "draw the tractor", vector=towards(a0=1, a3=1))
+    assert set(captions(planned(session, space))) == {"pancakes", "draw the tractor"}
