@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 MAX_CONCEPTS = 8
 """Most concepts of one prompt."""
+MAX_HEADS = 2
+"""Most heads of one concept: its last word, and its last two words."""
 
 
 def split_prompt(prompt: str) -> list[str]:
@@ -18,9 +20,8 @@ def split_prompt(prompt: str) -> list[str]:
     `a robot holding a flower` has two. A part stays with its thing: `a red apple with a bite`. Words about style, words
     that the prompt excludes, and pronouns are left out. A prompt that names one thing and no style comes back as it is.
     """
-    tokens = [_Token(found[0], found.start(), found.end()) for found in _TOKEN.finditer(prompt)]
-    words = {token.word for token in tokens}
-    if words & FOREIGN and not words & _ENGLISH:
+    tokens = _tokens(prompt)
+    if _is_foreign(tokens):
         return [prompt]
     phrases = [phrase for phrase in _phrases(_without_style(tokens)) if _names_a_thing(phrase)]
     concepts = {text.casefold(): text for text in (_text(prompt, phrase) for phrase in phrases)}
@@ -33,6 +34,30 @@ def wordings(concept: str) -> list[str]:
     A CLIP may know `dog` and not `two dogs`. Another image may be captioned `two hearts`.
     """
     return list(dict.fromkeys([concept, singular(concept)]))
+
+
+def heads(concept: str) -> list[str]:
+    """Return the names of a concept without its first words, longest first, at most `MAX_HEADS`, in the singular.
+
+    `a big juicy hamburger` has `juicy hamburger` and `hamburger`, `a pile of books` has `book`. A CLIP may know the
+    name and not the name with further words. A text that names several things, or that is its only name, has none.
+    """
+    if _is_foreign(_tokens(concept)) or len(things := split_prompt(concept)) != 1:
+        return []
+    words = [token for token in _tokens(things[0]) if token.text[0].isalnum()]
+    end = next((place for place, token in enumerate(words) if place and token.word in _ENDS_NAME), len(words))
+    ends = [words[end - length : end] for length in range(min(MAX_HEADS, end), 0, -1)]
+    names = [
+        singular(_text(things[0], name))
+        for name in ends
+        if _names_a_thing(name) and _NOT_IN_NAMES.isdisjoint(token.word for token in name)
+    ]
+    return [name for name in dict.fromkeys(names) if name != concept]
+
+
+def searched_texts(concept: str) -> list[str]:
+    """Return the texts whose vectors the search of a concept needs: its wordings, then its heads, each once."""
+    return list(dict.fromkeys([*wordings(concept), *heads(concept)]))
 
 
 def singular(text: str) -> str:
@@ -158,19 +183,40 @@ FOREIGN = _words(
 _ENGLISH = _words("a an the and with of")
 _NEED_MORE = DETERMINERS | PRONOUNS | _words("of for to")
 _ENDS_NOUN = PREPOSITIONS | LINKS | _words("of and wearing holding")
-_IRREGULAR = {"mice": "mouse", "geese": "goose", "feet": "foot", "teeth": "tooth", "children": "child", "oxen": "ox"}
-_IRREGULAR |= {
+_IRREGULAR = {
     "men": "man",
     "women": "woman",
     "people": "person",
-    "wolves": "wolf",
+    "children": "child",
+    "mice": "mouse",
+    "geese": "goose",
+    "feet": "foot",
+    "teeth": "tooth",
+    "oxen": "ox",
     "leaves": "leaf",
+    "loaves": "loaf",
+    "hooves": "hoof",
+    "scarves": "scarf",
+    "thieves": "thief",
     "knives": "knife",
+    "wives": "wife",
+    "axes": "axe",
+    "pickaxes": "pickaxe",
+    "lenses": "lens",
+    "canvases": "canvas",
+    "quizzes": "quiz",
 }
+_ENDS_IN_IE = _words("cookies movies zombies selfies genies pixies smoothies brownies hoodies birdies bowties neckties")
+_ENDS_IN_I = _words("skis taxis kiwis emojis bikinis safaris martinis")
 _ALWAYS_PLURAL = _words(
-    "scissors glasses sunglasses goggles jeans trousers shorts pants tongs pliers bagpipes binoculars headphones "
-    "clothes fries fireworks christmas species series"
+    "scissors glasses sunglasses eyeglasses goggles jeans trousers shorts pants tongs pliers bagpipes binoculars "
+    "headphones clothes fries fireworks christmas xmas species series news lens canvas rhinoceros"
 )
+"""Without another singular. Some of them name one thing."""
+_ADDS_ES = re.compile(r"(?:ss|x|zz|sh|(?<!a)ch|[eo]ach|[^aefo]us|(?<=..)(?<!sh)(?<!can)(?<!ob)o)es$")
+"""The plurals `dresses`, `branches`, `beaches`, `buses` and `tomatoes`, and not `headaches`, `houses` or `shoes`."""
+_ENDS_NAME = _ENDS_NOUN - _words("of and")
+_NOT_IN_NAMES = COUNTING | PRONOUNS | _ENDS_NOUN
 
 # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -192,6 +238,16 @@ class _Token:
 
 
 Phrase = Sequence[_Token]
+
+
+def _tokens(text: str) -> list[_Token]:
+    return [_Token(found[0], found.start(), found.end()) for found in _TOKEN.finditer(text)]
+
+
+def _is_foreign(tokens: Phrase) -> bool:
+    """Whether the words are of another language, which these rules do not read."""
+    words = {token.word for token in tokens}
+    return bool(words & FOREIGN) and not words & _ENGLISH
 
 
 def _without_style(tokens: Phrase) -> list[Phrase]:
@@ -306,14 +362,18 @@ def _text(prompt: str, phrase: Phrase) -> str:
 
 def _singular_word(word: str) -> str:
     lower = word.lower()
-    if lower in _ALWAYS_PLURAL or len(lower) < 4:
-        return word
     if lower in _IRREGULAR:
         return _IRREGULAR[lower]
-    if lower.endswith("ies") and len(lower) > 4:
+    if lower in _ALWAYS_PLURAL or len(lower) < 4:
+        return word
+    if lower.endswith("ies") and len(lower) > 4 and lower not in _ENDS_IN_IE:
         return word[:-3] + "y"
-    if re.search(r"(?:ss|x|zz|ch|sh|[ntg]o)es$", lower):
+    if lower.endswith(("halves", "calves", "elves", "olves")):
+        return word[:-3] + "f"
+    if len(lower) > 5 and re.search(r"(?:wo|[^aiou])men$", lower):
+        return word[:-2] + "an"
+    if _ADDS_ES.search(lower):
         return word[:-2]
-    if lower.endswith("s") and not lower.endswith(("ss", "us", "is")):
+    if lower in _ENDS_IN_I or (lower.endswith("s") and not lower.endswith(("ss", "us", "is"))):
         return word[:-1]
     return word

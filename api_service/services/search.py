@@ -20,7 +20,7 @@ from api_service.services.generation import split_texts
 from shared import prompt_planner, retrieval
 from shared.cache import get_cache_manager
 from shared.capabilities import default_references, resolve_mode
-from shared.concepts import wordings
+from shared.concepts import searched_texts, wordings
 from shared.contracts.generation import Mode
 from shared.contracts.search import (
     ImageFilter,
@@ -145,7 +145,7 @@ def plan_references(query: RagSearchQuery, *, caller: Caller, where: ImageFilter
         concepts = split_texts(query.prompt, prompt_planner.concepts_of)
     texts = concepts or [query.prompt]
     avoided = [wording for text in query.avoid for wording in wordings(text)]
-    queried = list(dict.fromkeys([*(wording for text in texts for wording in wordings(text)), *avoided]))
+    queried = list(dict.fromkeys([*(queried for text in texts for queried in searched_texts(text)), *avoided]))
     vectors = dict(zip(queried, text_vectors(queried, space), strict=True))
     with session_scope() as session:
         known = workers.list_capabilities(session).get(name)
@@ -157,10 +157,7 @@ def plan_references(query: RagSearchQuery, *, caller: Caller, where: ImageFilter
         plan = retrieval.plan_concepts(
             session,
             space,
-            [
-                retrieval.ConceptQuery(text, [vectors[wording] for wording in wordings(text)], collection.id, where)
-                for text in texts
-            ],
+            [retrieval.ConceptQuery.of(text, vectors, collection_id=collection.id, where=where) for text in texts],
             most=min(query.k or default_k, generator.max_references, most),
             gate=gate,
             settings=settings.retrieval,

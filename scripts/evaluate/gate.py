@@ -15,7 +15,7 @@ from scripts.evaluate.queries import IN_CORPUS, Kind, Query, QuerySet
 from scripts.evaluate.service_corpus import ServiceCorpus
 from scripts.evaluate.statistics import Estimate, estimate, ratio
 from shared import retrieval
-from shared.concepts import split_prompt, wordings
+from shared.concepts import searched_texts, split_prompt
 from shared.contracts.search import ImageFilter, SearchMode
 from shared.db.images import Vector
 from shared.settings import RetrievalSettings
@@ -73,7 +73,7 @@ def plan_queries(
     """Plan the references of each query in both ways. gate: the one of the way `service`."""
     return {
         Way.SERVICE: _plan(
-            [(query, {text: wordings(text) for text in split_prompt(query.text)}) for query in queries],
+            [(query, split_prompt(query.text)) for query in queries],
             corpus,
             encode,
             gate=gate,
@@ -81,7 +81,7 @@ def plan_queries(
             settings=settings,
         ),
         Way.ONE_VECTOR: _plan(
-            [(query, {query.text: [query.text]}) for query in queries],
+            [(query, [query.text]) for query in queries],
             corpus,
             encode,
             gate=retrieval.Gate(ONE_VECTOR_MIN_SIMILARITY),
@@ -92,7 +92,7 @@ def plan_queries(
 
 
 def _plan(
-    queries: Sequence[tuple[Query, Mapping[str, Sequence[str]]]],
+    queries: Sequence[tuple[Query, Sequence[str]]],
     corpus: ServiceCorpus,
     encode: Encode,
     *,
@@ -100,18 +100,21 @@ def _plan(
     mode: SearchMode,
     settings: RetrievalSettings,
 ) -> list[Outcome]:
-    """Plan the references of queries. queries: each with its concepts and the wordings of these."""
-    texts = sorted({text for _, concepts in queries for texts in concepts.values() for text in texts})
+    """Plan the references of queries. queries: each with its concepts. By vectors alone, these have one wording."""
+    texts = sorted({text for _, concepts in queries for concept in concepts for text in searched_texts(concept)})
     vectors = dict(zip(texts, encode(texts), strict=True))
+
+    def query_of(concept: str) -> retrieval.ConceptQuery:
+        if mode is SearchMode.VECTOR:
+            return retrieval.ConceptQuery(concept, [vectors[concept]], corpus.collection_id, ImageFilter())
+        return retrieval.ConceptQuery.of(concept, vectors, collection_id=corpus.collection_id, where=ImageFilter())
+
     outcomes = []
     for query, concepts in queries:
         plan = retrieval.plan_concepts(
             corpus.session,
             corpus.space,
-            [
-                retrieval.ConceptQuery(concept, [vectors[text] for text in texts], corpus.collection_id, ImageFilter())
-                for concept, texts in concepts.items()
-            ],
+            [query_of(concept) for concept in concepts],
             most=max(settings.default_k, len(concepts)),
             gate=gate,
             settings=settings,
@@ -119,7 +122,7 @@ def _plan(
         )
         used = [candidate.scored.image.caption or "" for candidate in plan.candidates if candidate.used]
         corpus.session.rollback()  # the server ends a session that idles in a transaction, as during `encode`
-        outcomes.append(Outcome(query, list(concepts), used))
+        outcomes.append(Outcome(query, concepts, used))
     return outcomes
 
 

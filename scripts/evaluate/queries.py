@@ -11,7 +11,11 @@ from shared.errors import ConfigurationError
 
 class QuerySet(StrEnum):
     TEST = "test"
-    """Queries by an author who had seen neither the rules nor the tuning queries. Nothing is tuned on them."""
+    """Queries by an author who had seen neither the rules nor the tuning queries.
+
+    The author of the search by shorter names (`shared.concepts.heads`), and of the later rules for the singular, had
+    seen the results on them.
+    """
     TUNING = "tuning"
     """Queries by the author of the rules, who tuned these on them."""
 

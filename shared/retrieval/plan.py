@@ -5,18 +5,22 @@ A concept is a thing that the image shows. A prompt that was not split is one co
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Self
 from uuid import UUID
 
 import numpy as np
 from sqlalchemy.orm import Session
 
+from shared.concepts import heads, wordings
 from shared.contracts.jobs import ReferenceKind
 from shared.contracts.search import FoundBy, ImageFilter, PlannedConcept, SearchMode
+from shared.db import text_search
 from shared.db.images import ScoredImage, Vector
 from shared.db.spaces import Space
 from shared.retrieval.candidates import find_candidates
 from shared.retrieval.diversity import is_near_duplicate, without_near_duplicates
-from shared.retrieval.gate import Gate
+from shared.retrieval.gate import ALL_WORDS, Gate
 from shared.retrieval.query_vector import combine
 from shared.settings import RetrievalSettings
 
@@ -49,6 +53,7 @@ class ConceptQuery:
 
     vectors: of its wordings (`shared.concepts.wordings`), each of shape (dim,), float32, L2-normalised.
     k: its largest number of references; None: no limit.
+    heads: the vectors of its shorter names (`shared.concepts.heads`), longest first.
     """
 
     text: str
@@ -56,6 +61,27 @@ class ConceptQuery:
     collection_id: UUID
     where: ImageFilter
     k: int | None = None
+    heads: Mapping[str, Vector] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        text: str,
+        vectors: Mapping[str, Vector],
+        *,
+        collection_id: UUID,
+        where: ImageFilter,
+        k: int | None = None,
+    ) -> Self:
+        """The query of a concept. vectors: of `shared.concepts.searched_texts`, by text."""
+        return cls(
+            text,
+            [vectors[wording] for wording in wordings(text)],
+            collection_id,
+            where,
+            k,
+            {name: vectors[name] for name in heads(text)},
+        )
 
 
 @dataclass(frozen=True)
@@ -84,12 +110,20 @@ class ConceptImages:
     """The images that the search of a concept found, best first. k: as in `ConceptQuery`.
 
     refused: reasons by id of images that are not used, whatever their similarity.
+    head: the shorter name by which they were found; `None`: the concept itself.
     """
 
     text: str
     images: Sequence[ScoredImage]
     k: int | None = None
     refused: Mapping[UUID, str] = field(default_factory=dict)
+    head: str | None = None
+
+    def passing(self, gate: Gate) -> list[ScoredImage]:
+        """The images that are not refused and pass the gate."""
+        allowed = [found for found in self.images if found.image.id not in self.refused]
+        best = max((found.similarity for found in allowed), default=0.0)
+        return [found for found in allowed if gate.passes(found.similarity, word_share=found.word_share, best=best)]
 
 
 @dataclass(frozen=True)
@@ -125,13 +159,31 @@ def plan_concepts(
     """Search each concept, and choose at most `most` references that cover them. `decide` says how."""
     if most == 0:
         return Plan([], [])
-    searched = [
-        search_concept(
-            session, space, concept, k=depth(most) * OVERFETCH, settings=settings, mode=mode, avoided=avoided
+    searched = []
+    for concept in concepts:
+        search = partial(
+            search_concept,
+            session,
+            space,
+            k=depth(most) * OVERFETCH,
+            settings=settings,
+            mode=mode,
+            avoided=avoided,
         )
-        for concept in concepts
-    ]
+        found = search(concept)
+        if mode is not SearchMode.VECTOR and (head := _find_head(session, concept, found, gate)):
+            by_head = search(replace(concept, text=head, vectors=[concept.heads[head]]))
+            if by_head.passing(gate):
+                found = replace(by_head, text=concept.text, head=head)
+        searched.append(found)
     return decide(searched, most=most, gate=gate, settings=settings)
+
+
+def _find_head(session: Session, concept: ConceptQuery, found: ConceptImages, gate: Gate) -> str | None:
+    """The longest name of the concept that a caption has, if no image that passes has all words of the concept."""
+    if not concept.heads or any(each.word_share >= ALL_WORDS for each in found.passing(gate)):
+        return None
+    return text_search.find_name(session, list(concept.heads), collection_id=concept.collection_id, where=concept.where)
 
 
 def search_concept(
@@ -253,13 +305,15 @@ class _Chosen:
 
 def _shortlist(concept: ConceptImages, size: int, gate: Gate, settings: RetrievalSettings) -> list[_Entry]:
     best = max((found.similarity for found in concept.images if found.image.id not in concept.refused), default=0.0)
+    searched_as = "" if concept.head is None else f"; searched as “{concept.head}”"
     distinct = without_near_duplicates(concept.images, similarity=settings.duplicate_similarity)[:size]
     decisions = (
         (False, refused) if (refused := concept.refused.get(found.image.id)) else gate.decide(found, best=best)
         for found in distinct
     )
     return [
-        _Entry(found, rank, *decision) for rank, (found, decision) in enumerate(zip(distinct, decisions, strict=True))
+        _Entry(found, rank, passed, reason + searched_as)
+        for rank, (found, (passed, reason)) in enumerate(zip(distinct, decisions, strict=True))
     ]
 
 

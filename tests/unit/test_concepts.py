@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.concepts import MAX_CONCEPTS, singular, split_prompt, wordings
+from shared.concepts import MAX_CONCEPTS, MAX_HEADS, heads, searched_texts, singular, split_prompt, wordings
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,10 @@ def test_any_prompt_has_a_bounded_number_of_concepts_that_it_contains(prompt: st
     assert len({concept.casefold() for concept in concepts}) == len(concepts)
     for concept in concepts:
         assert wordings(concept)[0] == concept
+        assert len(heads(concept)) <= MAX_HEADS
+        assert concept not in heads(concept)
+        assert searched_texts(concept)[:1] == [concept]
+        assert set(searched_texts(concept)) == {*wordings(concept), *heads(concept)}
 
 
 @pytest.mark.parametrize("piece", ["a ", ",", "and ", "a cat with ", "ing ", "(", "a red and ", "😀", "x", "no "])
@@ -122,6 +126,7 @@ def test_hostile_prompts_take_no_time(piece: str) -> None:
     started = time.process_time()
     split_prompt((piece * 2000)[:2000])
     singular((piece * 2000)[:2000])
+    heads((piece * 2000)[:2000])
     assert time.process_time() - started < 0.5
 
 
@@ -134,6 +139,28 @@ def test_hostile_prompts_take_no_time(piece: str) -> None:
         ("a pair of scissors", "scissors"),
         ("butterflies", "butterfly"),
         ("mice", "mouse"),
+        ("two men", "man"),
+        ("snowmen", "snowman"),
+        ("cookies", "cookie"),
+        ("zombies", "zombie"),
+        ("fairies", "fairy"),
+        ("ties", "tie"),
+        ("buses", "bus"),
+        ("houses", "house"),
+        ("horses", "horse"),
+        ("dresses", "dress"),
+        ("octopuses", "octopus"),
+        ("heroes", "hero"),
+        ("shoes", "shoe"),
+        ("toes", "toe"),
+        ("peaches", "peach"),
+        ("moustaches", "moustache"),
+        ("shelves", "shelf"),
+        ("gloves", "glove"),
+        ("waves", "wave"),
+        ("axes", "axe"),
+        ("foxes", "fox"),
+        ("taxis", "taxi"),
         ("three old books on a table", "old book on a table"),
         ("red roses", "red rose"),
         ("4 boxes", "box"),
@@ -146,6 +173,44 @@ def test_plurals_have_a_second_wording(text: str, one: str) -> None:
     assert wordings(text) == [text, one]
 
 
-@pytest.mark.parametrize("text", ["a dog", "the cactus", "a glass of milk", "chess", "glasses", "12345 678", "", "猫"])
+@pytest.mark.parametrize(
+    "text",
+    ["a dog", "the cactus", "a glass of milk", "chess", "glasses", "a canvas", "news", "tennis", "12345 678", "", "猫"],
+)
 def test_other_texts_have_one_wording(text: str) -> None:
     assert wordings(text) == [text]
+
+
+@pytest.mark.parametrize(
+    ("concept", "names"),
+    [
+        ("draw me a tractor", ["tractor"]),
+        ("a big juicy hamburger", ["juicy hamburger", "hamburger"]),
+        ("an angry face", ["angry face", "face"]),
+        ("a pile of books", ["book"]),
+        ("a flock of geese", ["goose"]),
+        ("a red apple with a bite", ["red apple", "apple"]),
+        ("a girl with long hair and blue eyes", ["girl"]),
+        ("a black and white cat", ["white cat", "cat"]),
+        ("off its feathers", ["feather"]),
+        ("geese", ["goose"]),
+    ],
+)
+def test_the_last_words_of_a_concept_name_it(concept: str, names: list[str]) -> None:
+    assert heads(concept) == names
+
+
+@pytest.mark.parametrize(
+    "concept",
+    [
+        "hamburger",
+        "a robot holding a flower",
+        "un chat avec un chapeau noir",
+        "猫が帽子をかぶっている",
+        "the of",
+        "...",
+        "",
+    ],
+)
+def test_a_name_several_things_and_other_languages_have_no_shorter_name(concept: str) -> None:
+    assert heads(concept) == []

@@ -12,7 +12,7 @@ import numpy as np
 
 from shared import retrieval
 from shared.capabilities import check_parameters, drawable_size, resolve_mode
-from shared.concepts import wordings
+from shared.concepts import searched_texts, wordings
 from shared.contracts.generation import GenerationParameters, Mode
 from shared.db import collections, images, spaces
 from shared.db.collections import Principal
@@ -131,13 +131,13 @@ def needs_references(parameters: GenerationParameters) -> bool:
 def query_texts(parameters: GenerationParameters) -> list[str]:
     """The texts by which references are compared, each once.
 
-    They are the wordings of all concepts and of the texts to avoid, or the prompt for references that the request
-    names.
+    They are the texts of all concepts (`searched_texts`) and the wordings of the texts to avoid, or the prompt for
+    references that the request names.
     """
     if parameters.named_references:
         return [parameters.prompt]
-    texts = [*(concept.text for concept in parameters.searched_concepts), *parameters.avoid]
-    return list(dict.fromkeys(wording for text in texts for wording in wordings(text)))
+    of_concepts = [text for concept in parameters.searched_concepts for text in searched_texts(concept.text)]
+    return list(dict.fromkeys([*of_concepts, *(wording for text in parameters.avoid for wording in wordings(text))]))
 
 
 def retrieve(
@@ -185,8 +185,9 @@ def retrieve(
         for concept in parameters.searched_concepts:
             where = concept.filter or parameters.filter
             collection = collections.get_by_name(session, where.collection, principal=principal)
-            of_wordings = [of_text[text] for text in wordings(concept.text)]
-            queries.append(retrieval.ConceptQuery(concept.text, of_wordings, collection.id, where, concept.k))
+            queries.append(
+                retrieval.ConceptQuery.of(concept.text, of_text, collection_id=collection.id, where=where, k=concept.k)
+            )
         return retrieval.plan_concepts(
             session,
             models.space,
