@@ -14,6 +14,9 @@ from ops.local import postgres, valkey
 from ops.local.layout import Layout, StackState
 from shared.settings import Settings
 
+APP_WAIT_S = 180
+"""Loading the starter models from a cold disk on a busy laptop takes most of this time."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -23,6 +26,8 @@ class Program:
     command: list[str]
     group: Literal["servers", "app"] = "app"
     stop_signal: str = "TERM"
+    start_wait_s: float = APP_WAIT_S
+    """Longest time until it is ready."""
     stop_wait_s: int = 10
     environment: Mapping[str, str] = field(default_factory=dict)
     serves: tuple[str, str | None] | None = None
@@ -67,7 +72,15 @@ def app(
         worker(name, "embed", serves=("embed", None)) for name in _instance_names("embed", instances.get("embed", 1))
     ]
     programs += [
-        worker(name, "generate", "--model", model, serves=("generate", model))
+        worker(
+            name,
+            "generate",
+            "--model",
+            model,
+            serves=("generate", model),
+            # A model of many gigabytes takes longer than the starter. Its watchdog ends a worker that hangs.
+            start_wait_s=settings.watchdog.load_s + settings.watchdog.warm_up_s,
+        )
         for model in settings.model.generators
         for name in _instance_names(f"generate-{model}", instances.get("generate", 1))
     ]
@@ -81,11 +94,18 @@ def app(
 
 
 def _worker(
-    settings: Settings, state: StackState, module: str, name: str, *arguments: str, serves: tuple[str, str | None]
+    settings: Settings,
+    state: StackState,
+    module: str,
+    name: str,
+    *arguments: str,
+    serves: tuple[str, str | None],
+    start_wait_s: float = APP_WAIT_S,
 ) -> Program:
     return Program(
         name,
         _python("-m", module, *arguments),
+        start_wait_s=start_wait_s,
         # The worker exits without cleanup 15 s after its grace time.
         stop_wait_s=int(settings.jobs.shutdown_grace_s) + 20,
         environment=_metrics(state, name),

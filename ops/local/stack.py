@@ -33,8 +33,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DATABASE = "afterimage"
 SERVER_WAIT_S = 60
 MIGRATION_WAIT_S = 120
-APP_WAIT_S = 180
-"""Loading models from a cold disk on a busy laptop takes most of this time."""
 STOP_WAIT_S = 120
 
 
@@ -256,7 +254,7 @@ class LocalStack:
                 ready = partial(_workers_ready, database, program.serves, expected, since=start)
             else:
                 continue
-            self._wait_for(program.name, ready, APP_WAIT_S)
+            self._wait_for(program.name, ready, program.start_wait_s)
         database.dispose()
 
     def _wait_for(self, name: str, is_ready: Callable[[], bool], timeout_s: float) -> None:

@@ -24,10 +24,12 @@ import psycopg2
 import pytest
 import redis
 
+from ops.local import programs
 from ops.local.layout import MAX_SOCKET_PATH_BYTES, Layout, StackState
 from ops.local.orphans import stack_processes
 from ops.local.stack import REPOSITORY, LocalStack, StackError
 from shared.messaging.redis import fail_fast
+from shared.settings import Settings, WatchdogSettings
 from tests.stack import RunningStack, clean_environment, running_stack, wait_until
 
 
@@ -207,6 +209,14 @@ def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path: Path) -
 
 
 @pytest.mark.extended
+def test_a_large_model_may_load_as_long_as_its_watchdog_permits() -> None:
+    settings = Settings(watchdog=WatchdogSettings(load_s=5000, warm_up_s=2000))
+    started = programs.app(settings, StackState(), {})
+    waits = {program.serves: program.start_wait_s for program in started if program.serves}
+    assert waits[("generate", settings.model.default_generator)] == 7000
+    assert waits[("embed", None)] == programs.APP_WAIT_S
+
+
 def test_a_deep_folder_gets_a_control_socket_with_a_short_path(tmp_path: Path) -> None:
     deep = tmp_path / ("a-rather-deep-folder-" * 5) / "var"
     stack = LocalStack(deep)
