@@ -11,7 +11,7 @@ from shared.errors import ConfigurationError
 
 class QuerySet(StrEnum):
     TEST = "test"
-    """Queries by an author who had seen neither the rules nor the tuning queries.
+    """Queries by an author who had not seen the rules, and had seen only about 20 tuning queries.
 
     The author of the search by shorter names (`shared.concepts.heads`), and of the later rules for the singular, had
     seen the results on them.

@@ -41,8 +41,9 @@ WHAT = """\
 Each query is planned twice on the same images in Postgres. `service` is the plan of the API and the workers: concepts,
 hybrid search, and the gate in force. `one vector` is the whole prompt as one vector, without words, with a lowest
 similarity of {one_vector:g}. Queries and right captions were written by hand. Of the starter's sets, `tuning` is by the
-author of the rules for splitting and for the singular, who tuned them on it. The author of `test` had seen neither.
-But the search by shorter names was made for failures on `test`, so this set tests it less strictly.
+author of the rules for splitting and for the singular, who tuned them on it. The author of `test` had not seen the
+rules, and had seen only about 20 queries of `tuning`. But the search by shorter names was made for failures on `test`,
+so this set tests it less strictly.
 Intervals are 95 % percentile intervals of a bootstrap over queries."""
 
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 MUON_RATE = 5.0
-"""Muon's rate relative to AdamW's. Its updates have AdamW's size ("match_rms_adamw"), but permit a higher rate."""
+"""The rate of MuonWithAdamW relative to that of `adamw`. Muon's updates have AdamW's size ("match_rms_adamw"), but
+permit a higher rate. With a fifth of it for embeddings and gains, the picture generator hardly used its references
+after 22,000 pictures."""
 SMALLEST_WIDTH = 8
 """AdamW trains layers with fewer input or output channels, which are the first and the last layer."""
 

@@ -225,7 +225,7 @@ def test_the_metrics_count_requests_and_jobs(server: Server, http: httpx.Client)
     http.get("/jobs/not-an-id")
 
     def all_connections_are_back() -> bool:
-        # The thread of a request gives its connection back after the answer was sent.
+        # After the answer to a submit, a thread that dispatches the job uses a connection.
         return "database_connections_active 0.0" in httpx.get(f"{server.url}/metrics").text
 
     wait_until(all_connections_are_back, timeout_s=10, what="the connections")

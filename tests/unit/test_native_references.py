@@ -20,7 +20,7 @@ from tests.unit.test_diffusion_batches import REQUEST, ROUNDING, distance, gener
 from tests.unit.test_diffusion_nested_calls import assert_independent
 from worker_service.models.generation import framing, schedulers
 from worker_service.models.generation.diffusion import Diffusion
-from worker_service.models.generation.native_references import CallShape, NativeReferences
+from worker_service.models.generation.native_references import CallShape, NativeReferences, in_prompt_order
 from worker_service.models.interface import ImageRequest
 
 Loaded = Callable[[str], Diffusion]
@@ -272,6 +272,11 @@ def test_rows_share_a_call_only_with_references_of_one_side(native: Loaded) -> N
     two_sides = replace(qwen.native_references, side_of_several=FULL_SIDE)
     same_prompt = replace(one, prompt=several.prompt)
     assert two_sides.batch_key(several) != two_sides.batch_key(same_prompt)
+
+
+def test_a_thing_is_not_looked_for_inside_of_another_word() -> None:
+    car, carrot = (replace(reference(place), concepts=(thing,)) for place, thing in enumerate(("a car", "a carrot")))
+    assert in_prompt_order([car, carrot], "A carrot and a car") == [carrot, car]
 
 
 @pytest.mark.parametrize(

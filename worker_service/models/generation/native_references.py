@@ -85,7 +85,8 @@ def in_prompt_order(references: Sequence[Reference], prompt: str) -> list[Refere
     places = []
     for each in references:
         thing = each.concepts[0] if each.concepts else ""
-        places.append((turns[thing], prompt.casefold().find(thing.casefold())))
+        named = re.search(rf"\b{re.escape(thing)}\b", prompt, re.IGNORECASE)  # no `a car` in `a carrot`
+        places.append((turns[thing], -1 if named is None else named.start()))
         turns[thing] += 1
     return [each for _, each in sorted(zip(places, references, strict=True), key=lambda pair: pair[0])]
 
