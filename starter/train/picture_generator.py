@@ -52,13 +52,14 @@ CONTENT_ONLY = "{% for message in messages %}{{ message['content'] | lower }}{% 
 """The chat template: the prompt itself. The pipeline always applies a template."""
 
 KINDS: dict[tuple[int, int], float] = {
-    (0, FULL_SIDE): 0.14,
-    (1, FULL_SIDE): 0.26,
-    (2, FULL_SIDE): 0.06,
+    (0, FULL_SIDE): 0.12,
+    (1, FULL_SIDE): 0.24,
+    (2, FULL_SIDE): 0.08,
     (3, FULL_SIDE): 0.06,
-    (2, HALF_SIDE): 0.30,
-    (3, HALF_SIDE): 0.13,
-    (4, HALF_SIDE): 0.05,
+    (4, FULL_SIDE): 0.08,
+    (2, HALF_SIDE): 0.24,
+    (3, HALF_SIDE): 0.12,
+    (4, HALF_SIDE): 0.06,
 }
 """Probability of each number of references and their side."""
 

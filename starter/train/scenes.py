@@ -19,8 +19,10 @@ HALF_SIDE = IMAGE_PX // 2
 COLOURABLE_SHARE = 0.35
 SAME_DRAWING = 0.85
 """Probability that the drawn image is its reference. Otherwise it is another drawing of the same concept."""
-COUNTED_SHARE = 0.3
+COUNTED_SHARE = 0.35
 """Share of the scenes of one concept that show it several times."""
+COLOUR_SHARE = 0.5
+"""Share of the things that can be recoloured whose caption names another colour than their reference has."""
 
 COMMON_PLACES = frozenset({"grass", "mountains"})
 """Grounds that a caption with a time or a weather need not name."""
@@ -173,7 +175,7 @@ class SceneMaker:
             drawn = (images[-1],)
         drawn = tuple((drawn * number)[:number])
         colour, look, article = "", "", None
-        if rng.random() < 0.25 and coloured_share(self._drawing(drawn[0], HALF_SIDE)) > COLOURABLE_SHARE:
+        if rng.random() < COLOUR_SHARE and coloured_share(self._drawing(drawn[0], HALF_SIDE)) > COLOURABLE_SHARE:
             colour = rng.choice(list(HUES))
         if rng.random() < 0.15:
             look = rng.choice(LOOKS)
