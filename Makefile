@@ -45,7 +45,7 @@ eval: $(READY) ## measure whether retrieval helps; figures, a chart and sheets i
 	$(PY) -m scripts.evaluate $(EVAL)
 
 bench: $(READY) ## measure caching, connection pooling and typing, each with its conditions
-	@$(PY) -m ops.local run --generate 0 -- sh -c '$(PY) -m scripts.index_images starter/corpus.tar --url "$$AFTERIMAGE_URL" \
+	@$(PY) -m ops.local run --generate 0 -- sh -c '$(PY) -m scripts.index_images starter/corpus.tar.gz --url "$$AFTERIMAGE_URL" \
 		&& $(PY) -m benchmarks.search_cache && $(PY) -m benchmarks.connection_pool && $(PY) -m benchmarks.typing_coverage'
 
 chaos: $(READY) ## faults at random moments under load, every promise checked, into out/chaos/  (CHAOS="--seed 7", CHAOS=--help)

@@ -75,7 +75,7 @@ def measure(
         bulk_key = stack.new_key("many", "generate", "search", "corpus:write")
         other_key = stack.new_key("interactive", "generate", "search")
         if corpus:
-            run_script(stack, bulk_key, "scripts.index_images", "starter/corpus.tar", "--quiet")
+            run_script(stack, bulk_key, "scripts.index_images", "starter/corpus.tar.gz", "--quiet")
         with Afterimage(stack.url, api_key=bulk_key) as many, Afterimage(stack.url, api_key=other_key) as other:
             return run(stack, many, other, bulk_key, Path(folder), items, alone, kind)
 

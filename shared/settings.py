@@ -1,8 +1,9 @@
 """Every setting of the product: its type, its bounds and its meaning.
 
 Sources, strongest first: keyword arguments, the environment (`AFTERIMAGE_DATABASE__URL=...`), `.env.<environment>`,
-`.env`, a TOML file, and the defaults in this file. `AFTERIMAGE_CONFIG_FILE` names the TOML file, `afterimage.toml` by
-default. The defaults run offline on a laptop.
+`.env`, a folder of secrets, a TOML file, and the defaults in this file. `AFTERIMAGE_SECRETS_DIR` names the folder, in
+which the file `afterimage_database__url` holds one value. `AFTERIMAGE_CONFIG_FILE` names the TOML file,
+`afterimage.toml` by default. The defaults run offline on a laptop.
 """
 
 import logging
@@ -31,6 +32,7 @@ from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
     InitSettingsSource,
+    NestedSecretsSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -44,7 +46,7 @@ from shared.singleton import process_singleton
 
 logger = logging.getLogger(__name__)
 
-NOT_SECTIONS = ("environment", "config_file", "url", "stack", "api_key")
+NOT_SECTIONS = ("environment", "config_file", "secrets_dir", "url", "stack", "api_key")
 """Names after the prefix `AFTERIMAGE_` that are not sections. A local stack sets `url` and `stack` for programs started
 beside it. A client reads `url` and `api_key`."""
 
@@ -491,16 +493,17 @@ def _is_folder(source: str) -> bool:
 
 
 def _starter_generator() -> dict[str, GeneratorSettings]:
-    folder = str(STARTER / "models" / "generator")
     return {
         "starter": GeneratorSettings(
-            source=folder,
-            ip_adapter=IPAdapterSettings(source=folder, conditions_on="embedding_space"),
-            defaults=GeneratorDefaults(
-                width=64, height=64, num_inference_steps=16, guidance_scale=2.5, ip_adapter_scale=1.0
-            ),
+            source=str(STARTER / "models" / "generator"),
+            native_side=128,
             any_size=False,
             max_batch_size=8,
+            max_sequence_length=24,
+            text_encoder_out_layers=[3],
+            reference_side=128,
+            reference_side_of_several=64,
+            defaults=GeneratorDefaults(width=128, height=128, num_inference_steps=14, guidance_scale=1.0),
         )
     }
 
@@ -996,13 +999,18 @@ class Settings(BaseSettings):
         if named and not Path(named).is_file():
             raise ConfigurationError(f"AFTERIMAGE_CONFIG_FILE: {named} is not a file")
         toml = TomlConfigSettingsSource(settings_cls, named or "afterimage.toml")
+        secrets = NestedSecretsSettingsSource(
+            file_secret_settings,
+            secrets_dir=os.environ.get("AFTERIMAGE_SECRETS_DIR"),
+            secrets_dir_missing="error",
+        )
         unknown = {name for name in toml.toml_data if name not in settings_cls.model_fields}
-        for source in (env_settings, dotenv_settings):
+        for source in (env_settings, dotenv_settings, secrets):
             if isinstance(source, EnvSettingsSource):
                 unknown |= {name.upper() for name in source.env_vars if not _is_known(name, settings_cls)}
         # `_names_are_known` reports them, together with the wrong values.
         names = InitSettingsSource(settings_cls, {UNKNOWN_NAMES: sorted(unknown)})
-        return names, init_settings, env_settings, dotenv_settings, file_secret_settings, toml
+        return names, init_settings, env_settings, dotenv_settings, secrets, toml
 
     @model_validator(mode="after")
     def _the_combination_is_safe(self) -> Self:

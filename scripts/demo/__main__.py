@@ -27,7 +27,7 @@ from scripts.index_images.report import Report
 from scripts.index_images.sources import read_source
 from scripts.index_images.upload import Uploader
 
-STARTER_CORPUS = Path(__file__).resolve().parents[2] / "starter" / "corpus.tar"
+STARTER_CORPUS = Path(__file__).resolve().parents[2] / "starter" / "corpus.tar.gz"
 EMBEDDING_WAIT_S = 300
 ENLARGED_PX = 256
 """Smaller images are enlarged by a whole factor to at most this side."""

@@ -136,7 +136,7 @@ def _arguments() -> tuple[argparse.Namespace, Options]:
     )
     parser.add_argument("--model", help="name of a configured generator (default: the service's default one)")
     parser.add_argument(
-        "--corpus", type=Path, default=STARTER / "corpus.tar", help="tar or folder (default: the starter corpus)"
+        "--corpus", type=Path, default=STARTER / "corpus.tar.gz", help="tar or folder (default: the starter corpus)"
     )
     parser.add_argument(
         "--judge",

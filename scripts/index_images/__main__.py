@@ -54,7 +54,7 @@ examples:
     python -m scripts.index_images products.csv --column file=image_path --column caption=title --collection products
 
   a WebDataset
-    python -m scripts.index_images starter/corpus.tar
+    python -m scripts.index_images starter/corpus.tar.gz
 
   synchronise the collection with a folder until Ctrl-C, deletions included; with the report, the next start also
   deletes images whose files were deleted in between

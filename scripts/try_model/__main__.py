@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--references",
         type=Path,
-        default=STARTER / "corpus.tar",
+        default=STARTER / "corpus.tar.gz",
         help="folder or WebDataset tar; pictures whose captions share words with the prompt come first "
         "(default: the starter corpus)",
     )

@@ -1,5 +1,6 @@
-"""The corpus file: a WebDataset tar with `NNNNNN.webp` and `NNNNNN.json` for each image."""
+"""The corpus file: a compressed WebDataset tar with `NNNNNN.webp` and `NNNNNN.json` for each image."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-CORPUS_FILE = Path(__file__).parents[1] / "corpus.tar"
+CORPUS_FILE = Path(__file__).parents[1] / "corpus.tar.gz"
 IMAGE_PX = 128
 MODEL_PX = 64
 PALETTE = 128
@@ -56,7 +57,10 @@ def write_corpus(samples: Iterable[Sample], path: Path) -> int:
     """Write the tar atomically and return the number of images. The same input gives the same bytes."""
     partial = path.with_suffix(".part")
     count = 0
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with (
+        gzip.GzipFile(partial, "wb", mtime=0) as compressed,  # without the time, the same input gives the same bytes
+        tarfile.open(fileobj=compressed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
+    ):
         for count, sample in enumerate(samples, start=1):
             record = {
                 "caption": sample.caption,

@@ -1,1 +1,1 @@
-"""Train the starter models on a CPU: CLIP and judge, autoencoder, generator with its IP-Adapter; export them."""
+"""Train the starter models on a CPU: CLIP and judge, autoencoder, generator; export them."""

@@ -2,14 +2,13 @@
 
 `adopt` makes checkpoints from exported models, to continue their training where no checkpoints exist.
 
-Order: clip and autoencoder (in any order), then queries (needs clip) and generator (needs both), judge, export.
+Order: clip, then queries, which needs it; autoencoder, then generator, which needs it; judge, export.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,12 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
-from starter.train.adapter import join_adapter
 from starter.train.autoencoder import AutoencoderStage
 from starter.train.clip import JUDGE, RETRIEVER, ClipShape, ClipStage, image_vectors
 from starter.train.dataset import load_dataset
-from starter.train.export import export_clip, export_generator, replace_folder
-from starter.train.generator import GeneratorStage
+from starter.train.export import export_clip, replace_folder
+from starter.train.generator import GeneratorStage, caption_texts
+from starter.train.generator import learn_tokenizer as learn_generator_tokenizer
 from starter.train.loop import CHECKPOINT, Plan, Stage, best_checkpoint, load_checkpoint, save_checkpoint, train
 from starter.train.measure import (
     NONSENSE,
@@ -33,11 +32,9 @@ from starter.train.measure import (
     similarity_ranges,
     text_vectors,
 )
-from starter.train.picture_autoencoder import PictureAutoencoderStage
-from starter.train.picture_generator import PictureGeneratorStage, caption_texts
-from starter.train.picture_generator import learn_tokenizer as learn_picture_tokenizer
 from starter.train.plot import plot_losses
 from starter.train.queries import QueryStage
+from starter.train.scenes import SceneMaker
 from starter.train.texts import vocabulary_texts
 from starter.train.tokens import learn_tokenizer, load_tokenizer
 
@@ -70,39 +67,25 @@ def queries(folder: Path) -> QueryStage:
 
 
 def autoencoder(folder: Path) -> AutoencoderStage:
-    return AutoencoderStage(load_dataset())
+    return AutoencoderStage(load_dataset().samples)
 
 
-def picture_autoencoder(folder: Path) -> PictureAutoencoderStage:
-    return PictureAutoencoderStage(load_dataset().samples)
-
-
-def picture_generator(folder: Path) -> PictureGeneratorStage:
-    """Return the stage on the best picture autoencoder in `folder`, which must not change later."""
-    stage = load_best(picture_autoencoder(folder), folder)
+def generator(folder: Path) -> GeneratorStage:
+    """Return the stage `generator` on the best autoencoder in `folder`, which must not change later."""
+    stage = load_best(autoencoder(folder), folder)
     samples = stage.scenes.samples
-    tokenizer_folder = folder / "picture_tokenizer"
+    tokenizer_folder = folder / "generator_tokenizer"
     if not tokenizer_folder.exists():
-        learn_picture_tokenizer(caption_texts(samples)).save_pretrained(str(tokenizer_folder))
-    return PictureGeneratorStage(samples, stage.autoencoder, Qwen2Tokenizer.from_pretrained(str(tokenizer_folder)))
-
-
-def generator(folder: Path, *, compiled: bool = False) -> GeneratorStage:
-    """Return the stage `generator` on the best CLIP and autoencoder in `folder`, which must not change later."""
-    retriever, autoencoder_stage = load_best(clip(folder), folder), load_best(autoencoder(folder), folder)
-    return GeneratorStage(
-        retriever.dataset, retriever.module, retriever.tokenizer, autoencoder_stage.module, compiled=compiled
-    )
+        learn_generator_tokenizer(caption_texts(samples)).save_pretrained(str(tokenizer_folder))
+    return GeneratorStage(samples, stage.autoencoder, Qwen2Tokenizer.from_pretrained(str(tokenizer_folder)))
 
 
 RECIPE: dict[str, tuple[int, int]] = {
     "clip": (740, 240),
-    "autoencoder": (2200, 650),
     "queries": (1150, 150),
-    "generator": (6_000, 1_500),
     "judge": (700, 200),
-    "picture_autoencoder": (9000, 2000),
-    "picture_generator": (12_000, 3000),
+    "autoencoder": (1450, 350),
+    "generator": (6000, 1000),
 }
 """By stage: steps at the constant rate and steps of cool-down, in the order of the stages' dependencies."""
 
@@ -111,9 +94,7 @@ STAGES: dict[str, Callable[[Path], Stage]] = {
     "queries": queries,
     "judge": judge,
     "autoencoder": autoencoder,
-    "generator": partial(generator, compiled=True),
-    "picture_autoencoder": picture_autoencoder,
-    "picture_generator": picture_generator,
+    "generator": generator,
 }
 
 
@@ -131,7 +112,7 @@ def load_best(stage: AnyStage, folder: Path) -> AnyStage:
 
 
 def export(folder: Path, out: Path) -> None:
-    """Write clip/, judge/, generator/ and picture_generator/ into `out`, each where its stage has a checkpoint.
+    """Write clip/, judge/ and generator/ into `out`, each where its stage has a checkpoint.
 
     Each folder is replaced as a whole.
     """
@@ -154,18 +135,13 @@ def write_judge(folder: Path, target: Path) -> None:
 
 
 def write_generator(folder: Path, target: Path) -> None:
-    export_generator(load_best(generator(folder), folder), target)
-
-
-def write_picture_generator(folder: Path, target: Path) -> None:
-    load_best(picture_generator(folder), folder).pipeline().to(torch.float16).save_pretrained(target)
+    load_best(generator(folder), folder).pipeline().to(torch.float16).save_pretrained(target)
 
 
 EXPORTS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "queries": ("clip", write_clip),
     "judge": ("judge", write_judge),
     "generator": ("generator", write_generator),
-    "picture_generator": ("picture_generator", write_picture_generator),
 }
 """By stage: the folder of its export, and the function that writes it."""
 
@@ -188,27 +164,16 @@ def adopt(models: Path, folder: Path) -> None:
     judge_stage = judge(folder)
     judge_stage.module.load_state_dict(load_weights(models / "judge" / "open_clip_model.safetensors"))
     write_checkpoint(judge_stage, folder)
-    parts = models / "generator"
+    adopt_generator(models / "generator", folder)
+
+
+def adopt_generator(parts: Path, folder: Path) -> None:
+    """Write the checkpoints of the stages `autoencoder` and `generator`, and the tokenizer, into `folder`."""
+    Qwen2Tokenizer.from_pretrained(str(parts / "tokenizer")).save_pretrained(str(folder / "generator_tokenizer"))
     autoencoder_stage = autoencoder(folder)
     autoencoder_stage.module.load_state_dict(load_weights(parts / "vae" / DIFFUSERS_WEIGHTS))
     write_checkpoint(autoencoder_stage, folder)
-    generator_stage = generator(folder)
-    adapter = load_weights(parts / "ip_adapter" / "ip_adapter.safetensors")
-    generator_stage.average = join_adapter(
-        load_weights(parts / "unet" / DIFFUSERS_WEIGHTS), adapter, generator_stage.unet
-    )
-    generator_stage.module.load_state_dict(generator_stage.average)
-    write_checkpoint(generator_stage, folder)
-    if (models / "picture_generator").exists():
-        adopt_picture_generator(models / "picture_generator", folder)
-
-
-def adopt_picture_generator(parts: Path, folder: Path) -> None:
-    Qwen2Tokenizer.from_pretrained(str(parts / "tokenizer")).save_pretrained(str(folder / "picture_tokenizer"))
-    autoencoder_stage = picture_autoencoder(folder)
-    autoencoder_stage.module.load_state_dict(load_weights(parts / "vae" / DIFFUSERS_WEIGHTS))
-    write_checkpoint(autoencoder_stage, folder)
-    stage = picture_generator(folder)
+    stage = generator(folder)
     stage.transformer.load_state_dict(load_weights(parts / "transformer" / DIFFUSERS_WEIGHTS))
     stage.text_encoder.load_state_dict(load_weights(parts / "text_encoder" / "model.safetensors"), strict=False)
     stage.text_encoder.tie_weights()
@@ -234,14 +199,14 @@ def measure(folder: Path) -> dict[str, object]:
     names = text_vectors(retriever.module, retriever.tokenizer, dataset.names)
     nonsense = text_vectors(retriever.module, retriever.tokenizer, list(NONSENSE))
     store = image_vectors(retriever.module, dataset.pixels)
-    best_autoencoder = load_best(autoencoder(folder), folder).module
+    best_autoencoder = load_best(autoencoder(folder), folder).autoencoder
     return {
         "retrieval": recall(names, store, dataset.concept),
         "text_image_cosine": similarity_ranges(names, nonsense, store, dataset.concept),
         "everyday_queries": everyday_queries(retriever),
         "autoencoder": {
-            "psnr_db": reconstruction_psnr(best_autoencoder, dataset.pixels[dataset.held_out]),
-            "psnr_db_train": reconstruction_psnr(best_autoencoder, dataset.pixels[~dataset.held_out][::8]),
+            "psnr_db": reconstruction_psnr(best_autoencoder, SceneMaker(dataset.samples, held_out=True)),
+            "psnr_db_train": reconstruction_psnr(best_autoencoder, SceneMaker(dataset.samples)),
         },
     }
 

@@ -1,40 +1,74 @@
-"""The autoencoder: 64 x 64 x 3 pixels to 16 x 16 x 4 latents and back, an `AutoencoderTiny` that halves twice."""
+"""The autoencoder of the generator: an `AutoencoderKLFlux2` with 16 pixels per token, trained on scenes."""
 
+import random
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from starter.train.dataset import Dataset, jitter, to_unit
-from starter.train.optimizer import Optimizer, adamw
+from starter.data.corpus import IMAGE_PX, Sample
+from starter.train.dataset import to_unit
+from starter.train.optimizer import MuonWithAdamW, Optimizer, adamw, has_bfloat16
+from starter.train.scenes import FULL_SIDE, HALF_SIDE, SceneMaker
 
-LATENT_CHANNELS = 4
-DOWNSCALE = 4
+LATENT_CHANNELS = 24
+PATCH = 2
+TOKEN_CHANNELS = LATENT_CHANNELS * PATCH**2
+TOKEN_PX = 16
+CROP_PX = 64
+"""The model has no attention, so it can learn from crops, which cost a quarter of a whole picture."""
 
 
-def build_autoencoder(channels: int = 64) -> AutoencoderTiny:
-    """Build an untrained autoencoder with two halvings.
-
-    All layers have `channels` channels. It has few blocks at full resolution, where they cost the most.
-    """
-    return AutoencoderTiny(
-        encoder_block_out_channels=(channels,) * 3,
-        decoder_block_out_channels=(channels,) * 3,
-        num_encoder_blocks=(1, 2, 3),
-        num_decoder_blocks=(3, 2, 1),
+def build_autoencoder() -> AutoencoderKLFlux2:
+    """Build an untrained autoencoder. Its encoder is narrow, because each training scene is encoded once."""
+    return AutoencoderKLFlux2(
+        block_out_channels=(16, 32, 48, 64),
+        decoder_block_out_channels=(24, 48, 80, 112),
+        layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        scaling_factor=1.0,
+        norm_num_groups=8,
+        sample_size=IMAGE_PX,
+        mid_block_add_attention=False,
+        batch_norm_momentum=0.01,
     )
 
 
-def reconstruct(autoencoder: AutoencoderTiny, images: Tensor, *, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return reconstructions and latents of images in [-1, 1]. noise: standard deviation, added to the latents."""
-    latents: Tensor = autoencoder.encode(images).latents
-    noisy = latents + noise * torch.randn_like(latents) if noise else latents
-    decoded: Tensor = autoencoder.decode(noisy).sample
-    return decoded, latents
+def to_tokens(latents: Tensor) -> Tensor:
+    """Pack latents (B, C, H, W) as Flux2KleinPipeline does: (B, C * 4, H / 2, W / 2)."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 1, 3, 5, 2, 4).reshape(batch, -1, height // PATCH, width // PATCH)
+
+
+def from_tokens(tokens: Tensor) -> Tensor:
+    """Undo `to_tokens`."""
+    batch, channels, height, width = tokens.shape
+    patches = tokens.reshape(batch, channels // PATCH**2, PATCH, PATCH, height, width)
+    return patches.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, height * PATCH, width * PATCH)
+
+
+@torch.no_grad()
+def encode(autoencoder: AutoencoderKLFlux2, images: Tensor) -> Tensor:
+    """Return normalised tokens (B, TOKEN_CHANNELS, S / 16, S / 16) of images in [-1, 1]."""
+    tokens = to_tokens(autoencoder.encode(images).latent_dist.mode())
+    norm = autoencoder.bn
+    mean, variance = norm.running_mean, norm.running_var
+    normalised: Tensor = (tokens - mean.view(1, -1, 1, 1)) / torch.sqrt(variance.view(1, -1, 1, 1) + norm.eps)
+    return normalised
+
+
+@torch.no_grad()
+def decode(autoencoder: AutoencoderKLFlux2, tokens: Tensor) -> Tensor:
+    """Undo `encode`."""
+    norm = autoencoder.bn
+    mean, variance = norm.running_mean, norm.running_var
+    plain = tokens * torch.sqrt(variance.view(1, -1, 1, 1) + norm.eps) + mean.view(1, -1, 1, 1)
+    decoded: Tensor = autoencoder.decode(from_tokens(plain)).sample
+    return decoded
 
 
 def edge_loss(a: Tensor, b: Tensor) -> Tensor:
@@ -46,10 +80,7 @@ def edge_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 class AutoencoderStage:
-    """Loss: L1, squared error and edges on augmented drawings, and mean 0, deviation 1 for each latent channel.
-
-    Noise on the latents makes the decoder robust against errors of the generator.
-    """
+    """Loss: L1, squared error and edges on crops, a small KL term, and noise on the latents for a robust decoder."""
 
     name = "autoencoder"
     weight_decay = 0.0
@@ -57,32 +88,54 @@ class AutoencoderStage:
 
     def __init__(
         self,
-        dataset: Dataset,
+        samples: list[Sample],
         *,
-        channels: int = 64,
         batch: int = 16,
         learning_rate: float = 1e-3,
-        noise: float = 0.05,
+        noise: float = 0.1,
+        kl_weight: float = 1e-4,
     ) -> None:
-        self.module: nn.Module = build_autoencoder(channels).to(memory_format=torch.channels_last)
-        self.learning_rate = learning_rate
+        autoencoder = build_autoencoder().to(memory_format=torch.channels_last)
+        self.autoencoder = autoencoder
+        self.module: nn.Module = autoencoder
+        self.scenes = SceneMaker(samples)
         self.batch = batch
+        self.learning_rate = learning_rate
         self.noise = noise
-        self.pixels = dataset.pixels[~dataset.held_out]
+        self.kl_weight = kl_weight
 
     def optimizer(self) -> Optimizer:
-        return adamw(self.module, learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=self.betas)
+        choice = MuonWithAdamW if has_bfloat16() else adamw
+        return choice(self.module, learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=self.betas)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        chosen = torch.randint(len(self.pixels), (self.batch,))
-        images = recolour(jitter(to_unit(self.pixels[chosen]), scale=0.25))
-        decoded, latents = reconstruct(self.module, images, noise=self.noise)
-        decoded, latents = decoded.float(), latents.float()
+        images = self.crops(random.Random(int(torch.randint(2**31, ()).item())))
+        latents = self.autoencoder.encode(images).latent_dist.mean
+        self.autoencoder.bn(to_tokens(latents.detach()))  # only counts the mean and the variance for `encode`
+        scale = latents.detach().std()
+        noisy = latents + self.noise * scale * torch.randn_like(latents)
+        decoded = self.autoencoder.decode(noisy).sample.float()
         squared = F.mse_loss(decoded, images)
-        spread, centre = torch.std_mean(latents, dim=(0, 2, 3))
-        size = ((spread - 1).pow(2) + centre.pow(2)).mean()
-        loss = F.l1_loss(decoded, images) + 2 * squared + 0.5 * edge_loss(decoded, images) + 0.05 * size
-        return loss, {"psnr": psnr(squared).item(), "latent_std": spread.mean().item()}
+        size = 0.5 * latents.pow(2).mean()
+        loss = F.l1_loss(decoded, images) + 2 * squared + 0.5 * edge_loss(decoded, images) + self.kl_weight * size
+        return loss, {"psnr": psnr(squared).item(), "latent_std": scale.item()}
+
+    def crops(self, rng: random.Random) -> Tensor:
+        """Return (B, 3, CROP_PX, CROP_PX) in [-1, 1]: crops of scenes on the token grid, and whole small drawings."""
+        crops: list[npt.NDArray[np.uint8]] = []
+        while len(crops) < self.batch:
+            if rng.random() < 0.25:
+                image = rng.choice(self.scenes.images_of[rng.choice(self.scenes.concepts)])
+                crops.append(self.scenes.samples[image].pixels(CROP_PX))
+                continue
+            count = rng.choice((0, 1, 2, 3))
+            side = FULL_SIDE if count == 0 or rng.random() < 0.4 else HALF_SIDE
+            picture = np.asarray(self.scenes.scene(rng, references=count, side=side).picture)
+            for _ in range(2):
+                left, top = (TOKEN_PX * rng.randint(0, (IMAGE_PX - CROP_PX) // TOKEN_PX) for _ in range(2))
+                crops.append(picture[top : top + CROP_PX, left : left + CROP_PX])
+        pixels = torch.from_numpy(np.stack(crops[: self.batch]).transpose(0, 3, 1, 2).copy())
+        return recolour(to_unit(pixels))
 
     def after_step(self, step: int) -> None:
         return None

@@ -1,20 +1,23 @@
 """Compute the figures of the model card: retrieval recall, similarity ranges, autoencoder PSNR."""
 
 import math
+import random
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKLFlux2
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from starter.train.autoencoder import psnr, reconstruct
+from starter.train.autoencoder import decode, encode, psnr
 from starter.train.clip import tokenize
 from starter.train.dataset import to_unit
 from starter.train.queries import Query, QueryStage
+from starter.train.scenes import HALF_SIDE, SceneMaker
 from starter.train.texts import plural
 
 NONSENSE = (
@@ -103,12 +106,13 @@ def _vectors(stage: QueryStage, texts: Sequence[str]) -> Tensor:
     return text_vectors(stage.module, stage.tokenizer, list(texts))
 
 
-@torch.no_grad()
-def reconstruction_psnr(autoencoder: AutoencoderTiny, pixels: Tensor) -> float:
-    """Return the mean PSNR of the images in dB. pixels: uint8 (N, 3, S, S)."""
+def reconstruction_psnr(autoencoder: AutoencoderKLFlux2, scenes: SceneMaker, *, count: int = 64) -> float:
+    """Return the mean PSNR in dB of `count` reconstructed scenes with two or three things, with a fixed seed."""
+    rng = random.Random(0)
     values = []
-    for batch in torch.split(pixels, 32):
-        images = to_unit(batch)
-        decoded = reconstruct(autoencoder, images)[0].clamp(-1, 1)
-        values.append(psnr((decoded - images).pow(2).mean(dim=(1, 2, 3))))
-    return round(torch.cat(values).mean().item(), 2)
+    for index in range(count):
+        picture = np.asarray(scenes.scene(rng, references=2 + index % 2, side=HALF_SIDE).picture)
+        image = to_unit(torch.from_numpy(picture.transpose(2, 0, 1)[None].copy()))
+        decoded = decode(autoencoder, encode(autoencoder, image)).clamp(-1, 1)
+        values.append(psnr((decoded - image).pow(2).mean()).item())
+    return round(statistics.mean(values), 2)

@@ -21,6 +21,8 @@ SAME_DRAWING = 0.85
 """Probability that the drawn image is its reference. Otherwise it is another drawing of the same concept."""
 COUNTED_SHARE = 0.35
 """Share of the scenes of one concept that show it several times."""
+ONE_CONCEPT_SHARE = 0.12
+"""Share of the scenes with references at half side that show one concept, in the size of its references."""
 COLOUR_SHARE = 0.5
 """Share of the things that can be recoloured whose caption names another colour than their reference has."""
 
@@ -118,17 +120,18 @@ class SceneMaker:
         """Return a scene with exactly `references` references of `side` pixels.
 
         Without references it mostly shows a landscape. With FULL_SIDE it shows one concept, once in the reference's
-        size or several times in half of it. With HALF_SIDE it shows two or three concepts.
+        size or several times in half of it. With HALF_SIDE it mostly shows two or three concepts.
         """
         place, time, weather = self._surroundings(rng)
         if references == 0:
             return self._without_references(place, time, weather, rng)
         picture = draw_background(place, time, weather, rng)
-        if side == FULL_SIDE:
+        if side == FULL_SIDE or rng.random() < ONE_CONCEPT_SHARE:
             number = rng.choice((2, 2, 3, 4)) if rng.random() < COUNTED_SHARE else 1
             thing = self._thing(rng, references=references, number=number)
-            for image, where in zip(thing.drawn, ROWS.get(number, ((0, 0),)), strict=True):
-                self._paste(picture, image, where, FULL_SIDE if number == 1 else HALF_SIDE, thing.colour)
+            places = ROWS[number] if number > 1 else ((0, 0),) if side == FULL_SIDE else ((32, 32),)
+            for image, where in zip(thing.drawn, places, strict=True):
+                self._paste(picture, image, where, side if number == 1 else HALF_SIDE, thing.colour)
             text, things = thing.singular() if number == 1 else thing.counted(number), [thing]
         else:
             text, things = self._several(picture, references, rng)

@@ -41,8 +41,8 @@ def test_the_blocks_of_the_readme_run_as_printed(starter_stack: RunningStack, tm
     (tmp_path / "starter").mkdir()
     # A few images only, so that the other tests of this stack still find their own.
     with (
-        tarfile.open(REPOSITORY / "starter/corpus.tar") as corpus,
-        tarfile.open(tmp_path / "starter/corpus.tar", "w") as few,
+        tarfile.open(REPOSITORY / "starter/corpus.tar.gz") as corpus,
+        tarfile.open(tmp_path / "starter/corpus.tar.gz", "w:gz") as few,
     ):
         for member in islice(corpus, 8):
             few.addfile(member, corpus.extractfile(member))

@@ -38,14 +38,14 @@ def stored_references(stack: RunningStack) -> set[str]:
 def test_a_picture_of_a_request_is_used_replayed_and_swept_with_its_jobs(api: Api, starter_stack: RunningStack) -> None:
     file = disc("darkviolet", background="lemonchiffon")
     picture = {"data": base64.b64encode(file).decode(), "caption": "a violet disc"}
-    asked = {"prompt": "a disc", "seed": 12, "mode": "image_prompt"}
+    asked = {"prompt": "a disc", "seed": 12, "mode": "reference"}
     job = api.ended(api.submit(**asked, reference_images=[picture])["id"])
     assert job["state"] == "succeeded", job["error"]
     (output,) = job["outputs"]
     (used,) = output["references"]
     (own,) = job["reference_images"]
     assert (used["kind"], used["image_id"], used["sha256"]) == ("request", own["id"], own["sha256"])
-    assert output["provenance"]["mode"] == "image_prompt"
+    assert output["provenance"]["mode"] == "reference"
 
     other = base64.b64encode(disc("darkgreen", background="black")).decode()
     differently = api.ended(api.submit(**asked, reference_images=[{"data": other}])["id"])
@@ -70,8 +70,8 @@ def test_a_picture_of_a_request_is_used_replayed_and_swept_with_its_jobs(api: Ap
     assert not kept & stored_references(starter_stack)
 
 
-def test_a_picture_of_a_request_is_where_img2img_starts(api: Api) -> None:
-    form = {"request": '{"prompt": "a disc", "seed": 5, "mode": "img2img", "strength": 0.01}'}
+def test_a_picture_of_a_request_is_drawn(api: Api) -> None:
+    form = {"request": '{"prompt": "a disc", "seed": 5, "min_similarity": 1}'}
     file = disc("teal", background="white", radius=55)
     answer = api.http.post("/rag/generate", data=form, files={"reference_image": ("disc.png", file)})
     assert answer.status_code == 202, answer.text

@@ -46,7 +46,7 @@ def part(clip: Clip) -> list[tuple[dict[str, Any], np.ndarray]]:
     """Descriptions and vectors of about 370 starter images with 130 captions."""
     described, pictures = [], []
     captions = dict[str, int]()
-    with tarfile.open(STARTER / "corpus.tar") as corpus:
+    with tarfile.open(STARTER / "corpus.tar.gz") as corpus:
         contents = {member.name: corpus.extractfile(member) for member in corpus}
         for name, file in contents.items():
             if name.endswith(".json"):

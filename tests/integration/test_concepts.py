@@ -48,7 +48,7 @@ def clip() -> Clip:
 def pictures() -> dict[str, Image.Image]:
     """One picture of the starter corpus for each of THINGS."""
     found: dict[str, Image.Image] = {}
-    with tarfile.open(STARTER / "corpus.tar") as corpus:
+    with tarfile.open(STARTER / "corpus.tar.gz") as corpus:
         files = {member.name: member for member in corpus}
         for name in files:
             if name.endswith(".json"):

@@ -25,7 +25,7 @@ def clip() -> Clip:
 
 @pytest.fixture(scope="module")
 def store(clip: Clip) -> Store:
-    whole = read_corpus(STARTER / "corpus.tar", limits=APISettings(), threads=1)
+    whole = read_corpus(STARTER / "corpus.tar.gz", limits=APISettings(), threads=1)
     piece = Corpus([image for image in whole.images if image.caption in THINGS], left_out=0)
     return Store.of(piece.images, clip.encode_image([image.open() for image in piece.images]))
 

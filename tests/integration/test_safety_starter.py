@@ -66,7 +66,7 @@ def clip() -> Clip:
 def pictures() -> list[np.ndarray]:
     """One picture of the starter corpus for each of PICTURES."""
     found: dict[str, np.ndarray] = {}
-    with tarfile.open(STARTER / "corpus.tar") as corpus:
+    with tarfile.open(STARTER / "corpus.tar.gz") as corpus:
         files = {member.name: member for member in corpus}
         for name in files:
             if name.endswith(".json"):

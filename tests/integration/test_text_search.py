@@ -565,7 +565,7 @@ def clip() -> Clip:
 def starter(session: Session, clip: Clip) -> Space:
     """The images of `SUBJECTS` of the starter corpus, with their captions, tags and vectors."""
     space = spaces.ensure(session, digest=clip.space_digest, model=clip.name, dim=clip.dim)
-    with tarfile.open(STARTER / "corpus.tar") as corpus:
+    with tarfile.open(STARTER / "corpus.tar.gz") as corpus:
         files = {member.name: member for member in corpus}
 
         def read(name: str) -> Any:

@@ -20,7 +20,7 @@ from tests.unit.test_diffusion_batches import (
     reference,
 )
 from worker_service.execution.steps import CallStopped
-from worker_service.models.generation import conditioning, schedulers
+from worker_service.models.generation import conditioning, framing, schedulers
 from worker_service.models.generation.diffusion import Diffusion, PipelineState
 from worker_service.models.generation.long_prompts import TextReader
 from worker_service.models.interface import ImageRequest, Reference
@@ -137,6 +137,18 @@ def test_the_initial_image_is_the_reference_with_the_highest_weight(loaded: Load
     generated = generate_images(model, request)[0]
     assert distance(generated, generate_images(model, replace(request, references=(heavy,)))[0]) == 0
     assert distance(generated, generate_images(model, replace(request, references=(light,)))[0]) > DIFFERENT
+
+
+def test_a_drawing_of_another_ratio_starts_from_the_whole_reference(loaded: Loaded) -> None:
+    model = loaded("sd15_plain")
+    drawn, requested = (REQUEST.width, REQUEST.height), (3 * REQUEST.width, REQUEST.height)
+    asked = replace(REQUEST, mode=Mode.IMG2IMG, references=(reference(1),), output_size=requested)
+    image = asked.references[0].image
+    assert image is not None
+    framed = replace(asked.references[0], image=framing.initial_image(image, drawn, requested))
+    generated = generate_images(model, asked)[0]
+    assert distance(generated, generate_images(model, replace(asked, references=(framed,), output_size=drawn))[0]) == 0
+    assert distance(generated, generate_images(model, replace(asked, output_size=drawn))[0]) > DIFFERENT
 
 
 @pytest.mark.parametrize("pipeline", ["sd15_plain", "sdxl_turbo", "flux"])

@@ -32,7 +32,7 @@ def outcome(
 
 @pytest.fixture(scope="module")
 def captions() -> set[str]:
-    return {sample.fields.get("caption", "") for sample in read_samples(STARTER / "corpus.tar")}
+    return {sample.fields.get("caption", "") for sample in read_samples(STARTER / "corpus.tar.gz")}
 
 
 @pytest.mark.parametrize(

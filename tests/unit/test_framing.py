@@ -6,12 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from shared.contracts.generation import Mode
-from shared.settings import ModelSettings
 from worker_service.models.generation import framing
-from worker_service.models.generation.diffusion import Diffusion
 from worker_service.models.generation.framing import Size
-from worker_service.models.interface import ImageRequest, Reference
 
 SIDES = st.integers(16, 2048)
 SIZES = st.tuples(SIDES, SIDES)
@@ -50,33 +46,6 @@ def test_a_reference_is_whole_and_in_its_ratio_in_the_output(reference: Size, re
     assert circle[0] == pytest.approx(circle[1], rel=0.05, abs=3)
     assert square[0] == pytest.approx(square[1], rel=0.05, abs=3)
     assert max(circle) == pytest.approx(max(square), rel=0.05, abs=3), "both are whole"
-
-
-@pytest.mark.parametrize("requested", [(96, 48), (48, 96)])
-def test_a_model_of_one_size_keeps_the_shapes_of_a_reference(requested: Size) -> None:
-    settings = ModelSettings()
-    model = Diffusion.load(settings.default_generator, settings)
-    request = ImageRequest.of(
-        model.defaults.model_copy(update={"strength": 0.05}),
-        prompt="a red circle and a blue square",
-        seed=1,
-        width=model.capabilities.native_width,
-        height=model.capabilities.native_height,
-        mode=Mode.IMG2IMG,
-        references=[Reference(vector=None, image=drawing((96, 48)), weight=1, caption=None)],
-        output_size=requested,
-    )
-    assert not model.capabilities.any_size
-    (drawn,) = model.generate([request], lambda step, steps: True)
-    output = framing.to_requested_size(drawn, requested)
-    width, height = requested
-    top = (height - width // 2) // 2
-    picture = output[top : top + width // 2]
-    scale = width / 96
-    for channel, centre in ((0, 24 * scale), (2, 72 * scale)):
-        assert extent(picture, channel) == pytest.approx((38.4 * scale, 38.4 * scale), abs=3)
-        columns = np.flatnonzero((picture[:, :, channel] > 128) & (picture[:, :, 2 - channel] < 128)) % width
-        assert columns.mean() == pytest.approx(centre, abs=2)
 
 
 def test_a_reference_of_the_outputs_ratio_fills_it() -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 from shared.contracts.generation import Mode
 from shared.errors import ModelLoadError
 from shared.settings import GeneratorDefaults, GeneratorSettings, ModelSettings
-from starter.train.picture_autoencoder import build_autoencoder
-from starter.train.picture_generator import (
+from starter.train.autoencoder import build_autoencoder
+from starter.train.generator import (
     TEXT_LAYERS,
     TEXT_TOKENS,
     build_text_encoder,
