@@ -20,7 +20,8 @@ from transformers import Qwen2Tokenizer
 from starter.train.autoencoder import AutoencoderStage
 from starter.train.clip import JUDGE, RETRIEVER, ClipShape, ClipStage, image_vectors
 from starter.train.dataset import load_dataset
-from starter.train.export import export_clip, replace_folder
+from starter.train.export import export_clip
+from starter.train.files import replace_folder
 from starter.train.generator import GeneratorStage, caption_texts
 from starter.train.generator import learn_tokenizer as learn_generator_tokenizer
 from starter.train.loop import CHECKPOINT, Plan, Stage, best_checkpoint, load_checkpoint, save_checkpoint, train
@@ -236,9 +237,13 @@ def main() -> None:
         "--cooldown", type=int, help="then decay the learning rate for this many steps (default: from the recipe)"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop each stage after this time")
+    parser.add_argument(
+        "--device", default="cpu", help="device of all tensors, for example cuda (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_default_device(arguments.device)
     torch.manual_seed(0)
     if arguments.stage == "measure":
         print(json.dumps(measure(arguments.folder), indent=2))

@@ -74,7 +74,7 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     ids: Tensor = tokenizer(
         texts, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt"
     ).input_ids
-    return ids
+    return ids.to(torch.get_default_device())
 
 
 def encode_text(model: Any, ids: Tensor) -> Tensor:

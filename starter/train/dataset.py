@@ -40,7 +40,7 @@ def load_dataset(path: Path = CORPUS_FILE, *, size: int = MODEL_PX, limit: int |
     pixels = np.stack([sample.pixels(size) for sample in samples]).transpose(0, 3, 1, 2)
     return Dataset(
         samples=samples,
-        pixels=torch.from_numpy(np.ascontiguousarray(pixels)),
+        pixels=torch.from_numpy(np.ascontiguousarray(pixels)).to(torch.get_default_device()),
         concept=torch.tensor([number[sample.concept] for sample in samples]),
         names=names,
         held_out=torch.tensor([sample.is_held_out for sample in samples]),
@@ -48,8 +48,8 @@ def load_dataset(path: Path = CORPUS_FILE, *, size: int = MODEL_PX, limit: int |
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """Convert uint8 (B, 3, S, S) to float32 in [-1, 1], channels last."""
-    return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    """Convert uint8 (B, 3, S, S) to float32 in [-1, 1], channels last, on the default device."""
+    return (pixels.to(torch.get_default_device()).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def jitter(

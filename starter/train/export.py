@@ -1,7 +1,6 @@
-"""Write a trained CLIP as a folder for the normal loader of open_clip, and replace folders as a whole."""
+"""Write a trained CLIP as a folder for the normal loader of open_clip, as float16 safetensors."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -32,14 +31,3 @@ def export_clip(model: nn.Module, shape: ClipShape, tokenizer: CLIPTokenizer, fo
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(to_float16(dict(model.state_dict())), folder / "open_clip_model.safetensors")
     tokenizer.save_pretrained(str(folder))
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Replace the folder `target` by `new` with renames, so that it is never half-written."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -214,7 +214,7 @@ class GeneratorStage:
             padding="max_length",
             truncation=True,
             max_length=TEXT_TOKENS,
-        )
+        ).to(torch.get_default_device())
         states: Tensor = self.text_encoder.model(
             input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], use_cache=False
         ).last_hidden_state

@@ -25,7 +25,9 @@ class Optimizer(Protocol):
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU multiplies matrices in bfloat16. Others emulate it, which is slower than float32."""
+    """Whether the default device multiplies matrices in bfloat16. Some CPUs emulate it, slower than float32."""
+    if torch.get_default_device().type != "cpu":
+        return True
     has = torch.cpu.get_capabilities()
     return bool(has.get("amx_bf16", False) or has.get("avx512_bf16", False))
 

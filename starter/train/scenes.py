@@ -23,6 +23,8 @@ COUNTED_SHARE = 0.35
 """Share of the scenes of one concept that show it several times."""
 ONE_CONCEPT_SHARE = 0.12
 """Share of the scenes with references at half side that show one concept, in the size of its references."""
+COUNTED_AMONG_SHARE = 0.15
+"""Share of the scenes of two concepts that show one of them twice."""
 COLOUR_SHARE = 0.5
 """Share of the things that can be recoloured whose caption names another colour than their reference has."""
 
@@ -158,6 +160,8 @@ class SceneMaker:
                 self._paste(picture, thing.drawn[0], where, HALF_SIDE, thing.colour)
             names = [thing.singular() for thing in things]
             return f"{names[0]}, {names[1]} and {names[2]}", things
+        if rng.random() < COUNTED_AMONG_SHARE:
+            return self._with_a_pair(picture, references, rng)
         relation = rng.choices(list(RELATIONS), RELATION_SHARES)[0]
         words, *places = RELATIONS[relation]
         among = {"worn": self.hats, "held": self.held}.get(relation)
@@ -167,6 +171,19 @@ class SceneMaker:
         for thing, where in zip((first, second), places, strict=True):
             self._paste(picture, thing.drawn[0], where, HALF_SIDE, thing.colour)
         return f"{first.singular()} {rng.choice(words)} {second.singular()}", [first, second]
+
+    def _with_a_pair(self, picture: Image.Image, references: int, rng: random.Random) -> tuple[str, list[Thing]]:
+        """Draw two things, one of them twice. The second drawing comes last, as the further references do."""
+        pair = rng.randrange(2)
+        things = [
+            self._thing(rng, references=share, number=2 if index == pair else 1)
+            for index, share in enumerate(_shares(references, 2))
+        ]
+        drawn = [(thing.drawn[0], thing.colour) for thing in things] + [(things[pair].drawn[1], things[pair].colour)]
+        for (image, colour), where in zip(drawn, ROWS[3], strict=True):
+            self._paste(picture, image, where, HALF_SIDE, colour)
+        names = [thing.counted(2) if index == pair else thing.singular() for index, thing in enumerate(things)]
+        return f"{names[0]} {rng.choice(('and', 'and', 'and', 'with', 'next to'))} {names[1]}", things
 
     def _thing(self, rng: random.Random, *, references: int, number: int, among: list[str] | None = None) -> Thing:
         """Return a random thing that is drawn `number` times. The i-th drawing shows the i-th reference, in turn."""

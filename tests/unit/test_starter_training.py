@@ -116,12 +116,27 @@ def test_a_killed_run_resumes_exactly_from_its_checkpoint(dataset: Dataset, tmp_
         assert torch.equal(value, resumed.module.state_dict()[name]), name
 
 
+def test_a_checkpoint_has_small_parts_and_survives_a_kill_while_it_is_replaced(
+    dataset: Dataset, tokenizer: CLIPTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "PART_BYTES", 50_000)
+    train(small_clip(dataset, tokenizer), tmp_path, replace(PLAN, steps=1))
+    checkpoint = tmp_path / loop.CHECKPOINT
+    sizes = [part.stat().st_size for part in checkpoint.iterdir()]
+    assert len(sizes) > 2
+    assert max(sizes) == 50_000
+
+    checkpoint.rename(tmp_path / "checkpoint.old")  # the new folder has not yet taken its place
+    assert train(small_clip(dataset, tokenizer), tmp_path, replace(PLAN, steps=2)) == 2
+    assert len((tmp_path / loop.LOG).read_text().splitlines()) == 2, "the second run went on"
+
+
 def test_a_cool_down_does_not_change_the_checkpoint(dataset: Dataset, tmp_path: Path) -> None:
     stage = small_autoencoder(dataset)
     train(stage, tmp_path, replace(PLAN, steps=3))
     train(stage, tmp_path, replace(PLAN, steps=3, cooldown=2))
-    assert torch.load(tmp_path / loop.CHECKPOINT, weights_only=True)["step"] == 3
-    assert torch.load(tmp_path / loop.COOLED, weights_only=True)["step"] == 5
+    assert loop.read_checkpoint(tmp_path / loop.CHECKPOINT)["step"] == 3
+    assert loop.read_checkpoint(tmp_path / loop.COOLED)["step"] == 5
     assert loop.best_checkpoint(tmp_path).name == loop.COOLED
 
 
