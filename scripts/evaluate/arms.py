@@ -37,6 +37,8 @@ class Case:
     """The same for every arm."""
     references: Mapping[Arm, Sequence[retrieval.Candidate]]
     """Only used references."""
+    prompt: str | None = None
+    """None: the concept."""
 
 
 def build_case(
@@ -103,7 +105,7 @@ def image_requests(cases: Sequence[Case], arm: Arm, *, model: ImageModel, store:
         for seed in case.seeds:
             yield ImageRequest.of(
                 defaults,
-                prompt=case.concept,
+                prompt=case.prompt or case.concept,
                 seed=seed,
                 width=width,
                 height=height,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from scripts.evaluate import autoencoder, retrieval_quality, unseen_style
+from scripts.evaluate import autoencoder, colours, retrieval_quality, unseen_style
 from scripts.evaluate.arms import Arm, build_case
 from scripts.evaluate.corpus import Corpus, CorpusImage, choose_concepts, read_corpus
 from scripts.evaluate.judge import Judge
@@ -83,6 +83,8 @@ class Evaluation:
     psnr_db: list[float]
     splits: dict[str, Split]
     """By name: `seen` and `held_out`, if the corpus has such concepts."""
+    colours: dict[str, dict[str, Any]]
+    """By split: whether the image follows a colour of the prompt that its reference does not have."""
     full_store: Store
     """The corpus with its vectors."""
     store: Store
@@ -149,7 +151,16 @@ def evaluate(options: Options, settings: Settings, models: Models, progress: Pro
                 on_images=partial(progress.advance, bar),
             )
 
-    # 4. Measure the autoencoder alone, on held-out images if the corpus has some.
+    # 4. Generate things in other colours than their references have.
+    followed = {}
+    for split, concepts in concepts_by_split.items():
+        if coloured := colours.cases(concepts, store, queries):
+            bar = progress.add_task(f"generating {split} concepts in other colours", total=len(coloured))
+            followed[split] = colours.figures(
+                coloured, model=models.generator, store=store, judge=judge, on_images=partial(progress.advance, bar)
+            )
+
+    # 5. Measure the autoencoder alone, on held-out images if the corpus has some.
     test_images = ([image for image in corpus.images if image.held_out] or corpus.images)[:ROUND_TRIPS]
     psnr_db = [
         autoencoder.psnr_of_round_trip(models.generator, image.open())
@@ -163,6 +174,7 @@ def evaluate(options: Options, settings: Settings, models: Models, progress: Pro
         unseen=unseen,
         psnr_db=psnr_db,
         splits=splits,
+        colours=followed,
         full_store=full_store,
         store=store,
         targets=targets,

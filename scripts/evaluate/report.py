@@ -37,9 +37,10 @@ for which the judge ranks the concept's name first, or among the first five, of 
 judge's cosine of image and name. CLIP-I: its cosine of the image and a real image of the concept that no arm may use
 ({targets}). Copy: greatest judge cosine (cos) and least root mean square pixel difference in [0, 1] (px) between an
 image and its references. For `none` and the real images, the retrieved references are used. Diversity: mean judge
-distance, 1 - cosine, between the seeds of a prompt. Intervals are 95 % percentile intervals of a bootstrap over
-concepts. Differences are paired by concept and seed. A win is a concept for which retrieval is better; a tie counts
-half."""
+distance, 1 - cosine, between the seeds of a prompt. Colours: the prompt names another colour than the commonest one of
+its only reference; share of images in which that colour is the commonest. Intervals are 95 % percentile intervals of a
+bootstrap over concepts. Differences are paired by concept and seed. A win is a concept for which retrieval is better; a
+tie counts half."""
 
 
 def summary(evaluation: Evaluation, conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def summary(evaluation: Evaluation, conditions: Mapping[str, Any]) -> dict[str, 
             split: {arm: _intervals(scores) for arm, scores in splits[split].scores.items()} for split in splits
         },
         "differences": differences,
+        "colours": evaluation.colours,
         "real_images": {split: _means(splits[split].real) for split in splits},
         "references_used": {
             split: {arm: float(np.mean([len(case.references[arm]) for case in splits[split].cases])) for arm in Arm}
@@ -158,6 +160,7 @@ def markdown_report(measured: Mapping[str, Any]) -> str:
             _arm_table(measured, split),
             _difference_table(measured["differences"][split]),
         ]
+    parts += ["## Colours of the prompt", _colour_table(measured["colours"])]
     parts += ["## Retrieval and autoencoder", _retrieval_table(measured), "## What was measured"]
     names = given["corpus"]["seen_concepts"] + given["corpus"]["held_out_concepts"]
     parts += [MEASURES.format(names=names, targets=given["clip_i_targets"]), _conditions_text(given)]
@@ -212,6 +215,18 @@ def _difference_table(pairs: Mapping[str, Mapping[str, Any]]) -> str:
         for measure, found in by_measure.items()
     ]
     return markdown_table(["difference", "measure", "mean with interval", "wins"], rows)
+
+
+def _colour_table(colours: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        [_split_name(split), str(found["images"]), *map(_share, (found["followed"], found["judge_top5"]))]
+        for split, found in colours.items()
+    ]
+    return markdown_table(["split", "images", "in the colour of the prompt", "judge top-5"], rows)
+
+
+def _share(found: Mapping[str, float]) -> str:
+    return _estimate(found["mean"], (found["low"], found["high"]))
 
 
 def _retrieval_table(measured: Mapping[str, Any]) -> str:

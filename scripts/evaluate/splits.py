@@ -66,7 +66,7 @@ def measure_split(
         ]
     )
     for arm in Arm:
-        timed = _TimedModel(model)
+        timed = TimedModel(model)
         images = timed.generate(image_requests(cases, arm, model=model, store=store), on_images)
         rows: list[Mapping[str, float]] = []
         shown: list[Pixels] = []
@@ -97,7 +97,7 @@ class _JudgedImageCache:
 
 
 @dataclass
-class _TimedModel:
+class TimedModel:
     """A generator, and the seconds that its calls took."""
 
     model: ImageModel

@@ -67,7 +67,14 @@ class Store:
         """Return up to `k` images of the concept as pinned references: with equal weights and any similarity."""
         indices = [i for i, image in enumerate(self.images) if image.concept == concept][:k]
         return [
-            retrieval.Candidate(scored=found, used=True, reason="of the concept", weight=1 / len(indices), pinned=True)
+            retrieval.Candidate(
+                scored=found,
+                used=True,
+                reason="of the concept",
+                weight=1 / len(indices),
+                pinned=True,
+                concepts=(concept,),
+            )
             for found in self._found(indices, query)
         ]
 

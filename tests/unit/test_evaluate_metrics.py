@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from scripts.evaluate import metrics
+from scripts.evaluate.colours import colour_of
 
 EAST, NORTH, WEST = np.array([1.0, 0.0]), np.array([0.0, 1.0]), np.array([-1.0, 0.0])
 NORTHEAST = np.array([math.sqrt(0.5), math.sqrt(0.5)])
@@ -72,3 +73,15 @@ def test_the_psnr_of_a_difference_of_one_tenth_is_20_db() -> None:
     image = np.full((4, 4, 3), 0.5)
     assert metrics.psnr_db(image, image + 0.1) == pytest.approx(20)
     assert metrics.psnr_db(image, image) > 100
+
+
+@pytest.mark.parametrize(("drawn", "name"), [("crimson", "red"), ("seagreen", "green"), ("gold", "yellow")])
+def test_an_image_has_the_name_of_its_commonest_colour(drawn: str, name: str) -> None:
+    image = Image.new("RGB", (10, 10), "white")
+    image.paste(drawn, (2, 2, 7, 7))
+    image.paste("blue", (0, 0, 2, 5))
+    assert colour_of(np.asarray(image)) == name
+
+
+def test_an_image_without_colours_has_no_commonest_one() -> None:
+    assert colour_of(np.asarray(Image.new("RGB", (10, 10), "dimgray"))) is None
