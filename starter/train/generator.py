@@ -34,8 +34,8 @@ from starter.train.scenes import (
     Reference,
     Scene,
     SceneMaker,
-    plural,
 )
+from starter.train.texts import plural
 
 VOCABULARY = 3000
 TEXT_TOKENS = 24

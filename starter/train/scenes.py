@@ -13,6 +13,7 @@ from PIL import Image
 from starter.data.corpus import IMAGE_PX, Sample
 from starter.train.backgrounds import LANDSCAPES, PLACES, TIMES, WEATHERS, draw_background
 from starter.train.cutouts import HUES, coloured_share, cut_out, recoloured
+from starter.train.texts import is_plural, plural
 
 FULL_SIDE = IMAGE_PX
 HALF_SIDE = IMAGE_PX // 2
@@ -96,7 +97,7 @@ class Thing:
         words = " ".join(word for word in (self.look, self.colour, self.noun) if word)
         if self.article is not None:
             return f"{self.article} {words}".strip()
-        if self.noun in UNCOUNTABLE or (self.noun.endswith("s") and not self.noun.endswith("ss")):
+        if self.noun in UNCOUNTABLE or is_plural(self.noun):
             return words
         return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
 
@@ -238,19 +239,6 @@ class SceneMaker:
     @staticmethod
     def _finished(text: str, picture: Image.Image, used: tuple[Reference, ...], rng: random.Random) -> Scene:
         return Scene(caption=rng.choice(OPENINGS).format(text), picture=picture, references=used)
-
-
-def plural(noun: str) -> str:
-    """Return the plural by the regular rules of English, which suffice for training captions."""
-    if noun.endswith("s") and not noun.endswith(("ss", "us")):
-        return noun
-    if noun.endswith(("ss", "us", "x", "ch", "sh")):
-        return noun + "es"
-    if noun.endswith("y") and noun[-2:-1] not in tuple("aeiou"):
-        return noun[:-1] + "ies"
-    return {"mouse": "mice", "goose": "geese", "sheep": "sheep", "fish": "fish", "tooth": "teeth", "foot": "feet"}.get(
-        noun, noun.removesuffix("man") + "men" if noun.endswith("man") else noun + "s"
-    )
 
 
 def _with_surroundings(text: str, place: str, time: str, weather: str, rng: random.Random) -> str:

@@ -23,7 +23,7 @@ from starter.train.generator import (
     text_positions,
 )
 from starter.train.loop import Plan, Stage, train
-from starter.train.scenes import FULL_SIDE, HALF_SIDE, Scene, SceneMaker, plural
+from starter.train.scenes import FULL_SIDE, HALF_SIDE, Scene, SceneMaker
 
 KINDS = [(0, FULL_SIDE), (1, FULL_SIDE), (2, FULL_SIDE), (4, FULL_SIDE), (2, HALF_SIDE), (3, HALF_SIDE), (4, HALF_SIDE)]
 
@@ -88,21 +88,6 @@ def test_a_drawing_takes_a_named_colour(colour: str, strongest: int) -> None:
     pixel = drawing.getpixel((0, 0))
     assert isinstance(pixel, tuple)
     assert max(range(3), key=lambda channel: pixel[channel]) == strongest
-
-
-@pytest.mark.parametrize(
-    ("noun", "expected"),
-    [
-        ("dog", "dogs"),
-        ("box", "boxes"),
-        ("cherry", "cherries"),
-        ("fox", "foxes"),
-        ("mouse", "mice"),
-        ("jeans", "jeans"),
-    ],
-)
-def test_plurals(noun: str, expected: str) -> None:
-    assert plural(noun) == expected
 
 
 def test_the_autoencoder_learns_and_its_tokens_decode(samples: list[Sample], tmp_path: Path) -> None:
