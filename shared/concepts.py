@@ -77,6 +77,13 @@ def singular(text: str) -> str:
     return " ".join([*nouns[: end - 1], one, *nouns[end:]]) if is_counted or one != nouns[end - 1] else text
 
 
+def counts_several(text: str) -> bool:
+    """Whether a concept asks for a number of things: `two dogs` and `a few apples`, but not `dogs` or `one dog`."""
+    words = text.lower().split()
+    is_counted = any(word in COUNTING - DETERMINERS - {"one"} or word.isdecimal() for word in words)
+    return is_counted and not text.endswith(singular(text))
+
+
 def _counts(words: Sequence[str], place: int) -> bool:
     word = words[place].lower()
     return word in COUNTING or word.isdecimal() or (word == "of" and place > 0 and words[place - 1].lower() in GROUPS)

@@ -434,7 +434,7 @@ class GeneratorSettings(Section):
         ge=16,
         le=2048,
         description="mode `reference`: pixels per side of a reference in images whose references stand for several "
-        "things; unset: `reference_side`",
+        "things (`a dog and a car`, `two dogs`); unset: `reference_side`",
     )
     weigh_references: Advanced[bool] = Field(
         False,

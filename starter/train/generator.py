@@ -53,11 +53,12 @@ CONTENT_ONLY = "{% for message in messages %}{{ message['content'] | lower }}{% 
 
 KINDS: dict[tuple[int, int], float] = {
     (0, FULL_SIDE): 0.12,
-    (1, FULL_SIDE): 0.24,
+    (1, FULL_SIDE): 0.20,
     (2, FULL_SIDE): 0.08,
     (3, FULL_SIDE): 0.06,
     (4, FULL_SIDE): 0.08,
-    (2, HALF_SIDE): 0.24,
+    (1, HALF_SIDE): 0.06,
+    (2, HALF_SIDE): 0.22,
     (3, HALF_SIDE): 0.12,
     (4, HALF_SIDE): 0.06,
 }

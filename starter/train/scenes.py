@@ -2,7 +2,7 @@
 
 A thing is drawn as large as its reference, on the grid of 16 pixels that the generator's tokens form. The i-th place
 of a scene shows the i-th reference. So most of drawing is copying tokens, which a small model learns. The exceptions
-teach the rest: other colours, other drawings of the same concept, and several small things from one large reference.
+teach the rest: other colours, other drawings of the same concept, and the same reference for several things.
 """
 
 import random
@@ -20,10 +20,8 @@ HALF_SIDE = IMAGE_PX // 2
 COLOURABLE_SHARE = 0.35
 SAME_DRAWING = 0.85
 """Probability that the drawn image is its reference. Otherwise it is another drawing of the same concept."""
-COUNTED_SHARE = 0.35
-"""Share of the scenes of one concept that show it several times."""
-ONE_CONCEPT_SHARE = 0.12
-"""Share of the scenes with references at half side that show one concept, in the size of its references."""
+ONE_CONCEPT_SHARE = 0.25
+"""Share of the scenes with references at half side that show one concept, once or several times."""
 COUNTED_AMONG_SHARE = 0.15
 """Share of the scenes of two concepts that show one of them twice."""
 COLOUR_SHARE = 0.5
@@ -47,6 +45,7 @@ RELATIONS: dict[str, tuple[tuple[str, ...], Place, Place]] = {
 """Words of each relation, and the places of the first and of the second thing."""
 RELATION_SHARES = (40, 14, 26, 6, 7, 7)
 ROWS: dict[int, tuple[Place, ...]] = {
+    1: ((32, 32),),
     2: ((0, 32), (64, 32)),
     3: ((0, 64), (64, 64), (32, 0)),
     4: ((0, 64), (64, 64), (0, 0), (64, 0)),
@@ -122,19 +121,19 @@ class SceneMaker:
     def scene(self, rng: random.Random, *, references: int, side: int) -> Scene:
         """Return a scene with exactly `references` references of `side` pixels.
 
-        Without references it mostly shows a landscape. With FULL_SIDE it shows one concept, once in the reference's
-        size or several times in half of it. With HALF_SIDE it mostly shows two or three concepts.
+        Without references it mostly shows a landscape. With FULL_SIDE it shows one thing. With HALF_SIDE it shows
+        two or three concepts, or a number of things of one.
         """
         place, time, weather = self._surroundings(rng)
         if references == 0:
             return self._without_references(place, time, weather, rng)
         picture = draw_background(place, time, weather, rng)
-        if side == FULL_SIDE or rng.random() < ONE_CONCEPT_SHARE:
-            number = rng.choice((2, 2, 3, 4)) if rng.random() < COUNTED_SHARE else 1
+        if side == FULL_SIDE or references == 1 or rng.random() < ONE_CONCEPT_SHARE:
+            number = 1 if side == FULL_SIDE else rng.choice((1, 1, 1, 2, 2, 2, 3, 3, 4))
             thing = self._thing(rng, references=references, number=number)
-            places = ROWS[number] if number > 1 else ((0, 0),) if side == FULL_SIDE else ((32, 32),)
+            places = ((0, 0),) if side == FULL_SIDE else ROWS[number]
             for image, where in zip(thing.drawn, places, strict=True):
-                self._paste(picture, image, where, side if number == 1 else HALF_SIDE, thing.colour)
+                self._paste(picture, image, where, side, thing.colour)
             text, things = thing.singular() if number == 1 else thing.counted(number), [thing]
         else:
             text, things = self._several(picture, references, rng)

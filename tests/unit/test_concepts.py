@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.concepts import MAX_CONCEPTS, MAX_HEADS, heads, searched_texts, singular, split_prompt, wordings
+from shared.concepts import (
+    MAX_CONCEPTS,
+    MAX_HEADS,
+    counts_several,
+    heads,
+    searched_texts,
+    singular,
+    split_prompt,
+    wordings,
+)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +180,16 @@ def test_hostile_prompts_take_no_time(piece: str) -> None:
 def test_plurals_have_a_second_wording(text: str, one: str) -> None:
     assert singular(text) == one
     assert wordings(text) == [text, one]
+
+
+@pytest.mark.parametrize("text", ["two dogs", "4 boxes", "a few red apples", "a group of people in a park"])
+def test_a_concept_counts_several_things(text: str) -> None:
+    assert counts_several(text)
+
+
+@pytest.mark.parametrize("text", ["a dog", "one dog", "dogs", "the dogs", "a pair of jeans", "mountains at sunset", ""])
+def test_a_concept_counts_at_most_one_thing(text: str) -> None:
+    assert not counts_several(text)
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,8 @@ def of_things(*things: str, weights: Sequence[float] = (), prompt: str = "a dog 
         (["a dog"], FULL_SIDE),
         (["a dog", "a dog", "a dog"], FULL_SIDE),
         (["a dog", "a red car"], SIDE),
+        (["two dogs"], SIDE),
+        (["two dogs", "two dogs"], SIDE),
         ([""], FULL_SIDE),
         (["", ""], SIDE),
         (["a dog", ""], SIDE),

@@ -25,7 +25,16 @@ from starter.train.generator import (
 from starter.train.loop import Plan, Stage, train
 from starter.train.scenes import FULL_SIDE, HALF_SIDE, Scene, SceneMaker
 
-KINDS = [(0, FULL_SIDE), (1, FULL_SIDE), (2, FULL_SIDE), (4, FULL_SIDE), (2, HALF_SIDE), (3, HALF_SIDE), (4, HALF_SIDE)]
+KINDS = [
+    (0, FULL_SIDE),
+    (1, FULL_SIDE),
+    (1, HALF_SIDE),
+    (2, FULL_SIDE),
+    (4, FULL_SIDE),
+    (2, HALF_SIDE),
+    (3, HALF_SIDE),
+    (4, HALF_SIDE),
+]
 
 pytestmark = pytest.mark.extended  # it shows nothing about the running service
 

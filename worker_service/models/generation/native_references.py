@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 
+from shared.concepts import counts_several
 from shared.errors import ReferenceUnavailableError
 from shared.settings import GeneratorSettings
 from worker_service.models.generation import framing
@@ -92,8 +93,9 @@ def in_prompt_order(references: Sequence[Reference], prompt: str) -> list[Refere
 
 
 def stand_for_several(references: Sequence[Reference]) -> bool:
-    """Whether there is no thing of the prompt that all the references stand for."""
-    return len(references) > 1 and not set.intersection(*(set(each.concepts) for each in references))
+    """Whether the picture has several things for which they stand: different ones, or a number of one (`two dogs`)."""
+    shared_by_all = set.intersection(*(set(each.concepts) for each in references))
+    return any(map(counts_several, shared_by_all)) if shared_by_all else len(references) > 1
 
 
 @dataclass
