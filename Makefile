@@ -21,8 +21,8 @@ setup: $(READY) ## install the packages of requirements.lock into .venv; other t
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name it with PYTHON=..."; exit 1; }
 	@test -x $(PY) || { echo "Creating .venv; the first install takes several minutes (about 6 GB, most of it torch)."; $(PYTHON) -m venv .venv; }
-	$(PY) -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
-	$(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation --quiet -e .
+	@$(PY) ops/install_packages.py requirements.lock
+	@$(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
 demo: $(READY) ## start a stack, index the starter corpus, generate images into out/  (PROMPT="...", or SHEET=1 or SHEET=FILE of prompts, DEMO=--help)
@@ -57,6 +57,9 @@ soak: $(READY) ## thousands of jobs and requests, and whether any process keeps 
 fuzz: $(READY) ## the whole OpenAPI document by Schemathesis, and hostile bulks, against a stack, into out/fuzz/  (FUZZ="--seed 7", FUZZ=--help)
 	@$(PY) -m tests.fuzz $(FUZZ)
 
+screenshots: $(READY) ## write a picture of every view of a running Studio into out/studio/; needs Chromium  (URL=http://...)
+	$(PY) -m tests.browser.screenshots "$(or $(URL),$(shell sed -n 's/^AFTERIMAGE_URL=//p' var/stack.env 2>/dev/null))" out/studio
+
 lint: $(READY) ## check style, types, import rules, and security findings of medium severity
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -84,7 +87,7 @@ lock: ## resolve pyproject.toml again into requirements.lock and the locks of th
 	@test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv==0.13.9; }
 	echo 'setuptools>=80' | $(COMPILE) --upgrade $(addprefix --extra ,server api worker gguf local scripts dev) --output-file requirements.lock
 	echo 'setuptools>=80' | $(SUBSET) ops/docker/api.lock --extra api
-	echo 'setuptools>=80' | $(SUBSET) ops/docker/worker.lock --extra worker
+	echo 'setuptools>=80' | $(SUBSET) ops/docker/worker.lock --extra worker --extra scripts
 	printf 'setuptools>=80\nflower\n' | $(SUBSET) ops/docker/flower.lock --extra server
 
 clean: ## stop the stack, remove .venv and all caches; var/ and out/ are kept
@@ -92,4 +95,4 @@ clean: ## stop the stack, remove .venv and all caches; var/ and out/ are kept
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo up down test test-all eval bench chaos soak fuzz lint audit train-starter docs lock clean
+.PHONY: help setup demo up down test test-all eval bench chaos soak fuzz screenshots lint audit train-starter docs lock clean

@@ -1,16 +1,15 @@
 """A typed client of the service. It needs neither torch nor the code of the server.
 
-from pathlib import Path
-from afterimage_client import Afterimage, RagGenerateRequest
+from afterimage_client import Afterimage
 
 with Afterimage("http://127.0.0.1:8000") as service:
-    job = service.jobs.submit(RagGenerateRequest(prompt="a red apple with a bite", seed=7))
-    job = service.jobs.wait(job, on_update=print)
+    for picture in service.run("a red apple with a bite", num_images=2, seed=7):
+        picture.save(f"out/{picture.output.seed}.png")
 
-    for output in job.outputs:
-        service.outputs.download(output, Path(f"out/{output.seed}.{output.format}"))
+`AsyncAfterimage` has the same methods for asyncio. `afterimage` on the command line has the common ones.
 """
 
+from afterimage_client.asynchronous import AsyncAfterimage
 from afterimage_client.bulks import BulkMismatchError, header_line
 from afterimage_client.client import Afterimage
 from afterimage_client.errors import (
@@ -19,7 +18,9 @@ from afterimage_client.errors import (
     ConflictError,
     CorruptDownloadError,
     IdempotencyKeyReusedError,
+    InvalidInputError,
     InvalidRequestError,
+    JobFailedError,
     NotFoundError,
     PermissionDeniedError,
     ProblemError,
@@ -34,6 +35,8 @@ from afterimage_client.errors import (
 )
 from afterimage_client.images import ImageFile
 from afterimage_client.jobs import Update
+from afterimage_client.picture import Picture
+from afterimage_client.requests import Reference
 from shared.contracts.bulks import BulkItemView, BulkOptions, BulkState, BulkView, ItemState
 from shared.contracts.collections import (
     Access,
@@ -77,6 +80,7 @@ from shared.contracts.jobs import (
     WithdrawnView,
 )
 from shared.contracts.outputs import RememberRequest
+from shared.contracts.records import Provenance, Resolution
 from shared.contracts.search import (
     Concept,
     FoundBy,
@@ -94,6 +98,7 @@ __all__ = [
     "Access",
     "Afterimage",
     "AfterimageError",
+    "AsyncAfterimage",
     "AuthenticationError",
     "BulkItemView",
     "BulkMismatchError",
@@ -119,8 +124,10 @@ __all__ = [
     "ImagePatch",
     "ImageState",
     "ImageView",
+    "InvalidInputError",
     "InvalidRequestError",
     "ItemState",
+    "JobFailedError",
     "JobKind",
     "JobState",
     "JobView",
@@ -131,20 +138,24 @@ __all__ = [
     "OnInvalid",
     "OutputView",
     "PermissionDeniedError",
+    "Picture",
     "PinnedReference",
     "Preview",
     "ProblemError",
     "Progress",
+    "Provenance",
     "QueryPart",
     "QueueFullError",
     "RagGenerateRequest",
     "RagSearchQuery",
     "RagSearchResponse",
     "RateLimitedError",
+    "Reference",
     "ReferenceImageView",
     "RememberRequest",
     "Replay",
     "ReplayVerdict",
+    "Resolution",
     "SearchMode",
     "SearchRequest",
     "SearchResponse",

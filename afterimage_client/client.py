@@ -1,39 +1,43 @@
 """The client object: one `Afterimage` for one service."""
 
-import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import pydantic
 
+from afterimage_client import login
 from afterimage_client.bulks import Bulks
 from afterimage_client.collections import Collections
-from afterimage_client.connection import Connection, parse_response, sent_tags, translate_transport_errors
-from afterimage_client.errors import error_from_response
+from afterimage_client.connection import Connection, Flag, parse_response, sent_tags, translate_transport_errors
+from afterimage_client.errors import InvalidInputError, JobFailedError, error_from_response
 from afterimage_client.images import Images
-from afterimage_client.jobs import Jobs
+from afterimage_client.jobs import Jobs, Update
 from afterimage_client.outputs import Outputs
+from afterimage_client.picture import Picture
+from afterimage_client.requests import Reference, generation_request
+from shared.contracts.generation import GenerateRequest
+from shared.contracts.jobs import JobState
 from shared.contracts.search import RagSearchQuery, RagSearchResponse, SearchRequest, SearchResponse
 from shared.contracts.service import HealthView, ModelsResponse, StatsView
-
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class Afterimage:
     """A client of the service at one address. Several threads may share it. Close it, or use it in a `with`.
 
         with Afterimage() as service:
-            job = service.jobs.wait(service.jobs.submit(RagGenerateRequest(prompt="a red apple")))
-            service.outputs.download(job.outputs[0], Path("apple.png"))
+            service.run("a red apple", references=["sketch.png"])[0].save("out/apple.png")
 
     Temporary errors (the service is unreachable, overloaded, or limits the rate) are retried for `retry_for_s` seconds,
     not before its `Retry-After`. A retry never repeats a side effect.
 
     Args:
-        url: address without `/api/v1`; None: AFTERIMAGE_URL of the environment, else `http://127.0.0.1:8000`.
-        api_key: None: AFTERIMAGE_API_KEY of the environment. The key is never printed or logged.
+        url: address without `/api/v1`; None: AFTERIMAGE_URL of the environment, else the address that
+            `afterimage login` stored, else `http://127.0.0.1:8000`.
+        api_key: None: AFTERIMAGE_API_KEY of the environment, else the key that `afterimage login` stored for the same
+            address. The key is never printed or logged.
         timeout_s: longest time without data on a connection.
         retry_for_s: 0: no retries.
         connect_for_s: how long a failed connection is retried before the service has answered once. The address is
@@ -41,8 +45,10 @@ class Afterimage:
         transport: used instead of the network, for example `httpx.WSGITransport`.
 
     Raises:
-        ValueError: `url` is not an http address, or `api_key` is not one word of ASCII characters.
+        InvalidInputError: `url` is not an http address, or `api_key` is not one word of ASCII characters.
     """
+
+    _new_flag: Callable[[], Flag] = threading.Event
 
     def __init__(
         self,
@@ -54,10 +60,10 @@ class Afterimage:
         connect_for_s: float = 5,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        address = httpx.URL(url or os.environ.get("AFTERIMAGE_URL") or DEFAULT_URL)
+        given, key = login.resolve(url, api_key)
+        address = _parsed(given)
         if address.scheme not in ("http", "https") or not address.host:
-            raise ValueError(f"{address} is not an address such as {DEFAULT_URL}")
-        key = api_key or os.environ.get("AFTERIMAGE_API_KEY")
+            raise InvalidInputError(f"{address} is not an address such as {login.DEFAULT_URL}")
         self.url = str(address).rstrip("/")
         self._connection = Connection(
             httpx.Client(
@@ -70,12 +76,50 @@ class Afterimage:
             ),
             retry_for_s=retry_for_s,
             connect_for_s=connect_for_s,
+            closed=type(self)._new_flag(),
         )
         self.jobs = Jobs(self._connection)
         self.outputs = Outputs(self._connection)
         self.images = Images(self._connection)
         self.bulks = Bulks(self._connection)
         self.collections = Collections(self._connection)
+
+    def run(
+        self,
+        /,
+        prompt: str | GenerateRequest,
+        *,
+        references: Sequence[Reference] = (),
+        timeout_s: float | None = None,
+        on_update: Callable[[Update], object] | None = None,
+        **fields: Any,
+    ) -> list[Picture]:
+        """Draw images, wait for them, and return them in the order of their seeds.
+
+            (picture,) = service.run("a green heart", seed=7)
+
+        Args:
+            prompt: a text, or a whole request. A text draws from references: the given ones, or found ones.
+            references: files (path or bytes) and images of the corpus (object or id).
+            timeout_s: None: wait without a limit.
+            on_update: called with every update of the job.
+            fields: further fields of `RagGenerateRequest`, such as `num_images` and `seed`.
+
+        Raises:
+            InvalidInputError: a field is invalid, or a file cannot be read. No request was sent.
+            JobFailedError: the job failed, or was canceled.
+            WaitTimeoutError: the job has not ended within `timeout_s`; it still runs.
+        """
+        if isinstance(prompt, str):
+            request: GenerateRequest = generation_request(prompt, references=references, **fields)
+        elif references or fields:
+            raise InvalidInputError("references and fields belong to a prompt; a request has its own")
+        else:
+            request = prompt
+        job = self.jobs.wait(self.jobs.submit(request), timeout_s=timeout_s, on_update=on_update)
+        if job.state is not JobState.SUCCEEDED:
+            raise JobFailedError(job)
+        return [Picture(output, self.outputs.content(output)) for output in job.outputs]
 
     def search(self, request: SearchRequest) -> SearchResponse:
         """Search images of the corpus by texts, by images, or by both: alone, mixed by weight, or as what to avoid."""
@@ -129,7 +173,14 @@ class Afterimage:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Afterimage({httpx.URL(self.url)!r})"
+        return f"{type(self).__name__}({httpx.URL(self.url)!r})"
+
+
+def _parsed(address: str) -> httpx.URL:
+    try:
+        return httpx.URL(address)
+    except httpx.InvalidURL as error:
+        raise InvalidInputError(f"{address!r} is not an address: {error}") from None
 
 
 class _Bearer(httpx.Auth):
@@ -137,7 +188,7 @@ class _Bearer(httpx.Auth):
 
     def __init__(self, key: str) -> None:
         if not (key.isascii() and key.isprintable() and " " not in key):
-            raise ValueError("an API key is one word of ASCII characters")  # without the key in the message
+            raise InvalidInputError("an API key is one word of ASCII characters")  # without the key in the message
         self._header = f"Bearer {key}"
 
     def auth_flow(self, request: httpx.Request) -> Iterator[httpx.Request]:  # type: ignore[override]

@@ -2,10 +2,9 @@
 
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 import httpx
@@ -14,7 +13,6 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception,
-    sleep_using_event,
     stop_before_delay,
     wait_random_exponential,
 )
@@ -22,10 +20,12 @@ from tenacity import (
 from afterimage_client.errors import (
     AfterimageError,
     CorruptDownloadError,
+    InvalidInputError,
     ProblemError,
     RateLimitedError,
     TooManyStreamsError,
     UnreachableError,
+    address_of,
     error_from_response,
 )
 from shared.contracts.common import Page
@@ -41,6 +41,14 @@ Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 
 
+class Flag(Protocol):
+    """The part of `threading.Event` that a connection uses. The asynchronous client has another implementation."""
+
+    def set(self) -> None: ...
+    def is_set(self) -> bool: ...
+    def wait(self, timeout: float) -> bool: ...
+
+
 class NotSentError(UnreachableError):
     """No connection was made, so the service has not received the request."""
 
@@ -50,13 +58,14 @@ class Connection:
 
     retry_for_s: how long a call is retried after its first failure, in seconds.
     connect_for_s: the same for a failed connection before the service's first answer, if that is shorter.
+    closed: set by `close`.
     """
 
-    def __init__(self, http: httpx.Client, *, retry_for_s: float, connect_for_s: float) -> None:
+    def __init__(self, http: httpx.Client, *, retry_for_s: float, connect_for_s: float, closed: Flag) -> None:
         self.http = http
         self._retry_for_s = retry_for_s
         self._connect_for_s = min(connect_for_s, retry_for_s)
-        self._closed = threading.Event()
+        self._closed = closed
         self._has_answered = False
         http.event_hooks = {"response": [self._note_answer]}
 
@@ -97,7 +106,7 @@ class Connection:
             wait=_pause_s,
             stop=self._must_stop,
             before_sleep=self._warn_of_address,
-            sleep=sleep_using_event(self._closed),
+            sleep=self.pause,
             reraise=True,
         )(attempt)
 
@@ -186,7 +195,7 @@ def id_of(resource: object, *kinds: type) -> UUID:
 
     Raises:
         TypeError: `resource` is neither such an object nor an id.
-        ValueError: `resource` is a text, but not that of an id.
+        InvalidInputError: `resource` is a text, but not that of an id.
     """
     if isinstance(resource, kinds):
         resource = resource.id  # type: ignore[attr-defined]
@@ -198,7 +207,7 @@ def id_of(resource: object, *kinds: type) -> UUID:
     try:
         return UUID(resource)
     except ValueError:
-        raise ValueError(f"{resource!r} is not an id: needs a UUID or a {names}") from None
+        raise InvalidInputError(f"{resource!r} is not an id: needs a UUID or a {names}") from None
 
 
 def parse_response(answer: type[Model], response: httpx.Response) -> Model:
@@ -218,16 +227,13 @@ def translate_transport_errors(method: str, path: str) -> Iterator[None]:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
         raise NotSentError(
-            f"cannot connect to {_address(error)}: {_reason(error)}. Does the service run there? "
+            f"cannot connect to {address_of(error.request.url)}: {_reason(error)}. Does the service run there? "
             "AFTERIMAGE_URL, or the argument `url`, names another address."
         ) from error
     except httpx.TransportError as error:
-        raise UnreachableError(f"{method} {path}: no answer from {_address(error)}: {_reason(error)}") from error
-
-
-def _address(error: httpx.TransportError) -> str:
-    url = error.request.url
-    return f"{url.scheme}://{url.netloc.decode()}"  # without a password, which `netloc` of httpx leaves out
+        raise UnreachableError(
+            f"{method} {path}: no answer from {address_of(error.request.url)}: {_reason(error)}"
+        ) from error
 
 
 def _reason(error: httpx.TransportError) -> str:

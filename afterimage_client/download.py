@@ -28,6 +28,18 @@ def download_file(
     connection.retry(lambda: _download_once(connection, path, target, sha256, size_bytes))
 
 
+def download_bytes(connection: Connection, path: str, *, sha256: str | None = None) -> bytes:
+    """Download `path` into memory; raises as `download_file` does."""
+
+    def attempt() -> bytes:
+        data = connection.send_once("GET", path).content
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise CorruptDownloadError(f"{path}: the sha256 of the bytes is not the announced one")
+        return data
+
+    return connection.retry(attempt)
+
+
 def is_complete(target: Path, *, sha256: str) -> bool:
     """Return whether the file exists with exactly these bytes."""
     try:

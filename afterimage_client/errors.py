@@ -1,6 +1,8 @@
 """The exceptions of the client, made from the service's problem documents by their stable `code`.
 
 AfterimageError
+  InvalidInputError            The client refuses an argument; it sent no request. Also a ValueError.
+  JobFailedError               `run` waited for a job that ended without success.
   UnreachableError             No answer came.
   WaitTimeoutError             The job or bulk has not ended in time.
   CorruptDownloadError         The bytes are not the announced ones.
@@ -19,7 +21,7 @@ AfterimageError
     ServerError                any other 5xx
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -29,10 +31,32 @@ import httpx
 import pydantic
 
 from shared.contracts.common import FieldProblem, Problem
+from shared.contracts.jobs import JobView
 
 
 class AfterimageError(Exception):
     """Base class of the exceptions of this client."""
+
+
+class InvalidInputError(AfterimageError, ValueError):
+    """The client refuses an argument, and has sent no request.
+
+    Attributes:
+        errors: the invalid fields; empty for a mistake that is not in a field of a request.
+    """
+
+    def __init__(self, message: str, errors: Sequence[FieldProblem] = ()) -> None:
+        self.errors = list(errors)
+        super().__init__(message)
+
+
+class JobFailedError(AfterimageError):
+    """The job ended without success. `job` has its `state` and `error`."""
+
+    def __init__(self, job: JobView) -> None:
+        self.job = job
+        reason = f": {job.error.code}: {job.error.detail}" if job.error else ""
+        super().__init__(f"job {job.id} ended as {job.state}{reason}")
 
 
 class UnreachableError(AfterimageError):
@@ -54,10 +78,11 @@ class ProblemError(AfterimageError):
         code: stable; match on this.
         errors: the invalid fields of a `validation_failed`.
         reason: the detail, with the invalid fields.
+        request: method and address of the request, without its query.
         retry_after_s: seconds from now after which the service advises to retry; None without advice.
     """
 
-    def __init__(self, problem: Problem, *, retry_after_s: float | None = None) -> None:
+    def __init__(self, problem: Problem, *, retry_after_s: float | None = None, request: str | None = None) -> None:
         self.code = problem.code
         self.status = problem.status
         self.detail = problem.detail
@@ -65,9 +90,9 @@ class ProblemError(AfterimageError):
         self.errors: list[FieldProblem] = problem.errors
         self.context: Mapping[str, Any] = problem.context
         self.retry_after_s = retry_after_s
-        fields = "; ".join(f"{error.field}: {error.message}" for error in problem.errors)
-        self.reason = problem.detail + (f" ({fields})" if fields else "")
-        super().__init__(f"{problem.code}: {self.reason}")
+        self.request = request
+        self.reason = problem.detail + (f" ({describe_fields(problem.errors)})" if problem.errors else "")
+        super().__init__(f"{problem.code}: {self.reason}" + (f" [{request}]" if request else ""))
 
 
 class InvalidRequestError(ProblemError):
@@ -153,7 +178,18 @@ def error_from_response(response: httpx.Response) -> ProblemError:
     kind = _BY_CODE.get(problem.code) or _BY_STATUS.get(response.status_code)
     if kind is None:
         kind = ServerError if response.is_server_error else InvalidRequestError
-    return kind(problem, retry_after_s=_retry_after_s(response))
+    asked = response.request
+    request = f"{asked.method} {address_of(asked.url)}{asked.url.path}"
+    return kind(problem, retry_after_s=_retry_after_s(response), request=request)
+
+
+def address_of(url: httpx.URL) -> str:
+    """Return scheme, host and port, without a password, which `netloc` of httpx leaves out."""
+    return f"{url.scheme}://{url.netloc.decode()}"
+
+
+def describe_fields(errors: Iterable[FieldProblem]) -> str:
+    return "; ".join(f"{error.field}: {error.message}" for error in errors)
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

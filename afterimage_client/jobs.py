@@ -11,7 +11,7 @@ import httpx
 from httpx_sse import EventSource
 
 from afterimage_client.connection import Connection, id_of, parse_response
-from afterimage_client.errors import TooManyStreamsError, WaitTimeoutError
+from afterimage_client.errors import InvalidInputError, TooManyStreamsError, WaitTimeoutError
 from shared.contracts.generation import DryRunView, GenerateRequest, RagGenerateRequest
 from shared.contracts.jobs import (
     EventType,
@@ -64,13 +64,13 @@ class Jobs:
             keeps a key for 24 hours.
 
         Raises:
-            ValueError: `request.dry_run` is set.
+            InvalidInputError: `request.dry_run` is set.
             InvalidRequestError: the request is invalid, or the model does not support it.
             IdempotencyKeyReusedError: the key was used with another request.
             QueueFullError: the queue was full in every try.
         """
         if request.dry_run:
-            raise ValueError("a dry run creates no job: call dry_run()")
+            raise InvalidInputError("a dry run creates no job: call dry_run()")
         return parse_response(JobView, self._post(request, idempotency_key or uuid4().hex))
 
     def dry_run(self, request: GenerateRequest) -> DryRunView:

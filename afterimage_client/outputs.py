@@ -27,8 +27,15 @@ class Outputs:
         return self._connection.iterate_pages(OutputView, "/generations", query)
 
     def content(self, output: UUID | OutputView | BulkOutput) -> bytes:
-        """Return the file as bytes."""
-        return self._connection.send("GET", f"/generations/{_id(output)}/content").content
+        """Return the file as bytes; if an object names the output, its digest is checked.
+
+        Raises:
+            NotFoundError: the output was deleted.
+            CorruptDownloadError: the bytes were wrong in every try.
+        """
+        path = f"/generations/{_id(output)}/content"
+        sha256 = output.sha256 if isinstance(output, OutputView | BulkOutput) else None
+        return download.download_bytes(self._connection, path, sha256=sha256)
 
     def download(self, output: OutputView | BulkOutput, target: Path) -> None:
         """Download the file to `target`, which appears only when it is complete and its digest is correct.

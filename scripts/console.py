@@ -93,9 +93,9 @@ def _checked_name(text: str, rule: TypeAdapter[str]) -> str:
 
 def add_service_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("service")
-    group.add_argument("--url", help="address of the API (default: $AFTERIMAGE_URL, else http://127.0.0.1:8000)")
+    group.add_argument("--url", help="address of the API (default: $AFTERIMAGE_URL, else that of `afterimage login`)")
     group.add_argument(
-        "--api-key-file", type=Path, help="file that holds the API key (default: the key in $AFTERIMAGE_API_KEY)"
+        "--api-key-file", type=Path, help="file with the API key (default: $AFTERIMAGE_API_KEY, else that of the login)"
     )
     group.add_argument(
         "--retry-for",

@@ -25,6 +25,7 @@ from scripts.bulk_generate.plan import PlanError, PlannedItem, RejectedRow
 VERSION = 2
 READABLE_VERSIONS = (1, VERSION)
 MAX_LISTED = 20
+MAX_NAMED_ROWS = 5
 
 
 class FolderError(Exception):
@@ -231,7 +232,19 @@ def write_json_line(file: IO[str], record: dict[str, Any]) -> None:
 
 
 def describe_rejected(rejected: Sequence[RejectedRow]) -> str:
-    lines = [f"row {row.row}: {row.reason}" for row in rejected[:MAX_LISTED]]
-    if len(rejected) > MAX_LISTED:
-        lines.append(f"and {len(rejected) - MAX_LISTED} more, see rejected.jsonl")
+    """Return one line per reason. A mistake in a template has the same reason in every row."""
+    rows: dict[str, list[int]] = {}
+    for each in rejected:
+        rows.setdefault(each.reason, []).append(each.row)
+    lines = [f"{_rows(numbers)}: {reason}" for reason, numbers in islice(rows.items(), MAX_LISTED)]
+    if len(rows) > MAX_LISTED:
+        lines.append(f"and {len(rows) - MAX_LISTED} more reasons, see rejected.jsonl")
     return "\n".join(lines)
+
+
+def _rows(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"row {numbers[0]}"
+    named = ", ".join(map(str, numbers[:MAX_NAMED_ROWS]))
+    more = len(numbers) - MAX_NAMED_ROWS
+    return f"rows {named}" + (f" and {more} more" if more > 0 else "")

@@ -10,7 +10,6 @@ provenance.json. With `--sheet` it draws one image for each prompt of a file int
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 from PIL import Image
@@ -26,6 +25,7 @@ from scripts.index_images.index import index_files, wait_until_searchable
 from scripts.index_images.report import Report
 from scripts.index_images.sources import read_source
 from scripts.index_images.upload import Uploader
+from shared.contracts.records import ConsideredReference, Resolution
 
 STARTER_CORPUS = Path(__file__).resolve().parents[2] / "starter" / "corpus.tar.gz"
 EMBEDDING_WAIT_S = 300
@@ -145,9 +145,9 @@ def print_missing(jobs: list[JobView], console: Console) -> None:
                 console.print(f"nothing was found for “{concept['text']}”{of_prompt}: {concept['reason']}")
 
 
-def by_concept(resolution: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def by_concept(resolution: Resolution) -> dict[str, list[ConsideredReference]]:
     """The references of a job under the first concept that each is for, for every concept of the prompt."""
-    groups: dict[str, list[dict[str, Any]]] = {concept["text"]: [] for concept in resolution["concepts"]}
+    groups: dict[str, list[ConsideredReference]] = {concept["text"]: [] for concept in resolution["concepts"]}
     for reference in resolution["references"]:
         groups[reference["concepts"][0]].append(reference)
     return groups
@@ -178,7 +178,7 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def references_sheet(service: Afterimage, resolution: dict[str, Any]) -> Image.Image:
+def references_sheet(service: Afterimage, resolution: Resolution) -> Image.Image:
     """Draw a row per concept: its references with caption, similarity and weight."""
     rows: list[tuple[str, list[Cell]]] = []
     for concept in resolution["concepts"]:

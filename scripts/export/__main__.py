@@ -31,8 +31,8 @@ examples:
   export the shared corpus
     python -m scripts.export corpus corpus.parquet
 
-  export a collection of an owner
-    python -m scripts.export corpus products.parquet --owner team-a --collection products
+  export a collection; if several owners have one of this name, the command names them, and --owner chooses
+    python -m scripts.export corpus products.parquet --collection products
 
   import into another installation; existing images are not changed, so the command may be repeated
     python -m scripts.export import corpus.parquet
@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     importing = commands.add_parser("import", help="read a file into a collection")
     for command in (corpus, outputs, importing):
         command.add_argument("file", type=Path)
-    corpus.add_argument("--owner", help="owner of the collection (default: a shared collection)")
+    corpus.add_argument(
+        "--owner", help="owner of the collection (default: the shared one, else the only one of the name)"
+    )
     corpus.add_argument("--collection", type=collection_name, default="shared", help="default: %(default)s")
     outputs.add_argument("--owner", help="owner of the outputs (default: all owners)")
     outputs.add_argument("--after", type=_moment, metavar="TIME", help="created at or after this time")

@@ -13,33 +13,46 @@ from shared.errors import ResourceNotFoundError
 
 
 def get_collection(session: Session, name: str, *, owner: str | None) -> Collection:
-    """Return the owner's collection of that name, or without an owner the shared one.
+    """Return the owner's collection of that name. Without an owner, return the shared one, else the only one.
 
     Raises:
-        ResourceNotFoundError: the owner or the collection does not exist.
+        ResourceNotFoundError: the owner or the collection does not exist, or several owners have such a collection.
     """
-    if owner is None:
-        collection = session.scalar(select(Collection).where(Collection.name == name, Collection.shared))
-    else:
+    if owner is not None:
         owner_id = get_owner_id(session, owner)
-        collection = session.scalar(select(Collection).where(Collection.name == name, Collection.owner_id == owner_id))
-    if collection is None:
-        raise ResourceNotFoundError(
-            f"There is no collection {name!r}."
-            if owner
-            else f"There is no shared collection {name!r}: name its --owner."
-        )
-    return collection
+        own = session.scalar(select(Collection).where(Collection.name == name, Collection.owner_id == owner_id))
+        if own is None:
+            raise ResourceNotFoundError(f"There is no collection {name!r} of the owner {owner!r}.")
+        return own
+    if (shared := _find_shared(session, name)) is not None:
+        return shared
+    owned = select(Collection, Owner.name).join(Owner, Owner.id == Collection.owner_id)
+    there = owned.where(Collection.name == name, Collection.deleted_at.is_(None))
+    found = session.execute(there.order_by(Owner.name)).all()
+    if not found:
+        raise ResourceNotFoundError(f"There is no collection {name!r}.")
+    if len(found) > 1:
+        names = ", ".join(each for _, each in found)
+        raise ResourceNotFoundError(f"These owners have a collection {name!r}: {names}. Name one with --owner.")
+    (only,) = found
+    return only[0]
+
+
+def _find_shared(session: Session, name: str) -> Collection | None:
+    return session.scalar(select(Collection).where(Collection.name == name, Collection.shared))
 
 
 def get_or_create_collection(session: Session, name: str, *, owner: str | None) -> Collection:
-    """As `get_collection`, but create a missing collection of an owner.
+    """Return the shared collection of that name, or that of the owner, which is created if it does not exist.
 
     Raises:
         ResourceNotFoundError: the owner or the shared collection does not exist.
     """
     if owner is None:
-        return get_collection(session, name, owner=None)
+        shared = _find_shared(session, name)
+        if shared is None:
+            raise ResourceNotFoundError(f"There is no shared collection {name!r}: name its --owner.")
+        return shared
     return collections.ensure(session, name, owner_id=get_owner_id(session, owner))
 
 

@@ -31,10 +31,10 @@ SOURCE is one of
                TXT with one file per line
   a tar        a WebDataset, with members as in a folder; also .tar.gz, .tar.bz2 and .tar.xz
 Files with one of these suffixes are read, also in capitals: {", ".join(IMAGE_SUFFIXES)}.
-Other files are listed as skipped; they do not make the run fail. An image that cannot be read, described or embedded
-does: the exit code is 1. If a tar or a table is damaged in the middle, the exit code is 2, and the images before that
-place stay. The service decodes a file by its content. A sidecar describes every image that has its name, and its place
-in a tar does not matter. Hidden files are left out.
+Other files are listed as skipped. So are images that cannot be read or described; with --strict they make the exit
+code 1. An image that cannot be embedded always does. If a tar or a table is damaged in the middle, the exit code is 2,
+and the images before that place stay. The service decodes a file by its content. A sidecar describes every image that
+has its name, and its place in a tar does not matter. Hidden files are left out.
 
 Images that the collection already has are not sent again: to resume an interrupted run, start it again.
 
@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long to wait until all images are searchable (default: %(default)g)",
     )
+    group.add_argument("--strict", action="store_true", help="exit code 1 if an image was skipped")
     group.add_argument("--watch", action="store_true", help="a folder: also index later changes, until Ctrl-C")
     group.add_argument(
         "--delete",
@@ -147,7 +148,9 @@ def _run(arguments: argparse.Namespace, output: ConsoleOutput) -> ExitCode:
             max_file_bytes=uploader.max_file_bytes,
         )
         skipped = index_files(uploader, files, output)
-        return wait_and_print_summary(uploader, skipped, output, source=source, wait_s=arguments.wait)
+        return wait_and_print_summary(
+            uploader, skipped, output, source=source, wait_s=arguments.wait, strict=arguments.strict
+        )
 
 
 def _columns(arguments: argparse.Namespace) -> dict[str, str]:

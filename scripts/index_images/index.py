@@ -48,9 +48,12 @@ def wait_until_searchable(service: Afterimage, collection: str, *, timeout_s: fl
 
 
 def wait_and_print_summary(
-    uploader: Uploader, skipped: list[ReportEntry], output: ConsoleOutput, *, source: Path, wait_s: float
+    uploader: Uploader, skipped: list[ReportEntry], output: ConsoleOutput, *, source: Path, wait_s: float, strict: bool
 ) -> ExitCode:
-    """Wait up to `wait_s` for the images to be searchable, then print the counts, skipped files and failed images."""
+    """Wait up to `wait_s` for the images to be searchable, then print the counts, skipped files and failed images.
+
+    strict: images that were skipped make the run fail.
+    """
     searchable = wait_s <= 0 or wait_until_searchable(uploader.service, uploader.collection, timeout_s=wait_s)
     failed = [
         image
@@ -63,10 +66,11 @@ def wait_and_print_summary(
         ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)
         or f"nothing to index: {source} has no files, or only hidden ones"
     )
-    # Other files beside the images do not make the run fail.
+    # Other files beside the images never make the run fail.
     failures = sum(entry.code != NOT_AN_IMAGE for entry in skipped)
     if failures:
-        output.info(f"{failures} of the skipped files failed, so the exit code is {ExitCode.INCOMPLETE:d}")
+        result = f"so the exit code is {ExitCode.INCOMPLETE:d}" if strict else "which --strict makes an error"
+        output.info(f"{failures} of the skipped files failed, {result}")
     for entry in sorted(skipped, key=lambda entry: entry.code == NOT_AN_IMAGE)[:MAX_LISTED]:
         outcome = "skipped" if entry.code == NOT_AN_IMAGE else "failed"
         output.info(f"{outcome} {entry.file}: {entry.code}: {entry.detail}")
@@ -76,4 +80,4 @@ def wait_and_print_summary(
         output.info(f"not searchable: {image.filename or image.id}: {image.error_code}")
     if not searchable:
         output.error(f"some images are not searchable after {wait_s:g} s: does an embed worker run?")
-    return ExitCode.INCOMPLETE if failures or failed or not searchable else ExitCode.DONE
+    return ExitCode.INCOMPLETE if (strict and failures) or failed or not searchable else ExitCode.DONE

@@ -14,6 +14,7 @@ from pydantic import Field
 from shared.contracts.common import Contract, FieldProblem, Metadata, OnInvalid, PageQuery, Text
 from shared.contracts.generation import GenerateRequest, RagGenerateRequest, SentReferenceImage
 from shared.contracts.jobs import JobError, JobKind, Lane, OutputView, WithdrawnView
+from shared.contracts.records import StoredResolution
 from shared.contracts.safety import SafetyRecord
 
 CustomId = Annotated[Text, Field(min_length=1, max_length=200)]
@@ -219,7 +220,7 @@ class BulkManifestLine(Contract):
     retry_of: UUID | None = Field(None, description="the previous job of the item")
     attempt: int = Field(0, description="attempts of the job so far")
     parameters: dict[str, Any] = Field(description="the request with every default resolved")
-    resolution: dict[str, Any] | None = Field(None, description="the chosen mode and references, with reasons")
+    resolution: StoredResolution | None = Field(None, description="the chosen mode and references, with reasons")
     safety: SafetyRecord | None = Field(
         None, description="decisions of the content policy; `null`: no policy was active"
     )

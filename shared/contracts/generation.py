@@ -126,14 +126,21 @@ class PinnedReference(Contract):
         description="things of the prompt that it stands for; they are recorded, and in the mode `reference` they can "
         "change the order and the size in which the model reads the pictures",
     )
+    # Excluded at its default, for the same reason.
+    pinned: bool = Field(
+        True,
+        exclude_if=lambda pinned: pinned,
+        description="`false`: a search found it, and the request uses it as it was shown; the record of the image then "
+        "does not say that a person chose it",
+    )
 
     @classmethod
-    def recorded(cls, image_id: UUID, weight: float, *, concepts: Sequence[str] = ()) -> Self:
+    def recorded(cls, image_id: UUID, weight: float, *, concepts: Sequence[str] = (), pinned: bool = True) -> Self:
         """A reference with the weight that an output's record has. A weight of 0 becomes the smallest positive one.
 
         weight: a share of 1. A very small share is rounded to 0. concepts: the things that it was used for.
         """
-        return cls(image_id=image_id, weight=max(weight, sys.float_info.min), concepts=list(concepts))
+        return cls(image_id=image_id, weight=max(weight, sys.float_info.min), concepts=list(concepts), pinned=pinned)
 
 
 class SentReferenceImage(Contract):

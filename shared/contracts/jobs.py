@@ -8,6 +8,7 @@ from uuid import UUID
 from pydantic import Field
 
 from shared.contracts.common import Contract, Metadata, PageQuery, QueryMoment
+from shared.contracts.records import StoredProvenance, StoredResolution
 from shared.contracts.safety import SafetyRecord
 
 
@@ -164,7 +165,7 @@ class OutputView(Contract):
         default_factory=list, description="ways in which the image differs from the request"
     )
     replay: Replay | None = Field(None, description="only for an output of a replay: its comparison with the original")
-    provenance: dict[str, Any] = Field(description="all data that determined the pixels")
+    provenance: StoredProvenance = Field(description="all data that determined the pixels")
 
 
 class ReferenceImageView(Contract):
@@ -211,7 +212,7 @@ class JobView(Contract):
     reference_images: list[ReferenceImageView] = Field(
         default_factory=list, description="pictures of the request, kept until the job is deleted"
     )
-    resolution: dict[str, Any] | None = Field(None, description="the chosen mode and references, with reasons")
+    resolution: StoredResolution | None = Field(None, description="the chosen mode and references, with reasons")
     warnings: list[JobWarning] = Field(
         default_factory=list, description="ways in which the images differ from the request, such as a cut prompt"
     )

@@ -1,15 +1,26 @@
 """Requests about generated images."""
 
+from typing import Annotated
 from uuid import UUID
 
 from pydantic import Field
 
-from shared.contracts.common import CollectionName, Contract, PageQuery, Tags
+from shared.contracts.common import CollectionName, Contract, Name, PageQuery, QueryMoment, Tags, Text
+from shared.contracts.generation import Mode
 from shared.contracts.images import Caption
 
 
 class OutputQuery(PageQuery):
     reference_id: UUID | None = Field(None, description="only outputs that used this image")
+    words: Annotated[Text, Field(max_length=200)] | None = Field(
+        None, description="only outputs whose prompt contains each of these words, in any case of letters"
+    )
+    model: Name | None = Field(None, description="only outputs of this model")
+    mode: Mode | None = Field(None, description="only outputs that were drawn in this mode; never `auto`")
+    job_id: UUID | None = Field(None, description="only outputs of this job")
+    bulk_id: UUID | None = Field(None, description="only outputs of this bulk")
+    created_after: QueryMoment | None = None
+    created_before: QueryMoment | None = None
 
 
 class RememberRequest(Contract):

@@ -1,5 +1,6 @@
 """The typed client on a whole stack: every call, and a wait while the API is killed."""
 
+import asyncio
 import io
 import re
 import threading
@@ -15,6 +16,7 @@ from PIL import Image, ImageColor
 from afterimage_client import (
     Access,
     Afterimage,
+    AsyncAfterimage,
     BulkOptions,
     BulkState,
     CollectionDefaults,
@@ -27,13 +29,16 @@ from afterimage_client import (
     ImageFilter,
     ImagePatch,
     ImageState,
+    InvalidInputError,
     InvalidRequestError,
     JobState,
     NotFoundError,
+    Provenance,
     RagGenerateRequest,
     RagSearchQuery,
     RememberRequest,
     ReplayVerdict,
+    Resolution,
     SearchRequest,
     SentReferenceImage,
     Update,
@@ -41,6 +46,7 @@ from afterimage_client import (
     header_line,
 )
 from ops.local.stack import REPOSITORY
+from shared.contracts.records import ConsideredReference, RecordedModel
 from tests.e2e.conftest import disc
 from tests.stack import RunningStack, wait_until
 
@@ -58,11 +64,74 @@ def test_the_python_of_the_readme_runs_as_printed(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(REPOSITORY / "docs")
     monkeypatch.setenv("AFTERIMAGE_URL", stack.url)
-    names: dict[str, Any] = {}
-    exec(compile("\n".join(blocks), "README.md", "exec"), names)
+    exec(compile("\n".join(blocks), "README.md", "exec"), {})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["7.png", "8.png"]
     with Afterimage() as service:
-        assert service.jobs.dry_run(names["request"]).parameters.reference_images
+        remembered, drawn = islice(service.jobs.list(), 2)
+        assert [output.seed for output in remembered.outputs] == [9]
+        assert [each.kind for each in drawn.outputs[0].references] == ["request"]
+
+
+def test_one_line_draws_pictures(service: Afterimage, tmp_path: Path) -> None:
+    (uploaded,) = service.images.upload([ImageFile("a.png", disc("sienna"))], UploadFields(collection="run")).images
+    wait_until(
+        lambda: service.images.get(uploaded).state is ImageState.READY, timeout_s=60, what="the image to be searchable"
+    )
+    (picture,) = service.run("a disc", references=[disc("indigo"), str(uploaded.id)], width=64, seed=5)
+    assert [each.kind for each in picture.output.references] == ["corpus", "request"]
+    assert (picture.output.seed, picture.image().size[0]) == (5, 64)
+    assert picture.save(tmp_path / "new" / "a.png").read_bytes() == picture.data
+    provenance = picture.output.provenance
+    assert (provenance["seed"], provenance["model"]["name"]) == (5, "cheap")
+    resolution = service.jobs.get(picture.output.job_id).resolution
+    assert resolution is not None
+    assert [each["used"] for each in resolution["references"]] == [True, True]
+    # Every key that the service writes is in the types.
+    assert provenance.keys() <= Provenance.__annotations__.keys()
+    assert resolution.keys() <= Resolution.__annotations__.keys()
+    assert provenance["model"].keys() <= RecordedModel.__annotations__.keys()
+    assert resolution["references"][0].keys() <= ConsideredReference.__annotations__.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "said"),
+    [
+        ({"prompt": ""}, "prompt", "at least 1"),
+        ({"prompt": "a", "width": 5}, "width", "greater than or equal to 16"),
+        ({"prompt": "a", "num_image": 5}, "num_image", "is num_images meant"),
+        ({"prompt": "a", "references": ["absent.png"]}, None, "cannot read absent.png"),
+        ({"prompt": GenerateRequest(prompt="a"), "seed": 5}, None, "a request has its own"),
+    ],
+)
+def test_bad_input_is_refused_before_it_is_sent(arguments: dict[str, Any], field: str | None, said: str) -> None:
+    with Afterimage("http://127.0.0.1:9") as nowhere, pytest.raises(InvalidInputError, match=said) as refused:
+        nowhere.run(**arguments)
+    assert [each.field for each in refused.value.errors] == ([field] if field else [])
+
+
+def test_a_refusal_names_the_address(service: Afterimage) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        service.run(GenerateRequest(prompt="by no model", model="there-is-none"))
+    assert refused.value.request == f"POST {service.url}/api/v1/generate"
+    assert refused.value.request in str(refused.value)
+
+
+def test_the_asynchronous_client_does_the_same(stack: RunningStack) -> None:
+    async def work() -> None:
+        async with AsyncAfterimage(stack.url) as service:
+            groups = await asyncio.gather(*(service.run(f"async {number}", seed=number) for number in range(6)))
+            assert [picture.output.seed for (picture,) in groups] == list(range(6))
+            prompts = [job.prompt async for job in service.jobs.list(page_size=2) if job.prompt.startswith("async")]
+            assert sorted(prompts) == [f"async {number}" for number in range(6)]
+            header = header_line(BulkOptions(name="async"))
+            bulk = await service.bulks.create(header, idempotency_key=uuid4().hex)
+            await service.bulks.send(bulk, [header, b'{"prompt": "one"}', b'{"prompt": "two"}'])
+            assert (await service.bulks.wait(bulk)).counts.succeeded == 2
+            assert [record["prompt"] async for record in service.bulks.manifest(bulk)] == ["one", "two"]
+            with pytest.raises(NotFoundError):
+                await service.jobs.get(uuid4())
+
+    asyncio.run(work())
 
 
 def test_jobs_are_submitted_once_followed_listed_and_deleted(service: Afterimage, tmp_path: Path) -> None:

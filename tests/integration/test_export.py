@@ -19,7 +19,7 @@ from scripts.export import __main__ as export
 from shared.contracts.common import ImageFormat
 from shared.contracts.images import ImageDescription
 from shared.contracts.search import ImageFilter
-from shared.db import images, owners, spaces
+from shared.db import collections, images, owners, spaces
 from shared.db.tables import Collection, EmbeddingSpace, Image
 from shared.imaging import decode_upload
 from shared.settings import Settings, get_settings
@@ -134,6 +134,24 @@ def test_a_corpus_can_be_imported_into_a_collection_of_another_owner(session: Se
     copy = session.scalars(select(Collection.id).where(Collection.name == "copy")).one()
     assert answers(session, copy) == before
     assert answers(session) == before
+
+
+def test_a_collection_is_found_without_its_owner_if_only_one_has_the_name(
+    session: Session, settings: Settings, tmp_path: Path
+) -> None:
+    collections.ensure(session, "goods", owner_id=owners.ensure(session, "team-a"))
+    make_space(session)
+    session.commit()
+    file = str(tmp_path / "goods.parquet")
+    assert run("corpus", file, "--collection", "goods")["code"] == 0
+    assert "no collection 'wares'" in run("corpus", file, "--collection", "wares")["message"]
+    assert "name its --owner" in run("import", file)["message"], "an import never chooses an owner"
+    collections.ensure(session, "goods", owner_id=owners.ensure(session, "team-b"))
+    session.commit()
+    refused = run("corpus", file, "--collection", "goods")
+    assert refused["code"] == 2
+    assert "team-a, team-b" in refused["message"]
+    assert run("corpus", file, "--collection", "goods", "--owner", "team-b")["code"] == 0
 
 
 @pytest.mark.usefixtures("corpus")

@@ -237,6 +237,15 @@ def test_a_bad_row_is_listed_once_for_all_values_of_a_grid(tmp_path: Path) -> No
     assert done.stderr.count("row 3: width") == 1
 
 
+def test_a_typo_in_a_template_is_one_line_for_all_rows(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("colour\n" + "red\n" * 30)
+    done = command(str(tmp_path / "p.csv"), "--template", "a {color} cat", "--out", str(tmp_path / "out"))
+    first, last = done.stderr.strip().splitlines()
+    assert first.startswith("error: rows 2, 3, 4, 5, 6 and 25 more: ")
+    assert "color" in first
+    assert last.startswith("Nothing was sent.")
+
+
 def test_invalid_rows_stop_a_run_before_anything_is_sent_and_are_all_listed(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt,width\na,64\nb,huge\nc,1\n")
     done = command(str(tmp_path / "p.csv"), "--out", str(tmp_path / "out"), "--url", "http://127.0.0.1:9")

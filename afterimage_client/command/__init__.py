@@ -1,0 +1,1 @@
+"""The command `afterimage`: generate, search, upload, jobs, bulk, login."""
