@@ -41,8 +41,11 @@ change.
 - **Dotenv files:** `.env` and `.env.<environment>` hold the same names. `AFTERIMAGE_ENVIRONMENT` names the environment.
 - **TOML file:** `afterimage.toml`, or the file that `AFTERIMAGE_CONFIG_FILE` names. The example above is
   `pool_size = 16` below `[database]`.
-- **Order:** the environment wins over `.env.<environment>`, then `.env`, then the TOML file, then the default.
-- **Secrets:** write passwords and storage keys into the environment or into `.env`, which git ignores. Percent-encode
+- **Files of secrets:** `AFTERIMAGE_SECRETS_DIR` names a folder, such as `/run/secrets`. A file in it has the name of a
+  variable, such as `afterimage_database__url`. Its content is the value.
+- **Order:** the environment wins over `.env.<environment>`, then `.env`, then files of secrets, then the TOML file,
+  then the default.
+- **Secrets:** write passwords and storage keys into files of secrets, the environment or `.env`. Percent-encode
   `/` and `@` in the password of a URL. Logs and error messages show no secret.
 - **Mistakes:** a wrong value or an unknown name stops the start, with one line per mistake.
 - **Renamed settings:** one release also reads the old name and logs a warning. Setting both names is a mistake.

@@ -5,7 +5,8 @@ unknown name registers a new metric.
 
 Several API processes share one exposition if `PROMETHEUS_MULTIPROC_DIR` names a directory before the first import of
 this module: prometheus_client decides at import. The parent process empties that directory before it starts them.
-Workers and the reconciler have one process each and serve their own numbers on `settings.metrics.port`.
+Workers and the reconciler have one process each and serve their own numbers on `settings.metrics.port`, beside whether
+they are ready.
 """
 
 import inspect
@@ -14,11 +15,11 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -28,14 +29,19 @@ from prometheus_client import (
     Gauge,
     Histogram,
     generate_latest,
+    make_wsgi_app,
     start_http_server,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 
+from shared.contracts.jobs import JobState
 from shared.errors import ConfigurationError
 from shared.settings import MetricsSettings
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,6 +82,10 @@ CACHE_FALLBACKS = Counter("cache_fallbacks_total", "Cache calls that memory serv
 
 JOBS_SUBMITTED = Counter("jobs_submitted_total", "Jobs accepted.", ["kind"])
 JOBS_FINISHED = Counter("jobs_finished_total", "Jobs that reached a final state.", ["state"])
+for _state in JobState:
+    if _state.is_final:
+        # Without this, the first job that dies creates its series with the value 1, and `increase` of it is 0.
+        JOBS_FINISHED.labels(_state.value)
 JOB_WAIT = Histogram(
     "job_wait_duration_seconds", "Time from submit to the first attempt.", ["model"], buckets=JOB_BUCKETS_S
 )
@@ -91,6 +101,11 @@ BULK_ITEMS_WAITING = Gauge(
     "bulk_items_waiting", "Items of running bulks that have not become jobs yet.", multiprocess_mode="livemostrecent"
 )
 LEASES_EXPIRED = Counter("leases_expired_total", "Jobs whose lease expired because their worker stopped renewing it.")
+WEBHOOKS_OVERDUE = Gauge(
+    "webhooks_overdue",
+    "Webhook deliveries that have been due for more than five minutes.",
+    multiprocess_mode="livemostrecent",
+)
 WEBHOOK_DELIVERIES = Counter("webhook_deliveries_total", "Attempts to deliver a webhook, by outcome.", ["outcome"])
 BLOBS_SWEPT = Counter("blobs_swept_total", "Blobs deleted because no row refers to them.")
 BLOB_BYTES_SWEPT = Counter("blob_bytes_swept_total", "Bytes of the blobs deleted by the sweeper.")
@@ -106,6 +121,18 @@ JOBS_REPUBLISHED = Counter(
 )
 JOBS_UNSERVED = Counter(
     "jobs_unserved_total", "Queued jobs that failed because no settings name their model and no worker serves it."
+)
+
+# --- servers, as the reconciler sees them -------------------------------------------------------------------------
+
+COMPONENT_UP = Gauge(
+    "component_up", "1 while this server does its work, else 0.", ["component"], multiprocess_mode="livemostrecent"
+)
+STORAGE_FREE_BYTES = Gauge(
+    "storage_free_bytes", "Free bytes of the file system of the blob store.", multiprocess_mode="livemostrecent"
+)
+STORAGE_SIZE_BYTES = Gauge(
+    "storage_size_bytes", "Size of the file system of the blob store.", multiprocess_mode="livemostrecent"
 )
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -170,6 +197,11 @@ RETRIEVAL_SIMILARITY = Histogram(
     "Cosine similarity of the images found.",
     buckets=[step / 20 for step in range(-4, 21)],
 )
+CALIBRATION_OUTDATED = Gauge(
+    "calibration_outdated",
+    "1 while the relevance gate of the active space does not fit the collection, else 0.",
+    multiprocess_mode="livemostrecent",
+)
 PLANNER_ANSWERS = Counter(
     "planner_answers_total",
     "Prompts for which the planner was asked, by outcome: answered, or the reason why the rules decided.",
@@ -223,6 +255,14 @@ class _OnTheFly:
 
 _on_the_fly = _OnTheFly()
 """One per process, like the registry of prometheus_client."""
+
+
+def expect_jobs_of(model: str, *, stages: Iterable[str]) -> None:
+    """Create the series of a model's jobs. Prometheus sees no increase in a series that begins with its first job."""
+    for metric in (JOB_WAIT, JOB_DURATION, IMAGE_GENERATION, IMAGE_GENERATION_DURATION, GENERATION_BATCH_SIZE):
+        metric.labels(model)
+    for stage in stages:
+        JOB_STAGE.labels(stage)
 
 
 def increment_counter(counter: Counter | str, value: float = 1, labels: Labels | None = None) -> None:
@@ -390,21 +430,35 @@ def render() -> tuple[bytes, str]:
     return generate_latest(_registry()), CONTENT_TYPE_LATEST
 
 
-def serve(settings: MetricsSettings) -> int | None:
+def serve(settings: MetricsSettings, is_ready: Callable[[], bool] = lambda: True) -> int | None:
     """Serve the metrics at `http://<host>:<port>/metrics` from a background thread until the process ends.
 
-    Returns the port, or `None` if it is 0, which means off.
+    `/ready` beside it answers 200 while `is_ready` returns True, else 503. Returns the port, or `None` if it is 0,
+    which means off.
 
     Raises:
         ConfigurationError: the process cannot listen on the port.
     """
     if settings.port == 0:
         return None
+    registry = _registry()
     try:
-        start_http_server(settings.port, settings.host, registry=_registry())
+        server, _ = start_http_server(settings.port, settings.host, registry=registry)
     except OSError as error:
         raise ConfigurationError(f"metrics.port: cannot listen on {settings.host}:{settings.port}: {error}") from error
+    server.set_app(_with_readiness(make_wsgi_app(registry), is_ready))
     return settings.port
+
+
+def _with_readiness(metrics_app: "WSGIApplication", is_ready: Callable[[], bool]) -> "WSGIApplication":
+    def app(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/ready":
+            return metrics_app(environ, start_response)
+        ready = is_ready()
+        start_response("200 OK" if ready else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"ready\n" if ready else b"not ready\n"]
+
+    return app
 
 
 def _registry() -> CollectorRegistry:

@@ -10,6 +10,7 @@ from shared.errors import BaseAppException
 from shared.pools import close_at_exit
 from shared.settings import get_settings
 from shared.storage import get_blobs
+from worker_service.readiness import get_readiness
 
 MODULES = {
     "embed": "worker_service.workers.embed",
@@ -34,7 +35,7 @@ def main() -> None:
         logs.configure(
             settings, service=arguments.kind if arguments.kind == "reconciler" else f"worker.{arguments.kind}"
         )
-        metrics.serve(settings.metrics)
+        metrics.serve(settings.metrics, get_readiness().is_ready)
         process = import_module(MODULES[arguments.kind])
         if arguments.kind == "generate":
             process.serve(settings, arguments.model)

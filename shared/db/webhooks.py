@@ -22,6 +22,8 @@ RETRY_AFTER_S = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600)
 without its last step:
 https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md"""
 
+OVERDUE_S = 300
+
 MAX_SIGNATURES = 4
 """Every valid secret adds a signature to a header. The limit keeps the header short after many rotations."""
 
@@ -42,6 +44,13 @@ def any_due(session: Session) -> bool:
     """Whether a delivery could be attempted now."""
     due = select(WebhookDelivery.id).where(WebhookDelivery.state == "pending", WebhookDelivery.due_at <= func.now())
     return session.scalar(due.limit(1)) is not None
+
+
+def count_overdue(session: Session) -> int:
+    """How many deliveries have been due for more than `OVERDUE_S`: io workers are missing, or too slow."""
+    since = func.now() - timedelta(seconds=OVERDUE_S)
+    overdue = select(func.count()).where(WebhookDelivery.state == "pending", WebhookDelivery.due_at < since)
+    return session.scalar(overdue) or 0
 
 
 def claim_due(

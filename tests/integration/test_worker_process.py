@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from ops.local.layout import free_port
 from ops.local.stack import REPOSITORY
 from shared.contracts.generation import Mode
 from shared.contracts.jobs import JobState
@@ -106,6 +108,33 @@ def test_an_idle_worker_ends(environment: dict[str, str], session: Session) -> N
     with worker("io", environment) as process:
         wait_until(lambda: states(session) == ["ready"], timeout_s=START_S, what="the worker to be ready")
         assert stop(process, session) == 0
+
+
+def ready_status(port: int) -> int:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code
+    except httpx.TransportError:
+        return 0
+
+
+def test_a_worker_is_not_ready_while_it_loads_its_models(environment: dict[str, str], session: Session) -> None:
+    port = free_port(excluding=set())
+    loads_forever = f"""
+from shared import metrics
+from worker_service.readiness import get_readiness
+from shared.settings import get_settings
+metrics.serve(get_settings().metrics, get_readiness().is_ready)
+{LOADING.format(reaction="pass")}"""
+    with running(["-c", loads_forever], environment | {"AFTERIMAGE_METRICS__PORT": str(port)}):
+        wait_until(lambda: states(session) == ["loading"], timeout_s=START_S, what="the worker to load")
+        assert ready_status(port) == 503
+
+
+@pytest.mark.parametrize("kind", ["embed", "generate", "io", "reconciler"])
+def test_each_kind_of_worker_becomes_ready(environment: dict[str, str], kind: str) -> None:
+    port = free_port(excluding=set())
+    with worker(kind, environment | {"AFTERIMAGE_METRICS__PORT": str(port)}):
+        wait_until(lambda: ready_status(port) == 200, timeout_s=START_S, what=f"{kind} to be ready")
 
 
 def test_a_worker_in_the_middle_of_a_batch_hands_its_jobs_back(environment: dict[str, str], session: Session) -> None:

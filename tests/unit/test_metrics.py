@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,12 +227,24 @@ import sys
 from shared import metrics
 from shared.settings import MetricsSettings
 metrics.increment_counter("leases_expired_total", 7)
-print(metrics.serve(MetricsSettings(port=int(sys.argv[1]))), flush=True)
+ready = []
+print(metrics.serve(MetricsSettings(port=int(sys.argv[1])), lambda: bool(ready)), flush=True)
+sys.stdin.readline()
+ready.append(True)
+print("ready", flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_worker_exposes_its_metrics_on_its_port() -> None:
+def status_of(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as refused:
+        return refused.code
+
+
+def test_a_worker_exposes_its_metrics_and_whether_it_is_ready() -> None:
     port = free_port()
     with subprocess.Popen(
         [sys.executable, "-c", SERVER, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -241,6 +254,11 @@ def test_a_worker_exposes_its_metrics_on_its_port() -> None:
         assert server.stdout.readline() == b"%d\n" % port
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             assert b"leases_expired_total 7.0" in answer.read()
+        assert status_of(f"http://127.0.0.1:{port}/ready") == 503
+        server.stdin.write(b"\n")
+        server.stdin.flush()
+        assert server.stdout.readline() == b"ready\n"
+        assert status_of(f"http://127.0.0.1:{port}/ready") == 200
         with pytest.raises(ConfigurationError, match=r"metrics\.port"):
             metrics.serve(MetricsSettings(port=port))
         server.stdin.close()

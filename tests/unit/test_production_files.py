@@ -3,7 +3,10 @@
 import ast
 import importlib.util
 import json
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
@@ -23,16 +26,10 @@ from shared.settings import Environment, Settings, load_settings
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = {name: service for name, service in SERVICES.items() if "build" in service}
-SECRETS = {
-    "POSTGRES_PASSWORD",
-    "QUEUE_PASSWORD",
-    "CACHE_PASSWORD",
-    "FLOWER_PASSWORD",
-    "GRAFANA_PASSWORD",
-    "SIGNING_KEY",
-}
-VARIABLES_BESIDE_SETTINGS = {"AFTERIMAGE_CONFIG_FILE"}
+OURS = {name: service for name, service in SERVICES.items() if "_IMAGE:-afterimage-" in service["image"]}
+VARIABLES_BESIDE_SETTINGS = {"AFTERIMAGE_CONFIG_FILE", "AFTERIMAGE_SECRETS_DIR"}
+ON_DEMAND = {"migrate", "tools"}
+"""Services that end by themselves."""
 
 VARIABLE = re.compile(r"(?<!\$)\$\{(?P<name>\w+)(?::(?P<kind>[-?])(?P<rest>[^}]*))?\}")
 
@@ -45,10 +42,8 @@ def _setting_variables(model: type[BaseModel] = Settings, prefix: str = "AFTERIM
 
 
 def _interpolated(value: str) -> str:
-    """The value as compose interpolates it, with every secret filled in."""
-    return VARIABLE.sub(
-        lambda found: "a-secret-of-many-letters" if found["kind"] == "?" else found["rest"] or "", value
-    )
+    """The value as compose interpolates it, without a .env."""
+    return VARIABLE.sub(lambda found: found["rest"] or "", value)
 
 
 def _environment(service: dict[str, Any]) -> dict[str, str]:
@@ -61,15 +56,78 @@ def test_every_variable_of_a_service_is_a_setting(name: str) -> None:
     assert named <= set(_setting_variables()) | VARIABLES_BESIDE_SETTINGS
 
 
+def _prepare(folder: Path, version: str = "2.24.0") -> "subprocess.CompletedProcess[str]":
+    """Run `ops/prepare.sh` in a copy of this repository, with a stand-in for `docker compose version`."""
+    (folder / "ops").mkdir(exist_ok=True)
+    (folder / "bin").mkdir(exist_ok=True)
+    for name in ("ops/prepare.sh", ".env.example"):
+        shutil.copy(ROOT / name, folder / name)
+    docker = folder / "bin" / "docker"
+    docker.write_text(f"#!/bin/sh\necho {version}\n")
+    docker.chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    script = folder / "ops" / "prepare.sh"
+    return subprocess.run(["sh", str(script)], env=environment, capture_output=True, text=True, umask=0o077)
+
+
+def _secrets(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text().strip() for file in (folder / "ops" / "secrets").iterdir()}
+
+
 @pytest.mark.parametrize("name", OURS)
-def test_the_settings_accept_what_compose_gives_a_service(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_accept_what_compose_gives_a_service(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert _prepare(tmp_path).returncode == 0
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    for secret in OURS[name]["secrets"]:
+        shutil.copy(tmp_path / COMPOSE["secrets"][secret]["file"], mounted / secret)
     for variable, value in _environment(OURS[name]).items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv("AFTERIMAGE_CONFIG_FILE", str(ROOT / "ops" / "config" / "afterimage.toml"))
+    monkeypatch.setenv("AFTERIMAGE_SECRETS_DIR", str(mounted))
     settings = load_settings()
     assert settings.environment is Environment.PRODUCTION
     assert settings.security.require_api_keys
     assert settings.queue.url != settings.cache.url
+    assert bool(settings.security.signing_keys) == (name == "api")
+
+
+def test_the_prepared_secrets_belong_together_and_stay(tmp_path: Path) -> None:
+    assert _prepare(tmp_path).returncode == 0
+    made = _secrets(tmp_path)
+    assert set(made) == set(COMPOSE["secrets"])
+    assert made["postgres_password"] in made["afterimage_database__url"]
+    for server in ("queue", "cache"):
+        directive, password = made[f"{server}.conf"].split()
+        assert directive == "requirepass"
+        assert made[f"afterimage_{server}__url"] == f"redis://:{password}@{server}:6379/0"
+    assert _prepare(tmp_path).returncode == 0
+    assert _secrets(tmp_path) == made
+
+
+def test_the_prepared_secrets_are_readable_in_containers_and_hidden_on_the_host(tmp_path: Path) -> None:
+    _prepare(tmp_path)
+    folder = tmp_path / "ops" / "secrets"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o444}
+
+
+def test_passwords_of_an_older_env_file_are_taken_over(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("POSTGRES_PASSWORD=of-the-last-release\nFLOWER_PASSWORD=shown\n")
+    _prepare(tmp_path)
+    made = _secrets(tmp_path)
+    assert made["postgres_password"] == "of-the-last-release"
+    assert made["flower_auth"] == "afterimage:shown"
+    assert len(made["grafana_password"]) == 48
+
+
+@pytest.mark.parametrize(("version", "accepted"), [("2.23.3", False), ("v2.40.3-3", True), ("5.0.1", True)])
+def test_an_old_compose_is_refused(version: str, accepted: bool, tmp_path: Path) -> None:
+    done = _prepare(tmp_path, version)
+    assert (done.returncode == 0) == accepted
+    assert ("2.24 or newer is needed" in done.stderr) == (not accepted)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -79,7 +137,12 @@ def test_the_module_that_a_service_starts_exists(name: str) -> None:
     module = command[2]
     assert importlib.util.find_spec(module) is not None
     if module not in ("celery", "alembic"):
-        spec = importlib.util.find_spec(f"{module}.__main__") if "." not in module else importlib.util.find_spec(module)
+        package = importlib.util.find_spec(module)
+        spec = (
+            importlib.util.find_spec(f"{module}.__main__")
+            if package and package.submodule_search_locations
+            else package
+        )
         assert spec is not None
         assert spec.origin is not None
         assert '__name__ == "__main__"' in Path(spec.origin).read_text()
@@ -88,10 +151,16 @@ def test_the_module_that_a_service_starts_exists(name: str) -> None:
 
 
 def test_every_long_running_service_restarts_and_has_a_health_check() -> None:
-    one_shot = {"migrate"}
     for name, service in SERVICES.items():
-        assert service["restart"] == ("no" if name in one_shot else "unless-stopped"), name
-        assert ("healthcheck" in service) == (name not in one_shot), name
+        assert service["restart"] == ("no" if name in ON_DEMAND else "unless-stopped"), name
+        assert ("test" in service.get("healthcheck", {})) == (name not in ON_DEMAND), name
+
+
+def test_a_worker_is_healthy_only_when_it_is_ready() -> None:
+    for name, service in OURS.items():
+        if service["command"][2] == "worker_service":
+            assert service["healthcheck"]["test"] == ["CMD", "python", "-m", "ops.probe", "http://127.0.0.1:9100/ready"]
+            assert name in ("io", "reconciler") or service["healthcheck"]["start_period"] == "10m"
 
 
 def test_every_service_that_uses_the_database_waits_for_the_migrations() -> None:
@@ -99,17 +168,71 @@ def test_every_service_that_uses_the_database_waits_for_the_migrations() -> None
         assert OURS[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}, name
 
 
-def test_our_containers_have_no_privileges() -> None:
-    for name, service in OURS.items():
+def test_no_container_has_privileges_or_unlimited_resources() -> None:
+    for name, service in SERVICES.items():
         assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["mem_limit"], name
+        assert service["pids_limit"], name
+        assert service["logging"]["options"]["max-size"], name
+        assert any(each.startswith("/tmp:size=") for each in service["tmpfs"]), name
+    # The program of the proxy's image has this capability, and starts only where it is allowed.
+    assert {name: service["cap_add"] for name, service in SERVICES.items() if "cap_add" in service} == {
+        "proxy": ["NET_BIND_SERVICE"]
+    }
     assert re.search(r"^USER (?!root)\w+$", (ROOT / "ops/docker/Dockerfile").read_text(), re.MULTILINE)
+    assert {SERVICES[name]["user"] for name in ("queue", "cache")} == {"redis"}
+    assert SERVICES["postgres"]["user"] == "postgres"
 
 
-def test_only_the_api_and_grafana_publish_a_port_and_only_on_loopback() -> None:
+def test_no_variable_of_a_container_is_a_secret() -> None:
+    for name, service in SERVICES.items():
+        for variable, value in service.get("environment", {}).items():
+            is_file = variable.endswith(("_FILE", "_DIR"))
+            assert is_file or not re.search(r"PASSWORD|SECRET|SIGNING|AUTH|TOKEN|__URL$", variable), (name, variable)
+            assert "password" not in value.lower() or is_file, (name, variable)
+
+
+def test_a_service_reaches_only_the_servers_whose_secrets_it_has() -> None:
+    networks = {
+        "afterimage_database__url": "database",
+        "afterimage_queue__url": "queue",
+        "afterimage_cache__url": "cache",
+    }
+    for name, service in OURS.items():
+        needed = {networks[secret] for secret in service["secrets"] if secret in networks}
+        assert set(service["networks"]) & set(networks.values()) == needed, name
+    assert (OURS["flower"]["networks"], SERVICES["proxy"]["networks"]) == (["queue"], ["edge"])
+    internal = {name for name, options in COMPOSE["networks"].items() if options}
+    assert internal == {"database", "queue", "cache", "metrics"}
+
+
+def test_only_the_proxy_and_grafana_publish_ports_and_only_on_loopback() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert set(published) == {"api", "grafana"}
+    assert set(published) == {"proxy", "grafana"}
     for ports in published.values():
         assert all(_interpolated(port).startswith("127.0.0.1:") for port in ports)
+
+
+def test_the_proxy_accepts_the_largest_body_of_the_service_and_asks_every_api() -> None:
+    caddyfile = (ROOT / "ops" / "proxy" / "Caddyfile").read_text()
+    (size,) = re.findall(r"max_size (\d+)MiB", caddyfile)
+    assert int(size) * 2**20 == Settings.model_fields["bulks"].default.max_body_bytes
+    assert re.search(r"dynamic a \{\s+name api\s+port 8000", caddyfile)
+    assert "respond /metrics 404" in caddyfile
+    (minutes,) = re.findall(r"response_header_timeout (\d+)m", caddyfile)
+    assert int(minutes) * 60 > Settings.model_fields["api"].default.max_stream_s
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_each_image_is_built_once_and_has_the_version_of_the_project(profile: str) -> None:
+    active = [service for service in OURS.values() if profile in service.get("profiles", [profile])]
+    built = [service["image"] for service in active if "build" in service]
+    assert sorted(built) == sorted({service["image"] for service in active})
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for service in OURS.values():
+        assert _interpolated(service["image"]).endswith(f":{version}")
+        assert "build" not in service or service["build"]["args"]["VERSION"] == version
 
 
 def test_the_queue_keeps_its_messages_and_the_cache_evicts_old_keys() -> None:
@@ -120,15 +243,13 @@ def test_the_queue_keeps_its_messages_and_the_cache_evicts_old_keys() -> None:
     assert SERVICES["queue"]["volumes"]
 
 
-def test_the_example_environment_names_every_secret_and_leaves_it_empty() -> None:
-    example = dict(re.findall(r"^#?(\w+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
-    used = {found["name"] for found in VARIABLE.finditer((ROOT / "docker-compose.yml").read_text())}
-    required = {
-        found["name"] for found in VARIABLE.finditer((ROOT / "docker-compose.yml").read_text()) if found["kind"] == "?"
-    }
-    assert required == SECRETS
-    assert {example[name] for name in SECRETS} == {""}
-    assert set(example) <= used | {"COMPOSE_PROFILES"}
+def test_the_example_environment_names_every_variable_with_its_default() -> None:
+    example = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    files = (ROOT / "docker-compose.yml", ROOT / "ops" / "config" / "two-gpus.yml")
+    used = {found["name"]: found["rest"] for file in files for found in VARIABLE.finditer(file.read_text())}
+    assert set(example) == {*used, "COMPOSE_PROFILES"}
+    free = {name for name in example if name.startswith("ALERT_")} | {"COMPOSE_PROFILES", "REVISION"}
+    assert {name: example[name] for name in example.keys() - free} == {name: used[name] for name in used.keys() - free}
 
 
 def test_every_worker_kind_runs_on_cpus_and_on_gpus() -> None:
@@ -138,6 +259,8 @@ def test_every_worker_kind_runs_on_cpus_and_on_gpus() -> None:
         assert on_cpu["command"] == on_gpu["command"]
         (device,) = on_gpu["deploy"]["resources"]["reservations"]["devices"]
         assert device["capabilities"] == ["gpu"]
+        assert _interpolated(device["device_ids"][0]) == "0"
+        assert "count" not in device
 
 
 # --- images -------------------------------------------------------------------------------------------------------
@@ -165,7 +288,10 @@ def test_the_lock_pins_a_version_that_fits_every_requirement() -> None:
         assert fitting, f"{requirement}: run `make lock`"
 
 
-@pytest.mark.parametrize("kind", sorted({service["build"]["args"]["KIND"] for service in OURS.values()}))
+KINDS = sorted({service["build"]["args"]["KIND"] for service in OURS.values() if "build" in service})
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_image_installs_a_subset_of_the_tested_versions(kind: str) -> None:
     pins = _pins(ROOT / "ops" / "docker" / f"{kind}.lock")
     assert pins
@@ -188,7 +314,16 @@ RUN_BY = {
         *("worker_service/__main__.py", "worker_service/maintenance"),
         *(f"worker_service/workers/{name}.py" for name in ("process", "io", "revoke", "lane_transport", "consumer")),
     ],
-    "worker": ["worker_service", "shared", "scripts/try_model", "scripts/contact_sheet.py"],
+    "worker": [
+        *("worker_service", "shared", "scripts/contact_sheet.py", "scripts/export", "scripts/admin"),
+        *(
+            "scripts/try_model",
+            "scripts/try_policy.py",
+            "scripts/calibrate",
+            "scripts/index_images",
+            "scripts/bulk_generate",
+        ),
+    ],
     "flower": ["ops/flower"],
 }
 
@@ -224,13 +359,14 @@ def test_every_path_that_the_dockerfile_copies_exists_and_is_not_ignored() -> No
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "ops/docker/Dockerfile").read_text(), re.MULTILINE)
     for source in " ".join(copied).replace("${KIND}", "api").split():
         assert (ROOT / source).exists(), source
+        assert not any(source.startswith(each) for each in ignored), source
         assert f"!{source.split('/')[0]}" in ignored, source
 
 
 # --- Prometheus and Grafana ---------------------------------------------------------------------------------------
 
 PROMQL_WORDS = {"sum", "rate", "increase", "absent", "histogram_quantile", "topk", "by", "max", "and", "for", "or"}
-PROMQL_WORDS |= {"min", "min_over_time", "delta"}
+PROMQL_WORDS |= {"min", "min_over_time", "delta", "vector"}
 
 
 def _metric_names() -> set[str]:
@@ -274,6 +410,39 @@ def test_prometheus_scrapes_every_service_on_its_port() -> None:
     exposed = {}
     for name, service in OURS.items():
         environment = _environment(service)
-        if port := environment.get("AFTERIMAGE_METRICS__PORT") or environment.get("AFTERIMAGE_API__PORT"):
+        port = environment.get("AFTERIMAGE_METRICS__PORT") or environment.get("AFTERIMAGE_API__PORT")
+        if port and name not in ON_DEMAND:
             exposed[name] = int(port)
     assert scraped == exposed
+
+
+# --- Alertmanager -------------------------------------------------------------------------------------------------
+
+MAIL = {"ALERT_EMAIL_TO": "a@example.com", "ALERT_SMTP": "mail.example.com:587", "ALERT_SMTP_USER": "a"}
+HOOK = {"ALERT_WEBHOOK_URL": "https://example.com/hook?a=1&b=2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "sent_by"),
+    [
+        ({}, set()),
+        (MAIL, {"email_configs"}),
+        (HOOK, {"webhook_configs"}),
+        (MAIL | HOOK, {"email_configs", "webhook_configs"}),
+    ],
+)
+def test_alerts_are_sent_as_the_environment_says(variables: dict[str, str], sent_by: set[str], tmp_path: Path) -> None:
+    program = tmp_path / "alertmanager"
+    program.write_text('#!/bin/sh\ncat "${1#--config.file=}"\n')
+    program.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path), "ALERTMANAGER": str(program), **variables}
+    script = str(ROOT / "ops" / "alertmanager" / "start.sh")
+    written = subprocess.run(["sh", script], env=environment, capture_output=True, text=True, check=True).stdout
+    (receiver,) = yaml.safe_load(written)["receivers"]
+    assert set(receiver) - {"name"} == sent_by
+    if "email_configs" in sent_by:
+        (mail,) = receiver["email_configs"]
+        assert (mail["to"], mail["smarthost"], mail["require_tls"]) == ("a@example.com", "mail.example.com:587", True)
+        assert mail["auth_password_file"] == "/run/secrets/alert_smtp_password"
+    if "webhook_configs" in sent_by:
+        assert receiver["webhook_configs"][0]["url"] == variables["ALERT_WEBHOOK_URL"]

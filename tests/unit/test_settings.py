@@ -161,6 +161,30 @@ def test_a_config_file_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (settings.environment, settings.retrieval.default_k) == (Environment.TEST, 7)
 
 
+def test_secrets_are_read_from_files_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AFTERIMAGE_SECRETS_DIR", str(tmp_path))
+    (tmp_path / "afterimage_queue__url").write_text("redis://:from-a-file@queue/0\n")
+    (tmp_path / "afterimage_cache__url").write_text("redis://:from-a-file@cache/0\n")
+    (tmp_path / "afterimage_security__signing_keys").write_text('["a-key-of-at-least-24-letters"]\n')
+    (tmp_path / "grafana_password").write_text("of another program\n")
+    monkeypatch.setenv("AFTERIMAGE_CACHE__URL", "redis://:from-the-environment@cache/0")
+    settings = load_settings()
+    assert settings.queue.url.get_secret_value() == "redis://:from-a-file@queue/0"
+    assert settings.cache.url.get_secret_value() == "redis://:from-the-environment@cache/0"
+    assert settings.security.signing_keys[0].get_secret_value() == "a-key-of-at-least-24-letters"
+
+
+def test_a_missing_folder_or_a_misspelt_name_of_a_secret_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AFTERIMAGE_SECRETS_DIR", str(tmp_path / "not-there"))
+    (mistake,) = mistakes()
+    assert "not-there" in mistake
+    monkeypatch.setenv("AFTERIMAGE_SECRETS_DIR", str(tmp_path))
+    (tmp_path / "afterimage_databse__url").write_text("x")
+    assert mistakes() == ["AFTERIMAGE_DATABSE__URL: there is no such setting"]
+
+
 def test_a_process_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = get_settings()
     monkeypatch.setenv("AFTERIMAGE_API__PORT", "1234")

@@ -13,7 +13,7 @@ from shared import blob_sweeper
 from shared.db import blobs, calibrations, retention, spaces
 from shared.db.session import session_scope
 from shared.errors import BaseAppException
-from shared.metrics import ROWS_RETIRED, increment_counter
+from shared.metrics import CALIBRATION_OUTDATED, ROWS_RETIRED, increment_counter, set_gauge
 from shared.settings import RetentionSettings, Settings
 from shared.storage import get_blobs
 
@@ -89,6 +89,7 @@ class Housekeeping:
         if warning is not None and warning != self._calibration_warning:
             logger.warning("calibration_outdated", extra={"detail": warning})
         self._calibration_warning = warning
+        set_gauge(CALIBRATION_OUTDATED, warning is not None)
 
     def sweep_blobs(self) -> None:
         """Delete blobs that no row names: see `blob_sweeper.sweep`, also for the errors."""

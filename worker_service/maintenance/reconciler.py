@@ -27,6 +27,8 @@ from shared.messaging import foreign, queue
 from shared.metrics import increment_counter, set_gauge
 from shared.settings import JobSettings, Settings, get_settings
 from worker_service.maintenance.housekeeping import Housekeeping
+from worker_service.maintenance.watch_components import ComponentWatch
+from worker_service.readiness import get_readiness
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ SPACES_INTERVAL_S = 60.0
 """How often the vectors of each embedding space are counted: a count reads all images."""
 STOP_TIMEOUT_S = 5.0
 """How long a periodic task may take to notice that the process ends. A task that is cut off continues next time."""
+READY_TICKS, READY_TICK_S = 3, 60.0
+"""A reconciler is ready until so many intervals have passed since its last tick, and the duration of a slow tick."""
 CLAIM_GRACE_S = 5.0
 """A job published longer ago than this should be claimed or in a list of the broker. Workers claim a job within
 milliseconds after they receive it."""
@@ -111,6 +115,7 @@ class Reconciler:
             if time.monotonic() >= self._next_count_at:
                 self._set_queue_depths(jobs.count_queued_by_model(session), paused=bulks.count_paused_by_model(session))
                 set_gauge(metrics.BULK_ITEMS_WAITING, bulks.count_waiting_items(session))
+                set_gauge(metrics.WEBHOOKS_OVERDUE, webhooks.count_overdue(session))
         unserved = self._unserved_models({*models, *(model for _, model in published)}, served)
         for model in unserved:
             self._fail_jobs_of(model)
@@ -161,7 +166,7 @@ class Reconciler:
     def _set_queue_depths(self, queued: dict[str, int], *, paused: dict[str, int]) -> None:
         """Set the metric of each model: its queued jobs, without those of paused bulks."""
         self._next_count_at = time.monotonic() + QUEUE_DEPTH_INTERVAL_S
-        for model in {*queued, *self._models_with_depth}:
+        for model in {*queued, *self._models_with_depth, *get_settings().model.generators}:
             depth = queued.get(model, 0) - paused.get(model, 0)
             set_gauge(metrics.QUEUE_DEPTH, max(depth, 0), labels={"queue": model})
         self._models_with_depth = set(queued)
@@ -253,12 +258,15 @@ def serve(settings: Settings) -> None:
         signal.signal(number, lambda *_: stopping.set())
     housekeeping = threading.Thread(target=Housekeeping(settings, stopping).run, name="housekeeping", daemon=True)
     housekeeping.start()
-    reconciler = Reconciler(settings.jobs)
+    reconciler, components = Reconciler(settings.jobs), ComponentWatch(settings)
     logger.info("reconciler_started", extra={"every_s": settings.jobs.reconcile_s})
     while not stopping.is_set():
+        components.update()
         try:
             reconciler.tick()
+            get_readiness().confirm(for_s=READY_TICKS * settings.jobs.reconcile_s + READY_TICK_S)
         except DatabaseError as error:
             logger.warning("tick_failed", extra={"cause": error.code})
         stopping.wait(settings.jobs.reconcile_s)
+    get_readiness().withdraw()
     housekeeping.join(STOP_TIMEOUT_S)
