@@ -137,6 +137,8 @@ def _measure(engine: Engine, size: int, arguments: argparse.Namespace) -> Scale:
         with Session(engine) as session, session.begin():
             tuning = search_tuning.measure(session, space, target=target, queries=arguments.queries)
             search_tuning.store(session, space, tuning)
+        with Session(engine) as session:
+            space = spaces.find(session, space.digest) or space  # with this measurement
         scale.ef_search[f"{target:g}"] = tuning.searches[0].ef_search
         for name, every in {"none": 1, **FILTERS}.items():
             where = ImageFilter(tags=[f"every-{every}"] if every > 1 else [])

@@ -13,11 +13,12 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from functools import cached_property, wraps
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial, wraps
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, get_origin, get_type_hints
+from uuid import uuid4
 
 import numpy as np
 import orjson
@@ -33,6 +34,7 @@ from shared.singleton import process_singleton
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,9 @@ MAX_TRACKED_CHANGES = 10_000
 JOIN_TIMEOUT_S = 30.0
 """How long a call of a cached function waits for an equal call before it runs the function itself."""
 KEYS_PER_COMMAND = 500
+CLAIM_PREFIX, RELEASED_PREFIX = f"{NAMESPACE}claim:", f"{NAMESPACE}released:"
+CLAIM_TTL_S = 10.0
+"""How long a process that has died keeps others from computing a value. They wait `wait_s` and compute then."""
 
 
 class _MemoryEntry(NamedTuple):
@@ -97,6 +102,44 @@ class Cache:
             TypeError: `value` cannot be encoded.
         """
         self.set_encoded(key, _encode(value), ttl)
+
+    def get_or_compute(
+        self,
+        keys: Sequence[str],
+        compute: Callable[[list[str]], Sequence[T]],
+        *,
+        read: Callable[[Any], T | None],
+        ttl: float | None = None,
+        wait_s: float,
+    ) -> list[T]:
+        """The values under `keys`. Missing ones are computed once, also when many processes want them at the same time.
+
+        Args:
+            compute: returns the values of the keys that it gets, in the same order. If it raises, the other calls in
+                this process that wait for them raise the same. Those in other processes compute.
+            read: as in `get`.
+            wait_s: longest wait for another process. Then this one computes too.
+        """
+        values = {key: value for key in dict.fromkeys(keys) if (value := self.get(key, read)) is not None}
+        calls = {key: self.join_call(key) for key in dict.fromkeys(keys) if key not in values}
+        leading = {key: running for key, (is_first, running) in calls.items() if is_first}
+        if leading:
+            with ExitStack() as leads:
+                for key, running in leading.items():
+                    leads.enter_context(self.lead_call(key, running))
+                computed = self._compute_in_one_process(list(leading), compute, read=read, ttl=ttl, wait_s=wait_s)
+                encoded = {key: _encode(value) for key, value in computed.items()}
+                for key, running in leading.items():
+                    running.set_result(encoded[key])
+            values |= computed
+        for key, (_, running) in calls.items():
+            if key not in values:
+                try:
+                    joined = read(_decode(running.result(JOIN_TIMEOUT_S)))
+                except (_LeaderCanceledError, TimeoutError):
+                    joined = None
+                values[key] = compute([key])[0] if joined is None else joined
+        return [values[key] for key in keys]
 
     def delete(self, key: str) -> bool:
         """Delete `key`; True when it had a value."""
@@ -159,7 +202,10 @@ class Cache:
         with self._lock:
             self._hits += data is not None
             self._misses += data is None
-        increment_counter(CACHE_MISSES if data is None else CACHE_HITS, labels={"prefix": key.partition(":")[0]})
+        prefix = {"prefix": key.partition(":")[0]}
+        # Both series exist from the first read on. The ratio of one that does not exist is nothing instead of 0.
+        increment_counter(CACHE_MISSES, data is None, prefix)
+        increment_counter(CACHE_HITS, data is not None, prefix)
         return data
 
     def set_encoded(self, key: str, data: bytes, ttl: float | None) -> None:
@@ -201,6 +247,73 @@ class Cache:
         finally:
             with self._lock:
                 del self._running_calls[key]
+
+    # --- one process among several
+
+    def _compute_in_one_process(
+        self,
+        keys: list[str],
+        compute: Callable[[list[str]], Sequence[T]],
+        *,
+        read: Callable[[Any], T | None],
+        ttl: float | None,
+        wait_s: float,
+    ) -> dict[str, T]:
+        """Compute and store values. Wait for those that another process computes at the moment."""
+        claim = uuid4().hex
+        claimed_by = self._redis_or_memory(lambda: self._claim(keys, claim), lambda: dict.fromkeys(keys, claim))
+        own = [key for key in keys if claimed_by[key] == claim]
+        values: dict[str, T] = {}
+
+        def compute_and_store(missing: list[str]) -> None:
+            for key, value in zip(missing, compute(missing), strict=True):
+                values[key] = value
+                self.set(key, value, ttl)
+
+        def look_up(missing: Iterable[str]) -> None:
+            values.update({key: value for key in missing if (value := self.get(key, read)) is not None})
+
+        if own:
+            try:
+                look_up(own)  # another process may have stored them just before the claim
+                if missing := [key for key in own if key not in values]:
+                    compute_and_store(missing)
+            finally:
+                self._redis_or_memory(lambda: self._release(own, claim), lambda: None)
+        until = time.monotonic() + wait_s
+        for other in {claimed_by[key] for key in keys} - {claim}:
+            self._redis_or_memory(partial(self._wait_for_release, other, until), lambda: None)
+        look_up(key for key in keys if key not in values)
+        if left := [key for key in keys if key not in values]:  # that process has failed or is slow
+            compute_and_store(left)
+        return values
+
+    def _claim(self, keys: Sequence[str], claim: str) -> dict[str, str]:
+        """Claim the computation of each key, unless it is claimed already; return the claim of each key."""
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.set(f"{CLAIM_PREFIX}{key}", claim, nx=True, px=round(CLAIM_TTL_S * 1000))
+                pipeline.get(f"{CLAIM_PREFIX}{key}")
+            holders = pipeline.execute()[1::2]
+        return {key: (holder or claim.encode()).decode() for key, holder in zip(keys, holders, strict=True)}
+
+    def _release(self, keys: Sequence[str], claim: str) -> None:
+        """Give up claims, and notify the processes that wait. An expired claim may be of another process by now."""
+        released = f"{RELEASED_PREFIX}{claim}"
+        with self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.rpush(released, 1)
+            pipeline.expire(released, round(CLAIM_TTL_S))
+            pipeline.unlink(*(f"{CLAIM_PREFIX}{key}" for key in keys))
+            pipeline.execute()
+
+    def _wait_for_release(self, claim: str, until: float) -> None:
+        """Wait until the claim is released, or the monotonic time `until`."""
+        released = f"{RELEASED_PREFIX}{claim}"
+        while (left_s := until - time.monotonic()) > 0:
+            # The command moves the notification to the end of its list, so that it also wakes the next one.
+            patience_s = max(0.01, min(left_s, self._settings.socket_timeout_s / 2))
+            if self._redis.blmove(released, released, patience_s):  # type: ignore[arg-type]  # it may be a fraction
+                return
 
     # --- Redis or memory
 

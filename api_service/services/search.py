@@ -68,25 +68,39 @@ def search_images(request: SearchRequest, *, caller: Caller, decoder: UploadDeco
             cancel each other.
     """
     settings = get_settings().retrieval
-    # 1. The query as one vector. No session is open during the wait for a worker.
+    # No session is open during the wait for a worker. These reads need no transaction: to begin and end one takes
+    # as long as they do.
     parts = _query_parts(request)
-    with session_scope() as session:
+    with session_scope(single_read=True) as session:
         space = _find_space(session, request.space, field="body.space")
         collection = find_collection(session, request.filter.collection, caller=caller, field="body.filter.collection")
         mode = _search_mode(request, defaults_of(collection).mode)
         ids = {part.image_id for part in parts if part.image_id is not None}
         stored = {image_id: _vector_of_image(session, space, image_id, caller=caller) for image_id in ids}
     key = _cache_key(request, mode, space, collection)
-    # Not with a named space: an inactive one gets vectors without a new version of the collection.
-    if request.space is None:
-        cached: bytes | None = get_cache_manager().get(key, lambda value: value if isinstance(value, bytes) else None)
-        if cached is not None:
-            return cached
-    vector = None
-    if mode is not SearchMode.TEXT:
-        vector = _query_vector(parts, stored, space, caller=caller, decoder=decoder)
 
-    # 2. The images. For diversity more of them are candidates.
+    def search() -> bytes:
+        vector = None
+        if mode is not SearchMode.TEXT:
+            vector = _query_vector(parts, stored, space, caller=caller, decoder=decoder)
+        return _search(request, mode, space, collection.id, vector)
+
+    # Not with a named space: an inactive one gets vectors without a new version of the collection.
+    if request.space is not None:
+        return search()
+    [answer] = get_cache_manager().get_or_compute(
+        [key],
+        lambda _: [search()],
+        read=lambda value: value if isinstance(value, bytes) else None,
+        wait_s=settings.text_timeout_s,
+    )
+    return answer
+
+
+def _search(
+    request: SearchRequest, mode: SearchMode, space: Space, collection_id: UUID, vector: Vector | None
+) -> bytes:
+    """Search the images, and return a `SearchResponse` as JSON. For diversity more of them are candidates."""
     with session_scope() as session:
         candidates = retrieval.find_candidates(
             session,
@@ -95,11 +109,12 @@ def search_images(request: SearchRequest, *, caller: Caller, decoder: UploadDeco
             vector=vector,
             k=request.k * retrieval.OVERFETCH if request.diversity else request.k,
             mode=mode,
-            collection_id=collection.id,
+            collection_id=collection_id,
             where=request.filter,
-            settings=settings,
+            settings=get_settings().retrieval,
             threshold=request.threshold,
             without=[part.text for part in request.negative if part.text is not None],
+            with_vectors=bool(request.diversity),
         )
     found = candidates.images
     if request.diversity:
@@ -112,10 +127,7 @@ def search_images(request: SearchRequest, *, caller: Caller, decoder: UploadDeco
         embedding_space=space.digest,
         exact=candidates.exact,
     )
-    encoded = response.model_dump_json().encode()
-    if request.space is None:
-        get_cache_manager().set(key, encoded)
-    return encoded
+    return response.model_dump_json().encode()
 
 
 def plan_references(query: RagSearchQuery, *, caller: Caller, where: ImageFilter | None = None) -> RagSearchResponse:
@@ -214,18 +226,17 @@ def text_vectors(texts: Sequence[str], space: Space) -> list[Vector]:
     Raises:
         EmbeddingUnavailableError: no embed worker answered in time, or one with another embedding space answered.
     """
-    cache, vectors = get_cache_manager(), dict[str, Vector]()
-    keys = {text: f"text-vector:{space.digest}:{hashlib.sha256(text.encode()).hexdigest()}" for text in texts}
-    for text, key in keys.items():
-        cached: Vector | None = cache.get(key, lambda value: np.asarray(value, np.float32).reshape(space.dim))
-        if cached is not None:
-            vectors[text] = cached
-    missing = [text for text in keys if text not in vectors]
-    if missing:
-        for text, vector in zip(missing, embed_texts(missing, space), strict=True):
-            vectors[text] = _normalised(vector)
-            cache.set(keys[text], vectors[text], ttl=get_settings().cache.embedding_ttl_s)
-    return [vectors[text] for text in texts]
+    settings = get_settings()
+    texts_by_key = {f"text-vector:{space.digest}:{hashlib.sha256(text.encode()).hexdigest()}": text for text in texts}
+    vectors = get_cache_manager().get_or_compute(
+        list(texts_by_key),
+        lambda keys: [_normalised(vector) for vector in embed_texts([texts_by_key[key] for key in keys], space)],
+        read=lambda value: np.asarray(value, np.float32).reshape(space.dim),
+        ttl=settings.cache.embedding_ttl_s,
+        wait_s=settings.retrieval.text_timeout_s,
+    )
+    by_text = dict(zip(texts_by_key.values(), vectors, strict=True))
+    return [by_text[text] for text in texts]
 
 
 @dataclass(frozen=True)

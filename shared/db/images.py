@@ -7,9 +7,11 @@ may store the result.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from datetime import datetime
+from typing import Any, NamedTuple, Self
 from uuid import UUID, uuid4
 
 import numpy as np
@@ -19,15 +21,21 @@ from pydantic import ValidationError
 from sqlalchemy import (
     ColumnElement,
     Integer,
+    LargeBinary,
+    Row,
     Select,
+    Text,
     and_,
     case,
     cast,
+    column,
     delete,
     exists,
     func,
     literal,
     select,
+    text,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -39,8 +47,9 @@ from shared.contracts.search import FoundBy, ImageFilter
 from shared.contracts.search_tuning import IndexKind, SearchTuning
 from shared.db import leasing, paging, spaces
 from shared.db.collections import Principal, access_of, require, visible_to
+from shared.db.count_cache import get_count_cache
 from shared.db.spaces import Space
-from shared.db.tables import Collection, EmbeddingSpace, Image, SpaceAttempt
+from shared.db.tables import Collection, Image, SpaceAttempt
 from shared.errors import EmbeddingCrashedError, ResourceNotFoundError
 from shared.metrics import RETRIEVAL_DURATION, RETRIEVAL_SIMILARITY, time_operation
 
@@ -52,6 +61,11 @@ UNMEASURED_EF_SEARCH = 100
 UNMEASURED_EXACT_BELOW = 100_000
 MAX_EF_SEARCH = 1000
 """The largest `hnsw.ef_search` of pgvector."""
+SEARCH_CONFIG = text(
+    "select set_config('hnsw.ef_search', :width, true), set_config('hnsw.iterative_scan', 'strict_order', true)"
+)
+FEW_OF = 5
+"""Images are few if they are at most one of so many of the space: the cost of a lookup against reading all vectors."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +80,40 @@ class ImageClaim:
         return cls(image.id, image.attempt)
 
 
+class FoundImage(NamedTuple):
+    """The columns of `Image` that the users of a search read. An entity would take several times as long to load."""
+
+    id: UUID
+    sha256: str
+    blob_key: str
+    thumbnail_key: str
+    format: str
+    width: int
+    height: int
+    size_bytes: int
+    perceptual_hash: int
+    caption: str | None
+    tags: list[str]
+    source: str | None
+    licence: str | None
+    created_at: datetime
+
+
+FOUND_COLUMNS = [Image.__table__.c[name] for name in FoundImage._fields]
+NO_VECTOR: Vector = np.zeros(0, np.float32)
+
+
 @dataclass(frozen=True)
 class ScoredImage:
     """An image with its similarity to a query.
 
-    similarity: cosine, in [-1, 1]; NaN without a query. vector: shape (dim,), float32, L2-normalised. norm: its length
-    before normalisation. found_by: the searches that found it. word_share: part of the query's words, by weight, that
-    its caption and tags have, in [0, 1]; 0 if it was not found by words.
+    similarity: cosine, in [-1, 1]; NaN without a query. vector: shape (dim,), float32, L2-normalised; NO_VECTOR if the
+    search was not asked for it. norm: its length before normalisation; NaN without a vector. found_by: the searches
+    that found it. word_share: part of the query's words, by weight, that its caption and tags have, in [0, 1]; 0 if it
+    was not found by words.
     """
 
-    image: Image
+    image: Image | FoundImage
     similarity: float
     vector: Vector
     norm: float
@@ -448,18 +486,21 @@ def find_vector(session: Session, space: Space, image_id: UUID) -> tuple[Vector,
 
 
 def find_by_ids(
-    session: Session, space: Space, image_ids: Sequence[UUID], query: Vector | None
+    session: Session, space: Space, image_ids: Sequence[UUID], query: Vector | None, *, with_vectors: bool = True
 ) -> dict[UUID, ScoredImage]:
-    """Searchable images by id, with their similarity to `query` (NaN if None). Other ids are left out."""
+    """Searchable images by id, with their similarity to `query` (NaN if None). Other ids are left out.
+
+    with_vectors: False: they come without vectors, and `query` must be None.
+    """
     table = space.table
     statement = (
-        select(Image, table.c.embedding, table.c.norm)
+        select(*FOUND_COLUMNS, *_vector_columns(space, with_vectors))
         .join(table, table.c.image_id == Image.id)
         .where(Image.id.in_(image_ids), Image.state == ImageState.READY)
     )
     found = {}
-    for image, embedding, norm in session.execute(statement):
-        vector = as_vector(embedding)
+    for row in session.execute(statement):
+        image, vector, norm = _read(row, with_vectors)
         similarity = float(vector @ query) if query is not None else float("nan")
         found[image.id] = ScoredImage(image=image, similarity=similarity, vector=vector, norm=norm)
     return found
@@ -487,6 +528,7 @@ def nearest(
     where: ImageFilter,
     ef_search: int | None,
     exact_below: int,
+    with_vectors: bool = True,
 ) -> Nearest:
     """The `k` searchable images nearest to `vector`, most similar first. Fewer come only when the filter leaves fewer.
 
@@ -496,46 +538,68 @@ def nearest(
     `hnsw.max_scan_tuples`, each image is compared after all.
 
     Args:
+        space: as read in this transaction or shortly before, because it says how its index is searched.
         vector: shape (space.dim,), float32, L2-normalised. Similarity is cosine, in [-1, 1].
         ef_search: candidates that the index examines; `None`: as `search_tuning` measured.
+        with_vectors: False: the images come without their vectors, which is quicker.
     """
     conditions = passing(collection_id, where)
-    index = session.get(EmbeddingSpace, space.id)  # None: an operator drops the space at this moment
-    kind = IndexKind.HALFVEC if index is None else IndexKind(index.index_kind)
-    width = ef_search or _tuned_ef_search(index, k)
+    width = ef_search or _tuned_ef_search(space, k)
     # An index without a measurement may miss images, and comparing all is quick enough for more of them.
     enough = exact_below if width else max(exact_below, UNMEASURED_EXACT_BELOW)
-    exact = _are_fewer(session, collection_id, where, than=enough)
+    left = _count_left(session, collection_id, where, most=enough)
+    exact = left < enough
     if not exact:
-        width = width or UNMEASURED_EF_SEARCH
-        found = scan_index(session, space, vector, k=k, conditions=conditions, kind=kind, ef_search=width)
+        found = scan_index(
+            session,
+            space,
+            vector,
+            k=k,
+            conditions=conditions,
+            kind=IndexKind(space.index_kind),
+            ef_search=width or UNMEASURED_EF_SEARCH,
+            with_vectors=with_vectors,
+        )
         exact = len(found) < k
     if exact:
-        found = compare_all(session, space, vector, k=k, conditions=conditions)
+        few = left * FEW_OF <= _estimate_vectors(session, space)
+        found = compare_all(session, space, vector, k=k, conditions=conditions, few=few, with_vectors=with_vectors)
     for neighbour in found:
         RETRIEVAL_SIMILARITY.observe(neighbour.similarity)
     return Nearest(images=found, exact=exact)
 
 
-def _are_fewer(session: Session, collection_id: UUID, where: ImageFilter, *, than: int) -> bool:
-    """Whether the filter leaves fewer images. A job searches several concepts, and its session counts once."""
-    counts: dict[object, int] = session.info.setdefault("images_let_through", {})
-    key = collection_id, where.model_dump_json(), than
-    if key not in counts:
-        some = select(Image.id).where(*passing(collection_id, where)).limit(than).subquery()
-        counts[key] = session.scalar(select(func.count()).select_from(some)) or 0
-    return counts[key] < than
+def _count_left(session: Session, collection_id: UUID, where: ImageFilter, *, most: int) -> int:
+    """How many images the filter leaves, at most `most`, now or when a search last counted them."""
+    counts, key = get_count_cache(), (collection_id, where.model_dump_json(), most)
+    count = counts.find(key)
+    if count is None:
+        some = select(Image.id).where(*passing(collection_id, where)).limit(most).subquery()
+        count = session.scalar(select(func.count()).select_from(some)) or 0
+        counts.store(key, count)
+    return count
 
 
-def _tuned_ef_search(index: EmbeddingSpace | None, k: int) -> int | None:
-    if index is None or index.search_tuning is None:
+def _estimate_vectors(session: Session, space: Space) -> int:
+    """How many vectors the space has, as Postgres last estimated; 0: it has not."""
+    counts, table = get_count_cache(), space.table.name
+    count = counts.find(table)
+    if count is None:
+        estimate = text("select cast(reltuples as bigint) from pg_class where oid = to_regclass(:table)")
+        count = max(0, session.scalar(estimate, {"table": table}) or 0)
+        counts.store(table, count)
+    return count
+
+
+def _tuned_ef_search(space: Space, k: int) -> int | None:
+    if space.search_tuning is None:
         return None
     try:
-        tuning = SearchTuning.model_validate(index.search_tuning, extra="ignore")
+        tuning = SearchTuning.model_validate(space.search_tuning, extra="ignore")
     except ValidationError as error:  # of another release
         logger.warning("search_tuning_unreadable", extra={"cause": str(error)})
         return None
-    return tuning.ef_search(k) if tuning.index_kind == index.index_kind else None
+    return tuning.ef_search(k) if tuning.index_kind == space.index_kind else None
 
 
 def scan_index(
@@ -547,60 +611,100 @@ def scan_index(
     conditions: Sequence[ColumnElement[bool]],
     kind: IndexKind,
     ef_search: int,
+    with_vectors: bool = True,
 ) -> list[ScoredImage]:
     """The `k` images that the approximate index finds, most similar first. vector: as in `nearest`."""
     # set_config(..., true) lasts for this transaction only, so the next user of the connection does not inherit it.
     width = max(ef_search, min(k, MAX_EF_SEARCH))
-    for name, value in (("hnsw.ef_search", str(width)), ("hnsw.iterative_scan", "strict_order")):
-        session.execute(select(func.set_config(name, value, True)))
-    table = space.table
+    session.execute(SEARCH_CONFIG, {"width": str(width)})
+    table, query = space.table, _halfvec(vector)
     if kind is IndexKind.HALFVEC:
-        return _scored(session, space, vector, k=k, conditions=conditions, exact=False)
+        distance = table.c.embedding.cosine_distance(query)
+        found = select(Image.id, distance.label("distance")).join(table, table.c.image_id == Image.id)
+        return _scored(session, space, found.where(*conditions).order_by(distance).limit(k), with_vectors=with_vectors)
     signs = cast(func.binary_quantize(table.c.embedding), BIT(space.dim))
-    wanted = cast(func.binary_quantize(cast(vector.tolist(), HALFVEC(space.dim))), BIT(space.dim))
     candidates = (
         select(table.c.image_id)
         .join(Image, Image.id == table.c.image_id)
         .where(*conditions)
-        .order_by(signs.hamming_distance(wanted))
+        .order_by(signs.hamming_distance(cast(func.binary_quantize(query), BIT(space.dim))))
         .limit(width)
     )
-    return compare_all(session, space, vector, k=k, conditions=[Image.id.in_(candidates)])
+    in_candidates = [Image.id.in_(candidates)]
+    return compare_all(session, space, vector, k=k, conditions=in_candidates, few=True, with_vectors=with_vectors)
 
 
 def compare_all(
-    session: Session, space: Space, vector: Vector, *, k: int, conditions: Sequence[ColumnElement[bool]]
-) -> list[ScoredImage]:
-    """The `k` images of those that fulfil the conditions, most similar first. vector: as in `nearest`."""
-    return _scored(session, space, vector, k=k, conditions=conditions, exact=True)
-
-
-def _scored(
     session: Session,
     space: Space,
     vector: Vector,
     *,
     k: int,
     conditions: Sequence[ColumnElement[bool]],
-    exact: bool,
+    few: bool = False,
+    with_vectors: bool = True,
 ) -> list[ScoredImage]:
+    """The `k` images of those that fulfil the conditions, most similar first. vector: as in `nearest`.
+
+    few: they are a small part of the space, so that it is quicker to look up the vector of each one. The planner
+    would read all vectors: of 100,000 for 5,000 images, this takes twice as long.
+    """
     table = space.table
-    distance = table.c.embedding.cosine_distance(vector.tolist())
+    if few:
+        own = select(table.c.embedding).where(table.c.image_id == Image.id).offset(0).lateral()
+        distance = own.c.embedding.cosine_distance(_halfvec(vector))
+        images = select(Image.id, distance.label("distance")).join(own, true()).where(*conditions)
+    else:
+        distance = table.c.embedding.cosine_distance(_halfvec(vector))
+        images = select(table.c.image_id.label("id"), distance.label("distance")).where(
+            table.c.image_id.in_(select(Image.id).where(*conditions))
+        )
     # With `+ 0` the planner cannot use the index for the order, which forces the exact comparison.
-    order = (distance + literal(0), Image.id) if exact else (distance,)
-    statement: Select[Any] = (
-        select(Image, distance.label("distance"), table.c.embedding, table.c.norm)
-        .join(table, table.c.image_id == Image.id)
-        .where(*conditions)
-        .order_by(*order)
-        .limit(k)
+    nearest = images.order_by(distance + literal(0), column("id")).limit(k)
+    return _scored(session, space, nearest, with_vectors=with_vectors)
+
+
+def _scored(
+    session: Session, space: Space, nearest: Select[tuple[UUID, float]], *, with_vectors: bool
+) -> list[ScoredImage]:
+    """Load the images of a statement that finds their ids and distances. Only these few rows are read whole."""
+    few = nearest.subquery("nearest")
+    statement = select(*FOUND_COLUMNS, *_vector_columns(space, with_vectors), few.c.distance).join(
+        few, few.c.id == Image.id
     )
-    found = [
-        ScoredImage(image=image, similarity=1 - float(distance), vector=as_vector(embedding), norm=norm)
-        for image, distance, embedding, norm in session.execute(statement)
-    ]
+    if with_vectors:
+        statement = statement.join(space.table, space.table.c.image_id == few.c.id)
+    found = []
+    for row in session.execute(statement):
+        image, vector, norm = _read(row, with_vectors)
+        found.append(ScoredImage(image=image, similarity=1 - row.distance, vector=vector, norm=norm))
     # The index orders by vectors that it has normalised and rounded again, so its order differs in the last digits.
     return sorted(found, key=lambda each: (-each.similarity, each.image.id))
+
+
+def _vector_columns(space: Space, wanted: bool) -> list[ColumnElement[Any]]:
+    """The columns of the vector and its norm. The vector is binary, because its text takes 30 times as long to read."""
+    table = space.table
+    return [func.halfvec_send(table.c.embedding, type_=LargeBinary), table.c.norm] if wanted else []
+
+
+def _read(row: Row[*tuple[Any, ...]], with_vectors: bool) -> tuple[FoundImage, Vector, float]:
+    """The image, vector and norm of a row with FOUND_COLUMNS and `_vector_columns`."""
+    image, rest = FoundImage(*row[: len(FOUND_COLUMNS)]), row[len(FOUND_COLUMNS) :]
+    if not with_vectors:
+        return image, NO_VECTOR, math.nan
+    # Its binary form: the number of components and an unused number, of two bytes each, then the components.
+    return image, np.frombuffer(rest[0], ">f2", offset=4).astype(np.float32), rest[1]
+
+
+def _halfvec(vector: Vector) -> ColumnElement[Any]:
+    return cast(literal(vector_text(vector), Text), HALFVEC(len(vector)))
+
+
+def vector_text(vector: Vector) -> str:
+    """A vector in the form that the type `halfvec` reads, rounded to its precision. The digits of float32 cost time."""
+    components = vector.astype(np.float16).tolist()
+    return "[" + ("%.5g," * len(components) % tuple(components))[:-1] + "]"
 
 
 def passing(collection_id: UUID, where: ImageFilter) -> list[ColumnElement[bool]]:

@@ -5,8 +5,9 @@ worker that starts on an empty database adds the first space. An operator adds e
 cannot join by accident.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from pgvector.sqlalchemy import HALFVEC
 from sqlalchemy import REAL, Column, ForeignKey, Index, MetaData, Table, delete, func, select, text, update
@@ -23,12 +24,17 @@ DROP_WAIT_S = 2
 
 @dataclass(frozen=True)
 class Space:
-    """One embedding space. digest: of the model, its weights and its preprocessing. dim: components of a vector."""
+    """One embedding space. digest: of the model, its weights and its preprocessing. dim: components of a vector.
+
+    index_kind, search_tuning: columns of `EmbeddingSpace` when it was read. They say how to search its index.
+    """
 
     id: int
     digest: str
     model: str
     dim: int
+    index_kind: str = field(default="halfvec", compare=False)
+    search_tuning: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def short(self) -> str:
@@ -150,4 +156,11 @@ def _lock(session: Session) -> None:
 
 
 def _space(row: EmbeddingSpace) -> Space:
-    return Space(id=row.id, digest=row.digest, model=row.model, dim=row.dim)
+    return Space(
+        id=row.id,
+        digest=row.digest,
+        model=row.model,
+        dim=row.dim,
+        index_kind=row.index_kind,
+        search_tuning=row.search_tuning,
+    )

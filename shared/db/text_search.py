@@ -5,7 +5,7 @@ with weight B. A trigger fills it. The language belongs to the database, so that
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -31,6 +31,7 @@ from sqlalchemy.sql.selectable import TextualSelect
 
 from shared.contracts.search import ImageFilter
 from shared.db import images
+from shared.db.count_cache import get_count_cache
 from shared.db.images import Vector
 from shared.db.spaces import Space
 from shared.db.tables import Image
@@ -113,7 +114,7 @@ def matching_images(
             conditions.append(~Image.words.bool_op("@@")(cast(_all_of(excluded), TSQUERY)))
     searchable = _searchable(conditions)
     most = COMMON_ABOVE_ALONE if alone else COMMON_ABOVE
-    counts = _count_images(session, words, searchable, most=most)
+    counts = _counts_of(session, words, searchable, most=most, scope=(collection_id, where.model_dump_json(), *without))
     present = [word for word in words if counts[word]]
     if not present:
         return Matches([], exact=True)
@@ -124,7 +125,7 @@ def matching_images(
         "any": _any_of(present),
         "most": most,
         "beside": [str(image_id) for image_id in beside],
-        "vector": None if vector is None else str(vector.tolist()),
+        "vector": None if vector is None else images.vector_text(vector),
         "k": k,
         "part": 0.0 if alone else 0.5,
     }
@@ -193,7 +194,6 @@ def _ranking(space: Space, words: int, *, all_are_rare: bool, by_similarity: boo
     """The statement that ranks images by `words` words. It is text, because building it takes longer than running it.
 
     It compares a bounded number of images: those that have all words, those that have a rare word, and those `beside`.
-    An image may be there twice, with the same rank.
     """
     numbers = range(words)
     score = " + ".join(
@@ -205,25 +205,27 @@ def _ranking(space: Space, words: int, *, all_are_rare: bool, by_similarity: boo
     equal = "distance" if by_similarity else "ts_rank_cd(words, cast(:any as tsquery), 1) desc"
     having_all = "(select * from searchable where words @@ cast(:all as tsquery) limit :most) union all"
     statement = f"""
-        select distinct id, rank, distance, score / :total as share from (
-            select id, distance, score, max(score) over () as best,
-                dense_rank() over (order by score desc, has_further_words, {equal}, id) as rank
+        select id, rank, distance, score / :total as share from (
+            select id, distance, score, first_value(score) over ranking as best, row_number() over ranking as rank
             from (
                 select id, words, embedding <=> cast(cast(:vector as text) as halfvec) as distance, {score} as score,
                     length(ts_filter(words, '{{a}}')) > {in_caption} as has_further_words
                 from (
-                    {"" if all_are_rare else having_all}
-                    (select * from searchable where words @@ cast(:rare as tsquery) limit :most)
-                    union all (
-                        select * from (
-                            select * from searchable where id = any(cast(:beside as uuid[]))
-                            offset 0  -- so that the planner does not read all images that have the words
-                        ) as near
-                        where words @@ cast(:any as tsquery)
-                    )
+                    select distinct on (id) id, words from (
+                        {"" if all_are_rare else having_all}
+                        (select * from searchable where words @@ cast(:rare as tsquery) limit :most)
+                        union all (
+                            select * from (
+                                select * from searchable where id = any(cast(:beside as uuid[]))
+                                offset 0  -- so that the planner does not read all images that have the words
+                            ) as near
+                            where words @@ cast(:any as tsquery)
+                        )
+                    ) as selected
                 ) as compared
                 join {space.table.name} as vectors on vectors.image_id = compared.id
             ) as scored
+            window ranking as (order by score desc, has_further_words, {equal}, id)
         ) as ranked
         where score >= best * :part and (rank <= :k or id = any(cast(:beside as uuid[])))
         order by rank
@@ -250,8 +252,22 @@ def _words_of(session: Session, content: str) -> list[str]:
     return [row[0] for row in rows if not row[1]][:MAX_WORDS] or [row[0] for row in rows][:MAX_WORDS]
 
 
+def _counts_of(
+    session: Session, words: Sequence[str], searchable: CTE, *, most: int, scope: Hashable
+) -> dict[str, int]:
+    """As `_count_images`. A word that was common in the same scope, a filter, is not counted again for a while."""
+    known = get_count_cache()
+    counts = {word: count for word in words if (count := known.find((scope, most, word))) is not None}
+    if rest := [word for word in words if word not in counts]:
+        counts |= _count_images(session, rest, searchable, most=most)
+    for word in rest:
+        if counts[word] > most:
+            known.store((scope, most, word), counts[word])
+    return {word: counts[word] for word in words}
+
+
 def _count_images(session: Session, words: Sequence[str], searchable: CTE, *, most: int) -> dict[str, int]:
-    """How many images have each word. The count ends above `most`."""
+    """How many images have each word. The count ends above `most`: the word is common."""
     parameters: dict[str, Any] = {f"word{number}": _literal(word) for number, word in enumerate(words)}
     statement = _counting(len(words), sampled=len(words) >= SAMPLED_FROM_WORDS)
     parameters |= {"any": _any_of(words), "most": most, "sample": most * len(words)}

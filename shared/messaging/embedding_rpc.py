@@ -5,6 +5,7 @@ that only the client knows. Both expire after half a minute at the latest.
 """
 
 import base64
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
@@ -27,6 +28,7 @@ from shared.singleton import process_singleton
 
 MESSAGE_TTL_S = 30
 """How long a query image and a reply stay in Redis at most."""
+WORKERS_SEEN_S = 2.0
 REPLY_PREFIX = "afterimage:reply:"
 IMAGE_PREFIX = "afterimage:query-image:"
 
@@ -97,15 +99,27 @@ def _request(payload: dict[str, Any], space: Space, *, count: int) -> Vectors:
 def _queue_of(space: Space) -> str:
     """The queue of the space, or the one of the active space while only workers of the previous release run.
 
+    Workers that were seen are taken to run for `WORKERS_SEEN_S`.
+
     Raises:
         EmbeddingUnavailableError: the space is not the active one, and no worker of it runs.
     """
+    seen = _seen()
+    if time.monotonic() < seen.get(space.digest, 0):
+        return queue.embed_queries_queue(space)
     with session_scope() as session:
         if any(worker.state != "loading" for worker in workers.list_of_space(session, space.digest, kind="embed")):
+            seen[space.digest] = time.monotonic() + WORKERS_SEEN_S
             return queue.embed_queries_queue(space)
         if spaces.is_active(session, space):
             return queue.EMBED_QUERIES_QUEUE
     raise EmbeddingUnavailableError("No embed worker of this embedding space runs.", embedding_space=space.digest)
+
+
+@process_singleton
+def _seen() -> dict[str, float]:
+    """For the digest of a space, the monotonic time until which its workers are not looked for again."""
+    return {}
 
 
 @process_singleton

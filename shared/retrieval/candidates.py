@@ -40,6 +40,7 @@ def find_candidates(
     settings: RetrievalSettings,
     threshold: float | None = None,
     without: Sequence[str] = (),
+    with_vectors: bool = True,
 ) -> Found:
     """The `k` best images. Each has its cosine similarity to `vector`, also when its words found it.
 
@@ -50,6 +51,7 @@ def find_candidates(
         vector: shape (space.dim,), float32, L2-normalised; `None` only in the mode `text`. Similarities are NaN then.
         threshold: lowest similarity of an image that is returned; not for the mode `text`.
         without: texts that keep images from being found by words: those whose caption and tags have all their words.
+        with_vectors: False: the images come without their vectors, which is quicker.
 
     Raises:
         ValueError: the mode needs a text or a vector, and it is `None`.
@@ -68,7 +70,7 @@ def find_candidates(
             without=without,
             alone=True,
         )
-        return Found(_load(session, space, matches.found, vector), exact=matches.exact)
+        return Found(_load(session, space, matches.found, with_vectors=with_vectors), exact=matches.exact)
     if vector is None:
         raise ValueError(f"the mode `{mode}` needs a vector")
     fused = mode is SearchMode.HYBRID and text is not None
@@ -82,6 +84,7 @@ def find_candidates(
         where=where,
         ef_search=settings.ef_search,
         exact_below=settings.exact_below,
+        with_vectors=with_vectors,
     )
     if not fused or text is None:
         return Found(_from(nearest.images, threshold), exact=nearest.exact)
@@ -106,7 +109,7 @@ def find_candidates(
     ]
     by_words_alone = set(order[:k]) - near.keys()
     by_words = [match for match in matches.found if match.image_id in by_words_alone]
-    loaded = {each.image.id: each for each in _load(session, space, by_words, vector)}
+    loaded = {each.image.id: each for each in _load(session, space, by_words, with_vectors=with_vectors)}
     shares = {match.image_id: match.word_share for match in matches.found}
     near |= {
         image_id: replace(each, found_by=(FoundBy.VECTOR, FoundBy.TEXT), word_share=shares[image_id])
@@ -123,11 +126,17 @@ def _from(found: list[ScoredImage], threshold: float | None) -> list[ScoredImage
     return found if threshold is None else [each for each in found if each.similarity >= threshold]
 
 
-def _load(session: Session, space: Space, matches: Sequence[Match], vector: Vector | None) -> list[ScoredImage]:
+def _load(session: Session, space: Space, matches: Sequence[Match], *, with_vectors: bool) -> list[ScoredImage]:
     """The images of matches, in order. An image that was deleted meanwhile is left out."""
-    loaded = images.find_by_ids(session, space, [match.image_id for match in matches], vector) if matches else {}
+    ids = [match.image_id for match in matches]
+    loaded = images.find_by_ids(session, space, ids, None, with_vectors=with_vectors) if ids else {}
     return [
-        replace(loaded[match.image_id], found_by=(FoundBy.TEXT,), word_share=match.word_share)
+        replace(
+            loaded[match.image_id],
+            similarity=match.similarity,
+            found_by=(FoundBy.TEXT,),
+            word_share=match.word_share,
+        )
         for match in matches
         if match.image_id in loaded
     ]

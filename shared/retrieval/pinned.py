@@ -22,13 +22,15 @@ def plan_pinned(
     *,
     sent: Sequence[tuple[ScoredImage, float | None]] = (),
     concepts: Sequence[str] = (),
-    reason: str = "pinned by the request",
+    kept_reason: str = "found by the search and kept by the request",
 ) -> Plan:
     """Exactly these references in this order, whatever their similarity.
 
+    A reference that the request only kept from a search is not marked as pinned.
+
     sent: pictures of the request with their relative weights (None: 1). They come after the corpus images.
-    concepts: texts of the concepts of the request, beside those that the references name. reason: why the images of the
-    corpus are used.
+    concepts: texts of the concepts of the request, beside those that the references name. kept_reason:
+    why images that the request does not pin are used.
 
     Raises:
         ReferenceUnavailableError: an image was deleted or has no vector in this space.
@@ -37,24 +39,28 @@ def plan_pinned(
     missing = [str(reference.image_id) for reference in references if reference.image_id not in found]
     if missing:
         raise ReferenceUnavailableError(image_ids=missing)
-    pinned = [(found[each.image_id], each.weight, tuple(each.concepts)) for each in references]
-    pictures = [(scored, weight, ()) for scored, weight in sent]
-    total = sum(_relative(weight) for _, weight, _ in (*pinned, *pictures))
+    total = sum(_relative(weight) for weight in (*(each.weight for each in references), *(each for _, each in sent)))
     candidates = [
+        Candidate(
+            scored=found[each.image_id],
+            used=True,
+            reason="pinned by the request" if each.pinned else kept_reason,
+            weight=_relative(each.weight) / total,
+            pinned=each.pinned,
+            concepts=tuple(each.concepts),
+        )
+        for each in references
+    ]
+    candidates += [
         Candidate(
             scored=scored,
             used=True,
-            reason=why,
+            reason="sent with the request",
             weight=_relative(weight) / total,
             pinned=True,
-            kind=kind,
-            concepts=named,
+            kind=ReferenceKind.REQUEST,
         )
-        for kind, why, group in (
-            (ReferenceKind.CORPUS, reason, pinned),
-            (ReferenceKind.REQUEST, "sent with the request", pictures),
-        )
-        for scored, weight, named in group
+        for scored, weight in sent
     ]
     texts = dict.fromkeys([*concepts, *(text for each in references for text in each.concepts)])
     return Plan(candidates, [_outcome(text, candidates) for text in texts])

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID, uuid4
@@ -111,6 +112,15 @@ def test_the_vector_of_a_text_is_requested_once(client: Client, session: Session
         first = search(client, query="red")
     assert len(answered) == 1
     assert found(search(client, query="red")) == found(first), "no worker runs any more"
+
+
+def test_equal_searches_at_once_request_the_vector_once(client: Client, session: Session, space: Space) -> None:
+    image = make_image(session, vector=towards(a0=1))
+    session.commit()
+    with embed_worker(space) as answered, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: search(client, query="red"), range(16)))
+    assert [found(answer) for answer in answers] == [[image.id]] * 16
+    assert len(answered) == 1
 
 
 def test_an_answer_is_cached_until_its_collection_changes(client: Client, session: Session, space: Space) -> None:

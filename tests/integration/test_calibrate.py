@@ -13,6 +13,7 @@ from uuid import UUID
 import numpy as np
 import pytest
 from PIL import Image as Picture
+from prometheus_client import REGISTRY
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
@@ -260,6 +261,7 @@ def test_a_changed_corpus_makes_the_calibration_old(
         housekeeping.check_calibration()
     logged = [record for record in caplog.records if record.message == "calibration_outdated"]
     assert len(logged) == 1, "once while the reason stays the same"
+    assert REGISTRY.get_sample_value("calibration_outdated") == 1
 
 
 def test_a_setting_takes_the_place_of_the_calibration(

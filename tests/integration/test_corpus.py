@@ -326,6 +326,17 @@ def test_pinned_references_are_used_in_their_order_with_their_weights(session: S
     assert [r.scored.similarity for r in references] == pytest.approx([0, 1], abs=2e-3)
 
 
+def test_a_reference_that_a_request_only_kept_is_not_marked_as_pinned(session: Session) -> None:
+    space = make_space(session)
+    chosen, kept = make_image(session, vector=axis(5)), make_image(session, vector=axis(0))
+    references = [PinnedReference(image_id=chosen.id), PinnedReference(image_id=kept.id, pinned=False)]
+    used = retrieval.plan_pinned(session, space, references, axis(0)).candidates
+    assert [(each.pinned, each.reason) for each in used] == [
+        (True, "pinned by the request"),
+        (False, "found by the search and kept by the request"),
+    ]
+
+
 def test_a_weight_of_zero_is_not_taken_for_an_unset_one(session: Session) -> None:
     """The share of a picture with a very small weight is rounded to 0, and a replay plans it again."""
     space = make_space(session)

@@ -21,6 +21,7 @@ from shared.db.spaces import Space
 from shared.db.tables import EmbeddingSpace
 from shared.settings import Settings, get_settings
 from tests.factories import SHARED_COLLECTION
+from tests.integration.conftest import sent_statements
 
 TAGS = {None: 1} | {f"every-{every}": every for every in FILTERS.values()}
 """Tags of the loaded images, with the number of images of which one has it."""
@@ -38,7 +39,7 @@ class Corpus:
         # As they are stored: with half precision.
         self.vectors = unit(vectors).astype(np.float16).astype(np.float32)
         with session_scope() as session:
-            self.space: Space = spaces.ensure(session, digest="d", model="m", dim=vectors.shape[1])
+            self.space: Space = spaces.ensure(session, digest="d" * spaces.SHORT, model="m", dim=vectors.shape[1])
         with get_engine().connect() as connection:
             connection.execute(text("set local statement_timeout = 0"))
             if not indexed:
@@ -57,7 +58,7 @@ class Corpus:
         with session_scope() as session:
             return images.nearest(
                 session,
-                self.space,
+                spaces.get(session, "d" * spaces.SHORT),
                 query,
                 k=k,
                 collection_id=SHARED_COLLECTION,
@@ -137,7 +138,7 @@ def test_an_index_scan_that_ends_early_is_followed_by_an_exact_search(settings: 
             session.execute(text(f"set local {setting} = off"))
         found = images.nearest(
             session,
-            corpus.space,
+            spaces.get(session, corpus.space.digest),
             near.astype(np.float32),
             k=10,
             collection_id=SHARED_COLLECTION,
@@ -163,6 +164,35 @@ def test_the_measured_width_reaches_the_wanted_recall_and_searches_use_it(settin
         assert session.scalar(select(EmbeddingSpace.search_tuning)) == measured.model_dump(mode="json")
         search_tuning.store(session, corpus.space, None)
     assert corpus.nearest(query, exact_below=0).exact, "an index that nobody measured is not trusted"
+
+
+@pytest.mark.parametrize("tag", list(TAGS))
+@pytest.mark.parametrize(("exact_below", "most"), [(10_000, 1), (0, 2)])
+def test_a_repeated_search_sends_one_statement_and_one_more_to_set_up_the_index(
+    settings: Settings, exact_below: int, most: int, tag: str | None
+) -> None:
+    corpus = Corpus(clustered(2000))
+    corpus.measured(ef_search=100)
+    query = clustered(1, seed=5)[0]
+    corpus.nearest(query, k=1, tag=tag, exact_below=exact_below)
+    with sent_statements(get_engine()) as sent:
+        corpus.nearest(query, k=1, tag=tag, exact_below=exact_below)
+    searching = [
+        statement for statement in sent if "COMMIT" not in statement and "FROM embedding_spaces" not in statement
+    ]
+    assert len(searching) == most, searching
+
+
+@pytest.mark.parametrize(("tag", "way"), [("every-20", "OFFSET"), ("every-2", " IN (")])
+def test_few_images_are_looked_up_one_by_one_and_for_many_all_vectors_are_read(
+    settings: Settings, tag: str, way: str
+) -> None:
+    corpus = Corpus(clustered(2000))
+    query = clustered(1, seed=5)[0]
+    with sent_statements(get_engine()) as sent:
+        found = corpus.nearest(query, tag=tag)
+    assert any(way in statement for statement in sent)
+    assert [each.similarity for each in found.images] == pytest.approx(corpus.truth(query, k=10, tag=tag), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", list(IndexKind))

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -639,3 +640,84 @@ def test_coroutines_that_call_at_once_run_the_function_once() -> None:
 
     assert asyncio.run(scenario()) == [42] * 10
     assert calls == [(20, 22)]
+
+
+# --- values that many processes want at once ----------------------------------------------------------------------
+
+
+class Computation:
+    """Computes the upper case of each key once the gate is open. wanted: the keys of each call."""
+
+    def __init__(self) -> None:
+        self.wanted: list[list[str]] = []
+        self.gate = threading.Event()
+        self.fails = False
+
+    def __call__(self, keys: list[str]) -> list[str]:
+        self.wanted.append(keys)
+        assert self.gate.wait(10)
+        if self.fails:
+            self.fails = False
+            raise LookupError(keys)
+        return [key.upper() for key in keys]
+
+    def ask(self, cache: Cache, *keys: str, wait_s: float = 10) -> list[str]:
+        return cache.get_or_compute(keys, self, read=str, wait_s=wait_s)
+
+
+@pytest.fixture
+def processes(server: Server, raw: "redis.Redis") -> Iterator[list[Cache]]:
+    """Three caches on one server. They share no memory, as in three processes."""
+    caches = [Cache(settings_for(server.url)) for _ in range(3)]
+    yield caches
+    for each in caches:
+        each.close()
+
+
+def ask_together(computation: Computation, processes: list[Cache], raw: "redis.Redis") -> list[Any]:
+    """Ask from three threads of each process, all before the first one has its value; return what they get."""
+    with ThreadPoolExecutor(9) as pool:
+        answers = [pool.submit(computation.ask, processes[0], "a")]
+        eventually(lambda: bool(computation.wanted))
+        answers += [
+            pool.submit(computation.ask, each, "a") for each in [*processes[1:] * 3, processes[0], processes[0]]
+        ]
+        eventually(lambda: raw.info("clients")["blocked_clients"] == len(processes) - 1)
+        computation.gate.set()
+        return [answer.exception() or answer.result() for answer in answers]
+
+
+def test_processes_that_want_a_value_at_once_compute_it_once(processes: list[Cache], raw: "redis.Redis") -> None:
+    computation = Computation()
+    assert ask_together(computation, processes, raw) == [["A"]] * 9
+    assert computation.wanted == [["a"]]
+    assert raw.exists(f"{NAMESPACE}claim:a") == 0
+
+
+def test_a_process_whose_computation_fails_leaves_it_to_another(processes: list[Cache], raw: "redis.Redis") -> None:
+    computation = Computation()
+    computation.fails = True
+    answers = ask_together(computation, processes, raw)
+    assert 1 <= sum(isinstance(answer, LookupError) for answer in answers) <= 3
+    assert answers.count(["A"]) >= 6
+    assert len(computation.wanted) <= 1 + len(processes)
+
+
+def test_a_process_that_died_delays_others_for_a_while(in_redis: Cache, raw: "redis.Redis") -> None:
+    raw.set(f"{NAMESPACE}claim:a", "of a process that died")
+    computation = Computation()
+    computation.gate.set()
+    started = time.monotonic()
+    assert computation.ask(in_redis, "a", wait_s=0.3) == ["A"]
+    assert time.monotonic() - started >= 0.3
+    assert in_redis.get("a") == "A"
+
+
+def test_only_missing_values_are_computed_in_one_call(cache: Cache) -> None:
+    computation = Computation()
+    computation.gate.set()
+    cache.set("b", "kept")
+    assert computation.ask(cache, "a", "b", "c", "a") == ["A", "kept", "C", "A"]
+    assert computation.wanted == [["a", "c"]]
+    assert computation.ask(cache, "c") == ["C"]
+    assert len(computation.wanted) == 1
