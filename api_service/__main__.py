@@ -1,20 +1,25 @@
 """`python -m api_service`: serves the API with granian until SIGTERM or SIGINT."""
 
+import gc
 import logging
 import os
 import sys
 import tempfile
+from typing import TYPE_CHECKING
 
 from granian.constants import Interfaces
 from granian.server import Server
 
-from api_service.http.concurrency import server_threads
 from shared.errors import ConfigurationError
 from shared.logging import configure as configure_logging
-from shared.settings import Settings, get_settings
+from shared.settings import APISettings, Settings, get_settings
 from shared.storage import get_blobs
 
-APP_FACTORY = "api_service.app:served_app"
+if TYPE_CHECKING:
+    from flask import Flask
+
+APP_FACTORY = "api_service.__main__:imported_app"
+PROBE_THREADS = 8
 MAX_CONNECTIONS = 1024
 """Open connections per process. `api.threads` of their requests are processed at a time."""
 SHUTDOWN_TIMEOUT_S = 10
@@ -47,6 +52,21 @@ def main() -> int:
     return 0
 
 
+def imported_app() -> "Flask":
+    """Import and create the application in a worker process of granian.
+
+    Nearly all objects of the import live as long as the process. Garbage collections during the import took a fifth of
+    its time, and later ones would look at these objects again and again.
+    """
+    gc.disable()
+    from api_service.app import served_app
+
+    app = served_app()
+    gc.freeze()
+    gc.enable()
+    return app
+
+
 def serve(settings: Settings) -> None:
     Server(
         APP_FACTORY,
@@ -64,6 +84,12 @@ def serve(settings: Settings) -> None:
         websockets=False,
         log_dictconfig=GRANIAN_LOGGING,
     ).serve()
+
+
+def server_threads(settings: APISettings) -> int:
+    """Number of threads for active requests, all kinds of waits, and probes: see `api_service.http.concurrency`."""
+    waits = settings.max_waiters + settings.max_slow_bodies + settings.max_downloads + settings.threads
+    return settings.threads + waits + PROBE_THREADS
 
 
 def _is_not_thread_warning(record: logging.LogRecord) -> bool:

@@ -54,7 +54,7 @@ def connection_from_pool(resource: Literal[ResourceType.HTTP]) -> Iterator[httpx
 def connection_from_pool(resource: ResourceType) -> Iterator[Any]:
     """Lend a shared resource for one block.
 
-    DATABASE: a connection in a transaction, pinged before use. It commits at the end of the block, rolls back when the
+    DATABASE: a connection in a transaction, checked before use. It commits at the end of the block, rolls back when the
     block raises, and returns to the pool.
     REDIS: the client of the cache's Redis, which takes a connection of its pool for each call.
     HTTP: a client that follows no redirects and has a timeout for every wait.

@@ -21,7 +21,10 @@ BLUEPRINT_SCOPES = {
     "search": "search",
     "webhooks": "generate",
     "admin": "admin",
+    "studio_bulks": "generate",
+    "studio_gallery": "generate",
     "studio_generation": "generate",
+    "studio_queue": "generate",
     "studio_search": "search",
 }
 """Scope that the operations of a blueprint need. In `CORPUS_BLUEPRINTS` it depends on the method; others need none."""
@@ -62,15 +65,14 @@ def authenticate(request: Request) -> Caller:
     if not security.require_api_keys:
         return Caller(_owner_id(security.default_owner), frozenset(keys.SCOPES))
     secret = _sent_key(request)
-    with session_scope() as session:
+    with session_scope(single_read=True) as session:
         key = keys.find_valid(session, secret)
     if key is None:
         raise AuthenticationError
     needed = scope_of(request)
     if needed is not None and needed not in key.scopes:
         raise AuthorizationError(f"This API key lacks the scope {needed!r}.", scope=needed)
-    limited_to = None if key.collection_ids is None else frozenset(key.collection_ids)
-    return Caller(key.owner_id, frozenset(key.scopes), key.id, key.prefix, limited_to)
+    return Caller(key.owner_id, key.scopes, key.id, key.prefix, key.collection_ids)
 
 
 def may_see_details(request: Request) -> bool:

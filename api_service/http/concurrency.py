@@ -24,7 +24,6 @@ from shared.settings import APISettings, get_settings
 from shared.singleton import process_singleton
 
 PROBES = ("/health", f"{API}/health", "/metrics")
-PROBE_THREADS = 8
 FAST_BODY_S = 0.05
 """A body that is complete after this time, as nearly all are, does not count as slow."""
 MAX_READ_BYTES = 64 * 1024
@@ -32,12 +31,6 @@ MAX_BODY_IN_MEMORY_BYTES = 2**20
 """A larger body is received into a temporary file."""
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
-
-
-def server_threads(settings: APISettings) -> int:
-    """Number of threads for active requests, all kinds of waits, and probes."""
-    waits = settings.max_waiters + settings.max_slow_bodies + settings.max_downloads + settings.threads
-    return settings.threads + waits + PROBE_THREADS
 
 
 class ConcurrencyMiddleware:

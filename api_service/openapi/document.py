@@ -1,11 +1,14 @@
 """The OpenAPI document: flask_openapi3 derives it from the routes; this module adds errors, headers and links."""
 
+import threading
 from http import HTTPStatus
 from typing import Any
 
+from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.openapi import OpenAPI
 
 from api_service.http import headers
+from api_service.http.blueprint import ApiBlueprint
 from api_service.http.problems import MEDIA_TYPE
 from api_service.openapi import schemas
 from api_service.openapi.links import response_links
@@ -87,6 +90,10 @@ OPERATIONS_WITH_CONFLICT = (
 )
 
 
+_describing = threading.Lock()
+"""Applications of one process share their blueprints, and threads share an application."""
+
+
 class DocumentedApp(OpenAPI):
     """The Flask application with its OpenAPI document.
 
@@ -94,7 +101,28 @@ class DocumentedApp(OpenAPI):
     multipart bodies, and responses that are files or streams.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._resources: list[ApiBlueprint] = []
+
+    def register_api(self, api: APIBlueprint, **options: Any) -> None:
+        super().register_api(api, **options)
+        assert isinstance(api, ApiBlueprint)
+        self._resources.append(api)
+
+    @property
+    def api_doc(self) -> dict[str, Any]:
+        """The document. The first request for it makes it."""
+        with _describing:
+            return super().api_doc
+
     def generate_spec_json(self) -> None:
+        for resource in self._resources:
+            resource.describe()
+            self.tags += [tag for tag in resource.tags if tag.name not in self.tag_names]
+            self.tag_names += [tag.name for tag in resource.tags]
+            self.paths.update(resource.paths)
+            self.components_schemas.update(resource.components_schemas)
         super().generate_spec_json()  # type: ignore[no-untyped-call]
         document = self.spec_json
         components = document["components"]

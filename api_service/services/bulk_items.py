@@ -133,7 +133,8 @@ def check_lines(
 ) -> CheckedLines:
     """Turn each request into an item with every value resolved, or into an error."""
     errors = list(lines.errors)
-    capabilities, calibration = workers.list_capabilities(session), calibrations.find_active(session)
+    capabilities = {name: known for name, (known, _) in workers.list_capabilities(session).items()}
+    calibration = calibrations.find_active(session)
     resolved: list[_ResolvedLine] = []
 
     @cache

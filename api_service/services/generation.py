@@ -38,21 +38,19 @@ from shared.contracts.jobs import JobKind, JobView, Lane, ReferenceKind
 from shared.contracts.search import ImageFilter, SearchMode
 from shared.contracts.service import Capabilities
 from shared.db import (
-    calibrations,
+    admission,
     collections,
     idempotency,
     images,
     jobs,
     outputs,
     queue_limits,
-    quotas,
     spaces,
     withdrawals,
-    workers,
 )
 from shared.db.collections import defaults_of
 from shared.db.session import session_scope
-from shared.db.tables import Job, ModelRecord, Output, OutputReference
+from shared.db.tables import Job, Output, OutputReference
 from shared.errors import (
     OriginalUnreadableError,
     ReferenceUnavailableError,
@@ -145,14 +143,15 @@ def retry(job_id: UUID, *, caller: Caller, key: str | None = None) -> Submitted:
         # Locked: a delete at the same time must not take the pictures away between the two reads.
         old = jobs.get(session, job_id, owner_id=caller.owner_id, lock=True)
         queue_limits.refuse_when_full(session, caller.owner_id, settings.queue)
-        job = jobs.insert_retry(session, old)
+        jobs_ahead = admission.read(session, model=old.model, lane=list(Lane)[old.lane]).jobs_ahead
+        job = jobs.insert_retry(session, old, limits=settings.limits)
         reference_images.copy(session, from_job_id=old.id, to_job_id=job.id)
         settings.model.generator(job.model)  # raises when the model is not configured any more
         parameters = GenerationParameters.model_validate(job.parameters)
         _check_pinned_images(session, parameters.references, caller=caller)
         for where in parameters.searched_filters:
             collections.get_by_name(session, where.collection, principal=caller.principal)
-        view = _finish_submit(session, job, route=RETRY_ROUTE, caller=caller, key=key, settings=settings)
+        view = _finish_submit(session, job, jobs_ahead=jobs_ahead, route=RETRY_ROUTE, caller=caller, key=key)
     return _dispatch(view)
 
 
@@ -183,6 +182,7 @@ def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Su
         settings.model.generator(parameters.model)  # raises when the model is not configured any more
         _check_pinned_images(session, parameters.references, caller=caller)
         queue_limits.refuse_when_full(session, caller.owner_id, settings.queue)
+        jobs_ahead = admission.read(session, model=parameters.model, lane=Lane.NORMAL).jobs_ahead
         job = jobs.insert(
             session,
             owner_id=caller.owner_id,
@@ -192,10 +192,11 @@ def replay(generation_id: UUID, *, caller: Caller, key: str | None = None) -> Su
             metadata={},
             timeout_s=settings.jobs.timeout_s,
             replay_of=original.id,
+            limits=settings.limits,
         )
         sent_ids = [each.image_id for each in used if each.kind == ReferenceKind.REQUEST]
         reference_images.copy(session, from_job_id=original.job_id, to_job_id=job.id, only=sent_ids)
-        view = _finish_submit(session, job, route=REPLAY_ROUTE, caller=caller, key=key, settings=settings)
+        view = _finish_submit(session, job, jobs_ahead=jobs_ahead, route=REPLAY_ROUTE, caller=caller, key=key)
     return _dispatch(view)
 
 
@@ -210,7 +211,9 @@ def _recorded_parameters(original: Output, references: Sequence[OutputReference]
                 "mode": original.provenance["mode"],
                 "k": 0,
                 "references": [
-                    PinnedReference.recorded(each.image_id, each.weight, concepts=concepts.get(str(each.image_id), []))
+                    PinnedReference.recorded(
+                        each.image_id, each.weight, concepts=concepts.get(str(each.image_id), []), pinned=each.pinned
+                    )
                     for each in references
                     if each.kind == ReferenceKind.CORPUS
                 ],
@@ -313,7 +316,7 @@ def _submit(
             )
             if known is not None:
                 return Submitted(_stored_view(session, known, caller=caller), already_submitted=True)
-        parameters = _resolve_and_check(session, request, retrieval, caller=caller, settings=settings)
+        parameters, jobs_ahead = _resolve_and_check(session, request, retrieval, caller=caller, settings=settings)
         if request.dry_run:
             return DryRunView(kind=kind, parameters=parameters)
         queue_limits.refuse_when_full(session, caller.owner_id, settings.queue)
@@ -328,23 +331,20 @@ def _submit(
             timeout_s=min(request.timeout_s or max_timeout_s, max_timeout_s),
             expires_in_s=request.expires_in_s,
             webhook=request.webhook,
+            limits=settings.limits,
         )
         reference_images.add(session, pictures, job_id=job.id)
-        view = _finish_submit(session, job, route=kind, caller=caller, key=key, settings=settings)
+        view = _finish_submit(session, job, jobs_ahead=jobs_ahead, route=kind, caller=caller, key=key)
     return _dispatch(view)
 
 
 def _finish_submit(
-    session: Session, job: Job, *, route: str, caller: Caller, key: str | None, settings: Settings
+    session: Session, job: Job, *, jobs_ahead: int, route: str, caller: Caller, key: str | None
 ) -> JobView:
-    """Store the answer for the idempotency key and reserve the quota. Call it last in the transaction of the job."""
-    session.flush()
-    session.refresh(job)
-    view = views.job(session, job)
+    """Return the view of the new job, and store it as the answer for the idempotency key."""
+    view = views.new_job(session, job, jobs_ahead=jobs_ahead)
     if key is not None:
         idempotency.store_answer(session, view.model_dump(mode="json"), owner_id=caller.owner_id, route=route, key=key)
-    # Last, because from here on the owner's other submits wait for the end of this transaction.
-    job.quota_day = quotas.reserve(session, caller.owner_id, job.images, settings.limits)
     return view
 
 
@@ -387,10 +387,13 @@ def fingerprint(request: GenerateRequest) -> str:
 
 def _resolve_and_check(
     session: Session, request: GenerateRequest, retrieval: Retrieval, *, caller: Caller, settings: Settings
-) -> GenerationParameters:
-    """Resolve the request, and check that the collections and the pinned images exist."""
+) -> tuple[GenerationParameters, int]:
+    """Resolve the request, and check that the collections and the pinned images exist.
+
+    Returns the parameters and the queue position of the job.
+    """
+    model = request.model or settings.model.default_generator
     if isinstance(request, RagGenerateRequest) and request.plan is not None:
-        model = request.model or settings.model.default_generator
         plan = plans.redeem(session, request.plan, prompt=request.prompt, model=model, caller=caller)
         texts = [] if plan.concepts == [request.prompt] else plan.concepts
         concepts = [ResolvedConcept(text=text) for text in texts]
@@ -411,17 +414,18 @@ def _resolve_and_check(
             if concept.filter is not None:
                 field = f"body.concepts.{number}.filter.collection"
                 find_collection(session, concept.filter.collection, caller=caller, field=field)
+    known = admission.read(session, model=model, lane=request.lane)
     parameters = resolve(
         request,
         retrieval,
         settings=settings,
-        capabilities=workers.list_capabilities(session),
+        capabilities={} if known.capabilities is None else {model: known.capabilities},
         defaults=defaults,
-        calibration=calibrations.find_active(session),
+        calibration=known.calibration,
     )
     if retrieval.mode is not Mode.NONE:
         _check_pinned_images(session, retrieval.pinned, caller=caller)
-    return parameters
+    return parameters, known.jobs_ahead
 
 
 def resolve(
@@ -429,13 +433,14 @@ def resolve(
     retrieval: Retrieval,
     *,
     settings: Settings,
-    capabilities: Mapping[str, tuple[Capabilities, ModelRecord]],
+    capabilities: Mapping[str, Capabilities],
     defaults: CollectionDefaults,
     calibration: Calibration | None,
 ) -> GenerationParameters:
     """Resolve the defaults of the request. This does not check whether its collections and images exist.
 
-    defaults: those of the collection that the request names. calibration: of the active embedding space.
+    capabilities: by model, of those that a worker has loaded. defaults: those of the collection that the request names.
+    calibration: of the active embedding space.
 
     Raises:
         ModelNotFoundError: no model of this name is configured.
@@ -446,16 +451,15 @@ def resolve(
     name = request.model or settings.model.default_generator
     generator = settings.model.generator(name)
     known = capabilities.get(name)
-    of_model = resolve_defaults(generator.defaults, known[0] if known else None)
+    of_model = resolve_defaults(generator.defaults, known)
     width, height = request.width or of_model.width, request.height or of_model.height
-    _check_request(request, retrieval, generator, known[0] if known else None, width=width, height=height)
+    _check_request(request, retrieval, generator, known, width=width, height=height)
 
     requested_k = retrieval.k
     if requested_k is None:
-        loaded = known[0] if known else None
         default_k = defaults.k or settings.retrieval.default_k
         needed = sum(concept.k or 1 for concept in retrieval.concepts)
-        requested_k = default_references(loaded, retrieval.mode, default=default_k, concepts=needed)
+        requested_k = default_references(known, retrieval.mode, default=default_k, concepts=needed)
     gate = resolve_gate(
         calibration, retrieval.min_similarity, defaults.min_similarity, settings.retrieval.min_similarity
     )

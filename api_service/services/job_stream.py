@@ -4,7 +4,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from uuid import UUID
 
@@ -15,6 +16,7 @@ from api_service.http import responses
 from api_service.http.auth import Caller
 from api_service.http.concurrency import active_requests, waiter_slots
 from api_service.services import views
+from api_service.services.job_waits import JobWait, job_reader
 from api_service.services.jobs import get as get_job
 from shared.contracts.jobs import EventView, JobState, JobView
 from shared.db import jobs
@@ -28,11 +30,13 @@ RECONNECT_MS = 2000
 
 
 def wait_for_job(
-    job_id: UUID, *, caller: Caller, timeout_s: float, until: Callable[[JobView], bool]
+    job_id: UUID, *, caller: Caller, timeout_s: float, after: int | None = None, known: JobView | None = None
 ) -> tuple[JobView, bool]:
-    """Wait until `until(job)` is true, at most `timeout_s`; return the job, and whether the service waited.
+    """Wait until the job has ended, at most `timeout_s`; return the job, and whether the service waited.
 
     It does not wait when this process has reached its limit of waiters, in total or for this owner.
+
+    after: also return when the job has an event with a higher number. known: a view of the job that was true before.
 
     Raises:
         ResourceNotFoundError: the caller has no job with this id.
@@ -43,14 +47,15 @@ def wait_for_job(
     if not slots.take(caller.owner_id):
         return get_job(job_id, caller=caller), False
     try:
-        with subscriber().watch(job_id) as watch:
-            view = get_job(job_id, caller=caller)
-            while not until(view) and not subscriber().closing and (remaining_s := deadline - time.monotonic()) > 0:
-                with active_requests().released():
-                    changed = watch.wait(remaining_s).changed
-                if changed:
-                    view = get_job(job_id, caller=caller)
-            return view, True
+        wait = JobWait(job_id, after=after)
+        with job_reader().waiting(wait):
+            view = known or get_job(job_id, caller=caller)
+            if wait.is_over(view.state, view.seq):
+                return view, True
+            with active_requests().released(), suppress(TimeoutError):
+                if (ended := wait.result.result(max(deadline - time.monotonic(), 0))) is not None:
+                    return ended, True
+        return get_job(job_id, caller=caller), True
     finally:
         slots.release(caller.owner_id)
 

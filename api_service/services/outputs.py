@@ -55,9 +55,7 @@ def list_page(query: OutputQuery, *, caller: Caller) -> Page[OutputView]:
         InvalidCursorError: the cursor was not issued by this service.
     """
     with session_scope() as session:
-        rows, next_cursor = outputs.list_page(
-            session, owner_id=caller.owner_id, cursor=query.cursor, limit=query.limit, reference_id=query.reference_id
-        )
+        rows, next_cursor = outputs.list_page(session, query, owner_id=caller.owner_id)
         return Page(items=views.outputs_of(session, rows), next_cursor=next_cursor)
 
 

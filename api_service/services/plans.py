@@ -128,7 +128,9 @@ def redeem(session: Session, token: str, *, prompt: str, model: str, caller: Cal
     if missing := [str(image_id) for image_id in ids if image_id not in searchable]:
         raise PlanOutdatedError("An image of the plan is gone. Search for a new plan.", image_ids=missing)
     references = [
-        PinnedReference.recorded(each.image_id, each.weight, concepts=[content.concepts[i] for i in each.concepts])
+        PinnedReference.recorded(
+            each.image_id, each.weight, concepts=[content.concepts[i] for i in each.concepts], pinned=False
+        )
         for each in content.references
     ]
     return RedeemedPlan(made_at, content.where, content.min_similarity, content.concepts, references)

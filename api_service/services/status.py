@@ -16,7 +16,7 @@ from shared.contracts.calibration import Calibration, GateOrigin, RelevanceView
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import ConceptView, PolicyView, SafetyAction
 from shared.contracts.service import EmbeddingSpaceView, JobWindow, ModelsResponse, ModelView, StatsView, UsageView
-from shared.db import calibrations, queue_limits, quotas, space_backlog, spaces, workers
+from shared.db import calibrations, queue_limits, queue_position, quotas, space_backlog, spaces, workers
 from shared.db.session import session_scope
 from shared.db.space_backlog import Progress
 from shared.db.spaces import Space
@@ -158,6 +158,22 @@ def _space_progress(space: Space) -> Progress:
     """Count a space, in a transaction of its own. Pages that show it every few seconds share one count."""
     with session_scope() as session:
         return space_backlog.get_progress(session, space)
+
+
+def places_before_model(*, owner_id: UUID | None = None) -> dict[UUID, int]:
+    """Return the jobs that a worker has taken and whose images the model does not draw yet.
+
+    Each has the number of such jobs of its model that are drawn earlier. owner_id: only jobs of this owner.
+    """
+    with session_scope() as session:
+        waiting = queue_position.jobs_waiting_for_model(session)
+    ahead: Counter[str] = Counter()
+    places = {}
+    for job in waiting:
+        if owner_id in (None, job.owner_id):
+            places[job.id] = ahead[job.model]
+        ahead[job.model] += 1
+    return places
 
 
 def own_usage(*, caller: Caller) -> UsageView:

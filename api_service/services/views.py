@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from api_service.http.urls import api_address
-from shared.cache import get_cache_manager
 from shared.contracts.collections import CollectionView, GrantedAccess, GrantView
 from shared.contracts.common import ImageFormat
 from shared.contracts.images import ImageDescription, ImageState, ImageView
@@ -49,6 +47,8 @@ from shared.db.tables import (
 )
 from shared.db.throughput import Throughput
 from shared.db.withdrawals import Withdrawal
+from shared.recent import Recent
+from shared.singleton import process_singleton
 
 THROUGHPUT_TTL_S = 2
 
@@ -58,73 +58,83 @@ def job(session: Session, row: Job, *, progress: Progress | None = None) -> JobV
     view = jobs(session, [row])[0]
     if view.state is JobState.QUEUED:
         ahead = queue_position.queue_position(session, row)
-        return view.model_copy(
-            update={"queue_position": ahead, "estimated_start_s": _estimated_start_s(session, row, jobs_ahead=ahead)}
-        )
+        return view.model_copy(update=_queue_fields(session, row, jobs_ahead=ahead))
     return view.model_copy(update={"progress": progress}) if view.state is JobState.PROCESSING else view
+
+
+def new_job(session: Session, row: Job, *, jobs_ahead: int) -> JobView:
+    """Return a job that this transaction has inserted. jobs_ahead: its queue position."""
+    pictures = reference_images.list_by_job(session, [row.id]) if row.parameters.get("reference_images") else {}
+    view = _job(row, outputs=[], pictures=pictures.get(row.id, []))
+    return view.model_copy(update=_queue_fields(session, row, jobs_ahead=jobs_ahead))
 
 
 def jobs(session: Session, rows: Sequence[Job]) -> list[JobView]:
     """Return jobs with their outputs, in order. Their queue positions are left out, because each needs a query."""
-    rows_by_job = outputs.list_by_job(session, [row.id for row in rows])
+    # Only these states can have outputs. A failed job has none.
+    ended = [row.id for row in rows if row.state == JobState.SUCCEEDED]
+    rows_by_job = outputs.list_by_job(session, ended) if ended else {}
     output_rows = [each for of_job in rows_by_job.values() for each in of_job]
     views_by_id = {each.id: each for each in outputs_of(session, output_rows)}
     with_pictures = [row.id for row in rows if row.parameters.get("reference_images")]
     pictures_by_job = reference_images.list_by_job(session, with_pictures) if with_pictures else {}
     return [
-        JobView(
-            id=row.id,
-            kind=JobKind(row.kind),
-            state=JobState(row.state),
-            lane=list(Lane)[row.lane],
-            model=row.model,
-            prompt=row.parameters["prompt"],
-            attempt=row.attempt,
-            seq=row.last_seq,
-            retry_of=row.retry_of,
-            replay_of=row.replay_of,
-            bulk_id=row.bulk_id,
-            parameters=row.parameters,
-            reference_images=[
-                _reference_image(each, described)
-                for each, described in zip(
-                    pictures_by_job.get(row.id, []), row.parameters.get("reference_images", []), strict=False
-                )
-            ],
-            resolution=row.resolution,
-            warnings=_warnings(row.resolution),
-            safety=_safety(row.safety),
-            error=JobError.model_validate(row.error, extra="ignore") if row.error else None,
+        _job(
+            row,
             outputs=[views_by_id[each.id] for each in rows_by_job.get(row.id, [])],
-            metadata=row.job_metadata,
-            created_at=row.created_at,
-            started_at=row.started_at,
-            finished_at=row.finished_at,
-            timings=row.timings or {},
-            url=api_address(f"/jobs/{row.id}"),
-            events_url=api_address(f"/jobs/{row.id}/events"),
+            pictures=pictures_by_job.get(row.id, []),
         )
         for row in rows
     ]
 
 
-def _estimated_start_s(session: Session, row: Job, *, jobs_ahead: int) -> float | None:
-    start_in_s = _cached_throughput(session, row.model).start_in_s(jobs_ahead)
-    if start_in_s is None:
-        return None
-    due_in_s = (row.run_after - datetime.now(UTC)).total_seconds() if row.run_after is not None else 0
-    return round(max(start_in_s, due_in_s), 1)
+def _job(row: Job, *, outputs: list[OutputView], pictures: Sequence[ReferenceImage]) -> JobView:
+    parameters = row.parameters
+    return JobView(
+        id=row.id,
+        kind=JobKind(row.kind),
+        state=JobState(row.state),
+        lane=list(Lane)[row.lane],
+        model=row.model,
+        prompt=parameters["prompt"],
+        attempt=row.attempt,
+        seq=row.last_seq,
+        retry_of=row.retry_of,
+        replay_of=row.replay_of,
+        bulk_id=row.bulk_id,
+        parameters=parameters,
+        reference_images=[
+            _reference_image(each, described)
+            for each, described in zip(pictures, parameters.get("reference_images", []), strict=False)
+        ],
+        resolution=row.resolution,
+        warnings=_warnings(row.resolution),
+        safety=_safety(row.safety),
+        error=JobError.model_validate(row.error, extra="ignore") if row.error else None,
+        outputs=outputs,
+        metadata=row.job_metadata,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        timings=row.timings or {},
+        url=api_address(f"/jobs/{row.id}"),
+        events_url=api_address(f"/jobs/{row.id}/events"),
+    )
 
 
-def _cached_throughput(session: Session, model: str) -> Throughput:
-    """Return the throughput of the model, cached for `THROUGHPUT_TTL_S` because all waiting clients need it."""
-    cache, key = get_cache_manager(), f"pace:{model}"
-    known: Throughput | None = cache.get(key, lambda value: Throughput(**value))
-    if known is not None:
-        return known
-    found = throughput.measure(session, model)
-    cache.set(key, asdict(found), THROUGHPUT_TTL_S)
-    return found
+def _queue_fields(session: Session, row: Job, *, jobs_ahead: int) -> dict[str, Any]:
+    pace = recent_throughput().get(row.model, lambda: throughput.measure(session, row.model))
+    start_in_s = pace.start_in_s(jobs_ahead)
+    if start_in_s is not None:
+        due_in_s = (row.run_after - datetime.now(UTC)).total_seconds() if row.run_after is not None else 0
+        start_in_s = round(max(start_in_s, due_in_s), 1)
+    return {"queue_position": jobs_ahead, "estimated_start_s": start_in_s}
+
+
+@process_singleton
+def recent_throughput() -> Recent[Throughput]:
+    """The throughput of each model. All waiting clients need it."""
+    return Recent(THROUGHPUT_TTL_S)
 
 
 def event(row: JobEvent) -> EventView:
@@ -149,6 +159,8 @@ def _reference_image(row: ReferenceImage, described: dict[str, Any]) -> Referenc
 
 def outputs_of(session: Session, rows: Sequence[Output]) -> list[OutputView]:
     """Return outputs with their references, in order."""
+    if not rows:
+        return []
     ids = [row.id for row in rows]
     references, withdrawn = outputs.list_references(session, ids), withdrawals.find(session, ids)
     return [_output(row, references.get(row.id, []), withdrawn.get(row.id)) for row in rows]

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import func, null, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
@@ -28,9 +28,13 @@ def begin(session: Session, *, owner_id: UUID, route: str, key: str, fingerprint
     Raises:
         IdempotencyKeyReusedError: the key came with another request before.
     """
-    session.execute(delete(IdempotencyKey).where(_matches(owner_id, route, key), _has_expired()))
-    insert = upsert(IdempotencyKey).values(owner_id=owner_id, route=route, key=key, fingerprint=fingerprint)
-    first = session.scalar(insert.on_conflict_do_nothing().returning(IdempotencyKey.key))
+    new = {"fingerprint": fingerprint, "answer": null(), "created_at": func.now()}
+    insert = upsert(IdempotencyKey).values(owner_id=owner_id, route=route, key=key, **new)
+    first = session.scalar(
+        insert.on_conflict_do_update(
+            index_elements=["owner_id", "route", "key"], set_=new, where=_has_expired()
+        ).returning(IdempotencyKey.key)
+    )
     if first is not None:
         return None
     return find_answer(session, owner_id=owner_id, route=route, key=key, fingerprint=fingerprint)

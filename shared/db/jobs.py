@@ -7,22 +7,51 @@ A running job has a lease, which its worker renews. When the worker stops, the l
 returns the job to the queue.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 from uuid import UUID, uuid4
 
 import pydantic
-from sqlalchemy import ColumnElement, and_, exists, func, or_, select, text, update
+from sqlalchemy import (
+    ARRAY,
+    BindParameter,
+    Boolean,
+    ColumnElement,
+    Double,
+    Integer,
+    Row,
+    Select,
+    TableValuedAlias,
+    TextualSelect,
+    Update,
+    Uuid,
+    and_,
+    any_,
+    bindparam,
+    column,
+    exists,
+    func,
+    literal,
+    or_,
+    select,
+    text,
+    update,
+)
+from sqlalchemy import insert as insert_into
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.event import listen
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
+from sqlalchemy.types import TypeEngine
 
 from shared.contracts.bulks import BulkState
 from shared.contracts.generation import GenerationParameters, Webhook
 from shared.contracts.jobs import EventType, JobKind, JobQuery, JobState, Lane
 from shared.db import leasing, paging, quotas, webhooks, withdrawals
-from shared.db.tables import Bulk, Job, JobEvent, Output, OutputReference, Owner
+from shared.db.tables import Bulk, Job, JobEvent, Output, OutputReference, Owner, split_parameters
 from shared.errors import (
     BaseAppException,
     JobCrashedError,
@@ -33,6 +62,7 @@ from shared.errors import (
     ResourceNotFoundError,
 )
 from shared.metrics import JOBS_FINISHED
+from shared.settings import LimitSettings
 
 FINAL = [state for state in JobState if state.is_final]
 WITHDRAWN = "A reference was withdrawn before the job could use it."
@@ -44,6 +74,69 @@ class Claim:
 
     job_id: UUID
     attempt: int
+
+
+@dataclass(frozen=True)
+class ClaimedJob:
+    """The columns of a claimed job that its attempt reads."""
+
+    id: UUID
+    owner_id: UUID
+    model: str
+    lane: int
+    published_lane: int | None
+    images: int
+    timeout_s: float
+    attempt: int
+    crashes: int
+    created_at: datetime
+    started_at: datetime
+    webhook: dict[str, Any] | None
+    replay_of: UUID | None
+    stored_parameters: dict[str, Any]
+    new_parameters: dict[str, Any] | None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """`GenerationParameters` as JSON."""
+        return {**self.stored_parameters, **(self.new_parameters or {})}
+
+
+CLAIMED_COLUMNS = [field.name for field in fields(ClaimedJob)]
+
+
+@dataclass(frozen=True, eq=False)
+class Resolution:
+    """How an attempt has resolved its mode and references, with the content policy's decisions so far."""
+
+    claim: Claim
+    resolution: dict[str, Any]
+    safety: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class CrashCount:
+    """Whether a lease that is lost from here on counts as a crash. It starts no time limit of the job."""
+
+    claim: Claim
+    counted: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Failure:
+    """The error that ends an attempt as `failed`."""
+
+    claim: Claim
+    error: BaseAppException
+
+
+@dataclass(frozen=True, eq=False)
+class Success:
+    """The outputs that end an attempt as `succeeded`. timings: seconds by stage."""
+
+    claim: Claim
+    outputs: Sequence["StoredOutput"]
+    timings: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -66,6 +159,33 @@ class DeadJob:
 # --- submit -------------------------------------------------------------------------------------------------------
 
 
+def _insert_statement(reservation: str) -> TextualSelect:
+    statement = f"""
+        with {reservation}, event as (
+            insert into job_events (job_id, seq, type) select :id, 1, 'queued' from reservation
+        )
+        insert into jobs (
+            id, owner_id, kind, lane, model, images, quota_day, timeout_s, expires_at, parameters, new_parameters,
+            metadata, webhook, retry_of, replay_of, last_seq
+        )
+        select :id, :owner_id, :kind, :lane, :model, :images, reservation.day, :timeout_s,
+            now() + cast(:expires_in_s as float) * interval '1 second', :parameters, :new_parameters, :metadata,
+            :webhook, :retry_of, :replay_of, 1
+        from reservation
+        returning {", ".join(f"jobs.{column.name}" for column in Job.__table__.c)}
+    """
+    ids = (bindparam(name, type_=Uuid) for name in ("id", "owner_id", "retry_of", "replay_of"))
+    objects = (
+        bindparam(name, type_=JSONB(none_as_null=True))
+        for name in ("parameters", "new_parameters", "metadata", "webhook")
+    )
+    return text(statement).bindparams(*ids, *objects).columns(*Job.__table__.c)
+
+
+INSERT = _insert_statement(quotas.RESERVATION)
+INSERT_UNCOUNTED = _insert_statement("reservation as (select cast(null as date) as day)")
+
+
 def insert(
     session: Session,
     *,
@@ -79,37 +199,49 @@ def insert(
     webhook: Webhook | None = None,
     retry_of: UUID | None = None,
     replay_of: UUID | None = None,
+    limits: LimitSettings | None = None,
 ) -> Job:
-    """Add a `queued` job and its first event.
+    """Add a `queued` job and its first event, in one statement.
 
     timeout_s: the longest run, from the start of the model's work. expires_in_s: the longest wait until then.
+    limits: count the images towards the owner's quota of today. The owner's other submits then wait for the end of
+    this transaction, so call it late.
+
+    Raises:
+        QuotaExceededError: with `limits`, the images exceed the quota.
     """
-    job = Job(
-        id=uuid4(),
-        owner_id=owner_id,
-        kind=kind,
-        state=JobState.QUEUED,
-        lane=lane.rank,
-        model=parameters.model,
-        images=len(parameters.seeds),
-        timeout_s=timeout_s,
-        expires_at=None if expires_in_s is None else func.now() + timedelta(seconds=expires_in_s),
-        parameters=parameters.model_dump(mode="json"),
-        job_metadata=metadata,
-        webhook=None if webhook is None else webhook.model_dump(mode="json"),
-        retry_of=retry_of,
-        replay_of=replay_of,
-        last_seq=1,
-    )
-    session.add(job)
-    session.flush()  # the event's foreign key needs the row
-    _append_events(session, EventType.QUEUED, {}, [job])
-    session.flush()
+    stored, new = split_parameters(parameters.model_dump(mode="json"))
+    values = {
+        "id": uuid4(),
+        "owner_id": owner_id,
+        "kind": kind.value,
+        "lane": lane.rank,
+        "model": parameters.model,
+        "images": len(parameters.seeds),
+        "timeout_s": timeout_s,
+        "expires_in_s": expires_in_s,
+        "parameters": stored,
+        "new_parameters": new,
+        "metadata": metadata,
+        "webhook": None if webhook is None else webhook.model_dump(mode="json"),
+        "retry_of": retry_of,
+        "replay_of": replay_of,
+    }
+    if limits is None:
+        statement = INSERT_UNCOUNTED
+    else:
+        statement, values["daily_images"] = INSERT, limits.daily_images
+    job: Job | None = session.scalar(select(Job).from_statement(statement), values)
+    if job is None:
+        assert limits is not None
+        raise quotas.exceeded(session, owner_id, len(parameters.seeds), limits)
+    if webhook is not None and EventType.QUEUED in webhook.events:
+        webhooks.enqueue(session, job.id, job.last_seq, owner_id=owner_id, url=webhook.url)
     return job
 
 
-def insert_retry(session: Session, old: Job) -> Job:
-    """Add a job with the parameters of `old`, which ended without success.
+def insert_retry(session: Session, old: Job, *, limits: LimitSettings | None = None) -> Job:
+    """Add a job with the parameters of `old`, which ended without success. limits: as in `insert`.
 
     Raises:
         JobStateError: `old` has not ended, or has succeeded.
@@ -133,6 +265,7 @@ def insert_retry(session: Session, old: Job) -> Job:
         webhook=webhook,
         retry_of=old.id,
         replay_of=old.replay_of,
+        limits=limits,
     )
 
 
@@ -157,6 +290,17 @@ def get(session: Session, job_id: UUID, *, owner_id: UUID, lock: bool = False) -
 def find_state(session: Session, job_id: UUID) -> str | None:
     """Only the job's state, for callers that poll; None when the job was deleted."""
     return session.scalar(select(Job.state).where(Job.id == job_id))
+
+
+def list_states(session: Session, job_ids: Collection[UUID]) -> dict[UUID, tuple[JobState, int]]:
+    """The state of each job and the number of its latest event. A deleted job is left out."""
+    statement = select(Job.id, Job.state, Job.last_seq).where(Job.id.in_(job_ids))
+    return {row.id: (JobState(row.state), row.last_seq) for row in session.execute(statement)}
+
+
+def list_by_id(session: Session, job_ids: Collection[UUID]) -> Sequence[Job]:
+    """These jobs, in any order and of any owner."""
+    return session.scalars(select(Job).where(Job.id.in_(job_ids))).all()
 
 
 def list_page(session: Session, query: JobQuery, *, owner_id: UUID) -> tuple[list[Job], str | None]:
@@ -187,37 +331,56 @@ def list_events(session: Session, job_id: UUID, *, after: int, limit: int = 1000
     return list(session.scalars(statement.order_by(JobEvent.seq).limit(limit)))
 
 
-# --- one attempt --------------------------------------------------------------------------------------------------
+# --- attempts -----------------------------------------------------------------------------------------------------
+#
+# A function for several attempts decides on each of them alone. With `wait=False` it leaves out the jobs that another
+# transaction has locked, as if their attempts did not own them: see `leasing.in_lock_order`.
 
 
-def claim(session: Session, job_id: UUID, *, worker: str, lease_s: float) -> tuple[Claim, Job] | None:
-    """Claim a queued job for `lease_s` seconds.
+def claim_all(
+    session: Session, job_ids: Collection[UUID], *, worker: str, lease_s: float, wait: bool = True
+) -> dict[UUID, tuple[Claim, ClaimedJob]]:
+    """Claim queued jobs for `lease_s` seconds, by id.
 
-    None when the job is owned, ended, expired, unknown or not due yet, or when its bulk does not run.
+    A job is left out when it is owned, ended, expired, unknown or not due yet, or when its bulk does not run.
     """
-    taken = _transition(
-        session,
-        Job.id == job_id,
+    values = {"ids": list(job_ids), "worker": worker, "started": {"worker": worker}, "lease_s": lease_s}
+    taken = _run(session, _claim_statement(wait=wait), values, event=EventType.STARTED)
+    return {
+        row.id: (Claim(row.id, row.attempt), ClaimedJob(**{n: getattr(row, n) for n in CLAIMED_COLUMNS}))
+        for row in taken
+    }
+
+
+@cache
+def _claim_statement(*, wait: bool) -> Select[Any]:
+    claimable = and_(
+        Job.id == any_(IDS),
         Job.state == JobState.QUEUED,
         or_(Job.run_after.is_(None), Job.run_after <= func.now()),
         _not_expired(),
         _bulk_runs(),
+    )
+    return _transition_statement(
+        leasing.in_lock_order(Job, claimable, wait=wait),
         event=EventType.STARTED,
-        data={"worker": worker},
+        data=bindparam("started", type_=JSONB),
+        returning=[getattr(Job, name) for name in CLAIMED_COLUMNS],
         state=JobState.PROCESSING,
         attempt=Job.attempt + 1,
-        worker=worker,
+        worker=bindparam("worker"),
         model_started=False,
-        lease_until=leasing.from_now(lease_s),
+        lease_until=func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, bindparam("lease_s", type_=Double)),
         started_at=func.coalesce(Job.started_at, func.now()),
         safety=None,
         error=None,
         run_after=None,
     )
-    if not taken:
-        return None
-    job = session.get_one(Job, job_id, populate_existing=True)
-    return Claim(job.id, job.attempt), job
+
+
+def claim(session: Session, job_id: UUID, *, worker: str, lease_s: float) -> tuple[Claim, ClaimedJob] | None:
+    """`claim_all` for one job; None when it cannot be claimed."""
+    return claim_all(session, [job_id], worker=worker, lease_s=lease_s).get(job_id)
 
 
 def renew(session: Session, claims: Iterable[Claim], *, lease_s: float) -> set[UUID]:
@@ -232,14 +395,32 @@ def still_owned(session: Session, claims: Iterable[Claim]) -> set[UUID]:
     return set(session.scalars(select(Job.id).where(_owned(claims))))
 
 
+def record_resolutions(session: Session, resolutions: Sequence[Resolution], *, wait: bool = True) -> set[Claim]:
+    """Record modes and references, with the reasons, and the content policy's decisions; return what was recorded."""
+    values = _rows(
+        [each.claim for each in resolutions],
+        [{"resolution": each.resolution, "safety": each.safety} for each in resolutions],
+    )
+    return _claims(_run(session, _resolution_statement(wait=wait), values, event=EventType.RESOLVED))
+
+
+@cache
+def _resolution_statement(*, wait: bool) -> Select[Any]:
+    rows = _rows_table(resolution=JSONB(), safety=JSONB())
+    return _transition_statement(
+        _owned_by_rows(rows, wait=wait),
+        event=EventType.RESOLVED,
+        data=rows.c.resolution,
+        resolution=rows.c.resolution,
+        safety=rows.c.safety,
+    )
+
+
 def record_resolution(
     session: Session, claim: Claim, resolution: dict[str, Any], *, safety: dict[str, Any] | None = None
 ) -> bool:
-    """Record the attempt's mode and references, with the reasons, and the content policy's decisions so far."""
-    owned = _owned([claim])
-    return bool(
-        _transition(session, owned, event=EventType.RESOLVED, data=resolution, resolution=resolution, safety=safety)
-    )
+    """`record_resolutions` for one attempt."""
+    return bool(record_resolutions(session, [Resolution(claim, resolution, safety)]))
 
 
 def record_moderation(session: Session, claim: Claim, data: dict[str, Any], *, safety: dict[str, Any]) -> bool:
@@ -252,22 +433,37 @@ def record_degradation(session: Session, claim: Claim, data: dict[str, Any]) -> 
     return bool(_transition(session, _owned([claim]), event=EventType.DEGRADED, data=data))
 
 
+def mark_models_started(session: Session, claims: Collection[Claim], *, wait: bool = True) -> set[Claim]:
+    """Record that the model's work starts: from here on, a lost lease counts as a crash and a job cannot expire.
+
+    Returns the claims for which that is recorded. The others are not owned any more, or the job has expired.
+    """
+    return _claims(session.execute(_model_start_statement(wait=wait), _rows(claims, [{} for _ in claims])))
+
+
+@cache
+def _model_start_statement(*, wait: bool) -> Update:
+    rows = _rows_table()
+    owned = and_(_owned_by_rows(rows, wait=wait), _not_expired())
+    return update(Job).where(owned).values(model_started=True).returning(Job.id, Job.attempt)
+
+
 def mark_model_started(session: Session, claim: Claim) -> bool:
-    """Record that the model's work starts: from here on, a lost lease counts as a crash and the job cannot expire.
-
-    False when the attempt does not own the job any more, or when the job has expired.
-    """
-    statement = update(Job).where(_owned([claim]), _not_expired()).values(model_started=True).returning(Job.id)
-    return session.scalar(statement) is not None
+    """`mark_models_started` for one attempt."""
+    return bool(mark_models_started(session, [claim]))
 
 
-def count_crashes(session: Session, claim: Claim, *, counted: bool) -> bool:
-    """Record whether a lease that is lost from here on counts as a crash. It starts no time limit of the job.
+def count_crashes(session: Session, counts: Sequence[CrashCount], *, wait: bool = True) -> set[Claim]:
+    """Record from when to when a lost lease counts as a crash; return the claims for which that is recorded."""
+    values = _rows([each.claim for each in counts], [{"counted": each.counted} for each in counts])
+    return _claims(session.execute(_crash_count_statement(wait=wait), values))
 
-    False when the attempt does not own the job any more.
-    """
-    statement = update(Job).where(_owned([claim])).values(model_started=counted).returning(Job.id)
-    return session.scalar(statement) is not None
+
+@cache
+def _crash_count_statement(*, wait: bool) -> Update:
+    rows = _rows_table(counted=Boolean())
+    owned = _owned_by_rows(rows, wait=wait)
+    return update(Job).where(owned).values(model_started=rows.c.counted).returning(Job.id, Job.attempt)
 
 
 def expire(session: Session, claim: Claim) -> bool:
@@ -275,32 +471,76 @@ def expire(session: Session, claim: Claim) -> bool:
     return _end(session, and_(_owned([claim]), ~_not_expired()), JobState.EXPIRED, data={})
 
 
-def finish(session: Session, claim: Claim, outputs: Sequence[StoredOutput], *, timings: dict[str, float]) -> bool:
-    """End the job as `succeeded` and add its outputs, in one transaction.
+def finish_all(session: Session, successes: Sequence[Success], *, wait: bool = True) -> set[Claim]:
+    """End jobs as `succeeded` and add their outputs; return the claims whose jobs have ended so.
 
     Raises:
-        ReferenceDeletedError: an image from which the outputs drew was withdrawn.
+        ReferenceDeletedError: an image from which an output drew was withdrawn. Without `wait`, its job is left out.
     """
-    used = {each.image_id for stored in outputs for each in stored.references}
-    if used and (withdrawn := withdrawals.filter_withdrawn(session, used)):
+    used = {success.claim: _used_images(success.outputs) for success in successes}
+    all_used = set[UUID]().union(*used.values())
+    withdrawn = withdrawals.filter_withdrawn(session, all_used) if all_used else set[UUID]()
+    if withdrawn and wait:
         raise ReferenceDeletedError(WITHDRAWN, image_ids=sorted(map(str, withdrawn)))
-    done = _end(
-        session,
-        _owned([claim]),
-        JobState.SUCCEEDED,
-        data={"outputs": [str(stored.output.id) for stored in outputs]},
-        timings=timings,
+    allowed = [success for success in successes if not used[success.claim] & withdrawn]
+    values = _rows(
+        [each.claim for each in allowed],
+        [
+            {"outputs": {"outputs": [str(stored.output.id) for stored in each.outputs]}, "timings": each.timings}
+            for each in allowed
+        ],
     )
-    if done:
-        session.add_all(stored.output for stored in outputs)
-        session.flush()  # references need their output's row
-        session.add_all(reference for stored in outputs for reference in stored.references)
-    return done
+    ended = _claims(_run(session, _success_statement(wait=wait), values, event=EventType.SUCCEEDED))
+    _count_ended(session, JobState.SUCCEEDED, len(ended))
+    stored = [stored for success in allowed if success.claim in ended for stored in success.outputs]
+    session.add_all(each.output for each in stored)
+    session.flush()  # references need their output's row
+    session.add_all(reference for each in stored for reference in each.references)
+    return ended
+
+
+@cache
+def _success_statement(*, wait: bool) -> Select[Any]:
+    rows = _rows_table(outputs=JSONB(), timings=JSONB())
+    return _transition_statement(
+        _owned_by_rows(rows, wait=wait),
+        event=EventType.SUCCEEDED,
+        data=rows.c.outputs,
+        timings=rows.c.timings,
+        **_ended(JobState.SUCCEEDED),
+    )
+
+
+def finish(session: Session, claim: Claim, outputs: Sequence[StoredOutput], *, timings: dict[str, float]) -> bool:
+    """`finish_all` for one attempt. Raises: as it."""
+    return bool(finish_all(session, [Success(claim, outputs, timings)]))
+
+
+def fail_all(session: Session, failures: Sequence[Failure], *, wait: bool = True) -> set[Claim]:
+    """End jobs as `failed`, with the errors as the reasons; return the claims whose jobs have ended so."""
+    values = _rows([each.claim for each in failures], [{"error": each.error.body()} for each in failures])
+    ended = _run(session, _failure_statement(wait=wait), values, event=EventType.FAILED)
+    _count_ended(session, JobState.FAILED, len(ended))
+    if ended:
+        quotas.give_back(session, _ids(ended))
+    return _claims(ended)
+
+
+@cache
+def _failure_statement(*, wait: bool) -> Select[Any]:
+    rows = _rows_table(error=JSONB())
+    return _transition_statement(
+        _owned_by_rows(rows, wait=wait),
+        event=EventType.FAILED,
+        data=rows.c.error,
+        error=rows.c.error,
+        **_ended(JobState.FAILED),
+    )
 
 
 def fail(session: Session, claim: Claim, error: BaseAppException) -> bool:
-    """End the job as `failed`, with `error` as the reason."""
-    return _end(session, _owned([claim]), JobState.FAILED, data=error.body(), error=error.body())
+    """`fail_all` for one attempt."""
+    return bool(fail_all(session, [Failure(claim, error)]))
 
 
 def retry_later(
@@ -506,6 +746,48 @@ def _owned(claims: Iterable[Claim]) -> ColumnElement[bool]:
     return leasing.owned(Job, ((claim.job_id, claim.attempt) for claim in claims), state=JobState.PROCESSING)
 
 
+IDS: BindParameter[Any] = bindparam("ids", type_=ARRAY(Uuid()))
+
+
+def _rows(claims: Collection[Claim], columns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The parameters of a statement with a `_rows_table`: a row per attempt, with its `columns`."""
+    keys = ({"id": str(claim.job_id), "attempt": claim.attempt} for claim in claims)
+    return {
+        "ids": [claim.job_id for claim in claims],
+        "rows": [key | values for key, values in zip(keys, columns, strict=True)],
+    }
+
+
+def _rows_table(**columns: TypeEngine[Any]) -> TableValuedAlias:
+    """A table with a row per attempt: `id` of the job, `attempt`, and the columns that differ between attempts.
+
+    All rows are one parameter. So the statement is built once: building one takes longer than running it.
+    """
+    typed: dict[str, TypeEngine[Any]] = {"id": Uuid(), "attempt": Integer(), **columns}
+    table = func.jsonb_to_recordset(bindparam("rows", type_=JSONB)).table_valued(
+        *itertools.starmap(column, typed.items())
+    )
+    return table.render_derived(name="changes", with_types=True)
+
+
+def _owned_by_rows(rows: TableValuedAlias, *, wait: bool) -> ColumnElement[bool]:
+    """The jobs that the attempts of a `_rows_table` own, each joined to its row."""
+    processing = and_(Job.id == any_(IDS), Job.state == JobState.PROCESSING)
+    return and_(leasing.in_lock_order(Job, processing, wait=wait), Job.id == rows.c.id, Job.attempt == rows.c.attempt)
+
+
+def _claims(rows: Iterable[Any]) -> set[Claim]:
+    return {Claim(row.id, row.attempt) for row in rows}
+
+
+def _ids(rows: Iterable[Any]) -> list[UUID]:
+    return [row.id for row in rows]
+
+
+def _used_images(outputs: Sequence[StoredOutput]) -> set[UUID]:
+    return {reference.image_id for stored in outputs for reference in stored.references}
+
+
 def _not_expired() -> ColumnElement[bool]:
     return or_(Job.expires_at.is_(None), Job.expires_at > func.clock_timestamp())
 
@@ -524,22 +806,27 @@ def _end(
 def _end_all(
     session: Session, condition: ColumnElement[bool], state: JobState, *, data: dict[str, Any], **values: Any
 ) -> list[UUID]:
-    ended = _transition(
-        session,
-        condition,
-        event=EventType(state.value),
-        data=data,
-        state=state,
-        lease_until=None,
-        published_at=None,
-        published_lane=None,
-        finished_at=func.now(),
-        **values,
-    )
-    JOBS_FINISHED.labels(state.value).inc(len(ended))
-    if ended and state is not JobState.SUCCEEDED:
+    ended = _transition(session, condition, event=EventType(state.value), data=data, **_ended(state), **values)
+    _count_ended(session, state, len(ended))
+    if ended:
         quotas.give_back(session, ended)
     return ended
+
+
+def _ended(state: JobState) -> dict[str, Any]:
+    return {
+        "state": state,
+        "lease_until": None,
+        "published_at": None,
+        "published_lane": None,
+        "finished_at": func.now(),
+    }
+
+
+def _count_ended(session: Session, state: JobState, ended: int) -> None:
+    """Count jobs that have ended, after the commit: a group of changes that cannot be committed is applied again."""
+    if ended:
+        listen(session, "after_commit", lambda _: JOBS_FINISHED.labels(state.value).inc(ended), once=True)
 
 
 def _requeue(session: Session, condition: ColumnElement[bool], *, data: dict[str, Any], **values: Any) -> list[UUID]:
@@ -558,28 +845,47 @@ def _requeue(session: Session, condition: ColumnElement[bool], *, data: dict[str
 
 
 def _transition(
-    session: Session, *conditions: ColumnElement[bool], event: EventType, data: dict[str, Any], **values: Any
+    session: Session, condition: ColumnElement[bool], *, event: EventType, data: dict[str, Any], **values: Any
 ) -> list[UUID]:
-    """Update the jobs that meet the conditions and append an event to each; return their ids.
+    """Update the jobs that meet the condition and append an event to each; return their ids."""
+    statement = _transition_statement(condition, event=event, data=literal(data, JSONB), **values)
+    return _ids(_run(session, statement, {}, event=event))
 
-    The same UPDATE counts `last_seq` up, so the events of a job are numbered without gaps.
+
+def _transition_statement(
+    condition: ColumnElement[bool],
+    *,
+    event: EventType,
+    data: ColumnElement[Any],
+    returning: Sequence[InstrumentedAttribute[Any]] = (),
+    **values: Any,
+) -> Select[Any]:
+    """A statement that updates the jobs that meet the condition, and appends an event with `data` to each.
+
+    The UPDATE counts `last_seq` up, so the events of a job are numbered without gaps. `_run` runs the statement.
     """
-    statement = (
+    read = dict.fromkeys([Job.id, Job.attempt, Job.owner_id, Job.last_seq, Job.webhook, *returning])
+    moved = (
         update(Job)
-        .where(*conditions)
+        .where(condition)
         .values(**values, last_seq=Job.last_seq + 1)
-        .returning(Job.id, Job.owner_id, Job.last_seq, Job.webhook)
-        .execution_options(synchronize_session=False)
+        .returning(*read, data.label("event_data"))
+        .cte("moved")
     )
-    rows = session.execute(statement).all()
-    _append_events(session, event, data, rows)
-    return [row.id for row in rows]
+    appended = insert_into(JobEvent).from_select(
+        ["job_id", "seq", "type", "data"],
+        select(moved.c.id, moved.c.last_seq, literal(event.value), moved.c.event_data),
+    )
+    return select(*(moved.c[each.key] for each in read)).add_cte(appended.cte("appended"))
 
 
-def _append_events(session: Session, event: EventType, data: dict[str, Any], rows: Iterable[Any]) -> None:
-    """Append the event to each job, and add a webhook delivery for each job whose webhook asks for this event."""
+def _run(session: Session, statement: Select[Any], values: dict[str, Any], *, event: EventType) -> Sequence[Row[Any]]:
+    """Run a `_transition_statement`. Add a webhook delivery for each job whose webhook asks for the event.
+
+    Returns a row for each job that it updated, with `id`, `attempt` and the columns of `returning`.
+    """
+    rows = session.execute(statement, values).all()
     for row in rows:
-        session.add(JobEvent(job_id=row.id, seq=row.last_seq, type=event, data=data))
         if row.webhook is not None and event in row.webhook["events"]:
-            session.flush()  # the delivery's foreign key needs the event
             webhooks.enqueue(session, row.id, row.last_seq, owner_id=row.owner_id, url=row.webhook["url"])
+    return rows

@@ -5,9 +5,10 @@ import hmac
 import secrets
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import NamedTuple
 from uuid import UUID, uuid4
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.admin import Scope
@@ -17,6 +18,16 @@ from shared.errors import ResourceNotFoundError
 
 SCOPES = tuple(scope.value for scope in Scope)
 TOKEN_PREFIX = "aft_"
+
+
+class ValidKey(NamedTuple):
+    """The rights of a key. collection_ids: the only collections that it may use; None: all that its owner may use."""
+
+    id: UUID
+    owner_id: UUID
+    prefix: str
+    scopes: frozenset[str]
+    collection_ids: frozenset[UUID] | None
 
 
 def create(
@@ -53,18 +64,26 @@ def create(
     return key, secret
 
 
-def find_valid(session: Session, secret: str) -> ApiKey | None:
-    """The valid key with this secret; None if it is unknown, revoked or expired, or if its owner is disabled."""
+VALID = (
+    select(ApiKey.id, ApiKey.owner_id, ApiKey.prefix, ApiKey.scopes, ApiKey.collection_ids, ApiKey.secret_sha256)
+    .join(Owner, Owner.id == ApiKey.owner_id)
+    .where(ApiKey.secret_sha256 == bindparam("digest"), ApiKey.revoked_at.is_(None), Owner.disabled_at.is_(None))
+    .where(or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()))
+)
+
+
+def find_valid(session: Session, secret: str) -> ValidKey | None:
+    """The valid key with this secret; None if it is unknown, revoked or expired, or if its owner is disabled.
+
+    Every request runs this one statement, so a revoked key is refused from the next request on.
+    """
     digest = _digest(secret)
-    statement = (
-        select(ApiKey)
-        .join(Owner, Owner.id == ApiKey.owner_id)
-        .where(ApiKey.secret_sha256 == digest, ApiKey.revoked_at.is_(None), Owner.disabled_at.is_(None))
-        .where(or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()))
-    )
-    key = session.scalar(statement)
+    row = session.execute(VALID, {"digest": digest}).one_or_none()
     # The index compares digests, so its timing does not reveal the secret. compare_digest is used out of caution.
-    return key if key is not None and hmac.compare_digest(key.secret_sha256, digest) else None
+    if row is None or not hmac.compare_digest(row.secret_sha256, digest):
+        return None
+    collections = None if row.collection_ids is None else frozenset(row.collection_ids)
+    return ValidKey(row.id, row.owner_id, row.prefix, frozenset(row.scopes), collections)
 
 
 def get(session: Session, key_id: UUID) -> ApiKey:

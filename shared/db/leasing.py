@@ -15,13 +15,19 @@ def owned(table: type[Job] | type[Image], attempts: Iterable[tuple[UUID, int]], 
     return and_(tuple_(table.id, table.attempt).in_(list(attempts)), table.state == state)
 
 
-def in_lock_order(table: type[Job] | type[Image], condition: ColumnElement[bool]) -> ColumnElement[bool]:
+def in_lock_order(
+    table: type[Job] | type[Image], condition: ColumnElement[bool], *, wait: bool = True
+) -> ColumnElement[bool]:
     """Rows of `table` that meet `condition`; the statement locks them in the order of their ids.
 
-    Every statement that changes several rows needs it, or skips locked rows. Otherwise two statements that change the
-    same rows can wait for each other, and the database ends one of them: a deadlock.
+    Every statement that changes several rows needs it. Otherwise two statements that change the same rows can wait for
+    each other, and the database ends one of them: a deadlock.
+
+    wait: False skips rows that another transaction has locked. A transaction that changes rows in several statements
+    needs that, for the same reason.
     """
-    return table.id.in_(select(table.id).where(condition).order_by(table.id).with_for_update(key_share=True))
+    locked = select(table.id).where(condition).order_by(table.id)
+    return table.id.in_(locked.with_for_update(key_share=True, skip_locked=not wait))
 
 
 def from_now(seconds: float) -> ColumnElement[Any]:

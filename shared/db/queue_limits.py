@@ -5,15 +5,17 @@ from uuid import UUID
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from shared.cache import get_cache_manager
 from shared.contracts.jobs import JobState
 from shared.db.tables import Job
 from shared.errors import OwnerQueueFullError, QueueFullError
+from shared.recent import Recent
 from shared.settings import QueueSettings
+from shared.singleton import process_singleton
 
 CACHE_HEADROOM_JOBS = 1000
 COUNT_TTL_S = 1
-"""Counting a long queue is slow, so a count at least `CACHE_HEADROOM_JOBS` below the limit is cached for a second."""
+"""Counting a long queue is slow. So a process keeps a count for a second if it is at least `CACHE_HEADROOM_JOBS` below
+the limit. Nearer to the limit, transactions that add a job count one after the other."""
 
 
 def refuse_when_full(session: Session, owner_id: UUID, settings: QueueSettings) -> None:
@@ -25,10 +27,10 @@ def refuse_when_full(session: Session, owner_id: UUID, settings: QueueSettings) 
     """
     queued = select(Job.id).where(Job.state == JobState.QUEUED)
     most = settings.max_queued_per_owner
-    if _cached_count(session, f"queued:{owner_id}", queued.where(Job.owner_id == owner_id), most) >= most:
+    if _count(session, f"queued:{owner_id}", queued.where(Job.owner_id == owner_id), most) >= most:
         raise OwnerQueueFullError(queued=most)
     most = settings.max_queued
-    if _cached_count(session, "queued", queued, most) >= most:
+    if _count(session, "queued", queued, most) >= most:
         raise QueueFullError(queued=most)
 
 
@@ -37,17 +39,22 @@ def count_queued(session: Session, owner_id: UUID, *, at_most: int) -> int:
     return _count_rows(session, select(Job.id).where(Job.state == JobState.QUEUED, Job.owner_id == owner_id), at_most)
 
 
-def _cached_count(session: Session, name: str, queued: Select[UUID], at_most: int) -> int:
-    cache = get_cache_manager()
-    cached = cache.get(name)
-    if isinstance(cached, int) and cached + CACHE_HEADROOM_JOBS <= at_most:
-        return int(cached)
+def _count(session: Session, name: str, queued: Select[UUID], at_most: int) -> int:
+    def is_roomy(count: int) -> bool:
+        return count + CACHE_HEADROOM_JOBS <= at_most
+
+    # A limit of the settings is part of the key, because `is_roomy` depends on it.
+    count = _recent_counts().get((name, at_most), lambda: _count_rows(session, queued, at_most), keep=is_roomy)
+    if is_roomy(count):
+        return count
     # The lock is held until the transaction ends, so the next count includes the job that this transaction adds.
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
-    count = _count_rows(session, queued, at_most)
-    if count + CACHE_HEADROOM_JOBS <= at_most:
-        cache.set(name, count, COUNT_TTL_S)
-    return count
+    return _count_rows(session, queued, at_most)
+
+
+@process_singleton
+def _recent_counts() -> Recent[int]:
+    return Recent(COUNT_TTL_S)
 
 
 def _count_rows(session: Session, queued: Select[UUID], at_most: int) -> int:

@@ -1,17 +1,18 @@
 """Positions in the queue, without counting the whole queue for every request."""
 
 from bisect import bisect_left
-from collections.abc import Iterable
-from datetime import datetime
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import Row, Uuid, bindparam, func, select, text
 from sqlalchemy.orm import Session
 
-from shared.cache import get_cache_manager
 from shared.contracts.jobs import JobState
 from shared.db.tables import Job
+from shared.recent import Recent
+from shared.singleton import process_singleton
 
 JOBS_PER_MARK = 500
 """Every 500th queued job of a model is a mark: its position is cached, and other positions are counted from it."""
@@ -27,32 +28,51 @@ def queue_position(session: Session, job: Job) -> int:
     Fair share between owners and starving lanes can change the real order.
 
     The result is exact for the first `JOBS_PER_MARK` jobs. Behind them it is counted from the nearest mark before the
-    job. Marks are up to `MARKS_TTL_S` old, so the result may include jobs that have left the queue since.
+    job. Marks are about `MARKS_TTL_S` old, so the result may include jobs that have left the queue since.
     """
-    position = (job.lane, job.created_at, job.id)
-    marks = _marks(session, job.model)
+    values, before = range_ahead(session, job.model, (job.lane, job.created_at, job.id))
+    return (session.scalar(text(COUNT_AHEAD).bindparams(*RANGE_BINDS), values) or 0) + before
+
+
+def start_of_lane(rank: int) -> Position:
+    """A position before all jobs of the lane with this rank, and behind those of all lanes with a lower rank."""
+    return rank, datetime.min.replace(tzinfo=UTC), UUID(int=0)
+
+
+COUNT_AHEAD = """
+    select count(*) from jobs where model = :model and state = 'queued'
+        and (lane, created_at, id) >= (:mark_lane, :mark_at, :mark_id)
+        and (lane, created_at, id) < (:lane, :at, :id)
+"""
+"""Counts the queued jobs from a mark to a position. Its parameters are those of `range_ahead`."""
+RANGE_BINDS = [bindparam(name, type_=Uuid) for name in ("mark_id", "id")]
+
+
+def range_ahead(session: Session, model: str, position: Position) -> tuple[dict[str, Any], int]:
+    """The parameters of `COUNT_AHEAD` for this position, and the number of jobs before its mark."""
+    marks = recent_marks().get(model, lambda: list(_query_marks(session, model)))
     marks_ahead = bisect_left(marks, position)
-    columns = tuple_(Job.lane, Job.created_at, Job.id)
-    ahead = select(func.count()).where(
-        Job.model == job.model, Job.state == JobState.QUEUED, columns < tuple_(*position)
+    mark = marks[marks_ahead - 1] if marks_ahead else start_of_lane(0)
+    names = ("mark_lane", "mark_at", "mark_id"), ("lane", "at", "id")
+    values = {"model": model, **dict(zip(names[0], mark, strict=True)), **dict(zip(names[1], position, strict=True))}
+    return values, marks_ahead * JOBS_PER_MARK
+
+
+def jobs_waiting_for_model(session: Session) -> Sequence[Row[UUID, str, UUID]]:
+    """Id, model and owner of the jobs that a worker has taken and whose images the model does not draw yet.
+
+    They are in the order of the queue. They are few: a worker takes only as many jobs as it needs for its next batches.
+    """
+    taken = select(Job.id, Job.model, Job.owner_id).where(
+        Job.state == JobState.PROCESSING, Job.model_started.is_(False)
     )
-    if marks_ahead:
-        ahead = ahead.where(columns >= tuple_(*marks[marks_ahead - 1]))
-    return (session.scalar(ahead) or 0) + marks_ahead * JOBS_PER_MARK
+    return session.execute(taken.order_by(Job.model, Job.lane, Job.created_at, Job.id)).all()
 
 
-def _marks(session: Session, model: str) -> list[Position]:
-    """The positions of the marks, in the order of the queue, from the cache or the database."""
-    cache, key = get_cache_manager(), f"places:{model}"
-    marks: list[Position] | None = cache.get(key, _read_marks)
-    if marks is None:
-        marks = list(_query_marks(session, model))
-        cache.set(key, [[lane, at.isoformat(), str(job_id)] for lane, at, job_id in marks], MARKS_TTL_S)
-    return marks
-
-
-def _read_marks(cached: Any) -> list[Position]:
-    return [(int(lane), datetime.fromisoformat(at), UUID(job_id)) for lane, at, job_id in cached]
+@process_singleton
+def recent_marks() -> Recent[list[Position]]:
+    """The positions of each model's marks, in the order of the queue."""
+    return Recent(MARKS_TTL_S)
 
 
 def _query_marks(session: Session, model: str) -> Iterable[Position]:

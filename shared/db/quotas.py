@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from uuid import UUID
 
-from sqlalchemy import func, select, update
-from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy import Uuid, bindparam, func, select, text, update
 from sqlalchemy.orm import Session
 
 from shared.db.tables import ImageUsage, Job, Owner
@@ -27,6 +26,20 @@ class DailyUsage:
         return datetime.combine(self.day + timedelta(days=1), time(), UTC)
 
 
+RESERVATION = """
+    quota as (select nullif(coalesce(daily_images, :daily_images), 0) as images from owners where id = :owner_id),
+    reservation as (
+        insert into image_usage as used (owner_id, day, images)
+        select :owner_id, current_date, :images from quota where quota.images is null or :images <= quota.images
+        on conflict (owner_id, day) do update set images = used.images + excluded.images
+            where (select quota.images is null or used.images + excluded.images <= quota.images from quota)
+        returning day
+    )
+"""
+"""Parts of a WITH: they count `images` towards today's quota. `reservation` has no row when they exceed the quota."""
+RESERVE = text(f"with {RESERVATION} select day from reservation").bindparams(bindparam("owner_id", type_=Uuid))
+
+
 def reserve(session: Session, owner_id: UUID, images: int, settings: LimitSettings) -> date:
     """Count images towards the owner's quota of today; return the day, for `Job.quota_day`.
 
@@ -35,22 +48,18 @@ def reserve(session: Session, owner_id: UUID, images: int, settings: LimitSettin
     Raises:
         QuotaExceededError: the images exceed the quota. Its `retry_after_s` ends with the day.
     """
-    quota = _quota(session, owner_id, settings)
-    statement = upsert(ImageUsage).values(owner_id=owner_id, day=func.current_date(), images=images)
-    counted: date | None = session.scalar(
-        statement.on_conflict_do_update(
-            index_elements=["owner_id", "day"],
-            set_={"images": ImageUsage.images + images},
-            where=None if quota is None else ImageUsage.images + images <= quota,
-        ).returning(ImageUsage.day)
-    )
-    # The first request of a day inserts the row, so the condition of the update does not apply to it.
-    if counted is None or (quota is not None and images > quota):
-        today = get_today(session, owner_id, settings)
-        left_s = max(1, round((today.ends_at - datetime.now(UTC)).total_seconds()))
-        used = today.images if counted is None else 0
-        raise QuotaExceededError(quota=quota, used=used, asked=images, retry_after_s=left_s)
+    values = {"owner_id": owner_id, "images": images, "daily_images": settings.daily_images}
+    counted: date | None = session.scalar(RESERVE, values)
+    if counted is None:
+        raise exceeded(session, owner_id, images, settings)
     return counted
+
+
+def exceeded(session: Session, owner_id: UUID, images: int, settings: LimitSettings) -> QuotaExceededError:
+    """The error of images that exceed the owner's quota of today."""
+    today = get_today(session, owner_id, settings)
+    left_s = max(1, round((today.ends_at - datetime.now(UTC)).total_seconds()))
+    return QuotaExceededError(quota=today.quota, used=today.images, asked=images, retry_after_s=left_s)
 
 
 def give_back(session: Session, job_ids: Sequence[UUID]) -> None:

@@ -216,6 +216,8 @@ class SpaceAttempt(Base):
 
 NEW_PARAMETERS = ("concepts", "avoid", "avoid_ids", "search_mode", "max_gap", "matched_min_similarity", "planned_at")
 """Fields of `GenerationParameters` that the previous release refuses."""
+NEW_REFERENCE_FIELDS = ("concepts", "pinned")
+"""The same of `PinnedReference`."""
 
 
 def split_parameters(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -223,9 +225,9 @@ def split_parameters(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dic
     new = {name: parameters[name] for name in NEW_PARAMETERS if name in parameters}
     stored = {name: value for name, value in parameters.items() if name not in new}
     references = stored.get("references") or []
-    if any("concepts" in each for each in references):
+    if any(each.keys() & set(NEW_REFERENCE_FIELDS) for each in references):
         new["references"] = references
-        stored["references"] = [{k: v for k, v in each.items() if k != "concepts"} for each in references]
+        stored["references"] = [{k: v for k, v in each.items() if k not in NEW_REFERENCE_FIELDS} for each in references]
     return stored, new or None
 
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 import numpy as np
@@ -38,6 +38,8 @@ MAX_QUEUED_PREVIEWS = 64
 """Of all jobs together: the limit on the memory that previews use while the broker is away."""
 RETRY_PAUSE_S = 1.0
 """Pause after a failure, so that a broker in trouble does not get a call for every step."""
+LOOK_AGAIN_S = {True: 5.0, False: 1.0}
+"""A message can be lost. So a waiting caller looks at its job again after this time, by whether messages arrive."""
 MAX_JOBS_WITH_PROGRESS = 4096
 """Jobs whose latest progress a subscriber keeps; the one updated longest ago is dropped first."""
 
@@ -182,10 +184,9 @@ class JobWatch:
     def wait(self, timeout_s: float) -> JobUpdate:
         """Wait up to `timeout_s` for an update.
 
-        A message can be lost, so after 5 s without one the result has `changed` set. While the subscription is down,
-        it has that after 1 s.
+        After `LOOK_AGAIN_S` without one, the result has `changed` set.
         """
-        poll_s = 5.0 if self._subscriber.connected else 1.0
+        poll_s = LOOK_AGAIN_S[self._subscriber.connected]
         with self._received:
             received = self._received.wait_for(self._has_update, min(timeout_s, poll_s))
             changed = self._changed or (not received and poll_s <= timeout_s)
@@ -213,13 +214,24 @@ class JobWatch:
             self._received.notify_all()
 
 
+class Listener(Protocol):
+    """Gets the updates of one job in the subscriber's thread, so its methods must not wait."""
+
+    def on_change(self) -> None:
+        """The job may have new events, or the subscriber closes."""
+
+    def on_progress(self, progress: Progress) -> None: ...
+
+    def on_preview(self, preview: Preview) -> None: ...
+
+
 class Subscriber:
-    """One pub/sub subscription that serves every `JobWatch` of a process. Safe to share between threads."""
+    """One pub/sub subscription that serves every listener of a process. Safe to share between threads."""
 
     def __init__(self, settings: QueueSettings) -> None:
         self._redis = connect(settings.url.get_secret_value(), timeout_s=settings.socket_timeout_s)
         self._lock = threading.Lock()
-        self._watches: dict[UUID, set[JobWatch]] = {}
+        self._watches: dict[UUID, set[Listener]] = {}
         self._latest: OrderedDict[UUID, Progress] = OrderedDict()
         self._closed = threading.Event()
         self.connected = False
@@ -231,14 +243,20 @@ class Subscriber:
     def watch(self, job_id: UUID) -> Iterator[JobWatch]:
         """Collect the updates of `job_id` from here on. Read the job inside the block, so that no update is missed."""
         watch = JobWatch(self)
-        with self._lock:
-            self._watches.setdefault(job_id, set()).add(watch)
-        try:
+        with self.listen(job_id, watch):
             yield watch
+
+    @contextmanager
+    def listen(self, job_id: UUID, listener: Listener) -> Iterator[None]:
+        """Pass the updates of `job_id` to `listener` until the block ends."""
+        with self._lock:
+            self._watches.setdefault(job_id, set()).add(listener)
+        try:
+            yield
         finally:
             with self._lock:
                 remaining = self._watches[job_id]
-                remaining.discard(watch)
+                remaining.discard(listener)
                 if not remaining:
                     del self._watches[job_id]
 

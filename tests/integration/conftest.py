@@ -19,7 +19,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from PIL import Image
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from api_service.app import create_app
@@ -272,6 +272,32 @@ def count_waiting() -> int:
     """How many sessions of the database wait for a lock."""
     with session_scope() as session:
         return session.scalar(text("select count(*) from pg_locks where not granted")) or 0
+
+
+@contextmanager
+def sent_statements(engine: Any, *, all_threads: bool = False) -> Iterator[list[str]]:
+    """Collects the statements that this thread sends in the block, `COMMIT` included. engine: or a connection."""
+    sent: list[str] = []
+    thread = threading.get_ident()
+
+    def add(statement: str) -> None:
+        if all_threads or threading.get_ident() == thread:
+            sent.append(statement)
+
+    def executed(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        add(statement)
+
+    def committed(connection: Any) -> None:
+        if not connection.connection.dbapi_connection.autocommit:
+            add("COMMIT")
+
+    event.listen(engine, "before_cursor_execute", executed)
+    event.listen(engine, "commit", committed)
+    try:
+        yield sent
+    finally:
+        event.remove(engine, "before_cursor_execute", executed)
+        event.remove(engine, "commit", committed)
 
 
 @contextmanager
