@@ -27,7 +27,12 @@ COMMAND = "python -m scripts.calibrate"
 def find(session: Session, space: Space) -> Calibration | None:
     """The calibration of a space; for the starter CLIP the one that ships, unless another one was measured."""
     row = session.scalar(select(EmbeddingSpace.calibration).where(EmbeddingSpace.id == space.id))
-    return shipped(space.digest) if row is None else _read(row)
+    return of_space(space.digest, row)
+
+
+def of_space(digest: str, stored: dict[str, object] | None) -> Calibration | None:
+    """The calibration of the space with this digest. stored: the one in its row; None: the one that ships."""
+    return shipped(digest) if stored is None else _read(stored)
 
 
 def shipped(digest: str) -> Calibration | None:

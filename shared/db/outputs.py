@@ -1,14 +1,15 @@
 """Queries for outputs, the images that jobs generated, and for the reference images that conditioned them."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
+from shared.contracts.outputs import OutputQuery
 from shared.db import paging, withdrawals
-from shared.db.tables import Output, OutputReference
+from shared.db.tables import Job, Output, OutputReference
 from shared.errors import ResourceNotFoundError
 
 
@@ -51,18 +52,33 @@ def list_references(session: Session, generation_ids: Sequence[UUID]) -> dict[UU
     return references
 
 
-def list_page(
-    session: Session, *, owner_id: UUID, cursor: str | None, limit: int, reference_id: UUID | None = None
-) -> tuple[list[Output], str | None]:
+def list_page(session: Session, query: OutputQuery, *, owner_id: UUID) -> tuple[list[Output], str | None]:
     """A page of an owner's outputs, newest first, and the cursor of the next page.
-
-    reference_id: only outputs that this corpus image conditioned.
 
     Raises:
         InvalidCursorError: the cursor was not made by this API.
     """
-    statement = select(Output).where(Output.owner_id == owner_id)
-    if reference_id is not None:
-        using = select(OutputReference.generation_id).where(OutputReference.image_id == reference_id)
-        statement = statement.where(Output.id.in_(using))
-    return paging.fetch_page(session, statement, created_at=Output.created_at, id=Output.id, cursor=cursor, limit=limit)
+    statement = select(Output).where(Output.owner_id == owner_id, *_conditions(query))
+    return paging.fetch_page(
+        session, statement, created_at=Output.created_at, id=Output.id, cursor=query.cursor, limit=query.limit
+    )
+
+
+def _conditions(query: OutputQuery) -> Iterator[ColumnElement[bool]]:
+    if query.reference_id is not None:
+        using = select(OutputReference.generation_id).where(OutputReference.image_id == query.reference_id)
+        yield Output.id.in_(using)
+    if query.job_id is not None:
+        yield Output.job_id == query.job_id
+    if query.bulk_id is not None:
+        yield Output.job_id.in_(select(Job.id).where(Job.bulk_id == query.bulk_id))
+    if query.model is not None:
+        yield Output.provenance["model"]["name"].astext == query.model
+    if query.mode is not None:
+        yield Output.provenance["mode"].astext == query.mode.value
+    for word in (query.words or "").split():
+        yield Output.provenance["parameters"]["prompt"].astext.icontains(word, autoescape=True)
+    if query.created_after is not None:
+        yield Output.created_at > query.created_after
+    if query.created_before is not None:
+        yield Output.created_at < query.created_before

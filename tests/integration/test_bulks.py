@@ -106,7 +106,7 @@ def run_one(bulk_id: str, *, fails: bool = False) -> UUID | None:
     return job_id
 
 
-def finish(session: Session, taken: tuple[jobs.Claim, Job]) -> bool:
+def finish(session: Session, taken: tuple[jobs.Claim, jobs.ClaimedJob]) -> bool:
     claim, job = taken
     image = b"image of " + job.parameters["prompt"].encode()
     key = output_key(job.id, attempt=claim.attempt, index=0, image_format=ImageFormat.PNG)

@@ -16,7 +16,7 @@ from shared.contracts.jobs import JobState
 from shared.db import bulks, images, jobs, owners, space_backlog, spaces
 from shared.db.dispatch import mark_next_published
 from shared.db.images import ImageClaim
-from shared.db.jobs import Claim
+from shared.db.jobs import Claim, CrashCount, Success
 from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.db.tables import Bulk, BulkItem, Image, ImageUsage, Job, SpaceAttempt
@@ -140,8 +140,11 @@ def test_claims_of_a_backlog_are_locked_in_one_order(session: Session, statement
         lambda session, claims: jobs.renew(session, claims, lease_s=30),
         lambda session, claims: jobs.hand_back(session, claims),
         lambda session, claims: jobs.revoke(session, [claim.job_id for claim in claims]),
+        lambda session, claims: jobs.mark_models_started(session, claims),
+        lambda session, claims: jobs.count_crashes(session, [CrashCount(claim, counted=True) for claim in claims]),
+        lambda session, claims: jobs.finish_all(session, [Success(claim, [], {}) for claim in claims]),
     ],
-    ids=["renew", "hand_back", "revoke"],
+    ids=["renew", "hand_back", "revoke", "mark_models_started", "count_crashes", "finish_all"],
 )
 def test_running_jobs_are_locked_in_one_order(session: Session, statement: JobStatement) -> None:
     rows = [make_job(session, state=JobState.PROCESSING) for _ in range(ROWS)]

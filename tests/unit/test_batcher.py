@@ -269,6 +269,31 @@ def test_a_job_that_cannot_start_gets_the_error_and_other_jobs_of_its_batch_run(
     assert attempts == [1], "an unreachable database costs one time-out per job, not one per image"
 
 
+def test_jobs_of_a_batch_start_together_and_those_left_out_start_alone(pool: ThreadPoolExecutor) -> None:
+    model = Model()
+    batcher = make_batcher(model)
+    occupy_model(pool, batcher, model)
+    together: list[list[str]] = []
+    alone: list[str] = []
+
+    def start_together(submissions: Sequence[Submission]) -> list[Submission]:
+        together.append([submission.job for submission in submissions])
+        return [submission for submission in submissions if submission.job != "locked"]
+
+    def start_alone(job: str) -> Callable[[], None]:
+        return lambda: alone.append(job)
+
+    waiting = []
+    for number, job in enumerate(["first", "locked", "third"], start=1):
+        submission = Submission(job=job, on_start=start_alone(job), start_together=start_together)
+        waiting.append(pool.submit(batcher.submit, [number], submission))
+        wait_for_queued(batcher, number)
+    model.go.set()
+    assert [each.result(10) for each in waiting] == [[2], [4], [6]]
+    assert together == [["first", "locked", "third"]]
+    assert alone == ["locked"]
+
+
 def test_a_batch_that_returns_too_few_results_runs_again_item_by_item(pool: ThreadPoolExecutor) -> None:
     class DroppingModel(Model):
         def run(self, items: Sequence[int], on_step: OnStep) -> list[int]:

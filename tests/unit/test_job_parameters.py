@@ -8,7 +8,7 @@ from shared.db.tables import NEW_PARAMETERS, Job, split_parameters
 from shared.settings import get_settings
 from worker_service.jobs.content_credentials import record_of_file
 
-PINNED = {"image_id": "a", "weight": 1.0, "concepts": ["a robot"]}
+PINNED = {"image_id": "a", "weight": 1.0, "concepts": ["a robot"], "pinned": False}
 PARAMETERS: dict[str, Any] = {
     "prompt": "a robot holding a flower",
     "k": 3,

@@ -11,10 +11,10 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from shared.errors import ModelError, ModelOutOfMemoryError
 from shared.metrics import GENERATION_BATCH_SIZE, GENERATION_MEMORY_SAVED
@@ -53,6 +53,9 @@ class Submission:
     """Called after every step. It must touch memory only."""
     on_start: Callable[[], None] = lambda: None
     """Called once, right before the first item runs. An exception ends the submission."""
+    start_together: Callable[[Sequence[Any]], Collection[Any]] = lambda _submissions: ()
+    """Called first, with all submissions of a batch that start and have the same function. It returns those that it
+    has started. `on_start` is called for the others only. It must not raise."""
     add_delay: Callable[[float], None] = lambda _seconds: None
     """Called with the seconds that a higher-priority batch has just delayed a running item."""
     started: bool = field(default=False, init=False)
@@ -216,20 +219,24 @@ class Batcher(Generic[Item, Result]):
     def _start_submissions(
         self, items: Sequence[QueuedItem[Item, Result]], outer: CallWatch | None
     ) -> list[QueuedItem[Item, Result]]:
-        """Call `on_start` of the submissions that have not started; the items that are still wanted afterwards."""
+        """Start the submissions that have not started; return the items that are still wanted afterwards."""
         errors: dict[Submission, Exception] = {}
-        for queued in items:
-            submission = queued.submission
-            if not submission.started and submission not in errors:
+        starting = [each for each in dict.fromkeys(queued.submission for queued in items) if not each.started]
+        for start_together in {submission.start_together for submission in starting}:
+            for started in start_together([each for each in starting if each.start_together == start_together]):
+                started.started = True
+        for submission in starting:
+            if not submission.started:
                 try:
                     submission.on_start()
                     submission.started = True
                 except Exception as error:
                     errors[submission] = error
-                if outer is not None:  # a slow database is not a stuck model
-                    outer.progress(self._stage)
-            if submission in errors:
-                queued.result.set_exception(errors[submission])
+            if outer is not None:  # a slow database is not a stuck model
+                outer.progress(self._stage)
+        for queued in items:
+            if queued.submission in errors:
+                queued.result.set_exception(errors[queued.submission])
         return [queued for queued in items if not queued.result.done()]
 
     def _wait_for_batch(self) -> Batch[Item, Result] | None:

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -27,10 +28,9 @@ from shared.contracts.generation import GenerationParameters
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import SafetyDecision, SafetyRecord
 from shared.db import jobs
-from shared.db.jobs import StoredOutput
+from shared.db.jobs import Claim, ClaimedJob, CrashCount, Failure, Resolution, StoredOutput, Success
 from shared.db.session import session_scope
-from shared.db.tables import Job
-from shared.errors import BaseAppException, ImageGenerationError, JobTimeoutError, JobUnreadableError
+from shared.errors import BaseAppException, DatabaseError, ImageGenerationError, JobTimeoutError, JobUnreadableError
 from shared.messaging import queue
 from shared.messaging.coalesce import dispatch_soon
 from shared.messaging.job_updates import PreviewStream, publish_job_update
@@ -38,6 +38,7 @@ from shared.metrics import JOB_DURATION, JOB_STAGE, JOB_WAIT, observe_duration, 
 from shared.settings import JobSettings
 from worker_service.execution.batcher import Submission
 from worker_service.execution.steps import CallStopped
+from worker_service.jobs.group_commit import Change, GroupCommit, get_group_commit
 from worker_service.jobs.leases import JobLease, JobLeases
 from worker_service.jobs.retry_policy import TEMPORARY_ERRORS, retry_delay_s
 from worker_service.models.interface import PreviewListener
@@ -76,7 +77,7 @@ class Attempt:
     Every method that writes raises `LeaseLostError` when the attempt no longer owns the job.
     """
 
-    def __init__(self, job: Job, lease: JobLease, settings: JobSettings) -> None:
+    def __init__(self, job: ClaimedJob, lease: JobLease, settings: JobSettings, group_commit: GroupCommit) -> None:
         self.job_id = job.id
         self.owner_id = job.owner_id
         self.lane = job.lane if job.published_lane is None else job.published_lane
@@ -92,10 +93,11 @@ class Attempt:
         self._job = job
         self._lease = lease
         self._settings = settings
+        self._group_commit = group_commit
         self._timings: dict[str, float] = {}
         self._timeout_s = job.timeout_s
         lease.images = job.images
-        self.waited_s = (job.started_at - job.created_at).total_seconds() if job.started_at else 0.0
+        self.waited_s = (job.started_at - job.created_at).total_seconds()
         self._timings["wait"] = self.waited_s
 
     @cached_property
@@ -126,13 +128,13 @@ class Attempt:
         if decisions:
             record = self.safety.model_dump(mode="json")
             event = SafetyRecord(policy=policy_digest, decisions=list(decisions)).model_dump(mode="json")
-            self._write(lambda session: jobs.record_moderation(session, self._lease.claim, event, safety=record))
+            self._write(lambda session: jobs.record_moderation(session, self.claim, event, safety=record))
             publish_job_update(self.job_id)
 
     def record_resolution(self, resolution: dict[str, Any]) -> None:
         """Append the event `resolved`: which references are used, in which mode, and why."""
         safety = None if self.safety is None else self.safety.model_dump(mode="json")
-        self._write(lambda session: jobs.record_resolution(session, self._lease.claim, resolution, safety=safety))
+        self._commit(Resolution(self.claim, resolution, safety))
         publish_job_update(self.job_id)
 
     def mark_model_started(self) -> None:
@@ -145,11 +147,14 @@ class Attempt:
             LeaseLostError: the job expired while it waited, or the attempt no longer owns it.
         """
         with session_scope() as session:
-            in_time = jobs.mark_model_started(session, self._lease.claim)
-            if not in_time and jobs.expire(session, self._lease.claim):
+            in_time = jobs.mark_model_started(session, self.claim)
+            if not in_time and jobs.expire(session, self.claim):
                 self.outcome = Outcome.EXPIRED
         if not in_time:
             raise LeaseLostError
+        self.start_time_limit()
+
+    def start_time_limit(self) -> None:
         self._lease.deadline = time.monotonic() + self._timeout_s
 
     @contextmanager
@@ -159,27 +164,29 @@ class Attempt:
         The block is work before `mark_model_started`: the embedding of the prompt, or the decoding of references.
         """
         with lock if self.isolated else nullcontext():
-            self._write(lambda session: jobs.count_crashes(session, self._lease.claim, counted=True))
+            self._commit(CrashCount(self.claim, counted=True))
             yield
-            self._write(lambda session: jobs.count_crashes(session, self._lease.claim, counted=False))
+            self._commit(CrashCount(self.claim, counted=False))
 
     def record_degradation(self, memory_savers: Sequence[Sequence[str]]) -> None:
         """Append the event `degraded` if an image used memory savers, which change pixels. memory_savers: by image."""
         by_image = {str(index): list(savers) for index, savers in enumerate(memory_savers) if savers}
         if by_image:
             data = {"memory_savers": by_image}
-            self._write(lambda session: jobs.record_degradation(session, self._lease.claim, data))
+            self._write(lambda session: jobs.record_degradation(session, self.claim, data))
             publish_job_update(self.job_id)
 
     def submission(self) -> Submission:
         """How this attempt's images queue for the model."""
-        return Submission(
+        return AttemptSubmission(
+            attempt=self,
             lane=self.lane,
             owner=self.owner_id,
             isolated=self.isolated,
             job=str(self.job_id),
             check_in=self._lease.check_in,
             on_start=self.mark_model_started,
+            start_together=mark_models_started,
             add_delay=self._lease.add_delay,
         )
 
@@ -190,18 +197,18 @@ class Attempt:
 
     def finish(self, outputs: Sequence[StoredOutput]) -> None:
         """Publish the outputs and end the job `succeeded`, in one transaction."""
-        self._write(lambda session: jobs.finish(session, self._lease.claim, outputs, timings=self._timings))
+        self._commit(Success(self.claim, outputs, self._timings))
         self.outcome = Outcome.SUCCEEDED
 
     def fail(self, error: BaseAppException) -> None:
         """End the job `failed`."""
-        self._write(lambda session: jobs.fail(session, self._lease.claim, error))
+        self._commit(Failure(self.claim, error))
         self.outcome, self.error_code = Outcome.FAILED, error.code
 
     def retry_later(self, error: BaseAppException) -> None:
         """Return the job to the queue after a temporary error; end it `failed` after `max_transient_retries`."""
         delay_s = partial(retry_delay_s, settings=self._settings)
-        state = self._write(lambda session: jobs.retry_later(session, self._lease.claim, error, delay_s=delay_s))
+        state = self._write(lambda session: jobs.retry_later(session, self.claim, error, delay_s=delay_s))
         self.outcome = Outcome.FAILED if state is JobState.FAILED else Outcome.REQUEUED
         self.error_code = error.code
 
@@ -213,13 +220,22 @@ class Attempt:
         """
         self._write(
             lambda session: jobs.hand_back(
-                session, [self._lease.claim], reason="embedding_space_inactive", wait_s=SPACE_CHANGE_S
+                session, [self.claim], reason="embedding_space_inactive", wait_s=SPACE_CHANGE_S
             )
         )
         self.outcome = Outcome.REQUEUED
 
+    def _commit(self, change: Change) -> None:
+        """Make a frequent change, together with those of other attempts.
+
+        Raises:
+            LeaseLostError: the attempt no longer owns its job.
+        """
+        if not self._group_commit.write(change):
+            raise LeaseLostError
+
     def _write(self, change: Callable[[Session], Owned]) -> Owned:
-        """Run `change` in a transaction and return its result.
+        """Run a rare change in a transaction of its own and return its result.
 
         Raises:
             LeaseLostError: the result is falsy, which means that the attempt no longer owns its job.
@@ -231,9 +247,37 @@ class Attempt:
         return owned
 
     @property
+    def claim(self) -> Claim:
+        return self._lease.claim
+
+    @property
     def timed_out(self) -> bool:
         """Whether the attempt ran longer than the job's `timeout_s` and still owns the job."""
         return self._lease.timed_out and not self._lease.lost
+
+
+@dataclass(eq=False, kw_only=True)
+class AttemptSubmission(Submission):
+    """The images of an attempt, while they wait for the model."""
+
+    attempt: Attempt
+
+
+def mark_models_started(submissions: Sequence[AttemptSubmission]) -> list[AttemptSubmission]:
+    """`Attempt.mark_model_started` for a batch, in one statement. Returns the submissions that have started.
+
+    The others have to call it themselves. They are locked or lost, have expired, or the database has failed.
+    """
+    by_claim = {submission.attempt.claim: submission for submission in submissions}
+    try:
+        with session_scope() as session:
+            claims = jobs.mark_models_started(session, by_claim, wait=False)
+    except DatabaseError:
+        return []
+    started = [by_claim[claim] for claim in claims]
+    for submission in started:
+        submission.attempt.start_time_limit()
+    return started
 
 
 @contextmanager
@@ -246,13 +290,12 @@ def claimed(job_id: UUID, *, leases: JobLeases, settings: JobSettings, worker: s
     Raises:
         DatabaseError: the claim failed, or the end of the attempt could not be recorded.
     """
-    with session_scope() as session:
-        taken = jobs.claim(session, job_id, worker=worker, lease_s=settings.lease_s)
-    if taken is None:
+    group_commit = get_group_commit(worker, settings.lease_s)
+    if (taken := group_commit.claim(job_id)) is None:
         yield None
         return
     claim, job = taken
-    attempt = Attempt(job, lease := leases.hold(claim), settings)
+    attempt = Attempt(job, lease := leases.hold(claim), settings, group_commit)
     if attempt.number == 1:
         observe_duration(JOB_WAIT, attempt.waited_s, {"model": job.model})
     started = time.monotonic()

@@ -15,6 +15,7 @@ from shared.contracts.common import ImageFormat
 from shared.contracts.generation import Mode
 from shared.contracts.jobs import JobWarning, UsedReference
 from shared.contracts.safety import SafetyRecord, SafetyStage
+from shared.db.images import FoundImage
 from shared.db.jobs import StoredOutput
 from shared.db.spaces import Space
 from shared.db.tables import Image as ImageRow
@@ -94,7 +95,7 @@ def _pixels(reference: retrieval.Candidate) -> Image.Image:
     return picture_of(reference.scored.image)
 
 
-def picture_of(image: ImageRow) -> Image.Image:
+def picture_of(image: ImageRow | FoundImage) -> Image.Image:
     """Read the stored file of a reference.
 
     Raises:

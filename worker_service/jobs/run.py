@@ -31,6 +31,9 @@ from worker_service.jobs.leases import JobLeases
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.worker_models import Models
 
+STAGES = ("embed", "retrieve", "load_references", "generate", "store")
+"""The stages of every job. A content policy adds `moderate`."""
+
 
 def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settings, worker: str) -> Outcome:
     """Run one job and return how this attempt ended. worker: id of this process.
@@ -63,7 +66,7 @@ def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settin
             attempt.parameters.mode,
             references=len(used),
             captions=sum(candidate.scored.image.caption is not None for candidate in used),
-            pinned=attempt.parameters.named_references > 0 and attempt.parameters.planned_at is None,
+            pinned=any(candidate.pinned for candidate in used) and attempt.parameters.planned_at is None,
         )
         requests = image_requests(attempt, mode, outputs.load_references(used, with_pixels=False), models=models)
         differences = job_warnings.differences(
@@ -159,12 +162,13 @@ def retrieve(
     unit_vectors = l2_normalised(vectors)
     principal = Principal(attempt.owner_id)
     with session_scope() as session:
-        if spaces.find_active(session) != models.space:
+        space = spaces.find_active(session)
+        if space is None or space != models.space:
             raise SpaceInactiveError
         if parameters.named_references:
             # The owner may have lost the access to a collection since the submit.
             pinned = [each.image_id for each in parameters.references]
-            visible = images.filter_searchable(session, models.space, pinned, principal=principal)
+            visible = images.filter_searchable(session, space, pinned, principal=principal)
             if missing := [str(image_id) for image_id in pinned if image_id not in visible]:
                 raise ReferenceDeletedError(image_ids=missing)
             weights = [each.weight for each in parameters.reference_images]
@@ -172,12 +176,14 @@ def retrieve(
             try:
                 return retrieval.plan_pinned(
                     session,
-                    models.space,
+                    space,
                     parameters.references,
                     unit_vectors[0],
                     sent=weighted,
                     concepts=[concept.text for concept in parameters.concepts],
-                    reason="pinned by the request" if parameters.planned_at is None else "chosen by the request's plan",
+                    kept_reason="found by the search and kept by the request"
+                    if parameters.planned_at is None
+                    else "chosen by the request's plan",
                 )
             except ReferenceUnavailableError as error:
                 raise ReferenceDeletedError(**error.context) from error
@@ -190,7 +196,7 @@ def retrieve(
             )
         return retrieval.plan_concepts(
             session,
-            models.space,
+            space,
             queries,
             most=min(parameters.k, models.capabilities.max_references),
             gate=retrieval.Gate(parameters.min_similarity, parameters.max_gap, parameters.matched_min_similarity),

@@ -6,6 +6,7 @@ from uuid import UUID
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
+from shared import metrics
 from shared.errors import DatabaseConnectionError
 from shared.messaging import foreign, queue
 from shared.settings import Settings
@@ -13,7 +14,7 @@ from worker_service.execution.watchdog import Watchdog
 from worker_service.jobs import content_credentials
 from worker_service.jobs.attempt import Outcome
 from worker_service.jobs.leases import JobLeases
-from worker_service.jobs.run import run_job
+from worker_service.jobs.run import STAGES, run_job
 from worker_service.models.worker_models import Models
 from worker_service.workers.active_space import follow_active_space, wait_until_active
 from worker_service.workers.process import WorkerProcess
@@ -75,6 +76,7 @@ def _consume(process: WorkerProcess, models: Models, leases: JobLeases) -> None:
         if not leases.wait_until_empty(process.settings.jobs.shutdown_grace_s):
             logger.info("jobs_handed_back", extra={"jobs": leases.hand_back()})
 
+    metrics.expect_jobs_of(models.name, stages=STAGES)
     queues = [queue.generate_queue(models.name)]
     follow_active_space(process, models.space, queues)
     process.serve(app, queues, on_stop=finish_or_hand_back)

@@ -19,6 +19,7 @@ from shared.errors import DatabaseConnectionError, DatabaseError
 from shared.messaging import queue
 from shared.settings import Settings
 from worker_service.execution.watchdog import end_process
+from worker_service.readiness import get_readiness
 from worker_service.workers import revoke
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,8 @@ class WorkerProcess:
     def write_heartbeat(self, state: str) -> None:
         """Write the process's state and the time of this heartbeat, unless the process stops.
 
+        A process that has loaded its models is ready as long as it writes heartbeats.
+
         Raises:
             DatabaseError: the database failed.
         """
@@ -115,6 +118,8 @@ class WorkerProcess:
             if not self.stopping.is_set():
                 with session_scope() as session:
                     workers.heartbeat(session, self.id, kind=self.kind, model=self.model, state=state, space=self.space)
+                if state != "loading":
+                    get_readiness().confirm(for_s=workers.LIVE_S)
 
     def start_heartbeat(self) -> None:
         """Write `ready` or `standby` every `HEARTBEAT_S` seconds, in a thread, until the process stops."""
@@ -165,6 +170,7 @@ class WorkerProcess:
 
         def stop(**_: object) -> None:
             self.stopping.set()
+            get_readiness().withdraw()
             threading.Thread(target=on_stop, name="stop", daemon=True).start()
             limit_s = self.settings.jobs.shutdown_grace_s + EXTRA_SHUTDOWN_S
             hard_exit = threading.Timer(
