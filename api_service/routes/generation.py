@@ -63,9 +63,7 @@ def submit_response(submitted: services.generation.Submitted | DryRunView) -> Re
     if wait_s is not None:
         # The job of a repeated request may be deleted by now. The stored answer is then sent as it is.
         with suppress(ResourceNotFoundError):
-            view, was_waited = services.job_stream.wait_for_job(
-                view.id, caller=g.caller, timeout_s=wait_s, until=lambda job: job.state.is_final
-            )
+            view, was_waited = services.job_stream.wait_for_job(view.id, caller=g.caller, timeout_s=wait_s, known=view)
             waited = wait_s if was_waited else None
     response = responses.accepted(view, waited=waited)
     if submitted.already_submitted:

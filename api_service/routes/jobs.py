@@ -37,12 +37,7 @@ def get_job(path: JobPath, query: JobWait) -> Response:
     wait_s = preferred if query.wait is None else query.wait
     if not wait_s:
         return responses.job(services.jobs.get(path.job_id, caller=g.caller))
-    view, waited = services.job_stream.wait_for_job(
-        path.job_id,
-        caller=g.caller,
-        timeout_s=wait_s,
-        until=lambda job: job.state.is_final or (query.after is not None and job.seq > query.after),
-    )
+    view, waited = services.job_stream.wait_for_job(path.job_id, caller=g.caller, timeout_s=wait_s, after=query.after)
     return responses.job(view, waited=preferred if waited else None)
 
 

@@ -1,12 +1,21 @@
 """Studio's pages of the corpus: browse, add, view and delete images."""
 
+from typing import Any
 from uuid import UUID
 
 from flask import Response, current_app, g, request
 
 from api_service import services
 from api_service.http import multipart, requests
-from api_service.studio.pages import IMAGES_PER_PAGE, filled_fields, page_blueprint, read_form, redirect_to, render_page
+from api_service.studio.pages import (
+    IMAGES_PER_PAGE,
+    filled_fields,
+    page_blueprint,
+    read_form,
+    redirect_to,
+    render_page,
+    show_errors_on,
+)
 from shared.contracts.images import Cascade, ImageDelete, ImageQuery, UploadFields
 from shared.contracts.outputs import OutputQuery
 from shared.errors import AuthorizationError
@@ -20,13 +29,20 @@ OUTPUTS_SHOWN = 24
 @studio_corpus.get("/corpus")
 @studio_corpus.get("/memory", alias=True)  # addresses of former releases redirect
 def corpus() -> Response:
-    query = read_form(ImageQuery, request.args, ("collection", "tag", "state", "cursor"), limit=IMAGES_PER_PAGE)
-    return render_page("corpus", active="corpus", images=services.images.list_page(query, caller=g.caller), query=query)
+    show_errors_on(lambda: _list(ImageQuery(limit=IMAGES_PER_PAGE)))
+    return _list(read_form(ImageQuery, request.args, ("collection", "tag", "state", "cursor"), limit=IMAGES_PER_PAGE))
+
+
+def _list(query: ImageQuery, **form: Any) -> Response:
+    """form: values of the form for uploads, by name."""
+    images = services.images.list_page(query, caller=g.caller)
+    return render_page("corpus", active="corpus", images=images, query=query, upload=form)
 
 
 @studio_corpus.post("/corpus")
 @studio_corpus.post("/memory", alias=True)
 def upload() -> Response:
+    show_errors_on(lambda: _list(ImageQuery(limit=IMAGES_PER_PAGE), **request.form.to_dict()))
     values = requests.field_values(
         UploadFields, filled_fields(request.form, ("caption", "tags", "licence", "source", "collection")), where="form"
     )

@@ -1,21 +1,23 @@
 """Functions that all pages share: render pages and errors, redirect, and read forms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlencode
 
 import orjson
-from flask import Blueprint, Response, redirect, render_template, request, url_for
+from flask import Blueprint, Response, g, redirect, render_template, request, url_for
 from werkzeug.datastructures import MultiDict
 
 from api_service.http import problems, requests
 from api_service.http.requests import Model
 from shared.contracts.search import PlannedConcept
+from shared.errors import BaseAppException
 from shared.settings import get_settings
 
 IMAGES_PER_PAGE = 48
+THEMES = ("light", "dark")
 
 
 def page_blueprint(name: str) -> Blueprint:
@@ -32,10 +34,13 @@ def wants_fragment() -> bool:
 
 def render_page(template: str, **values: Any) -> Response:
     """Render a template: the whole page, or only its block `part` for a fragment."""
+    theme = request.cookies.get("theme")
     text = render_template(
         f"studio/{template}.html",
         layout="studio/fragment.html" if wants_fragment() else "studio/layout.html",
         keys_required=get_settings().security.require_api_keys,
+        theme=theme if theme in THEMES else None,
+        errors=FormErrors.of_request(),
         **values,
     )
     headers = {"Cache-Control": "no-store", "Vary": "X-Fragment, Cookie"}
@@ -74,6 +79,99 @@ def pretty_json(record: Any) -> str:
     return orjson.dumps(record, option=orjson.OPT_INDENT_2).decode()
 
 
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+PLAIN_WORDS = {
+    ("prompt", "missing"): "Say in words what the picture should show.",
+    ("prompt", "string_too_short"): "Say in words what the picture should show.",
+    ("name", "missing"): "Give it a name.",
+    ("owner", "missing"): "Name the owner.",
+}
+"""Messages for a person instead of a program, by field and code."""
+
+
+class FormErrors:
+    """The problem of the form that was sent. A template takes the messages of each field, and shows the rest once."""
+
+    def __init__(self, problem: dict[str, Any] | None) -> None:
+        self.problem = problem
+        self._left = [
+            (name, PLAIN_WORDS.get((name, each["code"]), each["message"]))
+            for each in (problem or {}).get("errors", [])
+            for name in [_field_of(each["field"])]
+        ]
+
+    @classmethod
+    def of_request(cls) -> "FormErrors":
+        return cls(g.get("problem"))
+
+    def take(self, *names: str) -> list[str]:
+        """Return the messages about these fields, and count them as shown."""
+        taken = [message for name, message in self._left if name in names]
+        self._left = [(name, message) for name, message in self._left if name not in names]
+        return taken
+
+    def rest(self) -> list[tuple[str, str]]:
+        """Return the name of the field and the message of each error that no field has shown."""
+        left, self._left = self._left, []
+        return [(name.replace("_", " "), message) for name, message in left]
+
+
+def _field_of(path: str) -> str:
+    """Return the name of the form's field for the path of an error, such as `body.filter.collection`."""
+    parts = path.split(".")[1:]
+    return "collection" if "collection" in parts else (parts[0] if parts else "")
+
+
+def show_errors_on(page: Callable[[], Response]) -> None:
+    """Show errors of this request on `page`, beside the fields of its form, which keeps everything typed."""
+    g.form_page = page
+
+
+def render_error(response: Response) -> Response:
+    """Turn a problem into a page. Without a valid key, redirect to the page `sign_in`."""
+    if response.mimetype != problems.MEDIA_TYPE:
+        return response
+    if response.status_code == HTTPStatus.UNAUTHORIZED and not wants_fragment():
+        return redirect_to("studio.sign_in")
+    g.problem = response.get_json(force=True)
+    page = _form_page() or render_page("problem", active="")
+    response.set_data(page.get_data())
+    response.headers.update(page.headers)
+    return response
+
+
+def _form_page() -> Response | None:
+    """Return the page of the form that was sent; `None` without one, and if the same error prevents the page."""
+    page: Callable[[], Response] | None = g.get("form_page")
+    if page is None or wants_fragment():
+        return None
+    try:
+        return page()
+    except BaseAppException:
+        return None
+
+
+# --- for templates ------------------------------------------------------------------------------------------------
+
+
+MODE_WORDS = {
+    "auto": "as the service chooses",
+    "image_prompt": "by the look of the references",
+    "img2img": "starting from the first reference",
+    "image_prompt+img2img": "by their look, starting from the first",
+    "caption": "by the captions of the references",
+    "reference": "with the references in view",
+    "none": "from the words alone",
+}
+"""By mode: how the picture is drawn, in words."""
+
+
+def mode_words(mode: str) -> str:
+    return MODE_WORDS.get(mode, mode)
+
+
 @dataclass(frozen=True)
 class ConceptGroup:
     """References that are shown under a concept. concept: `None` where the prompt is the only one."""
@@ -105,15 +203,3 @@ def _concepts_of(reference: Any) -> list[str]:
 def next_page_query(cursor: str) -> str:
     """Return the query string of the next page: the current one with another cursor."""
     return urlencode([*((name, value) for name, value in request.args.items() if name != "cursor"), ("cursor", cursor)])
-
-
-def render_error(response: Response) -> Response:
-    """Turn a problem into a page. Without a valid key, redirect to the page `sign_in`."""
-    if response.mimetype != problems.MEDIA_TYPE:
-        return response
-    if response.status_code == HTTPStatus.UNAUTHORIZED and not wants_fragment():
-        return redirect_to("studio.sign_in")
-    page = render_page("problem", problem=response.get_json(force=True), active="")
-    response.set_data(page.get_data())
-    response.headers.update(page.headers)
-    return response

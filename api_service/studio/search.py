@@ -13,7 +13,9 @@ from werkzeug.datastructures import MultiDict
 
 from api_service import services
 from api_service.http import problems, requests
-from api_service.studio.pages import filled_fields, page_blueprint, render_page
+from api_service.studio.choices import Choices
+from api_service.studio.pages import filled_fields, page_blueprint, render_page, show_errors_on
+from shared.contracts.generation import Mode
 from shared.contracts.images import ImageView
 from shared.contracts.search import (
     ImageFilter,
@@ -35,9 +37,7 @@ SEARCH_FIELDS = ("query", "k", "threshold", "image_id", "diversity", "collection
 @studio_search.get("/references")
 def references() -> Response:
     """Show the references for the prompt: the part of the page `create` that follows it."""
-    pinned, avoided = pinned_images(request.args), avoided_images(request.args)
-    plan = plan_references(request.args, pinned, avoided)
-    return render_page("references", active="create", plan=plan, pinned=pinned, avoided=avoided)
+    return render_page("references", active="create", form=request.args, shown=shown_references(request.args))
 
 
 PLAN_FIELDS = (
@@ -60,7 +60,7 @@ class Plan:
 
     search: RagSearchResponse
     without_room: frozenset[UUID]
-    """Relevant references that the pinned ones leave no room for."""
+    """Relevant references that pinned ones and pictures leave no room for."""
     key: str
     """See `plan_key`."""
 
@@ -68,10 +68,58 @@ class Plan:
         return reference.used and reference.image_id not in self.without_room
 
 
+@dataclass(frozen=True)
+class ShownReferences:
+    """Everything that the page `create` shows about references."""
+
+    choices: Choices
+    plan: Plan | None = None
+    pinned: Sequence[ImageView] = ()
+    avoided: Sequence[ImageView] = ()
+    ended: Sequence[ImageView] = ()
+    """Images that left the plan, so the person's choices for them have ended."""
+    weighs: bool = True
+    """Whether the weights of references change the picture."""
+    problem: str | None = None
+    """Reason why the references cannot be shown."""
+
+    def uses(self, reference: PlannedReference) -> bool:
+        """Whether the form shows the reference as used: by the plan, unless the person chose otherwise."""
+        image_id = str(reference.image_id)
+        planned = self.plan is not None and self.plan.uses(reference)
+        return image_id not in self.choices.dropped and (planned or image_id in self.choices.added)
+
+
+def shown_references(form: "MultiDict[str, str]", *, pictures: int = 0) -> ShownReferences:
+    """Plan the references for the form, and keep the choices that the person made before.
+
+    pictures: number of pictures that were sent with the form.
+
+    Raises:
+        Exception: all errors of `plan_references`.
+    """
+    choices, pinned, avoided = Choices.of(form), pinned_images(form), avoided_images(form)
+    pictures += len(form.getlist("from_output")) + (int(form["pictures"]) if form.get("pictures", "").isdigit() else 0)
+    plan = plan_references(form, pinned, avoided, pictures=pictures)
+    still_there = {str(each.id) for each in (*pinned, *avoided)}
+    if plan is not None:
+        still_there |= {str(each.image_id) for each in plan.search.references}
+    ended = _named_images([each for each in choices.named if each not in still_there])
+    weighs = plan is None or plan.search.mode != Mode.REFERENCE or _weighs_references(form.get("model"))
+    return ShownReferences(choices, plan, pinned, avoided, ended, weighs)
+
+
+def _weighs_references(name: str | None) -> bool:
+    """Whether the model weighs references that it reads. name: `None` for the default model."""
+    models = services.status.models().models
+    model = next((each for each in models if each.name == name or (not name and each.default)), None)
+    return model is None or model.capabilities is None or model.capabilities.weighs_references
+
+
 def plan_references(
-    form: "MultiDict[str, str]", pinned: Sequence[ImageView], avoided: Sequence[ImageView]
+    form: "MultiDict[str, str]", pinned: Sequence[ImageView], avoided: Sequence[ImageView], *, pictures: int = 0
 ) -> Plan | None:
-    """Plan the references for the form's prompt, beside the pinned images and without the avoided ones.
+    """Plan the references for the form's prompt, beside pinned images and sent pictures, without the avoided images.
 
     `None`: the form has no prompt, or wants no references.
 
@@ -96,7 +144,7 @@ def plan_references(
     response = services.search.plan_references(query, caller=g.caller, where=where)
     models = get_settings().model
     most = models.generators[query.model or models.default_generator].max_references
-    room = max(0, min(most, query.k or most) - len(pinned))
+    room = max(0, min(most, query.k or most) - len(pinned) - pictures)
     pinned_ids = {image.id for image in pinned}
     used = [each.image_id for each in response.references if each.used and each.image_id not in pinned_ids]
     return Plan(response, frozenset(used[room:]), plan_key(form))
@@ -159,6 +207,7 @@ def search() -> Response:
     The field `negative` has words that the results must not resemble.
     """
     form = request.form if request.method == "POST" else request.args
+    show_errors_on(lambda: render_page("search", active="corpus", found=None, similar_to=None, form=form))
     file = request.files.get("image")
     picture = file.read() if file is not None else b""
     sent = filled_fields(form, SEARCH_FIELDS)

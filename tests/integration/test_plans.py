@@ -156,6 +156,7 @@ def test_a_job_draws_from_its_plan_and_its_record_says_so(
     job = session.get_one(Job, job_id)
     assert job.resolution is not None
     assert {each["reason"] for each in job.resolution["references"]} == {"chosen by the request's plan"}
+    assert not any(each["pinned"] for each in output.provenance["references"]), "the search chose them, not a person"
     assert "relevant references were found" in job.resolution["reason"]
 
 

@@ -65,7 +65,8 @@ class _Form(HTMLParser):
 
 def again(client: Client, page: str) -> Any:
     """Follow the page's link to the form `create`, send the form unchanged, and return the page of the form."""
-    (link,) = re.findall(r'<a class="button[^"]*" href="(/\?[^"]+)"', client.get(page).text)
+    words = "Change and generate again|Generate another"
+    (link,) = re.findall(rf'<a class="button[^"]*" href="(/\?[^"]+)">(?:{words})<', client.get(page).text)
     form = client.get(unescape(link))
     assert form.status_code == 200, form.text
     answer = client.post("/", data=_Form(form.text).fields, headers=SAME_ORIGIN)

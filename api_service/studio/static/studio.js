@@ -3,33 +3,80 @@
 const JOB_EVENTS = ["queued", "started", "resolved", "degraded", "moderated", "requeued", "succeeded", "failed", "canceled", "expired", "dead"];
 // A browser opens at most six connections to a host, for all its pages together. Streams must leave some free.
 const MAX_STREAMS = 2;
-const TYPING_PAUSE_MS = 350;
-const RETRY_MS = 2500;
-const PLAN_FIELDS = ["prompt", "concepts", "avoid", "avoid_ids", "model", "collection", "min_similarity", "similar_examples_count", "filter"];
+export const RETRY_MS = 2500;
 
-async function fetchPart(address, options = {}) {
+// --- the service --------------------------------------------------------------------------------------------------
+
+const offline = document.querySelector("[data-offline]");
+
+export async function fetchPart(address, options = {}) {
   try {
     const response = await fetch(address, { ...options, headers: { "X-Fragment": "1" } });
     if (response.status === 401) location.assign(new URL("../sign-in", import.meta.url));
+    offline.hidden = true;
     const retryMs = Math.max(RETRY_MS, 1000 * Number(response.headers.get("Retry-After") ?? 0));
     return { ok: response.ok, gone: [404, 410].includes(response.status), html: await response.text(), retryMs };
   } catch {
-    return { ok: false, html: '<p class="wrong" role="alert">The service does not answer.</p>', retryMs: RETRY_MS };
+    offline.hidden = false;
+    return { ok: false, html: '<p class="wrong" role="alert">The service does not answer. Nothing that you typed is lost.</p>', retryMs: RETRY_MS };
   }
 }
 
-function parseHtml(html) {
+export function parseHtml(html) {
   const template = document.createElement("template");
   template.innerHTML = html.trim();
-  return template.content;
+  return finish(template.content);
 }
+
+// --- what a page without script leaves out ------------------------------------------------------------------------
+
+const MOMENT = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: "short" });
+
+// Shows times in the reader's zone, and buttons that need a script.
+function finish(part) {
+  for (const time of part.querySelectorAll("time[datetime]")) {
+    const moment = new Date(time.dateTime);
+    const today = new Date().toDateString() === moment.toDateString();
+    time.textContent = "short" in time.dataset && today ? CLOCK.format(moment) : MOMENT.format(moment);
+    time.title = moment.toString();
+  }
+  for (const button of part.querySelectorAll("[data-copy]")) button.hidden = false;
+  return part;
+}
+
+document.addEventListener("click", async ({ target }) => {
+  const copy = target.closest?.("[data-copy]");
+  if (!copy) return;
+  await navigator.clipboard.writeText(copy.parentElement.querySelector("pre").textContent);
+  copy.textContent = "Copied";
+});
+
+document.addEventListener("submit", (event) => {
+  const sure = event.submitter?.dataset.sure ?? event.target.dataset.sure;
+  if (sure && !confirm(sure)) event.preventDefault();
+}, true);
+
+const themes = document.querySelector("[data-theme-switch]");
+themes.hidden = false;
+const nameTheme = () => themes.textContent = `Theme: ${document.documentElement.dataset.theme ?? "auto"}`;
+nameTheme();
+themes.addEventListener("click", () => {
+  const root = document.documentElement;
+  const next = { undefined: "dark", dark: "light", light: "" }[root.dataset.theme];
+  if (next) root.dataset.theme = next;
+  else delete root.dataset.theme;
+  const path = new URL("..", import.meta.url).pathname;
+  document.cookie = `theme=${next}; path=${path}; max-age=${next ? 31536000 : 0}; samesite=lax`;
+  nameTheme();
+});
 
 // --- jobs ---------------------------------------------------------------------------------------------------------
 
 let streams = 0;
 
 // Keeps a job's card up to date until the job has ended: by its event stream, or by polling if all streams are in use.
-function followJob(job) {
+export function followJob(job) {
   if (!job.dataset.events) return;
   if (streams >= MAX_STREAMS) return setTimeout(refreshJob, RETRY_MS, job);
   const stream = new EventSource(job.dataset.events);
@@ -45,6 +92,8 @@ function followJob(job) {
     const { step, total_steps } = JSON.parse(data);
     Object.assign(job.querySelector("progress"), { max: total_steps, value: step });
     job.querySelector("[data-step]").textContent = `step ${step} of ${total_steps}`;
+    const state = job.querySelector("[data-state]");
+    if (state && state.textContent !== "drawing") state.textContent = "drawing";
   });
   stream.addEventListener("preview", ({ data }) => {
     const { index, image } = JSON.parse(data);
@@ -69,72 +118,38 @@ async function refreshJob(job) {
   followJob(fresh);
 }
 
-// --- forms --------------------------------------------------------------------------------------------------------
+// --- parts that stay current --------------------------------------------------------------------------------------
 
-function submitInto(form, target) {
-  form.addEventListener("submit", async (event) => {
-    if (event.submitter?.formMethod === "get") return;
-    event.preventDefault();
-    event.submitter.disabled = true;
-    const { ok, html } = await fetchPart(form.action, { method: "POST", body: new FormData(form) });
-    event.submitter.disabled = false;
-    form.querySelector(":scope > .wrong")?.remove();
-    const fragment = parseHtml(html);
-    if (!ok) return form.append(fragment); // `once` stays, so a retry makes no second job if the service accepted this one
-    form.elements.once.value = crypto.getRandomValues(new Uint32Array(4)).join("-");
-    document.querySelector("[data-empty]")?.remove();
-    const job = fragment.firstElementChild;
-    target.prepend(fragment);
-    followJob(job);
-  });
+// Replaces the part. The focus stays where it was: on the same button of the same row.
+async function refreshPart(part) {
+  const { ok, html } = await fetchPart(part.dataset.part || location.href);
+  if (!ok) return;
+  const focused = part.contains(document.activeElement) ? document.activeElement : null;
+  const place = focused && focused.closest("[data-job]")?.dataset.job;
+  part.replaceChildren(parseHtml(html));
+  if (place) part.querySelector(`[data-job="${place}"] ${focused.localName}`)?.focus();
 }
 
-// One request at a time: while a request waits for an embed worker, further letters do not send more requests.
-function updatePlanAsTyped(form, shown) {
-  let timer, isRequesting = false, hasChanged = false;
-  const update = async () => {
-    if (isRequesting) return void (hasChanged = true);
-    isRequesting = true;
-    const sent = [...new FormData(form)].filter(([name]) => name === "pin" || name.startsWith("weight.") || PLAN_FIELDS.includes(name));
-    const { ok, html } = await fetchPart(`${form.dataset.asTyped}?${new URLSearchParams(sent)}`);
-    isRequesting = false;
-    if (hasChanged) {
-      hasChanged = false;
-      return update();
+function followQueue(part) {
+  const stream = new EventSource(part.dataset.live);
+  stream.addEventListener("changed", () => refreshPart(part));
+  stream.addEventListener("progress", ({ data }) => {
+    for (const [id, { step, total_steps }] of Object.entries(JSON.parse(data))) {
+      const bar = part.querySelector(`[data-job="${id}"] progress`);
+      if (bar) Object.assign(bar, { max: total_steps, value: step });
     }
-    shown.querySelector(":scope > .wrong")?.remove();
-    if (ok) shown.replaceChildren(parseHtml(html));
-    else shown.prepend(parseHtml(html)); // the choices stay
-  };
-  form.addEventListener("input", ({ target }) => {
-    if (!PLAN_FIELDS.includes(target.name)) return;
-    clearTimeout(timer);
-    timer = setTimeout(update, TYPING_PAUSE_MS);
   });
+  stream.onerror = () => {
+    if (stream.readyState !== EventSource.CLOSED) return; // it connects again by itself
+    setTimeout(() => { refreshPart(part); followQueue(part); }, RETRY_MS);
+  };
 }
 
 // --- everything on this page --------------------------------------------------------------------------------------
 
+finish(document);
 for (const job of document.querySelectorAll("[data-events]")) followJob(job);
-
-for (const button of document.querySelectorAll("[data-without-script]")) button.hidden = true;
-
-for (const form of document.querySelectorAll("form[data-into]")) {
-  submitInto(form, document.getElementById(form.dataset.into));
-  updatePlanAsTyped(form, document.getElementById("references"));
-}
-
-for (const form of document.querySelectorAll("form[data-sure]")) {
-  form.addEventListener("submit", (event) => confirm(form.dataset.sure) || event.preventDefault());
-}
-
-for (const live of document.querySelectorAll("[data-every]")) {
-  const refresh = async () => {
-    if (!document.hidden && !live.contains(document.activeElement)) {
-      const { ok, html } = await fetchPart(live.dataset.part);
-      if (ok && !live.contains(document.activeElement)) live.replaceChildren(parseHtml(html));
-    }
-    setTimeout(refresh, Number(live.dataset.every));
-  };
-  setTimeout(refresh, Number(live.dataset.every));
+for (const part of document.querySelectorAll("[data-live]")) followQueue(part);
+for (const part of document.querySelectorAll("[data-every]")) {
+  setInterval(() => document.hidden || refreshPart(part), Number(part.dataset.every));
 }
