@@ -307,7 +307,7 @@ def test_outputs_that_used_an_image_are_listed_even_after_its_deletion(client: C
 
 
 def _output(session: Session, *, reference: UUID, owner: str = "local") -> UUID:
-    job = make_job(session, owner=owner)
+    job = make_job(session, owner=owner, state=JobState.SUCCEEDED)
     generation = Output(
         id=uuid4(),
         job_id=job.id,
