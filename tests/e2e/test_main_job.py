@@ -19,8 +19,10 @@ from tests.e2e.conftest import Api, disc
 from tests.stack import RunningStack
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SAME_WITHIN = 2
-"""Levels of 255 by which a pixel generated in a batch may differ from the same pixel generated alone."""
+SAME_WITHIN = 4
+"""Levels of 255 by which a pixel generated in a batch may differ from the same pixel generated alone.
+
+The other batch size rounds differently, and the steps of the generator enlarge that."""
 
 
 @pytest.fixture
