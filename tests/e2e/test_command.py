@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from afterimage_client import Afterimage, GenerateRequest, JobState, JobView
+from afterimage_client import Afterimage, GenerateRequest, JobState
 from afterimage_client.command.__main__ import run
 from ops.local.stack import REPOSITORY
 from tests.e2e.conftest import disc
@@ -221,20 +221,25 @@ def test_progress_is_shown_on_a_terminal_only(address: str, folder: Path, termin
     assert (done.returncode, done.stdout, done.stderr) == (0, "kite.png\n", "")
 
 
-def test_an_interrupted_wait_says_how_to_continue(stack: RunningStack, address: str, folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+def test_an_interrupted_wait_says_how_to_continue(
+    stack: RunningStack, address: str, folder: Path, terminal: tuple[int, int]
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm"}
+    controller, side = terminal
+    shown = ""
+
+    def shows(text: str) -> bool:
+        nonlocal shown
+        shown += os.read(controller, 100_000).decode()
+        return text in shown
+
     with stack.frozen("generate-cheap"), Afterimage() as service:
         command = [*COMMAND, "generate", "an interrupted kite", "-o", "kite.png"]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-        def queued() -> list[JobView]:
-            return [job for job in service.jobs.list(state=JobState.QUEUED) if "interrupted" in job.prompt]
-
-        wait_until(queued, timeout_s=60, what="the job to be queued")
+        process = subprocess.Popen(command, env=environment, stderr=side)
+        wait_until(lambda: shows("waiting"), timeout_s=60, what="the command to wait for its job")
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-        (job,) = queued()
-        assert process.returncode == 130
-        assert f"afterimage jobs wait {job.id}" in errors
-        assert "Traceback" not in errors
+        assert process.wait(timeout=60) == 130
+        (job,) = [job for job in service.jobs.list(state=JobState.QUEUED) if "interrupted" in job.prompt]
+        assert shows(f"afterimage jobs wait {job.id}")
+        assert "Traceback" not in shown
         service.jobs.cancel(job)
