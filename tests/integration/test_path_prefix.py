@@ -84,7 +84,7 @@ def test_every_page_and_link_is_served_through_a_proxy(proxy: str, session: Sess
             assert answer.is_success, (address, answer.text[:200])
             if answer.headers["Content-Type"].startswith("text/html") and "/docs" not in address:
                 links = re.findall(r'(?:href|src|action|data-part|data-as-typed)="([^"#]+)"', answer.text)
-                posted = set(re.findall(r'method="post" action="([^"]+)"', answer.text))
+                posted = set(re.findall(r'(?:method="post" |form)action="([^"]+)"', answer.text))
                 found += [urljoin(str(answer.url), link.replace("&amp;", "&")) for link in links if link not in posted]
                 assert all(link.startswith(PREFIX) for link in posted)
         assert len(seen) > 15
