@@ -13,7 +13,7 @@ from werkzeug.datastructures import MultiDict
 from api_service.http import problems, requests
 from api_service.http.requests import Model
 from shared.contracts.search import PlannedConcept
-from shared.errors import BaseAppException
+from shared.errors import BaseAppException, DatabaseConnectionError
 from shared.settings import get_settings
 
 IMAGES_PER_PAGE = 48
@@ -145,7 +145,8 @@ def render_error(response: Response) -> Response:
 def _form_page() -> Response | None:
     """Return the page of the form that was sent; `None` without one, and if the same error prevents the page."""
     page: Callable[[], Response] | None = g.get("form_page")
-    if page is None or wants_fragment():
+    # Without the database, the page would only wait for it a second time.
+    if page is None or wants_fragment() or g.problem["code"] == DatabaseConnectionError.code:
         return None
     try:
         return page()

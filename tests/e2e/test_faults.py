@@ -88,6 +88,7 @@ ENDINGS: dict[str, dict[str, Any]] = {
     },
     "post .../complete": {"json": {"lines": 1}},
     "patch .../images/{}": {"json": {"caption": "a cat"}},
+    "patch .../generations/{}": {"json": {"favourite": True}},
     "post .../collections": {"json": {"name": "logos"}},
     "patch .../collections/{}": {"json": {"description": "logos"}},
     "put .../grants/{}": {"json": {"access": "read"}},
@@ -127,6 +128,20 @@ def call(url: str, request: tuple[str, str]) -> Answer:
 
 
 PAGES = ("/", "/references?prompt=a+cat", "/search?query=a+cat", "/corpus", "/gallery", "/queue", f"/jobs/{SOME_ID}")
+FORMS = {
+    "/": {"prompt": "a cat"},
+    "/collections": {"name": "logos"},
+    f"/collections/{SOME_ID}": {"description": "logos"},
+    "/bulks": {"prompts": "a cat"},
+}
+"""Valid fields of a form, by the page that it is sent to."""
+
+
+def send_form(url: str, path: str) -> Answer:
+    started = time.monotonic()
+    answer = httpx.post(url + path, data=FORMS[path], headers={"Origin": url}, timeout=20)
+    content_type = answer.headers["Content-Type"].partition(";")[0]
+    return Answer("post", path, answer.status_code, time.monotonic() - started, content_type)
 
 
 @pytest.mark.parametrize("fault", ["stopped", "frozen"])
@@ -145,11 +160,12 @@ def test_without_postgres_every_operation_and_page_answers_503_within_three_seco
     try:
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(call, cycle([api.url, second_api.url]), requests))
+            answers += pool.map(send_form, cycle([api.url, second_api.url]), FORMS)
     finally:
         (replicated_stack.control.start if fault == "stopped" else replicated_stack.control.thaw)("postgres")
     wrong = [answer for answer in answers if answer.status != 503 or answer.seconds > 3 + BUSY_MACHINE_S]
     assert wrong == []
-    assert {answer.content_type for answer in answers[-len(PAGES) :]} == {"text/html"}
+    assert {answer.content_type for answer in answers[-len(PAGES) - len(FORMS) :]} == {"text/html"}
     assert httpx.get(f"{api.url}/health/live").status_code == 200
     for each in (api, second_api):
         wait_until(lambda http=each.http: http.get("/health").status_code == 200, timeout_s=30, what="recovery")  # type: ignore[misc]
