@@ -30,7 +30,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 INTRODUCTION = """\
 # Settings
 
-`make docs` writes this page from `shared/settings.py`, and a test keeps it current. [Common](#common) lists the
+`make docs` writes this page from `shared/settings/`, and a test keeps it current. [Common](#common) lists the
 settings that an operator may need on day one. [Advanced](#advanced) lists the others; their defaults rarely need a
 change.
 

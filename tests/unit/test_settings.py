@@ -25,10 +25,10 @@ from shared.settings import (
     Section,
     Settings,
     WorkerSettings,
-    _warn_of_former,
     get_settings,
     load_settings,
 )
+from shared.settings.section import warn_of_former
 
 SECRET = "hunter2hunter2"
 
@@ -55,7 +55,7 @@ def mistakes(**overrides: object) -> list[str]:
 
 
 def sections() -> list[type[BaseModel]]:
-    return [section for section in Section.__subclasses__() if section.__module__ == "shared.settings"]
+    return [section for section in Section.__subclasses__() if section.__module__.startswith("shared.settings.")]
 
 
 def test_no_setting_is_required() -> None:
@@ -362,7 +362,7 @@ FORMER_NAMES = [
 
 @pytest.fixture
 def _no_warning_yet() -> None:
-    _warn_of_former.cache_clear()
+    warn_of_former.cache_clear()
 
 
 def variable(name: str) -> str:
