@@ -128,8 +128,8 @@ class AutoencoderStage:
                 image = rng.choice(self.scenes.images_of[rng.choice(self.scenes.concepts)])
                 crops.append(self.scenes.samples[image].pixels(CROP_PX))
                 continue
-            count = rng.choice((0, 1, 2, 3))
-            side = FULL_SIDE if count == 0 or rng.random() < 0.4 else HALF_SIDE
+            count = rng.choice((1, 2, 3))  # without references, most pictures are plain
+            side = FULL_SIDE if rng.random() < 0.5 else HALF_SIDE
             picture = np.asarray(self.scenes.scene(rng, references=count, side=side).picture)
             for _ in range(2):
                 left, top = (TOKEN_PX * rng.randint(0, (IMAGE_PX - CROP_PX) // TOKEN_PX) for _ in range(2))

@@ -22,7 +22,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "beach": ("on the beach", "on the sand", "by the sea"),
     "water": ("under water", "in the sea", "in the ocean", "swimming in the water"),
     "mountains": ("in the mountains", "in front of the mountains", "over the mountains"),
-    "city": ("in the city", "in a town", "in front of a city"),
+    "city": ("in the city", "in a town", "in front of a city", "over a city"),
     "room": ("in a room", "on the floor", "at home"),
     "desert": ("in the desert",),
     "forest": ("in the forest", "in the woods"),
@@ -52,6 +52,8 @@ SKIES: dict[str, tuple[Colour, Colour]] = {
     "night": ((14, 20, 58), (44, 56, 110)),
     "sunset": ((240, 120, 90), (253, 215, 130)),
 }
+WALL_STRENGTH, GROUND_STRENGTH = 0.35, 0.6
+"""Shares of a tint in the tones of an empty stage; the rest is white."""
 GROUND_LINE = 0.66
 """The height of the horizon, as a share of the side."""
 
@@ -74,6 +76,16 @@ def draw_background(place: str, time: str, weather: str, rng: random.Random) -> 
     elif weather == "snowfall":
         _dots(draw, rng, count=60, radius=(2, 4), colour=(255, 255, 255), lowest=1.0)
     return canvas.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(0.3))
+
+
+def draw_stage(tint: Colour) -> Image.Image:
+    """Return an RGB image of IMAGE_PX square: an empty ground below an empty wall, both in a soft tone of `tint`."""
+    wall, ground = (
+        tuple(round(255 - (255 - value) * strength) for value in tint) for strength in (WALL_STRENGTH, GROUND_STRENGTH)
+    )
+    canvas = Image.new("RGB", (IMAGE_PX, IMAGE_PX), wall)
+    canvas.paste(ground, (0, round(IMAGE_PX * GROUND_LINE), IMAGE_PX, IMAGE_PX))
+    return canvas
 
 
 def _gradient(top: Colour, bottom: Colour) -> Image.Image:

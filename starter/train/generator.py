@@ -52,13 +52,13 @@ CONTENT_ONLY = "{% for message in messages %}{{ message['content'] | lower }}{% 
 """The chat template: the prompt itself. The pipeline always applies a template."""
 
 KINDS: dict[tuple[int, int], float] = {
-    (0, FULL_SIDE): 0.12,
+    (0, FULL_SIDE): 0.15,
     (1, FULL_SIDE): 0.20,
     (2, FULL_SIDE): 0.08,
     (3, FULL_SIDE): 0.06,
     (4, FULL_SIDE): 0.08,
     (1, HALF_SIDE): 0.06,
-    (2, HALF_SIDE): 0.22,
+    (2, HALF_SIDE): 0.19,
     (3, HALF_SIDE): 0.12,
     (4, HALF_SIDE): 0.06,
 }

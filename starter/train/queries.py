@@ -2,8 +2,8 @@
 
 A query has many right answers, but the contrast of `clip.py` treats most of them as wrong. Here each query is compared
 with the vectors of the whole corpus, and every image that fits is right. A fixed "nothing" answer is the right one for
-made-up words and for things without an image, so a cosine above it means a match. Image vectors do not change, so
-stored vectors and the generator's conditioning stay valid.
+made-up words and for things without an image, so a cosine above it means a match. Image vectors do not change.
+But the weights of both towers identify the embedding space, so with a new text tower all images are embedded again.
 """
 
 import random

@@ -6,14 +6,16 @@ teach the rest: other colours, other drawings of the same concept, and the same 
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from PIL import Image
 
 from starter.data.corpus import IMAGE_PX, Sample
-from starter.train.backgrounds import LANDSCAPES, PLACES, TIMES, WEATHERS, draw_background
+from starter.train.backgrounds import LANDSCAPES, PLACES, TIMES, WEATHERS, draw_background, draw_stage
 from starter.train.cutouts import HUES, coloured_share, cut_out, recoloured
-from starter.train.texts import is_plural, plural
+from starter.train.texts import COLOURS, is_plural, nonsense_text, plural, with_article
 
 FULL_SIDE = IMAGE_PX
 HALF_SIDE = IMAGE_PX // 2
@@ -26,6 +28,28 @@ COUNTED_AMONG_SHARE = 0.15
 """Share of the scenes of two concepts that show one of them twice."""
 COLOUR_SHARE = 0.5
 """Share of the things that can be recoloured whose caption names another colour than their reference has."""
+
+UNKNOWN_SHARE = 0.6
+"""Share of the scenes without references whose caption names things, which are not drawn."""
+NEUTRAL_TINT = (150, 170, 190)
+"""Tint of the empty place of a caption without a colour."""
+
+SURROUNDINGS_SHARE = 0.1
+"""Share of the scenes whose references also show the place, the time or the weather that the caption names."""
+SURROUNDINGS = {
+    "snow": "cloud with snow|snowflake|snowman",
+    "beach": "beach with umbrella|desert island|water wave",
+    "water": "water wave",
+    "mountains": "mountain|snow-capped mountain|sunrise over mountains|mount fuji",
+    "city": "cityscape|cityscape at dusk|night with stars",
+    "desert": "desert",
+    "forest": "evergreen tree|deciduous tree|national park",
+    "night": "night with stars|crescent moon|waxing crescent moon|milky way",
+    "sunset": "sunrise|sunrise over mountains|cityscape at dusk",
+    "rain": "cloud with rain|sun behind rain cloud|umbrella with rain drops",
+    "snowfall": "cloud with snow|snowflake",
+}
+"""Things that a search finds for the words of a place, a time or a weather."""
 
 COMMON_PLACES = frozenset({"grass", "mountains"})
 """Grounds that a caption with a time or a weather need not name."""
@@ -116,17 +140,23 @@ class SceneMaker:
         self.concepts = list(self.images_of)
         self.hats = [concept for concept in self.concepts if concept in HATS] or self.concepts
         self.held = [concept for concept in self.concepts if self._group(concept) in ("objects", "food", "activities")]
+        known = {
+            key: [name for name in names.split("|") if name in self.images_of] for key, names in SURROUNDINGS.items()
+        }
+        self.surroundings = {key: names for key, names in known.items() if names}
         self._drawings: dict[tuple[int, int], Image.Image] = {}
 
     def scene(self, rng: random.Random, *, references: int, side: int) -> Scene:
         """Return a scene with exactly `references` references of `side` pixels.
 
-        Without references it mostly shows a landscape. With FULL_SIDE it shows one thing. With HALF_SIDE it shows
-        two or three concepts, or a number of things of one.
+        Without references it shows a landscape, or an empty place instead of the things that the caption names. With
+        FULL_SIDE it shows one thing. With HALF_SIDE it shows two or three concepts, or a number of things of one.
         """
         place, time, weather = self._surroundings(rng)
         if references == 0:
             return self._without_references(place, time, weather, rng)
+        if self.surroundings and (side == FULL_SIDE or references > 1) and rng.random() < SURROUNDINGS_SHARE:
+            return self._with_shown_surroundings(references, side, rng)
         picture = draw_background(place, time, weather, rng)
         if side == FULL_SIDE or references == 1 or rng.random() < ONE_CONCEPT_SHARE:
             number = 1 if side == FULL_SIDE else rng.choice((1, 1, 1, 2, 2, 2, 3, 3, 4))
@@ -137,21 +167,54 @@ class SceneMaker:
             text, things = thing.singular() if number == 1 else thing.counted(number), [thing]
         else:
             text, things = self._several(picture, references, rng)
-        most = max(len(thing.references) for thing in things)
-        rounds = [thing.references[turn] for turn in range(most) for thing in things if turn < len(thing.references)]
-        used = tuple(Reference(image, side) for image in rounds)
+        used = _in_turns([thing.references for thing in things], side)
         return self._finished(_with_surroundings(text, place, time, weather, rng), picture, used, rng)
 
+    def _with_shown_surroundings(self, references: int, side: int, rng: random.Random) -> Scene:
+        """Return a scene with references to its surroundings, which are the background and no things.
+
+        With FULL_SIDE no reference shows the thing of the caption, so the place stays empty.
+        """
+        key = rng.choice(list(self.surroundings))
+        place = key if key in PLACES else rng.choice(sorted(COMMON_PLACES))
+        time, weather = (key if key in TIMES else "day"), (key if key in WEATHERS else "clear")
+        words = rng.choice((PLACES | TIMES | WEATHERS)[key])
+        share = references if side == FULL_SIDE else references // 2
+        shown = self._thing(rng, references=share, number=1, among=self.surroundings[key])
+        picture = draw_background(place, time, weather, rng)
+        if side == FULL_SIDE:
+            text, of_things = self._unknown("", rng), [shown.references]
+        else:
+            thing = self._thing(rng, references=references - share, number=1)
+            where = RELATIONS["over"][1] if words.startswith("over") else ROWS[1][0]
+            self._paste(picture, thing.drawn[0], where, side, thing.colour)
+            text, of_things = thing.singular(), [thing.references, shown.references]
+        return self._finished(f"{text} {words}", picture, _in_turns(of_things, side), rng)
+
     def _without_references(self, place: str, time: str, weather: str, rng: random.Random) -> Scene:
-        if rng.random() < 0.3:
-            thing = self._thing(rng, references=0, number=1)
-            picture = draw_background(place, time, weather, rng)
-            self._paste(picture, thing.drawn[0], (0, 0), FULL_SIDE, thing.colour)
-            return self._finished(_with_surroundings(thing.singular(), place, time, weather, rng), picture, (), rng)
+        """Return a landscape, or an empty place for a caption that names things: a wrong thing would be worse."""
+        if rng.random() < UNKNOWN_SHARE:
+            colour = rng.choice(list(COLOURS)) if rng.random() < COLOUR_SHARE else ""
+            text = self._unknown(colour, rng)
+            stage = draw_stage(COLOURS.get(colour, NEUTRAL_TINT))
+            picture = stage if place == "white" else draw_background(place, time, weather, rng)
+            return self._finished(_with_surroundings(text, place, time, weather, rng), picture, (), rng)
         if place not in LANDSCAPES:
             place = rng.choice(list(LANDSCAPES))
         text = _with_surroundings(rng.choice(LANDSCAPES[place]), "white", time, weather, rng)
         return self._finished(text, draw_background(place, time, weather, rng), (), rng)
+
+    def _unknown(self, colour: str, rng: random.Random) -> str:
+        """Return the name of a thing of the corpus, or made-up words; for one in five, of two things."""
+        noun = self._noun(rng.choice(self.concepts), rng) if rng.random() < 0.6 else nonsense_text(rng)
+        look = rng.choice(LOOKS) if rng.random() < 0.15 else ""
+        article = rng.choice(ARTICLES) if rng.random() < 0.15 else None
+        thing = Thing(drawn=(), references=(), noun=noun, colour=colour, look=look, article=article)
+        text = thing.counted(rng.choice(list(NUMBERS))) if rng.random() < 0.15 else thing.singular()
+        if rng.random() < 0.2:
+            other = self._noun(rng.choice(self.concepts), rng)
+            text = f"{text} {rng.choice(RELATIONS[rng.choice(list(RELATIONS))][0])} {with_article(other)}"
+        return text
 
     def _several(self, picture: Image.Image, references: int, rng: random.Random) -> tuple[str, list[Thing]]:
         if references >= 3 and rng.random() < 0.4:
@@ -246,6 +309,12 @@ def _with_surroundings(text: str, place: str, time: str, weather: str, rng: rand
     if place in COMMON_PLACES and any(words[1:]) and rng.random() < 0.6:
         words[0] = ""
     return " ".join([text, *filter(None, words)])
+
+
+def _in_turns(of_things: Sequence[Sequence[int]], side: int) -> tuple[Reference, ...]:
+    """Return the references in the order of the service: the first ones of all things, then the second ones."""
+    turns = zip_longest(*of_things)
+    return tuple(Reference(image, side) for turn in turns for image in turn if image is not None)
 
 
 def _shares(total: int, parts: int) -> list[int]:

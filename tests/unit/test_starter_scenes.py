@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from starter.data.corpus import IMAGE_PX, Sample, read_corpus
+from starter.data.corpus import IMAGE_PX, Sample, read_corpus, to_webp
 from starter.train.autoencoder import TOKEN_CHANNELS, AutoencoderStage, build_autoencoder, decode, encode
+from starter.train.backgrounds import draw_stage
 from starter.train.cutouts import HUES, cut_out, recoloured
 from starter.train.dataset import to_unit
 from starter.train.generator import (
@@ -36,6 +38,8 @@ KINDS = [
     (4, HALF_SIDE),
 ]
 
+MAGENTA = (255, 0, 255)
+
 pytestmark = pytest.mark.extended  # it shows nothing about the running service
 
 
@@ -54,6 +58,17 @@ def generator(samples: list[Sample]) -> GeneratorStage:
 def scenes(maker: SceneMaker, count: int, side: int, *, number: int = 2) -> list[Scene]:
     rng = random.Random(3)
     return [maker.scene(rng, references=count, side=side) for _ in range(number)]
+
+
+def magenta_thing(concept: str) -> Sample:
+    picture = Image.new("RGB", (IMAGE_PX, IMAGE_PX), "white")
+    picture.paste(MAGENTA, (32, 32, 96, 96))
+    attributes = {"concept": concept, "split": "train", "group": "objects"}
+    return Sample(to_webp(picture), concept, (), "none", "none", attributes)
+
+
+def shows_the_thing(scene: Scene) -> bool:
+    return bool((np.asarray(scene.picture) == MAGENTA).all(axis=2).any())
 
 
 def assert_learns(stage: Stage, folder: Path, steps: int) -> None:
@@ -75,6 +90,38 @@ def test_the_same_random_numbers_make_the_same_scene(samples: list[Sample]) -> N
     first, second = (scenes(SceneMaker(samples), 3, HALF_SIDE) for _ in range(2))
     assert [scene.caption for scene in first] == [scene.caption for scene in second]
     assert [scene.picture.tobytes() for scene in first] == [scene.picture.tobytes() for scene in second]
+
+
+def test_things_without_references_are_not_drawn() -> None:
+    """Their places are empty, because a wrong thing would be worse."""
+    maker = SceneMaker([magenta_thing("tractor")])
+    assert any(map(shows_the_thing, scenes(maker, 1, FULL_SIDE, number=20)))
+    made = scenes(maker, 0, FULL_SIDE, number=60)
+    assert any("tractor" in scene.caption for scene in made)
+    assert not any(map(shows_the_thing, made))
+
+
+@pytest.mark.parametrize(("colour", "strongest"), [((220, 40, 45), 0), ((75, 160, 65), 1), ((40, 120, 215), 2)])
+def test_an_empty_stage_has_a_soft_tone_of_its_tint(colour: tuple[int, int, int], strongest: int) -> None:
+    tones = draw_stage(colour).getcolors()
+    assert tones is not None
+    assert len(tones) == 2  # a wall and a ground
+    for _, tone in tones:
+        assert isinstance(tone, tuple)
+        assert max(range(3), key=lambda channel: tone[channel]) == strongest
+        assert min(tone) > 100
+
+
+@pytest.mark.parametrize(("count", "side"), [(1, FULL_SIDE), (3, FULL_SIDE), (2, HALF_SIDE), (4, HALF_SIDE)])
+def test_a_reference_to_the_surroundings_is_not_drawn_as_a_thing(count: int, side: int) -> None:
+    white = Sample(to_webp(Image.new("RGB", (IMAGE_PX, IMAGE_PX), "white")), "fog", (), "none", "none", {})
+    fog = replace(white, attributes={"concept": "fog", "split": "train", "group": "objects"})
+    made = scenes(SceneMaker([magenta_thing("cityscape"), fog]), count, side, number=100)
+    of_place = [
+        each for each in made if "cityscape" not in each.caption and 0 in {one.image for one in each.references}
+    ]
+    assert any("city" in scene.caption or "town" in scene.caption for scene in of_place)
+    assert not any(map(shows_the_thing, of_place))
 
 
 def test_a_drawing_is_cut_out_and_its_inner_white_stays() -> None:
