@@ -15,6 +15,8 @@ from shared.messaging.job_updates import LOOK_AGAIN_S, close_subscriber, publish
 from shared.settings import Settings
 from tests.factories import make_job, make_space
 from tests.integration.conftest import API, Client, a_key, sent_statements
+from tests.stack import wait_until
+from worker_service.jobs.leases import JobLeases
 
 
 @pytest.fixture
@@ -90,3 +92,13 @@ def test_a_wait_looks_at_its_job_again_when_no_message_arrives(
     close_subscriber()
     assert ended is not None
     assert ended.state is JobState.SUCCEEDED
+
+
+def test_a_worker_looks_for_cancels_with_one_read_and_no_transaction(settings: Settings, session: Session) -> None:
+    job = make_job(session, state=JobState.PROCESSING)
+    session.commit()
+    with sent_statements(get_engine(), all_threads=True) as sent, JobLeases(settings.jobs) as leases:
+        lease = leases.hold(Claim(job.id, job.attempt))
+        wait_until(lambda: len(sent) > 5, timeout_s=20, what="some looks")
+    assert not lease.lost
+    assert sent.count("COMMIT") == 1, "the first of them renewed the lease"

@@ -1,14 +1,12 @@
 """docker-compose.yml, the Dockerfile, Prometheus and Grafana agree with the code that they start and watch."""
 
 import ast
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -18,27 +16,19 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from prometheus_client import Counter, Gauge, Histogram
-from pydantic import BaseModel
 
 from shared import metrics
 from shared.settings import Environment, Settings, load_settings
+from tests.deployments import VARIABLES_BESIDE_SETTINGS, assert_starts_a_module, setting_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if "_IMAGE:-afterimage-" in service["image"]}
-VARIABLES_BESIDE_SETTINGS = {"AFTERIMAGE_CONFIG_FILE", "AFTERIMAGE_SECRETS_DIR"}
 ON_DEMAND = {"migrate", "tools"}
 """Services that end by themselves."""
 
 VARIABLE = re.compile(r"(?<!\$)\$\{(?P<name>\w+)(?::(?P<kind>[-?])(?P<rest>[^}]*))?\}")
-
-
-def _setting_variables(model: type[BaseModel] = Settings, prefix: str = "AFTERIMAGE_") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}".upper()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _setting_variables(field.annotation, f"{prefix}{name}__".upper())
 
 
 def _interpolated(value: str) -> str:
@@ -53,7 +43,7 @@ def _environment(service: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_variable_of_a_service_is_a_setting(name: str) -> None:
     named = {variable for variable in _environment(SERVICES[name]) if variable.startswith("AFTERIMAGE_")}
-    assert named <= set(_setting_variables()) | VARIABLES_BESIDE_SETTINGS
+    assert named <= set(setting_variables()) | VARIABLES_BESIDE_SETTINGS
 
 
 def _prepare(folder: Path, version: str = "2.24.0") -> "subprocess.CompletedProcess[str]":
@@ -123,6 +113,36 @@ def test_passwords_of_an_older_env_file_are_taken_over(tmp_path: Path) -> None:
     assert len(made["grafana_password"]) == 48
 
 
+def test_a_secret_whose_files_are_removed_is_made_anew(tmp_path: Path) -> None:
+    _prepare(tmp_path)
+    before = _secrets(tmp_path)
+    for name in ("postgres_password", "afterimage_database__url"):
+        (tmp_path / "ops" / "secrets" / name).unlink()
+    _prepare(tmp_path)
+    after = _secrets(tmp_path)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"postgres_password", "afterimage_database__url"}
+    assert after["postgres_password"] in after["afterimage_database__url"]
+
+
+def test_the_docs_say_how_to_rotate_every_secret() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    section = page.partition("### Rotate secrets\n")[2].partition("\n### ")[0]
+    assert {name for name in COMPOSE["secrets"] if f"`{name}`" not in section} == set()
+
+
+def test_the_docs_list_every_container() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    table = page.partition("| container | how many | notes |\n")[2].partition("\n\n")[0]
+    listed = {name for row in table.splitlines() for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
+    assert listed == set(SERVICES)
+
+
+def test_the_changelog_has_the_version_of_the_project() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## [{version}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
 @pytest.mark.parametrize(("version", "accepted"), [("2.23.3", False), ("v2.40.3-3", True), ("5.0.1", True)])
 def test_an_old_compose_is_refused(version: str, accepted: bool, tmp_path: Path) -> None:
     done = _prepare(tmp_path, version)
@@ -132,22 +152,7 @@ def test_an_old_compose_is_refused(version: str, accepted: bool, tmp_path: Path)
 
 @pytest.mark.parametrize("name", OURS)
 def test_the_module_that_a_service_starts_exists(name: str) -> None:
-    command = OURS[name]["command"]
-    assert command[:2] == ["python", "-m"]
-    module = command[2]
-    assert importlib.util.find_spec(module) is not None
-    if module not in ("celery", "alembic"):
-        package = importlib.util.find_spec(module)
-        spec = (
-            importlib.util.find_spec(f"{module}.__main__")
-            if package and package.submodule_search_locations
-            else package
-        )
-        assert spec is not None
-        assert spec.origin is not None
-        assert '__name__ == "__main__"' in Path(spec.origin).read_text()
-    if module == "celery":
-        assert importlib.util.find_spec(command[command.index("-A") + 1]) is not None
+    assert_starts_a_module(OURS[name]["command"])
 
 
 def test_every_long_running_service_restarts_and_has_a_health_check() -> None:
@@ -173,6 +178,7 @@ def test_no_container_has_privileges_or_unlimited_resources() -> None:
         assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["mem_limit"], name
+        assert "cpus" in service, name
         assert service["pids_limit"], name
         assert service["logging"]["options"]["max-size"], name
         assert any(each.startswith("/tmp:size=") for each in service["tmpfs"]), name
@@ -245,10 +251,12 @@ def test_the_queue_keeps_its_messages_and_the_cache_evicts_old_keys() -> None:
 
 def test_the_example_environment_names_every_variable_with_its_default() -> None:
     example = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
-    files = (ROOT / "docker-compose.yml", ROOT / "ops" / "config" / "two-gpus.yml")
+    names = ("docker-compose.yml", "docker-compose.worker.yml", "ops/config/two-gpus.yml")
+    files = [ROOT / name for name in names]
     used = {found["name"]: found["rest"] for file in files for found in VARIABLE.finditer(file.read_text())}
     assert set(example) == {*used, "COMPOSE_PROFILES"}
-    free = {name for name in example if name.startswith("ALERT_")} | {"COMPOSE_PROFILES", "REVISION"}
+    free = {name for name in example if name.startswith("ALERT_")} | {"COMPOSE_PROFILES", "REVISION", "STORAGE_URL"}
+    free |= {"TORCH_INDEX"}
     assert {name: example[name] for name in example.keys() - free} == {name: used[name] for name in used.keys() - free}
 
 
@@ -322,6 +330,8 @@ RUN_BY = {
             "scripts/calibrate",
             "scripts/index_images",
             "scripts/bulk_generate",
+            "ops/backup",
+            "ops/postgres_programs.py",
         ),
     ],
     "flower": ["ops/flower"],

@@ -42,12 +42,13 @@ class JobLease:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def check_in(self, index: int, step: int, total_steps: int) -> bool:
-        """Record a step of one image and publish the progress; False when the job should stop.
+        """Record a step of one image, and publish the progress if there is any; False when the job should stop.
 
         index: of the image in the job. step, total_steps: steps done, and steps in total, of this image.
         """
-        self.steps[index] = step
-        publish_progress(self.claim.job_id, sum(self.steps.values()), total_steps * self.images)
+        if self.steps.get(index, 0) != step:
+            self.steps[index] = step
+            publish_progress(self.claim.job_id, sum(self.steps.values()), total_steps * self.images)
         return not self.lost and not self.timed_out
 
 
@@ -87,7 +88,8 @@ class JobLeases(LeaseKeeper[JobLease]):
             return
         claims = [lease.claim for lease in active]
         due = time.monotonic() >= self._renew_at
-        with session_scope() as session:
+        # The look for cancels is the most frequent statement of a large service, and needs no transaction.
+        with session_scope(single_read=not due) as session:
             if due:
                 owned = jobs.renew(session, claims, lease_s=self._settings.lease_s)
             else:
