@@ -247,7 +247,8 @@ def _random(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             values[name] = torch.full(tensor.shape, one, dtype=DTYPE if tensor.is_floating_point() else tensor.dtype)
             continue
         end = start + tensor.numel()
-        drawn = numbers.repeat(-(-end // RANDOM_NUMBERS))[start:end].reshape(tensor.shape)
+        enough = numbers if end <= RANDOM_NUMBERS else numbers.repeat(-(-end // RANDOM_NUMBERS))
+        drawn = enough[start:end].reshape(tensor.shape)
         values[name] = drawn * tensor[0].numel() ** -0.5  # the scale of the input stays the scale of the output
         start = end % RANDOM_NUMBERS
     return values

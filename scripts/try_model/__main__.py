@@ -3,7 +3,7 @@
     python -m scripts.try_model sdxl
     python -m scripts.try_model sdxl --size 1024x768 --steps 20
 
-    python -m scripts.try_model klein-int8 --against klein
+    python -m scripts.try_model klein --against klein-int8 --against klein-group
     python -m scripts.try_model klein --json > klein.json
 
 It prints the model's abilities, and its memory and seconds by images per call and by number of references. It names the
@@ -57,8 +57,12 @@ def main() -> None:
     parser.add_argument(
         "--against",
         metavar="NAME",
-        help="another generator: draw the same images with it, and print how they, memory and seconds differ",
+        action="append",
+        default=[],
+        help="another generator: draw the same images with it, and print how they, memory and seconds differ; may be "
+        "given several times",
     )
+    parser.add_argument("--no-checks", action="store_true", help="measure, but do not check the promises")
     parser.add_argument(
         "--out", type=Path, default=Path("out/try_model"), help="folder for sheet.png (default: %(default)s)"
     )
@@ -66,11 +70,21 @@ def main() -> None:
     given = parser.parse_args()
     if not given.references.exists():
         parser.error(f"{given.references} does not exist")
-    options = Options(given.name, given.prompt, given.references, given.size, given.steps, given.repeats, given.against)
+    options = Options(
+        given.name,
+        given.prompt,
+        given.references,
+        given.size,
+        given.steps,
+        given.repeats,
+        against=tuple(given.against),
+        checks_promises=not given.no_checks,
+    )
     progress = Console(stderr=True)
     try:
         with progress.status("loading") as status:
-            report = try_model(options, load_settings(), given.out, on_progress=status.update)
+            on_progress = status.update if progress.is_terminal else progress.out  # out: one line each, for log files
+            report = try_model(options, load_settings(), given.out, on_progress=on_progress)
     except ModelNotFoundError as error:
         message = f"error: {error} {error.context['model']!r} is not one of {', '.join(error.context['models'])}."
         parser.exit(ExitCode.INVALID_INPUT, f"{message}\n")

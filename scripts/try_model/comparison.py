@@ -39,14 +39,15 @@ def compare(drawn: Drawn, other: Trial, *, repeats: int) -> Comparison:
 
     Raises: as `ImageModel.generate`, and the errors of the pipeline.
     """
-    rest_bytes = memory.bytes_at_rest(other.device)
+    measurement = measure(other, 1, references=0, repeats=repeats)
+    rest_bytes = memory.bytes_at_rest(other.device)  # after a call, because a CPU reads weights at their first use
     return Comparison(
         model=other.model.name,
         pipeline=other.capabilities.pipeline,
         dtype=other.capabilities.dtype,
         load_s=other.load_s,
         rest_bytes=rest_bytes,
-        measurement=measure(other, 1, references=0, repeats=repeats),
+        measurement=measurement,
         images=[
             _compared(request.mode, image, other.draw(request))
             for request, image in zip(drawn.requests, drawn.images, strict=True)

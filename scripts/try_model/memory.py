@@ -11,11 +11,17 @@ RESET_PEAK = "5"
 """Written to `clear_refs`, it resets the largest resident size of the process (proc(5))."""
 
 
+def free_unused() -> None:
+    """Free the memory of models without references to them, and that of the caches."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def bytes_at_rest(device: torch.device) -> int | None:
     """Bytes in use between two calls, without caches; None where this cannot be measured."""
-    gc.collect()
+    free_unused()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         return torch.cuda.memory_allocated(device)
     return _of_process("VmRSS") if device.type == "cpu" else None
 

@@ -26,6 +26,7 @@ MOST_STEPS = 4
 """Steps of the checked images. The promises do not depend on the number, and rounding grows with it."""
 CANCEL_STEPS = 8
 """Steps of the call that is stopped in the middle: a device that lags behind the program shows itself."""
+NO_STEPS = "an engine elsewhere draws, and reports no steps"
 TINY_WEIGHT = 1e-6
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NOT_MONOTONE = 0.1
@@ -256,6 +257,8 @@ class Promises:
 
     def _interrupted_equals_alone(self, mode: Mode) -> Finding:
         """Another image is drawn between two steps of this one, in the next mode that the model offers."""
+        if not self.trial.capabilities.reports_steps:
+            return Finding(None, NO_STEPS)
         if self.trial.capabilities.interruption_changes_images:
             return Finding(None, "the probe found that it changes images, so no batch is interrupted")
         modes = self.trial.modes
@@ -345,6 +348,8 @@ class Promises:
 
     def _cancel_stops(self) -> Finding:
         """Stop a call in its middle, and wait until the device has no work left."""
+        if not self.trial.capabilities.reports_steps:
+            return Finding(None, NO_STEPS)
         request = self.trial.request(self.plain, num_inference_steps=CANCEL_STEPS)
         self.trial.draw(request)
         started = time.perf_counter()
@@ -376,6 +381,10 @@ def probe_verdict(trial: Trial) -> list[str]:
     """The verdict of the probe at start, in sentences."""
     known = trial.capabilities
     verdict = []
+    if not known.reports_steps:
+        repeated = "another image" if known.repeating_changes_images else "the same image"
+        company = "changes" if known.batching_changes_images else "does not change"
+        return [f"A repeated request gives {repeated}.", f"An image {company} when others are drawn beside it."]
     if known.batching_changes_images:
         verdict.append("The other images of a batch change an image, so each image has its own call.")
     elif known.max_batch_size < trial.settings.max_batch_size:

@@ -91,8 +91,11 @@ class TryReport(Contract):
     measurements: list[Measurement]
     largest_batch_that_pays: int | None = Field(description="images per call; `null`: not even one image fits")
     checks: list[Check]
+    promises_checked: bool = Field(True, description="`false`: only whether each mode draws was checked")
     passed: bool = Field(description="no check failed")
     sheet: str | None = Field(description="file with one row of images per mode")
-    comparison: Comparison | None = Field(None, description="`null`: no other generator was named")
-    comparison_error: str | None = Field(None, description="why the other generator could not be compared")
+    comparisons: list[Comparison] = Field(default_factory=list, description="with the other generators, as named")
+    comparison_errors: dict[str, str] = Field(
+        default_factory=dict, description="why a generator could not be compared, by its name"
+    )
     settings: dict[str, Any] = Field(description="the generator's settings, with the values that were found")

@@ -13,12 +13,15 @@ def found_settings(trial: Trial, *, max_batch_size: int | None) -> dict[str, Any
     max_batch_size: None leaves the one of the settings.
     """
     found = {
-        "device": trial.capabilities.device,
-        "dtype": trial.capabilities.dtype.partition(",")[0],  # without the quantization
-        "max_batch_size": max_batch_size or trial.settings.max_batch_size,
         "max_references": trial.capabilities.max_references,
         "defaults": trial.model.defaults.model_dump(mode="json", exclude_none=True),
     }
+    if trial.settings.engine is None:  # an engine has a device and batches of its own
+        found |= {
+            "device": trial.capabilities.device,
+            "dtype": trial.capabilities.dtype.partition(",")[0],  # without the quantization
+            "max_batch_size": max_batch_size or trial.settings.max_batch_size,
+        }
     return trial.settings.model_dump(mode="json", exclude_unset=True, exclude_none=True) | found
 
 

@@ -5,7 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from scripts.try_model.measurements import GAIN
-from scripts.try_model.report import Check, Comparison, Measurement, Outcome, TryReport
+from scripts.try_model.report import Check, ComparedImage, Measurement, Outcome, TryReport
 from scripts.try_model.settings_text import as_toml
 
 COLOURS = {Outcome.PASS: "green", Outcome.FAIL: "bold red", Outcome.SKIPPED: "dim"}
@@ -21,10 +21,12 @@ def print_report(report: TryReport, console: Console) -> None:
             f"{GAIN:.0%} of the seconds per image, and needs no memory saver."
         )
     console.print(_checks(report))
-    if report.comparison is not None:
-        console.print(_comparison(report, report.comparison))
-    if report.comparison_error is not None:
-        console.print(f"Not compared: {report.comparison_error}", style="bold red", markup=False)
+    if not report.promises_checked:
+        console.print("The other promises were not checked: --no-checks.")
+    if report.comparisons:
+        console.print(_comparisons(report))
+    for name, error in report.comparison_errors.items():
+        console.print(f"{name} was not compared: {error}", style="bold red", markup=False)
     console.print("Settings for afterimage.toml:\n")
     console.print(
         as_toml(report.settings, f"model.generators.{report.model}"), markup=False, highlight=False, soft_wrap=True
@@ -90,18 +92,30 @@ def _checks(report: TryReport) -> Table:
     return table
 
 
-def _comparison(report: TryReport, other: Comparison) -> Table:
+def _comparisons(report: TryReport) -> Table:
+    """One row per generator. Its images are compared with those of the first row."""
     one = report.measurements[0]
-    table = Table("", report.model, other.model, title=f"{report.model} against {other.model}", title_justify="left")
-    table.add_row("type", report.capabilities.dtype, other.dtype)
-    table.add_row("seconds to load", f"{report.load_s:.1f}", f"{other.load_s:.1f}")
-    table.add_row("memory at rest", _gib(report.rest_bytes), _gib(other.rest_bytes))
-    table.add_row("peak memory, one image", _gib(one.peak_bytes), _gib(other.measurement.peak_bytes))
-    table.add_row("s per image", _cells(one)[3], _cells(other.measurement)[3])
-    for image in other.images:
-        psnr = "identical" if image.psnr_db is None else f"{image.psnr_db:.1f} dB"
-        table.add_row(f"images in {image.mode}", psnr, "rounding noise" if image.same else "another image")
+    table = Table(title="the same images by other generators", title_justify="left")
+    table.add_column("generator", no_wrap=True)
+    for column in ("s to\nload", "memory\nat rest", "peak, one\nimage", "s per\nimage", "images"):
+        table.add_column(column)
+    loaded = (f"{report.load_s:.1f}", _gib(report.rest_bytes), _gib(one.peak_bytes), _cells(one)[3])
+    table.add_row(_generator(report.model, report.capabilities.dtype), *loaded)
+    for other in report.comparisons:
+        measured = other.measurement
+        loaded = (f"{other.load_s:.1f}", _gib(other.rest_bytes), _gib(measured.peak_bytes), _cells(measured)[3])
+        table.add_row(_generator(other.model, other.dtype), *loaded, "\n".join(map(_compared, other.images)))
     return table
+
+
+def _generator(name: str, dtype: str) -> str:
+    return "\n".join([name, *dtype.split(", ")])
+
+
+def _compared(image: ComparedImage) -> str:
+    if image.psnr_db is None:
+        return f"{image.mode}: identical"
+    return f"{image.mode}: {image.psnr_db:.1f} dB" + ("" if image.same else ", another image")
 
 
 def _cells_of_check(check: Check) -> list[str]:

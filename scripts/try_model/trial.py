@@ -19,6 +19,7 @@ from shared.imaging import open_image
 from shared.settings import GeneratorSettings, Settings
 from worker_service.execution.steps import OnStep
 from worker_service.models.clip import Clip
+from worker_service.models.engines.generator import OpenAIGenerator
 from worker_service.models.generation.diffusion import Diffusion
 from worker_service.models.interface import ImageModel, ImageRequest, Reference
 from worker_service.models.worker_models import GENERATORS, require_fitting_clip
@@ -43,8 +44,10 @@ class Options:
     steps: int | None
     repeats: int
     """Timed calls per measurement."""
-    against: str | None = None
-    """Another generator of the settings, to compare with."""
+    against: tuple[str, ...] = ()
+    """Other generators of the settings, to compare with."""
+    checks_promises: bool = True
+    """False: only the measurements, which take a fraction of the time."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,10 @@ class Trial:
     warm_up_s: float
 
     @classmethod
-    def load(cls, options: Options, settings: Settings) -> Self:
+    def load(cls, options: Options, settings: Settings, *, warm_up: bool = True) -> Self:
         """Load and warm up the generator with the worker's code. Neither database nor broker is needed.
+
+        warm_up: False leaves out the first images, and with them the probe.
 
         Raises:
             ModelNotFoundError: the settings have no generator of that name.
@@ -77,7 +82,8 @@ class Trial:
         started = time.perf_counter()
         model: ImageModel = GENERATORS[generator.kind].load(options.name, settings.model)
         loaded = time.perf_counter()
-        model.warm_up()
+        if warm_up:
+            model.warm_up()
         warm = time.perf_counter()
         capabilities = model.capabilities
         clip = None
@@ -109,7 +115,8 @@ class Trial:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.capabilities.device)
+        """Device of this process; that of an engine elsewhere is not known."""
+        return torch.device("cpu" if isinstance(self.model, OpenAIGenerator) else self.capabilities.device)
 
     @property
     def modes(self) -> list[Mode]:

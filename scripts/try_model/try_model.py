@@ -11,7 +11,7 @@ from scripts.try_model import memory
 from scripts.try_model.comparison import Drawn, compare, draw_each_mode
 from scripts.try_model.measurements import largest_batch_that_pays, measurements
 from scripts.try_model.promises import Promises, probe_verdict
-from scripts.try_model.report import Check, Measurement, Outcome, TryReport
+from scripts.try_model.report import Check, Comparison, Measurement, Outcome, TryReport
 from scripts.try_model.settings_text import found_settings
 from scripts.try_model.sheet import draw_sheet
 from scripts.try_model.trial import Options, Trial
@@ -27,8 +27,8 @@ SHEET = "sheet.png"
 def try_model(options: Options, settings: Settings, out: Path, *, on_progress: Callable[[str], None]) -> TryReport:
     """Try one generator, and write its sheet into the folder `out`.
 
-    With `options.against`, then load the other generator in its place, and compare. on_progress: called with what is
-    done next.
+    Then load each generator of `options.against` in its place, one after another, and compare. on_progress: called
+    with what is done next.
 
     Raises:
         ModelNotFoundError: the settings have no generator of that name.
@@ -37,19 +37,26 @@ def try_model(options: Options, settings: Settings, out: Path, *, on_progress: C
         AcceleratorLostError: the device no longer responds.
         OSError: the sheet cannot be written.
     """
-    if options.against is not None:
-        settings.model.generator(options.against)  # before the work of minutes, not after it
+    for name in options.against:
+        settings.model.generator(name)  # before the work of minutes, not after it
     report, drawn = _try_one(options, settings, out, on_progress)
-    if drawn is None or options.against is None:
+    if drawn is None:
         return report
-    on_progress(f"loading {options.against}")
-    size, steps = (report.width, report.height), report.num_inference_steps
-    try:
-        other = Trial.load(replace(options, name=options.against, size=size, steps=steps), settings)
-        comparison = compare(drawn, other, repeats=options.repeats)
-    except (BaseAppException, *REFUSALS) as error:
-        return report.model_copy(update={"comparison_error": f"{type(error).__name__}: {error}", "passed": False})
-    return report.model_copy(update={"comparison": comparison})
+    same = replace(options, size=(report.width, report.height), steps=report.num_inference_steps)
+    comparisons: list[Comparison] = []
+    errors: dict[str, str] = {}
+    for name in options.against:
+        on_progress(f"loading {name}")
+        memory.free_unused()  # of the model before it: a GPU need not fit two
+        try:
+            other = Trial.load(replace(same, name=name), settings, warm_up=False)
+            comparisons.append(compare(drawn, other, repeats=options.repeats))
+            del other
+        except (BaseAppException, *REFUSALS) as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+    return report.model_copy(
+        update={"comparisons": comparisons, "comparison_errors": errors, "passed": report.passed and not errors}
+    )
 
 
 def _try_one(
@@ -75,10 +82,10 @@ def _try_one(
 
     # 4. Check the promises.
     promises = Promises(trial)
-    for check in promises.checks():
+    for check in promises.checks() if options.checks_promises else ():
         checks.append(check)
         on_progress(f"checked {check.name}, mode {check.mode}: {check.outcome.value}")
-    drawn = draw_each_mode(trial) if options.against is not None and _passed(checks) else None
+    drawn = draw_each_mode(trial) if options.against and _passed(checks) else None
     report = TryReport(
         model=options.name,
         version=VERSION,
@@ -98,8 +105,9 @@ def _try_one(
         measurements=measured,
         largest_batch_that_pays=best,
         checks=checks,
+        promises_checked=options.checks_promises,
         passed=_passed(checks),
-        comparison_error="a promise is broken" if options.against is not None and drawn is None else None,
+        comparison_errors={} if drawn is not None else dict.fromkeys(options.against, "a promise is broken"),
         sheet=str(out / SHEET),
         settings=found_settings(trial, max_batch_size=best),
     )

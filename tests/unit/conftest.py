@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # worker_service is imported only by the tests that need torch
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,3 +77,18 @@ def loaded(model_settings: ModelSettings) -> Callable[[str], Diffusion]:
     from worker_service.models.generation.diffusion import Diffusion
 
     return cache(lambda name: Diffusion.load(name, model_settings))
+
+
+@pytest.fixture(scope="module")
+def small_references() -> Iterator[None]:
+    """Pipelines that enlarge every reference to a megapixel make it 64 pixels wide. A megapixel takes a CPU seconds."""
+    from diffusers.pipelines.joyimage import image_processor
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    side = 64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", side * side)
+        patch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", side * side)
+        patch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (side, side, None))
+        patch.setitem(image_processor.BUCKETS, 1024, [(side, side), (side, 2 * side)])
+        yield

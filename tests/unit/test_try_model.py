@@ -5,24 +5,27 @@ import json
 import sys
 import time
 import tomllib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
 from PIL import Image
+from rich.console import Console
 
 from scripts.try_model import __main__ as command
 from scripts.try_model.measurements import largest_batch_that_pays, measurements
 from scripts.try_model.promises import Promises, probe_verdict
 from scripts.try_model.report import Measurement, Outcome, TryReport
 from scripts.try_model.settings_text import as_toml
+from scripts.try_model.tables import print_report
 from scripts.try_model.trial import Trial
 from shared.contracts.generation import Mode
 from shared.errors import ModelOutOfMemoryError
@@ -191,23 +194,27 @@ def test_an_image_that_does_not_come_from_its_seed_is_a_broken_promise(
     assert ended.outcomes("random_numbers_are_seeded")["img2img"] is Outcome.PASS
 
 
-def test_a_generator_is_compared_with_another_one(small_models: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_generator_is_compared_with_others(small_models: Path, pictures: Path, tmp_path: Path) -> None:
     exact = {"source": str(small_models / "sd15"), "max_batch_size": 1, "dtype": "float32"}
-    generators = {"exact": exact, "same": exact, "half": exact | {"dtype": "bfloat16"}}
-    arguments = ["--steps", "2", "--repeats", "1", "--references", str(pictures), "--out", str(tmp_path), "--json"]
-    same = run("exact", "--against", "same", *arguments, generators=generators).report.comparison
-    half = run("exact", "--against", "half", *arguments, generators=generators).report.comparison
-    assert same is not None
-    assert half is not None
+    others = {"same": exact, "half": exact | {"dtype": "bfloat16"}, "gone": exact | {"source": str(tmp_path)}}
+    against = [argument for name in ("same", "gone", "half") for argument in ("--against", name)]
+    arguments = ["exact", *against, "--steps", "2", "--repeats", "1", "--references", str(pictures), "--out"]
+    ended = run(*arguments, str(tmp_path), "--json", generators={"exact": exact} | others)
+    same, half = ended.report.comparisons
     assert [(image.mode, image.psnr_db, image.same) for image in same.images] == [
         (mode, None, True) for mode in ("img2img", "caption", "none")
     ]
-    generators["gone"] = exact | {"source": str(tmp_path)}
-    gone = run("exact", "--against", "gone", *arguments, generators=generators)
-    assert gone.code == 1
-    assert "ModelLoadError" in (gone.report.comparison_error or "")
     assert half.dtype == "bfloat16"
     assert all(image.psnr_db is not None and image.difference > 1e-3 for image in half.images)
+    assert ended.code == 1
+    assert list(ended.report.comparison_errors) == ["gone"]
+    assert "ModelLoadError" in ended.report.comparison_errors["gone"]
+    printed = io.StringIO()
+    print_report(ended.report, Console(file=printed, width=80))
+    table = printed.getvalue().partition("the same images")[2].partition("gone was not compared: ModelLoadError")[0]
+    assert table.count("identical") == len(same.images)
+    assert table.count(" dB") == len(half.images)
+    assert all(name in table for name in ("exact", "same", "half", "img2img:", "caption:", "none:"))
 
 
 # --- models that fail ---------------------------------------------------------------------------------------------
@@ -394,6 +401,36 @@ def test_the_command_goes_on_after_a_call_that_does_not_fit(
     assert "[model.generators.fake]" in ended.out
     assert f"wrote {tmp_path / 'sheet.png'}" in ended.out
     assert ended.code == 1, "two references in one image are a promise of its capabilities"
+
+
+class NeedsTheWholeDevice(Honest):
+    """Cannot be loaded while another model is in memory. Like a pipeline, it is part of a reference cycle."""
+
+    loaded: ClassVar[list[weakref.ref["NeedsTheWholeDevice"]]] = []
+    itself: "NeedsTheWholeDevice"
+
+    @classmethod
+    def load(cls, name: str, settings: ModelSettings) -> "NeedsTheWholeDevice":
+        assert not any(model() for model in cls.loaded)
+        model = super().load(name, settings)
+        assert isinstance(model, cls)
+        model.itself = model
+        cls.loaded.append(weakref.ref(model))
+        return model
+
+
+def test_a_model_is_released_before_the_next_one_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(GENERATORS, "fake", NeedsTheWholeDevice)
+    generators = FAKE | dict.fromkeys(("second", "third"), FAKE["fake"])
+    arguments = ["fake", "--against", "second", "--against", "third", "--steps", "2", "--no-checks", "--json"]
+    ended = run(*arguments, "--references", str(pictures), "--out", str(tmp_path), generators=generators)
+    assert len(NeedsTheWholeDevice.loaded) == 3
+    assert [other.model for other in ended.report.comparisons] == ["second", "third"]
+    assert {check.name for check in ended.report.checks} == {"draws"}
+    assert not ended.report.promises_checked
+    assert ended.code == 0
 
 
 def row(images: int, seconds: float | None, *, references: int = 0, savers: Sequence[str] = ()) -> Measurement:

@@ -92,6 +92,24 @@ def in_prompt_order(references: Sequence[Reference], prompt: str) -> list[Refere
     return [each for _, each in sorted(zip(places, references, strict=True), key=lambda pair: pair[0])]
 
 
+def with_names(prompt: str, references: Sequence[Reference], used: Sequence[Reference], *, name: str) -> str:
+    """The prompt with the model's own name of each reference in place of `{image N}`.
+
+    N is the position among the request's references, from 1. Without a used reference there, the text stays.
+
+    used: those of the references that the call gets, in its order. name: such as `image {}`, for the place in the call.
+    """
+    places = {
+        position: place
+        for place, one in enumerate(used, start=1)
+        for position, each in enumerate(references, start=1)
+        if each is one
+    }
+    return NUMBERED_IMAGE.sub(
+        lambda found: name.format(places[int(found[1])]) if int(found[1]) in places else found[0], prompt
+    )
+
+
 def stand_for_several(references: Sequence[Reference]) -> bool:
     """Whether the picture has several things for which they stand: different ones, or a number of one (`two dogs`)."""
     shared_by_all = set.intersection(*(set(each.concepts) for each in references))
@@ -179,21 +197,7 @@ class NativeReferences:
         return arguments | {"image": pictures} | ({} if side is None else {"output_resolution": side})
 
     def _with_names(self, prompt: str, request: ImageRequest) -> str:
-        """The prompt with the model's own name of each reference in place of `{image N}`.
-
-        N is the position among the request's references, from 1. Without a used reference there, the text stays.
-        """
-        used = self._used(request)
-        places = {
-            position: place
-            for place, one in enumerate(used, start=1)
-            for position, each in enumerate(request.references, start=1)
-            if each is one
-        }
-        return NUMBERED_IMAGE.sub(
-            lambda found: self.name.format(places[int(found[1])]) if int(found[1]) in places else found[0],
-            prompt,
-        )
+        return with_names(prompt, request.references, self._used(request), name=self.name)
 
     def _used(self, request: ImageRequest) -> list[Reference]:
         if self.weighs and request.ip_adapter_scale == 0:
