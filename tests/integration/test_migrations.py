@@ -4,32 +4,44 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psycopg2
 import pytest
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect, make_url, text
 from sqlalchemy.orm import Session
 
 from ops.local.stack import LocalStack
-from shared.db import spaces
+from shared.db import collections, keys, owners, spaces
 from shared.db.tables import Base
 from shared.settings import get_settings
+from tests.factories import make_image, make_job
+from tests.integration.test_jobs import an_output
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def empty_database_url(servers: LocalStack) -> Iterator[str]:
+    with new_database(servers) as url:
+        yield url
+
+
+@contextmanager
+def new_database(servers: LocalStack, options: str = "") -> Iterator[str]:
     server = make_url(servers.environment()["AFTERIMAGE_DATABASE__URL"])
     admin = psycopg2.connect(
         host=server.host, port=server.port, user=server.username, password=server.password, dbname="postgres"
     )
     admin.autocommit = True
     with admin.cursor() as cursor:
-        cursor.execute("create database migrations_test")
+        cursor.execute(f"create database migrations_test {options}")
         yield server.set(database="migrations_test").render_as_string(hide_password=False)
         cursor.execute("drop database migrations_test with (force)")
     admin.close()
@@ -152,3 +164,90 @@ def test_two_upgrades_at_once_both_end(empty_database_url: str) -> None:
     upgrade = [sys.executable, "-m", "alembic", "upgrade", "head"]
     processes = [subprocess.Popen(upgrade, cwd=REPOSITORY, env=environment) for _ in range(3)]
     assert [process.wait(120) for process in processes] == [0, 0, 0]
+
+
+Rows = dict[str, list[dict[str, Any]]]
+
+
+def all_rows(url: str) -> Rows:
+    """Every row of every table, by the names of its columns, in an order that does not depend on the columns."""
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        names = [name for name in inspect(connection).get_table_names() if name != "alembic_version"]
+        rows = {
+            name: [dict(row) for row in connection.execute(text(f"select * from {name}")).mappings()] for name in names
+        }
+    engine.dispose()
+    return {name: sorted(found, key=lambda row: str(row.get("id", row))) for name, found in rows.items()}
+
+
+def fill(url: str) -> None:
+    """Put a row into most tables, through the code of this release."""
+    engine = create_engine(url)
+    with Session(engine) as session, session.begin():
+        owner = owners.ensure(session, "team")
+        keys.create(session, owner, name="first", scopes=frozenset({"search"}))
+        mine = collections.ensure(session, "mine", owner_id=owner)
+        make_image(session, vector=np.ones(16), caption="two dogs", tags=["pets"], collection_id=mine.id)
+        job = make_job(session)
+        stored = an_output(job)
+        session.add(stored.output)
+        session.flush()
+        session.add_all(stored.references)
+    engine.dispose()
+
+
+def test_a_release_can_be_rolled_back_with_its_data_and_upgraded_again(empty_database_url: str) -> None:
+    """Each migration is taken back. The rows stay, apart from columns and tables of the migrations taken back."""
+    config = alembic(empty_database_url)
+    command.upgrade(config, "head")
+    fill(empty_database_url)
+    scripts = ScriptDirectory.from_config(config)
+    for script in list(scripts.walk_revisions())[:-1]:
+        assert isinstance(script.down_revision, str)
+        before = all_rows(empty_database_url)
+        command.downgrade(config, script.down_revision)
+        after = all_rows(empty_database_url)
+        for table, rows in after.items():
+            assert len(rows) == len(before[table]), (script.revision, table)
+            for row, old in zip(rows, before[table], strict=True):
+                assert row == {name: value for name, value in old.items() if name in row}, (script.revision, table)
+        command.upgrade(config, script.revision)
+        command.downgrade(config, script.down_revision)
+    assert len(all_rows(empty_database_url)["generations"]) == 1
+    command.upgrade(config, "head")
+    command.check(config)
+    again = all_rows(empty_database_url)
+    assert [row["caption"] for row in again["images"]] == ["two dogs"]
+    assert len(again["vectors_1"]) == 1
+
+
+def upgrade_by_command(url: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "alembic", "upgrade", "head"],
+        cwd=REPOSITORY,
+        env={**os.environ, "AFTERIMAGE_DATABASE__URL": url},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_an_earlier_release_starts_on_the_schema_of_a_newer_one(empty_database_url: str) -> None:
+    command.upgrade(alembic(empty_database_url), "head")
+    engine = create_engine(empty_database_url)
+    with engine.begin() as connection:
+        connection.execute(text("update alembic_version set version_num = '9999'"))
+    done = upgrade_by_command(empty_database_url)
+    assert done.returncode == 0, done.stderr
+    assert "The schema 9999 is of a newer release" in done.stdout
+    with engine.begin() as connection:
+        assert connection.scalar(text("select version_num from alembic_version")) == "9999"
+    engine.dispose()
+
+
+def test_a_database_that_does_not_store_utf8_is_refused(servers: LocalStack) -> None:
+    with new_database(servers, "encoding 'SQL_ASCII' locale 'C' template template0") as url:
+        done = upgrade_by_command(url)
+        assert done.returncode == 1
+        assert done.stderr.strip() == ("The encoding of the database is SQL_ASCII. Create it with the encoding UTF8.")
+        assert tables(url) == set()

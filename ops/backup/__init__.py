@@ -1,0 +1,1 @@
+"""Backups of a whole installation: the database, and the blobs that its rows name."""
