@@ -14,6 +14,7 @@ from shared.errors import ConfigurationError
 from shared.logging import configure as configure_logging
 from shared.settings import APISettings, Settings, get_settings
 from shared.storage import get_blobs
+from shared.tracing import check_libraries
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -37,6 +38,7 @@ def main() -> int:
     try:
         settings = get_settings()
         get_blobs()  # fail at the start, not at the first upload, if `storage.url` is wrong
+        check_libraries(settings)
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import AbstractContextManager, nullcontext
 
 from flask import Response, g, redirect, request, url_for
 from flask_openapi3.models.info import Info
@@ -29,7 +30,7 @@ from api_service.routes.search import search
 from api_service.routes.service import probes, service
 from api_service.routes.webhooks import webhooks
 from api_service.services import job_stream
-from shared import metrics
+from shared import metrics, tracing
 from shared.child_processes import end_with_parent
 from shared.db.session import bound_waits
 from shared.imaging import UploadDecoder
@@ -46,6 +47,7 @@ DOCUMENT_PATH = f"{API}/openapi.json"
 PUBLIC_ENDPOINTS = (None, "document", "docs", "metrics")
 PUBLIC_BLUEPRINTS = ("probes", "root_probes", "swagger", "studio")
 """Only these need no API key."""
+PROBES = ("probes", "root_probes")
 
 
 def create_app(settings: Settings | None = None) -> DocumentedApp:
@@ -112,6 +114,7 @@ def served_app() -> DocumentedApp:
     """Create the application in a worker process of granian, with logging and shutdown handlers."""
     settings = get_settings()
     configure_logging(settings, "api")
+    tracing.start(settings, "api")
     job_stream.close_streams_on_signal()
     end_with_parent()
     close_at_exit()
@@ -124,7 +127,20 @@ def _start_request() -> None:
     g.started = time.monotonic()
     clear_contextvars()
     bind_contextvars(request_id=g.request_id)
+    g.trace = _request_span()
+    g.trace.__enter__()
     metrics.API_REQUESTS_ACTIVE.inc()
+
+
+def _request_span() -> AbstractContextManager[None]:
+    """The span of this request; probes have none. Its query is left out, because it may hold a prompt."""
+    route = request.url_rule.rule if request.url_rule else "unknown"
+    if not tracing.is_on() or request.blueprint in PROBES or request.endpoint == "metrics":
+        return nullcontext()
+    continues = get_settings().traces.continue_requests
+    sent = tracing.read_context({"traceparent": request.headers.get("traceparent")}) if continues else None
+    attributes = {"http.request.method": request.method, "http.route": route}
+    return tracing.span(f"{request.method} {route}", attributes, kind="server", within=sent, root=True)
 
 
 def _authenticate() -> None:
@@ -140,6 +156,7 @@ def _finish_request(response: Response) -> Response:
     # The rule, not the path: ids in paths would make a metric series each.
     route = request.url_rule.rule if request.url_rule else "unknown"
     method, path, started, status = request.method, request.path, g.started, response.status_code
+    trace: AbstractContextManager[None] = g.trace
     caller: Caller | None = g.get("caller")
     caller_fields = (
         {} if caller is None else {"owner_id": str(caller.owner_id), "key_id": caller.key_id and str(caller.key_id)}
@@ -154,6 +171,9 @@ def _finish_request(response: Response) -> Response:
         request_stats().add(status=status, seconds=seconds)
         fields = {"method": method, "path": path, "route": route, "status": status, "seconds": round(seconds, 4)}
         logger.info("request", extra=fields | caller_fields | error_fields)
+        error_type = error_fields.get("code", "server_error") if status >= 500 else None
+        tracing.annotate({"http.response.status_code": status, "error.type": error_type})
+        trace.__exit__(None, None, None)
 
     # A stream ends long after this function returns.
     response.call_on_close(record_request)

@@ -19,6 +19,7 @@ from celery.signals import setup_logging
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from shared.settings import Environment, Settings
+from shared.tracing import add_trace_id
 
 REDACTED = "[redacted]"
 SECRET_NAME = re.compile(
@@ -67,6 +68,7 @@ def configure(settings: Settings, service: str) -> None:
     )
     shared_steps: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        *([add_trace_id] if settings.traces.enabled else []),
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),

@@ -27,6 +27,7 @@ from shared.messaging.coalesce import close_notifiers
 from shared.messaging.queue import broker
 from shared.metrics import time_operation
 from shared.singleton import process_singleton
+from shared.tracing import stop as stop_traces
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -139,6 +140,7 @@ def close_all() -> None:
         thread_executor.cache_clear()
     if broker.cache_info().currsize:
         broker().close()
+    stop_traces()
 
 
 def close_at_exit() -> None:

@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 
 from shared import logging as logs
-from shared import metrics
+from shared import metrics, tracing
 from shared.errors import BaseAppException
 from shared.pools import close_at_exit
 from shared.settings import get_settings
@@ -32,9 +32,9 @@ def main() -> None:
         settings = get_settings()
         close_at_exit()
         get_blobs()  # a wrong `storage.url` raises an error now, not in the first job
-        logs.configure(
-            settings, service=arguments.kind if arguments.kind == "reconciler" else f"worker.{arguments.kind}"
-        )
+        service = arguments.kind if arguments.kind == "reconciler" else f"worker.{arguments.kind}"
+        logs.configure(settings, service)
+        tracing.start(settings, service)
         metrics.serve(settings.metrics, get_readiness().is_ready)
         process = import_module(MODULES[arguments.kind])
         if arguments.kind == "generate":

@@ -14,7 +14,9 @@ from uuid import UUID, uuid4
 import orjson
 from sqlalchemy import ColumnElement, Row, and_, delete, false, func, not_, select, text, update
 from sqlalchemy.orm import Session
+from structlog.contextvars import bound_contextvars
 
+from shared import tracing
 from shared.contracts.bulks import BulkCounts, BulkOptions, BulkQuery, BulkState, ItemState
 from shared.contracts.jobs import JobState
 from shared.db import jobs, paging, quotas, webhooks
@@ -58,6 +60,7 @@ def create(session: Session, options: BulkOptions, *, owner_id: UUID, received_l
         bulk_metadata=options.metadata,
         announced=options.items or 0,
         expires_in_s=options.expires_in_s,
+        trace_context=tracing.current(),
         received_lines=received_lines,
         digest=digest,
     )
@@ -451,7 +454,7 @@ INSERT_JOBS = text(
     ), new_events as (
         insert into job_events (job_id, seq, type, data) select id, 1, 'queued', '{}' from new_jobs
     )
-    select kind, count(*) as jobs from new_jobs group by kind
+    select kind, array_agg(id) as job_ids from new_jobs group by kind
     """
 )
 """Does for many items what `jobs.insert` does for one job. A column added there must be added here."""
@@ -507,15 +510,38 @@ def _insert_jobs(session: Session, bulk: Bulk, model: str, *, most: int) -> None
     if most and bulk.retry_before is not None:
         _release_failed(session, bulk, model, most)
     if most and bulk.fed < bulk.total:
-        for kind, count in session.execute(INSERT_JOBS, {"bulk_id": bulk.id, "model": model, "most": most}):
-            JOBS_SUBMITTED.labels(kind).inc(count)
-            made += count
+        for kind, job_ids in session.execute(INSERT_JOBS, {"bulk_id": bulk.id, "model": model, "most": most}):
+            JOBS_SUBMITTED.labels(kind).inc(len(job_ids))
+            made += len(job_ids)
+            if tracing.is_on():
+                _begin_traces(session, bulk, job_ids)
         bulk.fed += made
         session.flush()
     if not made and bulk.retry_before is None and (bulk.fed == bulk.total or not most):
         unfinished = select(Job.id).where(Job.bulk_id == bulk.id, Job.state.in_((JobState.QUEUED, JobState.PROCESSING)))
         if session.scalar(unfinished.limit(1)) is None:
             _end(session, bulk, BulkState.COMPLETED)
+
+
+SET_TRACES = text(
+    """
+    update jobs set trace_context = traced.context
+    from jsonb_to_recordset(cast(:rows as jsonb)) as traced(id uuid, context jsonb) where jobs.id = traced.id
+    """
+)
+
+
+def _begin_traces(session: Session, bulk: Bulk, job_ids: Sequence[UUID]) -> None:
+    """Begin a trace for each new job. It links to the request that began the bulk."""
+    links = [] if bulk.trace_context is None else [bulk.trace_context]
+    rows = []
+    for job_id in map(str, job_ids):
+        with (
+            bound_contextvars(**{**tracing.ids(bulk.trace_context), "job_id": job_id}),
+            tracing.span("bulk item", {"bulk_id": str(bulk.id)}, kind="producer", root=True, links=links),
+        ):
+            rows.append({"id": job_id, "context": tracing.current()})
+    session.execute(SET_TRACES, {"rows": orjson.dumps(rows).decode()})
 
 
 def _end(session: Session, bulk: Bulk, state: BulkState) -> None:

@@ -8,7 +8,7 @@ docs/decisions/0007-which-waiting-job-is-published-next.md.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from sqlalchemy import Row, and_, case, func, or_, select, text, update
@@ -55,10 +55,14 @@ CANDIDATES = text(
 
 @dataclass(frozen=True)
 class DispatchedJob:
-    """A job marked as published. lane: its rank in the broker; 0, the highest priority, if its lane starves."""
+    """A job marked as published.
+
+    lane: its rank in the broker; 0, the highest priority, if its lane starves. trace_context: see `shared.tracing`.
+    """
 
     job_id: UUID
     lane: int
+    trace_context: dict[str, str] | None = None
 
 
 def mark_next_published(
@@ -142,8 +146,8 @@ def _mark_published(session: Session, chosen: Sequence[DispatchedJob]) -> list[D
         update(Job)
         .where(leasing.in_lock_order(Job, waiting))
         .values(published_at=func.now(), published_lane=case(lanes, value=Job.id))
-        .returning(Job.id)
+        .returning(Job.id, Job.trace_context)
         .execution_options(synchronize_session=False)
     )
-    marked = set(session.scalars(statement))
-    return [each for each in chosen if each.job_id in marked]
+    marked = {row.id: row.trace_context for row in session.execute(statement)}
+    return [replace(each, trace_context=marked[each.job_id]) for each in chosen if each.job_id in marked]

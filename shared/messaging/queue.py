@@ -5,19 +5,23 @@ again.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
+from structlog.contextvars import bound_contextvars
 
+from shared import tracing
 from shared.contracts.jobs import Lane
 from shared.db.dispatch import DispatchedJob, mark_next_published
 from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.errors import BrokerUnavailableError, DatabaseError
 from shared.messaging.redis import connect
+from shared.messaging.sentinels import SentinelAddress
 from shared.settings import QueueSettings, get_settings
 from shared.singleton import process_singleton
 
@@ -54,6 +58,9 @@ def embed_queries_queue(space: Space) -> str:
 def configure(app: Celery, settings: QueueSettings) -> Celery:
     """Give publishers, workers and Flower the same configuration: with different timeouts, the shortest would win."""
     url = settings.url.get_secret_value()
+    sentinels = SentinelAddress.parse(url)
+    if sentinels is not None:  # Celery and kombu only show this URL
+        url = f"redis://{sentinels.service}/{sentinels.database}"
     app.conf.update(
         broker_url=url,
         broker_transport="shared.messaging.transport:Transport",
@@ -72,6 +79,7 @@ def configure(app: Celery, settings: QueueSettings) -> Celery:
             # One Redis list per lane; workers read the highest-priority lane first.
             "priority_steps": list(LANES),
             "sep": LANE_SEPARATOR,
+            "sentinel_url": None if sentinels is None else settings.url,
         },
         task_acks_late=True,
         task_reject_on_worker_lost=False,
@@ -116,7 +124,22 @@ def publish_jobs(model: str, published: Sequence[DispatchedJob]) -> None:
     """
     for each in published:
         job_id = str(each.job_id)
-        _send(GENERATE, generate_queue(model), args=[job_id], task_id=job_id, priority=each.lane)
+        with _publishing(each, model):
+            _send(GENERATE, generate_queue(model), args=[job_id], task_id=job_id, priority=each.lane)
+
+
+@contextmanager
+def _publishing(published: DispatchedJob, model: str) -> Iterator[None]:
+    """Record the block in the trace of the job, if it has one."""
+    context = published.trace_context
+    if context is None:
+        yield
+        return
+    with (
+        bound_contextvars(**{**tracing.ids(context), "job_id": str(published.job_id)}),
+        tracing.span("publish", {"model": model}, kind="producer", within=context),
+    ):
+        yield
 
 
 def publish_embed_pending() -> None:
@@ -145,7 +168,9 @@ def publish_embed_query(queue: str, reply_key: str, payload: dict[str, Any], *, 
     Raises:
         BrokerUnavailableError: the broker did not take the message.
     """
-    _send(EMBED_QUERY, queue, args=[reply_key, payload], expires=max(1, int(expires_s)))
+    expires = max(1, int(expires_s))
+    with tracing.span("publish query", kind="producer") if tracing.current() else nullcontext():
+        _send(EMBED_QUERY, queue, args=[reply_key, payload], expires=expires, headers=tracing.current())
 
 
 def dispatch_jobs(model: str) -> None:

@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -31,7 +31,7 @@ from shared.settings.jobs import (
 from shared.settings.models import ModelSettings
 from shared.settings.retrieval import PlannerSettings, RetrievalSettings
 from shared.settings.safety import ContentCredentialsSettings, SafetySettings
-from shared.settings.section import Section
+from shared.settings.section import Advanced, Section
 from shared.settings.servers import CacheSettings, DatabaseSettings, QueueSettings, StorageSettings
 from shared.singleton import process_singleton
 
@@ -61,6 +61,31 @@ class MetricsSettings(Section):
     host: str = Field("127.0.0.1", description="address on which a worker or the reconciler serves its metrics")
     port: int = Field(
         0, ge=0, le=65_535, description="port for these metrics; 0: off; the API serves its own at `/metrics`"
+    )
+
+
+class TraceSettings(Section):
+    """Traces of requests and jobs, exported by OpenTelemetry's protocol OTLP over HTTP."""
+
+    enabled: Advanced[bool] = Field(False, description="record traces and export them; needs the extra `traces`")
+    endpoint: Advanced[str] = Field(
+        "http://127.0.0.1:4318/v1/traces",
+        pattern=r"^https?://[^@\s]+$",
+        description="URL to which spans are sent; it must not contain a password",
+    )
+    headers: Advanced[dict[str, SecretStr]] = Field(
+        default_factory=dict, description="headers of these requests, such as an API key of the collector"
+    )
+    sample_ratio: Advanced[float] = Field(
+        1.0, ge=0, le=1, description="share of the requests, and of the jobs of bulks, whose traces are recorded"
+    )
+    timeout_s: Advanced[float] = Field(
+        5.0, gt=0, le=60, description="longest time for one export; its spans are then dropped"
+    )
+    continue_requests: Advanced[bool] = Field(
+        False,
+        description="continue the trace that a request's header `traceparent` names; "
+        "only behind a proxy that sets or removes the header, because it also decides whether the trace is recorded",
     )
 
 
@@ -95,6 +120,7 @@ class Settings(BaseSettings):
     retention: RetentionSettings = RetentionSettings()
     logging: LoggingSettings = LoggingSettings()
     metrics: MetricsSettings = MetricsSettings()
+    traces: TraceSettings = TraceSettings()
     security: SecuritySettings = SecuritySettings()
     safety: SafetySettings = SafetySettings()
     content_credentials: ContentCredentialsSettings = ContentCredentialsSettings()

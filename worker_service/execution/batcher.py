@@ -10,14 +10,16 @@ images are decoded, and while the running batch is isolated, starving, or alread
 import logging
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from shared import tracing
 from shared.errors import ModelError, ModelOutOfMemoryError
 from shared.metrics import GENERATION_BATCH_SIZE, GENERATION_MEMORY_SAVED
+from shared.tracing import TraceContext
 from worker_service.execution.steps import CallStopped, OnStep
 from worker_service.execution.watchdog import CallWatch, Stage, Watchdog
 
@@ -59,6 +61,8 @@ class Submission:
     add_delay: Callable[[float], None] = lambda _seconds: None
     """Called with the seconds that a higher-priority batch has just delayed a running item."""
     started: bool = field(default=False, init=False)
+    trace: TraceContext | None = field(default_factory=tracing.current, init=False)
+    """The span of the job's stage, to which the spans of its batches belong."""
 
 
 @dataclass(eq=False)
@@ -138,6 +142,7 @@ class Batcher(Generic[Item, Result]):
         self._name = name
         self._watchdog = watchdog
         self._stage = stage
+        self._span_name = "embed batch" if stage is Stage.EMBED else "generate batch"
         self._starvation_timeout_s = starvation_timeout_s
         self._max_batch_s = max_batch_s
         self._interruptible = interruptible
@@ -198,7 +203,8 @@ class Batcher(Generic[Item, Result]):
 
     def _start_and_run(self, batch: Batch[Item, Result], outer: CallWatch | None = None) -> None:
         """Start the batch and run it. outer: watch of the model call that this batch interrupts, if any."""
-        batch.items = self._start_submissions(batch.items, outer)
+        with tracing.shared_span("start batch", {"items": len(batch.items)}, _traces(batch.items)):
+            batch.items = self._start_submissions(batch.items, outer)
         if batch.items:
             GENERATION_BATCH_SIZE.labels(self._name).observe(len(batch.items))
             self._run_batch(batch, batch.items, outer)
@@ -313,7 +319,10 @@ class Batcher(Generic[Item, Result]):
         try:
             jobs = sorted({queued.submission.job for queued in items if queued.submission.job})
             started = time.monotonic()
-            with self._watchdog.watch(self._stage, model=self._name, jobs=jobs, outer=outer) as watch:
+            with (
+                tracing.shared_span(self._span_name, {"model": self._name, "items": len(items)}, _traces(items)),
+                self._watchdog.watch(self._stage, model=self._name, jobs=jobs, outer=outer) as watch,
+            ):
                 results = self._run([queued.item for queued in items], on_step)
             if self._max_batch_s < float("inf"):  # otherwise unused, and a model can have very many keys
                 self._seconds_per_item[items[0].key] = (time.monotonic() - started) / len(items)
@@ -340,6 +349,12 @@ class Batcher(Generic[Item, Result]):
             middle = len(items) // 2
             self._run_batch(batch, items[:middle], outer)
             self._run_batch(batch, items[middle:], outer)
+
+
+def _traces(items: Sequence[QueuedItem[Any, Any]]) -> Iterator[tuple[TraceContext | None, dict[str, Any]]]:
+    """The traces of the jobs in a batch, each with its share of the items."""
+    for submission, share in Counter(queued.submission for queued in items).items():
+        yield submission.trace, {"items_of_job": share}
 
 
 def _can_join(

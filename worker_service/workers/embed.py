@@ -8,6 +8,10 @@ active, it embeds the images that its own space lacks.
 import logging
 from typing import Any
 
+from celery import Task
+from structlog.contextvars import bound_contextvars
+
+from shared import tracing
 from shared.messaging import queue
 from shared.messaging.embedding_rpc import answer
 from shared.settings import Settings
@@ -48,15 +52,20 @@ def _consume(process: WorkerProcess, embedder: Embedder, leases: ImageLeases) ->
     app = process.app()
     images = embed_images.ImageEmbedding(embedder, leases)
 
-    @app.task(name=queue.EMBED_QUERY)
-    def embed_query(reply_key: str, payload: dict[str, Any]) -> None:
+    @app.task(name=queue.EMBED_QUERY, bind=True)
+    def embed_query(task: Task[[str, dict[str, Any]], None], reply_key: str, payload: dict[str, Any]) -> None:
         """Embed a query and send the vector to the caller that waits for it."""
-        answer(
-            reply_key,
-            payload,
-            space_digest=embedder.space.digest,
-            embed=embedder.embed,
-        )
+        context = tracing.read_context(vars(task.request))
+        with (
+            bound_contextvars(**tracing.ids(context)),
+            tracing.span("embed query", kind="consumer", within=context, root=True),
+        ):
+            answer(
+                reply_key,
+                payload,
+                space_digest=embedder.space.digest,
+                embed=embedder.embed,
+            )
 
     @app.task(name=queue.EMBED_PENDING)
     def embed_pending() -> None:
