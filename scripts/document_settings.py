@@ -16,6 +16,7 @@ from shared.settings import (
     STARTER,
     AdvancedMarker,
     ConceptSettings,
+    EngineSettings,
     FormerName,
     GeneratorSettings,
     IPAdapterSettings,
@@ -91,6 +92,7 @@ def groups() -> Iterator[tuple[str, Variables]]:
             yield f"`[{name}]`", list(_variables(section, f"AFTERIMAGE_{name.upper()}__"))
     for title, model in (
         (f"`[model.generators.NAME]` {GENERATORS}", GeneratorSettings),
+        (f"`[model.generators.NAME.engine]` {GENERATORS}", EngineSettings),
         (f"`[model.generators.NAME.quantization]` {GENERATORS}", QuantizationSettings),
         (f"`[model.generators.NAME.ip_adapter]` {GENERATORS}", IPAdapterSettings),
         (f"`[model.generators.NAME.loras.NAME]` {GENERATORS}", LoraSettings),

@@ -195,6 +195,19 @@ class InvalidOutputError(ImageGenerationError):
     code = "invalid_output"
 
 
+class EngineRefusedError(ImageGenerationError):
+    """The engine that draws for this model refused the request."""
+
+    code = "engine_refused"
+    status = 422
+
+
+class ContentRefusedError(EngineRefusedError):
+    """The content filter of the engine that draws for this model refused the request."""
+
+    code = "content_refused"
+
+
 class PromptBlockedError(ImageGenerationError):
     """The content policy of this service does not allow this prompt."""
 
@@ -494,6 +507,12 @@ class UploadInterruptedError(StorageError):
     """Storing the upload took too long; send it again."""
 
     code = "upload_interrupted"
+
+
+class EngineUnavailableError(ExternalServiceError):
+    """No engine of this model could draw the image."""
+
+    code = "engine_unavailable"
 
 
 class BrokerUnavailableError(ExternalServiceError):

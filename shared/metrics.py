@@ -157,6 +157,11 @@ GENERATION_MEMORY_SAVED = Counter(
     "Model calls that did not fit in memory and were repeated in a way that needs less memory.",
     ["model", "by"],
 )
+ENGINE_CALLS = Counter(
+    "engine_calls_total",
+    "Calls of engines that draw for a model, by outcome: drawn, busy, refused, failed or unreachable.",
+    ["model", "engine", "outcome"],
+)
 SAFETY_DECISIONS = Counter(
     "safety_decisions_total",
     "Prompts and images in which a content policy recognised a concept.",

@@ -65,13 +65,15 @@ class Capabilities(Contract):
     loras: list[str]
     supports_negative_prompt: bool
     supports_guidance: bool
-    pipeline: str = Field(description="class of the diffusers pipeline")
+    pipeline: str = Field(description="class of the diffusers pipeline; `openai:` and a model name for an engine")
     weights_digest: str
     device: str
     dtype: str
     # Fields with a default are missing in rows that a worker of the previous release has written.
-    weights_digest_kind: Literal["tensors", "files"] = Field(
-        "tensors", description="input of `weights_digest`; digests of different kinds cannot be compared"
+    weights_digest_kind: Literal["tensors", "files", "stated"] = Field(
+        "tensors",
+        description="input of `weights_digest`; digests of different kinds cannot be compared; `stated`: the operator "
+        "states it, and nothing has verified it",
     )
     defaults: ModelDefaults | None = Field(
         None, description="values for the fields that a request leaves out: by the settings, else by the pipeline"
@@ -90,6 +92,17 @@ class Capabilities(Contract):
     needs_reference: bool = Field(False, description="the model edits pictures only, and draws nothing without one")
     weighs_references: bool = Field(
         False, description="mode `reference`: weights and `ip_adapter_scale` have an effect beyond the order"
+    )
+    images_at_once: int = Field(
+        1, description="calls of the model that a worker makes at the same time; above 1, an engine elsewhere draws"
+    )
+    reports_steps: bool = Field(
+        True, description="false: no progress and no previews, and jobs of higher-priority lanes wait for its end"
+    )
+    repeating_changes_images: bool = Field(
+        False,
+        description="measured at start: the same request and seed give another image the second time, so a replay "
+        "differs",
     )
 
 

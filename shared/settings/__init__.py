@@ -7,6 +7,7 @@ file `afterimage_database__url` holds one value. `AFTERIMAGE_CONFIG_FILE` names 
 """
 
 from shared.settings.api import APISettings, LimitSettings, SecuritySettings
+from shared.settings.engines import EngineSettings
 from shared.settings.jobs import (
     BulkSettings,
     JobSettings,
@@ -26,7 +27,15 @@ from shared.settings.models import (
     QuantizationSettings,
 )
 from shared.settings.retrieval import PlannerSettings, RetrievalSettings
-from shared.settings.root import Environment, LoggingSettings, MetricsSettings, Settings, get_settings, load_settings
+from shared.settings.root import (
+    Environment,
+    LoggingSettings,
+    MetricsSettings,
+    Settings,
+    TraceSettings,
+    get_settings,
+    load_settings,
+)
 from shared.settings.safety import (
     SAFETY_CHECKER,
     ConceptSettings,
@@ -50,6 +59,7 @@ __all__ = [
     "ConceptSettings",
     "ContentCredentialsSettings",
     "DatabaseSettings",
+    "EngineSettings",
     "Environment",
     "FormerName",
     "GeneratorDefaults",
@@ -73,6 +83,7 @@ __all__ = [
     "SecuritySettings",
     "Settings",
     "StorageSettings",
+    "TraceSettings",
     "Value",
     "WatchdogSettings",
     "WebhookSettings",

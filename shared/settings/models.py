@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from shared.errors import ModelNotFoundError
+from shared.settings.engines import EngineSettings, Parameter
 from shared.settings.section import ADVANCED, Advanced, Section, warn_of_former
 
 STARTER = Path(__file__).resolve().parents[2] / "starter"
@@ -116,11 +117,18 @@ def _current_kind(kind: Any) -> Any:
 
 
 class GeneratorSettings(Section):
-    kind: Annotated[Literal["diffusers", "fake"], ADVANCED, BeforeValidator(_current_kind)] = Field(
-        "diffusers", description="`fake` draws coloured blocks without a model; only the test environment accepts it"
+    kind: Annotated[Literal["diffusers", "openai", "fake"], ADVANCED, BeforeValidator(_current_kind)] = Field(
+        "diffusers",
+        description="`openai`: the servers in `engine` draw; `fake`: coloured blocks without a model, in the test "
+        "environment only",
     )
     source: str = Field("", description="folder or hub id of a diffusers pipeline")
-    revision: str | None = Field(None, description="commit of the hub repository; required for a hub id")
+    revision: str | None = Field(
+        None, description="commit of the hub repository; required for a hub id; of an `engine`, as you state it"
+    )
+    engine: Advanced[EngineSettings | None] = Field(
+        None, description="servers that run already and have OpenAI's image calls; required for the kind `openai`"
+    )
     variant: Advanced[str | None] = Field(None, description="variant of the pipeline's files, such as fp16")
     single_file: Advanced[str | None] = Field(
         None,
@@ -225,7 +233,7 @@ class GeneratorSettings(Section):
 
     @model_validator(mode="after")
     def _a_pipeline_is_named_and_pinned(self) -> Self:
-        if self.kind == "fake":
+        if self.kind != "diffusers":
             return self
         if not self.source:
             raise ValueError("source is required")
@@ -233,6 +241,22 @@ class GeneratorSettings(Section):
             raise ValueError("source is a file: name it in single_file, and in source the pipeline it belongs to")
         if not _is_folder(self.source) and self.revision is None:
             raise ValueError(f"{self.source!r} is not a folder, so it is a hub id, and a hub id needs a revision")
+        return self
+
+    @model_validator(mode="after")
+    def _an_engine_is_named_and_has_defaults(self) -> Self:
+        if (self.kind == "openai") != (self.engine is not None):
+            raise ValueError('engine and kind = "openai" belong together')
+        if self.engine is None:
+            return self
+        if self.source or self.single_file or self.ip_adapter is not None or self.loras:
+            raise ValueError("an engine loads its model itself: source, single_file, ip_adapter and loras do not apply")
+        with_defaults: tuple[Parameter, ...] = ("num_inference_steps", "guidance_scale")
+        unset = [name for name in with_defaults if self.engine.fields[name] and getattr(self.defaults, name) is None]
+        if unset:
+            raise ValueError(
+                f"an engine does not say its defaults: set {', '.join(f'defaults.{name}' for name in unset)}"
+            )
         return self
 
     @model_validator(mode="after")

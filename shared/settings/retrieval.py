@@ -1,12 +1,11 @@
 """Settings of the search for references: its defaults, and the split of a prompt into concepts."""
 
 from typing import Annotated, Self
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from shared.settings.section import ADVANCED, Advanced, Section
-from shared.settings.servers import UNREADABLE_URL
+from shared.settings.servers import http_url
 
 
 class RetrievalSettings(Section):
@@ -53,25 +52,10 @@ class RetrievalSettings(Section):
     )
 
 
-def _http_url(url: str | None) -> str | None:
-    if url is None:
-        return None
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 - reading the port parses it
-    except ValueError:
-        raise ValueError(UNREADABLE_URL) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("must start with http:// or https:// and name a host")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("must not hold a user or a password; a key belongs into planner.api_key")
-    return url
-
-
 class PlannerSettings(Section):
     """An optional chat model that splits prompts into concepts."""
 
-    url: Annotated[str | None, AfterValidator(_http_url), ADVANCED] = Field(
+    url: Annotated[Annotated[str, AfterValidator(http_url)] | None, ADVANCED] = Field(
         None,
         description="OpenAI-compatible endpoint that splits prompts into concepts, such as "
         "`http://127.0.0.1:11434/v1`; it gets the prompts; unset: rules split them",

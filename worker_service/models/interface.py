@@ -166,7 +166,7 @@ def previews_due(requests: Sequence[ImageRequest], step: int, total_steps: int) 
 
 
 class ImageModel(Protocol):
-    """A loaded generator. It is not thread-safe: one thread owns it.
+    """A loaded generator. It is not thread-safe: one thread owns it, unless its `images_at_once` is more than 1.
 
     That thread may call `generate` again from within `on_step`, for images of a higher-priority lane. The inner call
     must leave the outer call's images bit-identical. It must restore the outer call's state, including the memory

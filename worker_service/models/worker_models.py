@@ -26,6 +26,7 @@ from worker_service.execution.batcher import Batcher, Submission
 from worker_service.execution.watchdog import Stage, Watchdog
 from worker_service.models.content_policy import Policy
 from worker_service.models.embedder import Embedder
+from worker_service.models.engines.generator import OpenAIGenerator
 from worker_service.models.fake import FakeGenerator
 from worker_service.models.generate_batch import GeneratedImage, generate_batch
 from worker_service.models.generation.diffusion import Diffusion
@@ -34,7 +35,11 @@ from worker_service.models.interface import ImageModel, ImageRequest
 logger = logging.getLogger(__name__)
 
 NO_POLICY = SafetySettings()
-GENERATORS: dict[str, type[Diffusion] | type[FakeGenerator]] = {"diffusers": Diffusion, "fake": FakeGenerator}
+GENERATORS: dict[str, type[Diffusion] | type[OpenAIGenerator] | type[FakeGenerator]] = {
+    "diffusers": Diffusion,
+    "openai": OpenAIGenerator,
+    "fake": FakeGenerator,
+}
 """Generator classes by `kind` in the settings. A new class of `ImageModel` is registered here."""
 
 
@@ -107,14 +112,16 @@ class Models:
         timed_generate = time_operation(IMAGE_GENERATION_DURATION, model=image_model.name)(
             partial(generate_batch, image_model)
         )
+        capabilities = image_model.capabilities
         batcher: Batcher[ImageRequest, GeneratedImage] = Batcher(
             timed_generate,
             key=image_model.batch_key,
-            max_batch_size=image_model.capabilities.max_batch_size,
+            max_batch_size=capabilities.max_batch_size,
             name=image_model.name,
             watchdog=watchdog,
             starvation_timeout_s=starvation_timeout_s,
-            interruptible=not image_model.capabilities.interruption_changes_images,
+            concurrency=capabilities.images_at_once,
+            interruptible=capabilities.reports_steps and not capabilities.interruption_changes_images,
         )
         policy = Policy.of(safety, settings, embedder.embed, has_checker=image_model.has_safety_checker)
         return cls(embedder, image_model, settings, batcher, policy)
@@ -141,6 +148,10 @@ class Models:
         vectors: np.ndarray = self.embedder.embed(list(texts))
         return vectors
 
+    def is_available(self) -> bool:
+        """Whether the image model can draw now; False while no engine of an `OpenAIGenerator` takes images."""
+        return not isinstance(self.image_model, OpenAIGenerator) or self.image_model.is_available()
+
     def needs_pixels(self, mode: Mode) -> bool:
         """Whether the mode needs the pixels of the references, and not only their vectors."""
         adapter = self.settings.ip_adapter
@@ -162,4 +173,6 @@ class Models:
     def close(self, timeout_s: float) -> None:
         """Drop the waiting images, then wait up to `timeout_s` for the running batches of each model."""
         self.batcher.close(timeout_s)
+        if isinstance(self.image_model, OpenAIGenerator):
+            self.image_model.close()
         self.embedder.close(timeout_s)

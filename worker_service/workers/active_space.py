@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shared.db import spaces
 from shared.db.session import session_scope
@@ -32,10 +32,14 @@ def wait_until_active(process: WorkerProcess, space: Space) -> None:
         process.stopping.wait(HEARTBEAT_S)
 
 
-def follow_active_space(process: WorkerProcess, space: Space, queues: Sequence[str]) -> None:
+def follow_active_space(
+    process: WorkerProcess, space: Space, queues: Sequence[str], *, is_available: Callable[[], bool] = lambda: True
+) -> None:
     """Let the process read `queues` only while `space` is active, from a thread, until the process stops.
 
     It ends the process when an operator has dropped the space.
+
+    is_available: whether the models can work now. While it is False, the process does not read the queues either.
 
     Raises:
         DatabaseError: the database failed.
@@ -48,8 +52,9 @@ def follow_active_space(process: WorkerProcess, space: Space, queues: Sequence[s
             try:
                 was_active = not process.standby.is_set()
                 active = _check(process, space)
+                read = active and is_available()
                 for name in queues:
-                    process.read_queue(name, read=active)
+                    process.read_queue(name, read=read)
                 if active != was_active:
                     process.write_heartbeat(process.serving_state)
                     # A worker of the old space may have received the last notification, and may embed nothing now.

@@ -78,5 +78,5 @@ def _consume(process: WorkerProcess, models: Models, leases: JobLeases) -> None:
 
     metrics.expect_jobs_of(models.name, stages=STAGES)
     queues = [queue.generate_queue(models.name)]
-    follow_active_space(process, models.space, queues)
+    follow_active_space(process, models.space, queues, is_available=models.is_available)
     process.serve(app, queues, on_stop=finish_or_hand_back)

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from PIL import Image
 
 from shared.errors import ImageGenerationError, ReferenceUnavailableError
 from worker_service.models.generation import framing
-from worker_service.models.generation.long_prompts import TextReader
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.pipelines.load_pipeline import reference_dim
 from worker_service.models.pipelines.placement import device_of
@@ -155,7 +154,14 @@ def initial_image(request: ImageRequest) -> Image.Image:
     return framing.initial_image(_image(top), drawn, request.output_size or drawn)
 
 
-def with_captions(request: ImageRequest, reader: TextReader) -> tuple[str, list[str]]:
+class Reader(Protocol):
+    """How much of a text a model reads."""
+
+    def unread(self, text: str, /) -> str:
+        """The end of a text that the model does not read; empty when it reads all of it."""
+
+
+def with_captions(request: ImageRequest, reader: Reader) -> tuple[str, list[str]]:
     """The prompt, followed by captions where the mode needs them; and the captions that the model could not read.
 
     The captions are those of the references with the highest weights. A caption whose words the text already contains
