@@ -124,6 +124,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "durable": not arguments.volatile,
         "servers_only": arguments.servers_only,
         "worker_module": arguments.worker_module,
+        "settings": dict(setting.split("=", 1) for setting in arguments.setting),
         "instances": {kind: getattr(arguments, kind) for kind in KINDS},
     }
 
@@ -140,6 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--volatile", action="store_true", help="faster; data may be lost in a power cut")
     parser.add_argument(
         "--worker-module", default="worker_service", metavar="MODULE", help="for tests: module to run as the workers"
+    )
+    parser.add_argument(
+        "--setting",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="for tests: variable of the product's processes alone, such as the address of a connection pooler",
     )
     for kind in KINDS:
         parser.add_argument(f"--{kind}", type=int, default=1, metavar="N", help=f"number of {kind} processes")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,7 @@ class LocalStack:
         servers_only: bool = False,
         instances: Mapping[str, int] | None = None,
         worker_module: str = "worker_service",
+        settings: Mapping[str, str] | None = None,
         on_message: Callable[[str], None] = print,
     ) -> None:
         """Start all processes and return when they are ready. On failure all of them are stopped.
@@ -114,6 +116,7 @@ class LocalStack:
             servers_only: start only Postgres and the two Valkeys, with an empty database.
             instances: number of `api`, `embed`, `generate` and `io` processes; 1 by default.
             worker_module: runs in place of `worker_service`; for tests that make workers fail from inside.
+            settings: more environment variables of the product's processes, which win; for tests.
             on_message: called with each progress message, one line.
 
         Raises:
@@ -136,6 +139,7 @@ class LocalStack:
                     if servers_only
                     else programs.app(load_settings(), state, instances or {}, worker_module=worker_module)
                 )
+                app = [replace(each, environment={**each.environment, **(settings or {})}) for each in app]
                 self._start_servers(app, state, durable=durable, attached=attached, on_message=on_message)
                 if app:
                     self.migrate()

@@ -236,6 +236,9 @@ class Subscriber:
         self._closed = threading.Event()
         self.connected = False
         """Whether messages arrive. While they do not, every watch reports a change once a second."""
+        self.changes = 0
+        """Number of changes of any job so far. It grows when a job has a new event or its first progress, and when
+        messages may have been lost."""
         self._thread = threading.Thread(target=self._run, name="progress-subscriber", daemon=True)
         self._thread.start()
 
@@ -336,7 +339,9 @@ class Subscriber:
         with self._lock:
             if progress is None:
                 self._latest.pop(job_id, None)
+                self.changes += 1
             else:
+                self.changes += job_id not in self._latest
                 self._latest[job_id] = progress
                 self._latest.move_to_end(job_id)
                 if len(self._latest) > MAX_JOBS_WITH_PROGRESS:
@@ -351,6 +356,7 @@ class Subscriber:
     def _notify_watches(self) -> None:
         """Make every watch report a change: messages may have been lost."""
         with self._lock:
+            self.changes += 1
             watches = [watch for watches in self._watches.values() for watch in watches]
         for watch in watches:
             watch.on_change()

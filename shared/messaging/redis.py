@@ -6,6 +6,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ReadOnlyError
 from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelConnectionPool
+
+from shared.messaging.sentinels import SentinelAddress
 
 CALL_ONCE: dict[str, Any] = {
     # redis-py would try three times, with pauses, so a call to a frozen server would take seconds.
@@ -22,7 +25,27 @@ def connect(url: str, *, timeout_s: float, reply_timeout_s: float | None = None,
     timeout_s: seconds to connect, and to wait for a reply. reply_timeout_s: seconds to wait for a reply instead, for a
     client that sends blocking commands.
     """
-    return redis.Redis.from_url(url, **fail_fast(timeout_s, reply_timeout_s=reply_timeout_s), **options)
+    options = {**fail_fast(timeout_s, reply_timeout_s=reply_timeout_s), **options}
+    if (address := SentinelAddress.parse(url)) is not None:
+        return redis.Redis(connection_pool=primary_pool(address, **options))
+    return redis.Redis.from_url(url, **options)
+
+
+def primary_pool(address: SentinelAddress, **options: Any) -> SentinelConnectionPool:
+    """A pool of connections to the primary, which the sentinels name at each new connection. options: of each."""
+    of_sentinels = {name: value for name, value in options.items() if name.startswith("socket_")}
+    if address.tls:
+        of_sentinels["ssl"] = options["ssl"] = True
+    return SentinelConnectionPool(  # type: ignore[no-untyped-call]
+        address.service,
+        Sentinel(  # type: ignore[no-untyped-call]
+            address.hosts, sentinel_kwargs={**of_sentinels, **CALL_ONCE, "password": address.sentinel_password}
+        ),
+        db=address.database,
+        username=address.username,
+        password=address.password,
+        **options,
+    )
 
 
 def fail_fast(timeout_s: float, *, reply_timeout_s: float | None = None) -> dict[str, Any]:

@@ -4,10 +4,13 @@ from typing import Any
 
 import orjson
 from kombu.transport import redis
+from pydantic import SecretStr
 from redis.exceptions import RedisError, ResponseError
+from redis.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
 
 from shared.messaging import foreign
-from shared.messaging.redis import CALL_ONCE
+from shared.messaging.redis import CALL_ONCE, primary_pool
+from shared.messaging.sentinels import SentinelAddress
 
 BROKER_ERRORS = (RedisError, OSError)
 """Errors of the broker itself. Any other error while a message is handled means that the message is unreadable."""
@@ -36,13 +39,17 @@ class Channel(redis.Channel):
 
     QoS = QoS
 
+    sentinel_url: SecretStr | None = None
+    """Transport option: where the sentinels are that know the broker's address; None: the connection has it."""
+    from_transport_options = (*redis.Channel.from_transport_options, "sentinel_url")
+
     @property
     def do_restore(self) -> bool:  # type: ignore[override]  # only ever read
         """Whether closing the channel puts its unacknowledged messages back into their lists."""
         return self._is_connected
 
     def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
-        # Without a connection the broker delivers the message again, and `jobs.claim` then finds a job owned or ended.
+        # Without a connection the broker delivers the message again, and `attempts.claim_all` then finds a job owned or ended.
         if self._is_connected:
             super().basic_ack(delivery_tag, multiple=multiple)
 
@@ -71,6 +78,19 @@ class Channel(redis.Channel):
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
         return {**super()._connparams(asynchronous), **CALL_ONCE}  # type: ignore[misc]
+
+    def _get_pool(self, asynchronous: bool = False) -> Any:
+        if self.sentinel_url is None:
+            return super()._get_pool(asynchronous)  # type: ignore[misc]
+        self.connection_class = SentinelManagedConnection
+        self.connection_class_ssl = SentinelManagedSSLConnection
+        options = self._connparams(asynchronous)
+        self.keyprefix_fanout = self.keyprefix_fanout.format(db=options["db"])  # as kombu's own method
+        for name in ("host", "port", "db", "username", "password"):
+            options.pop(name, None)
+        address = SentinelAddress.parse(self.sentinel_url.get_secret_value())
+        assert address is not None
+        return primary_pool(address, **options)
 
     # --- messages of other programs
 

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, SecretStr
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+from shared.messaging.sentinels import SentinelAddress
 from shared.settings.section import ADVANCED, Advanced, FormerName, Section
 
 # A parser's own message may repeat a password.
@@ -33,8 +34,35 @@ def _redis_url(url: SecretStr) -> SecretStr:
     return url
 
 
+def _queue_url(url: SecretStr) -> SecretStr:
+    try:
+        address = SentinelAddress.parse(url.get_secret_value())
+    except ValueError:
+        raise ValueError("must look like redis+sentinel://host:port,host:port/service") from None
+    return _redis_url(url) if address is None else url
+
+
+def http_url(url: str) -> str:
+    """Check the URL of another service. Its key has a setting of its own, because logs may name the URL.
+
+    Raises:
+        ValueError: it is not an http or https URL with a host, or it holds a user or a password.
+    """
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - reading the port parses it
+    except ValueError:
+        raise ValueError(UNREADABLE_URL) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must start with http:// or https:// and name a host")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("must not hold a user or a password; a key belongs into api_key")
+    return url
+
+
 DatabaseUrl = Annotated[SecretStr, AfterValidator(_psycopg2_url)]
 RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
+QueueUrl = Annotated[SecretStr, AfterValidator(_queue_url)]
 
 
 class DatabaseSettings(Section):
@@ -50,7 +78,11 @@ class DatabaseSettings(Section):
 
 
 class QueueSettings(Section):
-    url: RedisUrl = Field(SecretStr("redis://127.0.0.1:6379/0"), description="Redis that serves as the Celery broker")
+    url: QueueUrl = Field(
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="Redis that serves as the Celery broker; with replicas: "
+        "`redis+sentinel://:password@host:26379,host:26379/service`",
+    )
     socket_timeout_s: Advanced[float] = Field(0.5, gt=0, le=5, description="longest wait of a publisher for the broker")
     visibility_timeout_s: Advanced[int] = Field(
         60,

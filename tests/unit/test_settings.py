@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 from shared.errors import ConfigurationError
 from shared.settings import (
     ConceptSettings,
+    EngineSettings,
     Environment,
     GeneratorSettings,
     IPAdapterSettings,
@@ -72,6 +73,7 @@ def test_every_field_of_every_section_has_a_default(section: type[BaseModel]) ->
     required = {
         IPAdapterSettings: {"source"},
         LoraSettings: {"source"},
+        EngineSettings: {"urls", "model"},
         ConceptSettings: {"name", "texts"},
         PromptRule: {"threshold"},
         OutputRule: {"threshold"},
