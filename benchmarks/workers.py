@@ -36,8 +36,8 @@ from benchmarks.conditions import report, save
 from benchmarks.sampling import Sampler, cpu_s, latency_summary
 from ops.local.stack import LocalStack
 from shared.contracts.jobs import JobState
-from shared.db import jobs
-from shared.db.jobs import ClaimedJob, Resolution, StoredOutput, Success
+from shared.db import attempts
+from shared.db.attempts import ClaimedJob, Resolution, StoredOutput, Success
 from shared.db.session import build_engine, session_scope
 from shared.db.tables import Output
 from shared.errors import DatabaseError
@@ -137,7 +137,7 @@ class SimulatedWorker:
 
     def _mark_started(self, lease: JobLease) -> bool:
         with session_scope() as session:
-            return bool(jobs.mark_models_started(session, [lease.claim], wait=False))
+            return bool(attempts.mark_models_started(session, [lease.claim], wait=False))
 
     def _timed(self, kind: str, call: Callable[[], Result]) -> Result:
         started = time.perf_counter()

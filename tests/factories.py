@@ -16,6 +16,7 @@ from shared.db import images, jobs, owners, spaces
 from shared.db.images import ImageClaim
 from shared.db.spaces import Space
 from shared.db.tables import Image, Job
+from tests import one_attempt
 
 SHARED_COLLECTION = UUID("00000000-0000-4000-8000-000000000002")
 DIM = 16
@@ -79,10 +80,10 @@ def make_job(
     )
     if state is JobState.QUEUED:
         return job
-    taken = jobs.claim(session, job.id, worker="factory", lease_s=30)
+    taken = one_attempt.claim(session, job.id, worker="factory", lease_s=30)
     assert taken is not None
     if state is JobState.SUCCEEDED:
-        assert jobs.finish(session, taken[0], [], timings={})
+        assert one_attempt.finish(session, taken[0], [], timings={})
     elif state is JobState.CANCELED:
         assert jobs.cancel(session, job.id, owner_id=job.owner_id)
     elif state is not JobState.PROCESSING:

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg2
 from psycopg2 import extensions
 from sqlalchemy import URL, Engine, create_engine, event, make_url
-from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError, ResourceClosedError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -167,12 +167,19 @@ def session_scope(*, single_read: bool = False) -> Iterator[Session]:
     try:
         with _factory().begin() as session:
             with _bounded_wait().connecting():
-                session.connection(execution_options=AUTOCOMMIT if single_read else {})
+                _connect(session, single_read=single_read)
             yield session
     except PoolTimeoutError as error:
         raise DatabaseConnectionError(NO_CONNECTION) from error
     except DBAPIError as error:
         raise _named(error) from error
+
+
+def _connect(session: Session, *, single_read: bool) -> None:
+    try:
+        session.connection(execution_options=AUTOCOMMIT if single_read else {})
+    except ResourceClosedError as error:  # the process stalled, and the server ended the new connection meanwhile
+        raise DatabaseConnectionError from error
 
 
 def _named(error: DBAPIError) -> DatabaseError:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from scripts.admin.__main__ import main as admin
 from shared.contracts.jobs import JobState
-from shared.db import collections, jobs, owners, spaces
+from shared.db import attempts, collections, owners, spaces
 from shared.db.tables import ApiKey, Job, Owner
 from shared.settings import Settings
 from shared.storage import get_blobs, thumbnail_key
@@ -23,9 +23,9 @@ from tests.integration.test_jobs import claim, let_lease_expire
 
 def dead_job(session: Session, **details: object) -> Job:
     job = make_job(session, **details)  # type: ignore[arg-type]
-    assert jobs.mark_model_started(session, claim(session, job))
+    assert attempts.mark_model_started(session, claim(session, job))
     let_lease_expire(session, job)
-    assert jobs.take_back_expired(session, max_crashes=1) == [job.id]
+    assert attempts.take_back_expired(session, max_crashes=1) == [job.id]
     session.commit()
     session.refresh(job)
     assert job.state == JobState.DEAD

@@ -17,13 +17,14 @@ from api_service.services import views
 from shared.capabilities import resolve_defaults
 from shared.contracts.jobs import JobState
 from shared.contracts.service import Capabilities, ModelDefaults
-from shared.db import collections, jobs, owners, queue_limits, workers
+from shared.db import collections, owners, queue_limits, workers
 from shared.db.session import bound_waits, session_scope
 from shared.db.tables import Job, ModelRecord
 from shared.errors import OwnerQueueFullError, QueueFullError
 from shared.messaging import job_updates, queue
 from shared.retrieval import DEFAULT_MIN_SIMILARITY
 from shared.settings import Settings, get_settings
+from tests import one_attempt
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, messages, sent_statements
 from tests.stack import wait_until
@@ -279,7 +280,7 @@ def test_the_estimated_start_uses_recent_speed_images_ahead_and_live_workers(cli
     workers.heartbeat(session, "w2", kind="generate", model="cheap", state="ready")
     session.commit()
     assert estimate(second) == pytest.approx(1 * 4 * 10 / 6 / 2, abs=0.1)
-    jobs.claim(session, UUID(first["id"]), worker="w1", lease_s=30)
+    one_attempt.claim(session, UUID(first["id"]), worker="w1", lease_s=30)
     session.commit()
     assert estimate(second) == pytest.approx(3 * 10 / 6 / 2, abs=0.1), "work has begun on three images"
     assert "estimated_start_s" not in {key for key, value in client.get(first["url"]).json.items() if value is not None}
@@ -374,7 +375,7 @@ def test_a_long_poll_with_after_answers_at_the_next_event(client: Client) -> Non
     thread.start()
     wait_until(lambda: job_updates.subscriber()._watches, timeout_s=5, what="a request to wait")
     with session_scope() as session:
-        jobs.claim(session, UUID(job["id"]), worker="w", lease_s=30)
+        one_attempt.claim(session, UUID(job["id"]), worker="w", lease_s=30)
     job_updates.publish_job_update(UUID(job["id"]))
     thread.join(10)
     assert (waited[0].json["state"], waited[0].json["seq"]) == ("processing", 2)
@@ -456,7 +457,7 @@ def test_published_progress_is_shown_while_the_job_runs(client: Client) -> None:
     client.get(job["url"])
     wait_until(lambda: job_updates.subscriber().connected, timeout_s=5, what="the subscription")
     with session_scope() as session:
-        jobs.claim(session, job_id, worker="w", lease_s=30)
+        one_attempt.claim(session, job_id, worker="w", lease_s=30)
     job_updates.publish_progress(job_id, 3, 8)
     wait_until(lambda: job_updates.subscriber().latest_progress(job_id), timeout_s=5, what="the progress")
     assert client.get(job["url"]).json["progress"] == {"step": 3, "total_steps": 8}
@@ -586,8 +587,8 @@ def test_only_an_ended_job_is_deleted(client: Client) -> None:
 
 def _finish(job_id: UUID) -> None:
     with session_scope() as session:
-        taken = jobs.claim(session, job_id, worker="w", lease_s=30)
+        taken = one_attempt.claim(session, job_id, worker="w", lease_s=30)
         assert taken is not None
     with session_scope() as session:
-        assert jobs.finish(session, taken[0], [], timings={"generate": 0.1})
+        assert one_attempt.finish(session, taken[0], [], timings={"generate": 0.1})
     job_updates.publish_job_update(job_id)

@@ -16,11 +16,12 @@ from sqlalchemy.orm import Session
 
 from api_service.app import create_app
 from ops.local.stack import LocalStack
-from shared.db import jobs
+from shared.db import attempts, jobs
 from shared.db.session import bound_waits
 from shared.db.tables import Job, Owner
 from shared.errors import ImageGenerationError
 from shared.settings import Settings, get_settings
+from tests import one_attempt
 from tests.integration.conftest import API, Client, a_key
 
 Limited = Callable[..., Client]
@@ -196,15 +197,15 @@ def test_images_that_were_not_generated_are_refunded_once(quota_client: Client, 
         session.execute(update(Job).values(expires_at=func.now()))
         jobs.end_expired(session)
     else:
-        taken = jobs.claim(session, job_id, worker="w", lease_s=30)
+        taken = one_attempt.claim(session, job_id, worker="w", lease_s=30)
         assert taken is not None
         if ending == "failed":
-            jobs.fail(session, taken[0], ImageGenerationError())
+            one_attempt.fail(session, taken[0], ImageGenerationError())
         elif ending == "succeeded":
-            jobs.finish(session, taken[0], [], timings={})
+            one_attempt.finish(session, taken[0], [], timings={})
         else:
             session.execute(update(Job).values(lease_until=func.now(), model_started=True))
-            jobs.take_back_expired(session, max_crashes=1)
+            attempts.take_back_expired(session, max_crashes=1)
     session.commit()
     assert quota_client.get(f"{API}/jobs/{job_id}").json["state"] == ending
     assert used(quota_client) == (5 if ending == "succeeded" else 0, 6)

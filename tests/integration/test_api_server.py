@@ -17,11 +17,11 @@ import pytest
 
 from ops.local.stack import REPOSITORY, LocalStack
 from shared.contracts.jobs import JobState
-from shared.db import jobs
 from shared.db.session import session_scope
 from shared.db.tables import Job
 from shared.messaging import job_updates
 from shared.settings import Settings
+from tests import one_attempt
 from tests.integration.conftest import API, Server
 from tests.stack import wait_until
 
@@ -116,14 +116,14 @@ def test_a_stream_sends_every_event_live_and_ends_with_the_job(
     listener = Listener(shared_server.url + job["events_url"])
     listener.wait_for("event: queued")
     with session_scope() as session:
-        taken = jobs.claim(session, job_id, worker="w", lease_s=30)
+        taken = one_attempt.claim(session, job_id, worker="w", lease_s=30)
     assert taken is not None
     job_updates.publish_job_update(job_id)
     listener.wait_for("event: started")
     job_updates.publish_progress(job_id, 1, 4)
     listener.wait_for('data: {"step":1,"total_steps":4}')
     with session_scope() as session:
-        jobs.finish(session, taken[0], [], timings={})
+        one_attempt.finish(session, taken[0], [], timings={})
     job_updates.publish_job_update(job_id)
     listener.thread.join(10)
     assert not listener.thread.is_alive(), "the stream ends with the job"
@@ -281,7 +281,7 @@ def test_events_that_redis_cannot_publish_are_read_from_the_table(
         listener = Listener(shared_server.url + job["events_url"])
         listener.wait_for("event: queued")
         with session_scope() as session:
-            jobs.claim(session, UUID(job["id"]), worker="w", lease_s=30)
+            one_attempt.claim(session, UUID(job["id"]), worker="w", lease_s=30)
         listener.wait_for("event: started")
     finally:
         servers.control.thaw("queue")

@@ -17,13 +17,14 @@ from api_service.services import bulk_items
 from shared.concepts import split_prompt
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
-from shared.db import bulks, jobs, owners
+from shared.db import attempts, bulks, owners
 from shared.db.session import session_scope
 from shared.db.tables import Bulk, BulkItem, ImageUsage, Job, Output, WebhookDelivery
 from shared.errors import ImageGenerationError
 from shared.messaging import queue
 from shared.settings import get_settings
 from shared.storage import get_blobs, output_key
+from tests import one_attempt
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, messages
 from worker_service.maintenance.reconciler import Reconciler
@@ -96,17 +97,17 @@ def run_one(bulk_id: str, *, fails: bool = False) -> UUID | None:
     if job_id is None:
         return None
     with session_scope() as session:
-        taken = jobs.claim(session, job_id, worker="w", lease_s=30)
+        taken = one_attempt.claim(session, job_id, worker="w", lease_s=30)
     if taken is None:
         return None
     with session_scope() as session:
-        ended = jobs.fail(session, taken[0], ImageGenerationError()) if fails else finish(session, taken)
+        ended = one_attempt.fail(session, taken[0], ImageGenerationError()) if fails else finish(session, taken)
     assert ended
     queue.dispatch_jobs("cheap")
     return job_id
 
 
-def finish(session: Session, taken: tuple[jobs.Claim, jobs.ClaimedJob]) -> bool:
+def finish(session: Session, taken: tuple[attempts.Claim, attempts.ClaimedJob]) -> bool:
     claim, job = taken
     image = b"image of " + job.parameters["prompt"].encode()
     key = output_key(job.id, attempt=claim.attempt, index=0, image_format=ImageFormat.PNG)
@@ -127,7 +128,7 @@ def finish(session: Session, taken: tuple[jobs.Claim, jobs.ClaimedJob]) -> bool:
         pixels_sha256="",
         provenance={"everything": "that decided the pixels"},
     )
-    return jobs.finish(session, claim, [jobs.StoredOutput(generation, [])], timings={})
+    return one_attempt.finish(session, claim, [attempts.StoredOutput(generation, [])], timings={})
 
 
 def run_all(bulk_id: str, *, fails: bool = False) -> int:
@@ -521,7 +522,7 @@ def test_a_paused_bulk_starts_no_job_until_it_is_resumed(client: Client, session
         assert client.post(f"{API}/bulks/{bulk['id']}/pause").json["state"] == "paused"
     with session_scope() as other:
         for job_id in published:
-            assert jobs.claim(other, UUID(job_id), worker="w", lease_s=30) is None, (
+            assert one_attempt.claim(other, UUID(job_id), worker="w", lease_s=30) is None, (
                 "also if its message is already published"
             )
     queue.dispatch_jobs("cheap")
@@ -545,7 +546,7 @@ def test_a_bulk_may_be_canceled_while_it_receives_runs_or_is_paused(client: Clie
     client.post(f"{API}/bulks/{paused['id']}/pause")
     with session_scope() as other:
         job_id = queued_jobs(session, running["id"])[0].id
-        assert jobs.claim(other, job_id, worker="w", lease_s=30)
+        assert one_attempt.claim(other, job_id, worker="w", lease_s=30)
     for bulk, counts in [
         (receiving, {"canceled": 3}),
         (running, {"canceled": 49, "succeeded": 1}),
@@ -720,7 +721,7 @@ def test_the_reconciler_completes_a_bulk_whose_worker_dispatched_no_more_jobs(cl
     bulk = accepted(client, *prompts(1))
     (job,) = queued_jobs(session, bulk["id"])
     with session_scope() as other:
-        taken = jobs.claim(other, job.id, worker="w", lease_s=30)
+        taken = one_attempt.claim(other, job.id, worker="w", lease_s=30)
         assert taken is not None
         finish(other, taken)
     assert bulk_of(client, bulk["id"])["state"] == "running"

@@ -16,11 +16,12 @@ from sqlalchemy.orm import Session
 from shared.contracts.bulks import BulkOptions
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import JobState
-from shared.db import bulks, images, jobs, owners
-from shared.db.jobs import StoredOutput
+from shared.db import attempts, bulks, images, owners
+from shared.db.attempts import StoredOutput
 from shared.db.tables import BulkItem, Image, Job, Output, OutputReference
 from shared.imaging import encode_image, open_image, perceptual_hash, pixels_sha256, thumbnail
 from shared.storage import get_blobs, output_key, output_thumbnail_key
+from tests import one_attempt
 from tests.factories import make_image, make_job, make_space
 from tests.integration.test_export import run
 
@@ -71,8 +72,8 @@ def make_output(session: Session, number: int, *, owner: str = "local") -> Outpu
         position=0,
         caption="an apple",
     )
-    claim = jobs.Claim(job.id, job.attempt)
-    assert jobs.finish(session, claim, [StoredOutput(output=generation, references=[used])], timings={})
+    claim = attempts.Claim(job.id, job.attempt)
+    assert one_attempt.finish(session, claim, [StoredOutput(output=generation, references=[used])], timings={})
     session.commit()
     return generation
 

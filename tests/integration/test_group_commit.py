@@ -14,13 +14,14 @@ from sqlalchemy import event, func, select, text, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
-from shared.db import jobs
-from shared.db.jobs import Claim, CrashCount, Failure, Resolution, Success
+from shared.db import attempts, jobs
+from shared.db.attempts import Claim, Failure, Resolution, Success
 from shared.db.session import get_engine
 from shared.db.tables import ImageUsage, Job, JobEvent, Output, WithdrawnImage
 from shared.errors import DatabaseQueryError, ImageGenerationError, ReferenceDeletedError
 from shared.metrics import JOBS_FINISHED
 from shared.settings import get_settings
+from tests import one_attempt
 from tests.factories import make_job
 from tests.integration.conftest import count_waiting
 from tests.integration.test_jobs import an_output, event_types, let_lease_expire
@@ -121,17 +122,17 @@ def test_changes_that_come_together_are_one_transaction(
 ) -> None:
     queued = [make_job(session) for _ in range(4)]
     first, second, third, fourth = running(session, 4)
-    counts = [CrashCount(Claim(job.id, job.attempt), counted=True) for job in (first, second)]
     changes: list[Change | UUID] = [job.id for job in queued]
-    changes += [resolution(first), resolution(second), *counts, failure(third), success(fourth), success(second)]
+    changes += [resolution(first), resolution(second), failure(third), success(fourth), success(second)]
     with counted() as seen:
         verdicts = results(together(group, pool, changes))
     assert all(verdicts)
     assert seen["commits"] == 1
-    assert seen["statements"] <= 9, "the number depends on the kinds of changes, not on that of jobs"
+    assert seen["statements"] <= 8, "the number depends on the kinds of changes, not on that of jobs"
     assert states(session, queued) == [JobState.PROCESSING] * 4
     assert states(session, [first, second, third, fourth]) == ["processing", "succeeded", "failed", "succeeded"]
-    assert session.get_one(Job, first.id).model_started
+    assert session.get_one(Job, queued[0].id).model_started, "a crash counts from the claim on"
+    assert not session.get_one(Job, first.id).model_started, "until the job waits for the model"
     assert session.get_one(Job, fourth.id).timings == {"generate": 1.0}
     assert event_types(session, second) == ["queued", "started", "resolved", "succeeded"]
     claim, claimed = verdicts[0]
@@ -157,8 +158,8 @@ def test_of_two_processes_that_finish_a_job_in_a_group_each_only_its_owner_can(
         shared, own, other = running(session, 3)
         stale = success(shared)
         let_lease_expire(session, shared)
-        assert jobs.take_back_expired(session, max_crashes=3) == [shared.id]
-        taken = jobs.claim(session, shared.id, worker="second", lease_s=30)
+        assert attempts.take_back_expired(session, max_crashes=3) == [shared.id]
+        taken = one_attempt.claim(session, shared.id, worker="second", lease_s=30)
         assert taken is not None
         session.commit()
         fresh = Success(taken[0], [an_output(shared)], {})
@@ -261,7 +262,7 @@ def test_a_process_killed_inside_a_group_has_changed_nothing_and_its_jobs_run_ag
     assert {tuple(event_types(session, job)) for job in held} == {("queued", "started")}
     assert session.scalars(select(Output.id)).all() == []
     session.execute(update(Job).values(lease_until=func.now() - timedelta(seconds=1)))
-    assert sorted(jobs.take_back_expired(session, max_crashes=3)) == sorted(job.id for job in held)
+    assert sorted(attempts.take_back_expired(session, max_crashes=3)) == sorted(job.id for job in held)
 
 
 def test_jobs_that_run_together_cost_few_transactions(

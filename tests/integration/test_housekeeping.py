@@ -27,6 +27,7 @@ from shared.db.tables import (
 )
 from shared.settings import Settings, load_settings
 from shared.storage import get_blobs, thumbnail_key
+from tests import one_attempt
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client
 from tests.integration.test_jobs import an_output, claim
@@ -40,7 +41,7 @@ WEBHOOK = Webhook(url="https://example.com/hook", events=[EventType.SUCCEEDED])
 def finished_job(session: Session, *, days_ago: float, **details: Any) -> Job:
     """A job with an output and a reference, that ended `days_ago` days ago."""
     job = make_job(session, **details)
-    assert jobs.finish(session, claim(session, job), [an_output(job)], timings={})
+    assert one_attempt.finish(session, claim(session, job), [an_output(job)], timings={})
     then = func.now() - timedelta(days=days_ago)
     session.execute(update(Job).where(Job.id == job.id).values(finished_at=then))
     session.execute(update(JobEvent).where(JobEvent.job_id == job.id).values(at=then))
@@ -202,7 +203,7 @@ def test_an_output_keeps_its_reference_to_a_deleted_image(client: Client, sessio
     output = an_output(job)
     (reference,) = output.references
     reference.image_id, reference.sha256, reference.similarity = image.id, image.sha256, 0.75
-    jobs.finish(session, claim(session, job), [output], timings={})
+    one_attempt.finish(session, claim(session, job), [output], timings={})
     session.commit()
     assert client.delete(f"{API}/images/{image.id}").status_code == 204
     (shown,) = client.get(f"{API}/generations/{output.output.id}").json["references"]

@@ -10,19 +10,20 @@ from sqlalchemy import event, func, select, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState, Lane
-from shared.db import jobs, queue_position
+from shared.db import attempts, jobs, queue_position
+from shared.db.attempts import Claim, StoredOutput
 from shared.db.dispatch import mark_next_published
-from shared.db.jobs import Claim, StoredOutput
 from shared.db.session import session_scope
 from shared.db.tables import Job, JobEvent, Output, OutputReference
 from shared.errors import DatabaseError, ImageGenerationError, JobStateError, StorageError
 from shared.settings import JobSettings
+from tests import one_attempt
 from tests.factories import make_job
 from worker_service.jobs.retry_policy import retry_delay_s
 
 
 def claim(session: Session, job: Job, worker: str = "w1") -> Claim:
-    taken = jobs.claim(session, job.id, worker=worker, lease_s=30)
+    taken = one_attempt.claim(session, job.id, worker=worker, lease_s=30)
     assert taken is not None
     return taken[0]
 
@@ -78,8 +79,8 @@ def an_output(job: Job, index: int = 0) -> StoredOutput:
 
 def test_a_job_is_claimed_by_one_worker_only(session: Session) -> None:
     job = make_job(session)
-    assert jobs.claim(session, job.id, worker="w1", lease_s=30) is not None
-    assert jobs.claim(session, job.id, worker="w2", lease_s=30) is None
+    assert one_attempt.claim(session, job.id, worker="w1", lease_s=30) is not None
+    assert one_attempt.claim(session, job.id, worker="w2", lease_s=30) is None
     assert state(session, job) == JobState.PROCESSING
     assert job.worker == "w1"
 
@@ -87,12 +88,14 @@ def test_a_job_is_claimed_by_one_worker_only(session: Session) -> None:
 @pytest.mark.parametrize("final", [JobState.SUCCEEDED, JobState.CANCELED])
 def test_a_redelivered_message_of_an_ended_job_claims_nothing(session: Session, final: JobState) -> None:
     job = make_job(session, state=final)
-    assert jobs.claim(session, job.id, worker="w2", lease_s=30) is None
+    assert one_attempt.claim(session, job.id, worker="w2", lease_s=30) is None
 
 
 def test_finishing_publishes_outputs_references_and_state_together(session: Session) -> None:
     job = make_job(session)
-    assert jobs.finish(session, claim(session, job), [an_output(job, 0), an_output(job, 1)], timings={"generate": 1.0})
+    assert one_attempt.finish(
+        session, claim(session, job), [an_output(job, 0), an_output(job, 1)], timings={"generate": 1.0}
+    )
     assert state(session, job) == JobState.SUCCEEDED
     assert job.finished_at is not None
     assert session.scalar(select(func.count()).select_from(Output)) == 2
@@ -104,42 +107,43 @@ def test_an_attempt_that_lost_its_job_can_write_nothing(session: Session) -> Non
     job = make_job(session)
     first = claim(session, job)
     let_lease_expire(session, job)
-    assert jobs.take_back_expired(session, max_crashes=3) == [job.id]
+    assert attempts.take_back_expired(session, max_crashes=3) == [job.id]
     second = claim(session, job, "w2")
     assert second.attempt == first.attempt + 1
 
-    assert jobs.renew(session, [first], lease_s=30) == set()
-    assert not jobs.mark_model_started(session, first)
-    assert not jobs.record_resolution(session, first, {})
-    assert not jobs.fail(session, first, ImageGenerationError())
-    assert not jobs.retry_later(session, first, StorageError(), delay_s=doubled_delay_s)
-    assert not jobs.finish(session, first, [an_output(job)], timings={})
-    assert jobs.hand_back(session, [first]) == 0
+    assert attempts.renew(session, [first], lease_s=30) == set()
+    assert not attempts.mark_model_started(session, first)
+    assert not one_attempt.record_resolution(session, first, {})
+    assert not one_attempt.fail(session, first, ImageGenerationError())
+    assert not attempts.retry_later(session, first, StorageError(), delay_s=doubled_delay_s)
+    assert not one_attempt.finish(session, first, [an_output(job)], timings={})
+    assert attempts.hand_back(session, [first]) == 0
     assert session.scalar(select(func.count()).select_from(Output)) == 0
-    assert jobs.finish(session, second, [an_output(job)], timings={}), "the current attempt can"
+    assert one_attempt.finish(session, second, [an_output(job)], timings={}), "the current attempt can"
 
 
 def test_a_renewed_lease_is_not_taken_back(session: Session) -> None:
     job = make_job(session)
     first = claim(session, job)
     let_lease_expire(session, job)
-    assert jobs.renew(session, [first], lease_s=30) == {job.id}
-    assert jobs.take_back_expired(session, max_crashes=3) == []
+    assert attempts.renew(session, [first], lease_s=30) == {job.id}
+    assert attempts.take_back_expired(session, max_crashes=3) == []
 
 
-def test_only_crashes_in_the_model_count_and_the_third_makes_a_job_dead(session: Session) -> None:
+def test_no_crash_counts_while_the_job_waits_for_the_model_and_the_third_makes_it_dead(session: Session) -> None:
     job = make_job(session)
     for crashed_in_model, expected in [(False, 0), (True, 1), (True, 2)]:
         held = claim(session, job)
+        assert one_attempt.record_resolution(session, held, {"mode": "none"})
         if crashed_in_model:
-            assert jobs.mark_model_started(session, held)
+            assert attempts.mark_model_started(session, held)
         let_lease_expire(session, job)
-        jobs.take_back_expired(session, max_crashes=3)
+        attempts.take_back_expired(session, max_crashes=3)
         assert state(session, job) == JobState.QUEUED
         assert job.crashes == expected
-    assert jobs.mark_model_started(session, claim(session, job))
+    assert attempts.mark_model_started(session, claim(session, job))
     let_lease_expire(session, job)
-    jobs.take_back_expired(session, max_crashes=3)
+    attempts.take_back_expired(session, max_crashes=3)
     assert state(session, job) == JobState.DEAD
     assert job.error is not None
     assert job.error["code"] == "job_crashed"
@@ -152,8 +156,8 @@ def test_cancel_ends_a_queued_and_a_running_job_but_not_an_ended_one(session: Se
     assert jobs.cancel(session, running.id, owner_id=running.owner_id)
     assert not jobs.cancel(session, done.id, owner_id=done.owner_id)
     assert [state(session, job) for job in (queued, running, done)] == ["canceled", "canceled", "succeeded"]
-    assert not jobs.finish(session, held, [an_output(running)], timings={}), "first commit wins"
-    assert jobs.still_owned(session, [held]) == set()
+    assert not one_attempt.finish(session, held, [an_output(running)], timings={}), "first commit wins"
+    assert attempts.still_owned(session, [held]) == set()
 
 
 def test_a_job_of_another_owner_cannot_be_canceled(session: Session) -> None:
@@ -167,31 +171,33 @@ def test_a_temporary_error_delays_longer_each_time_and_fails_in_the_end(session:
     waits = []
     for _ in range(3):
         held = claim(session, job)
-        assert jobs.retry_later(session, held, StorageError(), delay_s=doubled_delay_s) is JobState.QUEUED
+        assert attempts.retry_later(session, held, StorageError(), delay_s=doubled_delay_s) is JobState.QUEUED
         session.refresh(job)
         assert job.state == JobState.QUEUED
-        assert jobs.claim(session, job.id, worker="w", lease_s=30) is None, "not due yet"
+        assert one_attempt.claim(session, job.id, worker="w", lease_s=30) is None, "not due yet"
         assert dispatch(session, window=10) == [], "and not published before it is due"
         waits.append(jobs.list_events(session, job.id, after=job.last_seq - 1)[0].data["wait_s"])
         session.execute(update(Job).where(Job.id == job.id).values(run_after=func.now()))
     assert waits == [4, 8, 16]
-    assert jobs.retry_later(session, claim(session, job), StorageError(), delay_s=doubled_delay_s) is JobState.FAILED
+    assert (
+        attempts.retry_later(session, claim(session, job), StorageError(), delay_s=doubled_delay_s) is JobState.FAILED
+    )
     assert state(session, job) == JobState.FAILED
 
 
 def test_jobs_handed_back_at_shutdown_can_be_claimed_at_once(session: Session) -> None:
     some = [make_job(session) for _ in range(3)]
-    assert jobs.hand_back(session, [claim(session, job) for job in some]) == 3
+    assert attempts.hand_back(session, [claim(session, job) for job in some]) == 3
     for job in some:
         claim(session, job, "w2")
 
 
 def test_events_are_numbered_without_gaps(session: Session) -> None:
     job = make_job(session)
-    jobs.hand_back(session, [claim(session, job)])
+    attempts.hand_back(session, [claim(session, job)])
     held = claim(session, job)
-    jobs.record_resolution(session, held, {"mode": "none"})
-    jobs.finish(session, held, [], timings={})
+    one_attempt.record_resolution(session, held, {"mode": "none"})
+    one_attempt.finish(session, held, [], timings={})
     events = jobs.list_events(session, job.id, after=0)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert [event.type for event in events] == ["queued", "started", "requeued", "started", "resolved", "succeeded"]
@@ -252,7 +258,7 @@ def test_an_expired_job_is_neither_published_nor_claimed(session: Session) -> No
     job = make_job(session, expires_in_s=0.001)
     session.commit()
     assert dispatch(session) == []
-    assert jobs.claim(session, job.id, worker="w", lease_s=30) is None
+    assert one_attempt.claim(session, job.id, worker="w", lease_s=30) is None
     assert jobs.end_expired(session) == [job.id]
     assert state(session, job) == JobState.EXPIRED
     assert event_types(session, job) == ["queued", "expired"]
@@ -261,10 +267,10 @@ def test_an_expired_job_is_neither_published_nor_claimed(session: Session) -> No
 def test_a_claimed_job_whose_model_call_does_not_start_in_time_expires(session: Session) -> None:
     job = make_job(session, expires_in_s=60)
     held = claim(session, job)
-    assert not jobs.expire(session, held), "it has not expired yet"
+    assert not attempts.expire(session, held), "it has not expired yet"
     session.execute(update(Job).values(expires_at=func.now() - timedelta(seconds=1)))
-    assert not jobs.mark_model_started(session, held)
-    assert jobs.expire(session, held)
+    assert not attempts.mark_model_started(session, held)
+    assert attempts.expire(session, held)
     assert state(session, job) == JobState.EXPIRED
 
 
@@ -314,7 +320,7 @@ def test_a_job_is_deleted_with_its_outputs_but_not_before_it_ended(session: Sess
     job = make_job(session)
     with pytest.raises(JobStateError):
         jobs.delete(session, job)
-    jobs.finish(session, claim(session, job), [an_output(job)], timings={})
+    one_attempt.finish(session, claim(session, job), [an_output(job)], timings={})
     session.refresh(job)
     jobs.delete(session, job)
     session.flush()

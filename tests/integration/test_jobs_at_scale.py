@@ -20,12 +20,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from api_service.services import views
 from ops.local.stack import LocalStack
 from shared.contracts.jobs import JobState
-from shared.db import dispatch, jobs
+from shared.db import attempts, dispatch, jobs
 from shared.db import session as session_module
 from shared.db.session import bound_waits, build_engine
 from shared.db.tables import Job
 from shared.messaging import queue
 from shared.settings import Settings
+from tests import one_attempt
 from tests.conftest import fresh_database
 from tests.factories import make_job
 from worker_service.maintenance.reconciler import Reconciler
@@ -133,20 +134,20 @@ def one_round(database: Database, settings: Settings, *, with_tick: bool) -> Non
         last_id, last_owner = session.execute(queued.where(Job.published_at.is_(None))).one()
         next_id = session.scalars(queued.where(Job.published_at.is_not(None)).with_only_columns(Job.id)).one()
     with database.timed("claim") as session:
-        taken = jobs.claim(session, next_id, worker="worker 1", lease_s=30)
+        taken = one_attempt.claim(session, next_id, worker="worker 1", lease_s=30)
     assert taken is not None
     claim, job = taken
     with database.timed("renew") as session:
-        assert jobs.renew(session, [claim], lease_s=30)
+        assert attempts.renew(session, [claim], lease_s=30)
     with database.timed("check of ownership") as session:
-        assert jobs.still_owned(session, [claim])
+        assert attempts.still_owned(session, [claim])
     with database.timed("poll of a running job") as session:
         views.job(session, jobs.get(session, next_id, owner_id=job.owner_id))
     with database.timed("poll of the last queued job") as session:
         view = views.job(session, jobs.get(session, last_id, owner_id=last_owner))
     assert (view.queue_position or 0) > SMALL / 4
     with database.timed("finish") as session:
-        assert jobs.finish(session, claim, [], timings={})
+        assert one_attempt.finish(session, claim, [], timings={})
     with database.timed("poll of an ended job") as session:
         views.job(session, jobs.get(session, next_id, owner_id=job.owner_id))
     if with_tick:

@@ -15,11 +15,12 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
-from shared.db import jobs
+from shared.db import attempts, jobs
+from shared.db.attempts import Claim, StoredOutput
 from shared.db.dispatch import mark_next_published
-from shared.db.jobs import Claim, StoredOutput
 from shared.db.tables import Job, Output
 from shared.errors import ImageGenerationError, StorageError
+from tests import one_attempt
 from tests.factories import make_job
 
 MAX_CRASHES = 3
@@ -99,7 +100,7 @@ class JobTable(RuleBasedStateMachine):
     def deliver(self, job_id: UUID, worker: str) -> Claim:
         """A message arrives, for the first time or again."""
         expected = self.expected[job_id]
-        taken = jobs.claim(self.session, job_id, worker=worker, lease_s=30)
+        taken = one_attempt.claim(self.session, job_id, worker=worker, lease_s=30)
         claimable = expected.state is JobState.QUEUED and not expected.waiting_until_due
         assert (taken is not None) == claimable
         if taken is None:
@@ -113,23 +114,23 @@ class JobTable(RuleBasedStateMachine):
     @rule(claim=claims)
     def heartbeat(self, claim: Claim) -> None:
         expected = self.expected[claim.job_id]
-        renewed = jobs.renew(self.session, [claim], lease_s=30)
+        renewed = attempts.renew(self.session, [claim], lease_s=30)
         assert renewed == ({claim.job_id} if expected.owned_by(claim) else set())
-        assert jobs.still_owned(self.session, [claim]) == renewed
+        assert attempts.still_owned(self.session, [claim]) == renewed
         if renewed:
             expected.lease_over = False
 
     @rule(claim=claims)
     def start_model(self, claim: Claim) -> None:
         expected = self.expected[claim.job_id]
-        assert jobs.mark_model_started(self.session, claim) == expected.owned_by(claim)
+        assert attempts.mark_model_started(self.session, claim) == expected.owned_by(claim)
         expected.in_model |= expected.owned_by(claim)
 
     @rule(claim=claims)
     def finish(self, claim: Claim) -> None:
         expected = self.expected[claim.job_id]
         generation = self._generation(claim)
-        done = jobs.finish(self.session, claim, [StoredOutput(generation, [])], timings={})
+        done = one_attempt.finish(self.session, claim, [StoredOutput(generation, [])], timings={})
         assert done == expected.owned_by(claim)
         if done:
             expected.moves(JobState.SUCCEEDED)
@@ -138,7 +139,7 @@ class JobTable(RuleBasedStateMachine):
     @rule(claim=claims)
     def fail(self, claim: Claim) -> None:
         expected = self.expected[claim.job_id]
-        failed = jobs.fail(self.session, claim, ImageGenerationError())
+        failed = one_attempt.fail(self.session, claim, ImageGenerationError())
         assert failed == expected.owned_by(claim)
         if failed:
             expected.moves(JobState.FAILED)
@@ -146,7 +147,7 @@ class JobTable(RuleBasedStateMachine):
     @rule(claim=claims)
     def meet_a_temporary_error(self, claim: Claim) -> None:
         expected = self.expected[claim.job_id]
-        changed = bool(jobs.retry_later(self.session, claim, StorageError(), delay_s=_delay_s))
+        changed = bool(attempts.retry_later(self.session, claim, StorageError(), delay_s=_delay_s))
         assert changed == expected.owned_by(claim)
         if changed and expected.retries == MAX_RETRIES:
             expected.moves(JobState.FAILED)
@@ -163,7 +164,7 @@ class JobTable(RuleBasedStateMachine):
     @rule(claim=claims)
     def hand_back(self, claim: Claim) -> None:
         expected = self.expected[claim.job_id]
-        assert jobs.hand_back(self.session, [claim]) == int(expected.owned_by(claim))
+        assert attempts.hand_back(self.session, [claim]) == int(expected.owned_by(claim))
         if expected.owned_by(claim):
             expected.moves(JobState.QUEUED)
 
@@ -185,7 +186,7 @@ class JobTable(RuleBasedStateMachine):
     @rule()
     def reconcile(self) -> None:
         over = {job_id for job_id, expected in self.expected.items() if expected.lease_over}
-        assert set(jobs.take_back_expired(self.session, max_crashes=MAX_CRASHES)) == over
+        assert set(attempts.take_back_expired(self.session, max_crashes=MAX_CRASHES)) == over
         for job_id in over:
             expected = self.expected[job_id]
             expected.crashes += expected.in_model

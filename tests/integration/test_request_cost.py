@@ -8,11 +8,11 @@ from sqlalchemy.orm import Session
 
 from api_service.services.job_waits import JobWait, job_reader
 from shared.contracts.jobs import JobState
-from shared.db import jobs
-from shared.db.jobs import Claim
+from shared.db.attempts import Claim
 from shared.db.session import get_engine
 from shared.messaging.job_updates import LOOK_AGAIN_S, close_subscriber, publish_job_update
 from shared.settings import Settings
+from tests import one_attempt
 from tests.factories import make_job, make_space
 from tests.integration.conftest import API, Client, a_key, sent_statements
 from tests.stack import wait_until
@@ -68,7 +68,7 @@ def test_jobs_that_end_together_are_read_together(settings: Settings, session: S
         for wait in waits:
             stack.enter_context(job_reader().waiting(wait))
         for job in waiting:
-            assert jobs.finish(session, Claim(job.id, job.attempt), [], timings={})
+            assert one_attempt.finish(session, Claim(job.id, job.attempt), [], timings={})
         session.commit()
         with sent_statements(get_engine(), all_threads=True) as sent:
             for job in waiting:
@@ -86,7 +86,7 @@ def test_a_wait_looks_at_its_job_again_when_no_message_arrives(
     session.commit()
     wait = JobWait(job.id, after=None)
     with job_reader().waiting(wait):
-        assert jobs.finish(session, Claim(job.id, job.attempt), [], timings={})
+        assert one_attempt.finish(session, Claim(job.id, job.attempt), [], timings={})
         session.commit()
         ended = wait.result.result(20)
     close_subscriber()

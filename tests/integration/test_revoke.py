@@ -12,11 +12,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
-from shared.db import jobs
+from shared.db import attempts, jobs
 from shared.db.session import session_scope
 from shared.db.tables import Job, JobEvent
 from shared.messaging import queue
 from shared.settings import Settings
+from tests import one_attempt
 from tests.factories import make_job
 from tests.integration.conftest import messages
 from tests.stack import wait_until
@@ -33,13 +34,13 @@ class JobRunner:
 
     def run(self, job_id: str) -> None:
         with session_scope() as session:
-            taken = jobs.claim(session, UUID(job_id), worker="test", lease_s=30)
+            taken = one_attempt.claim(session, UUID(job_id), worker="test", lease_s=30)
         if taken is None:
             return
         self.started.add(job_id)
         while not self.stop.wait(0.05):
             with session_scope() as session:
-                if not jobs.still_owned(session, [taken[0]]):
+                if not attempts.still_owned(session, [taken[0]]):
                     self.discarded.add(job_id)
                     return
 

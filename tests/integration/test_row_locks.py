@@ -13,10 +13,10 @@ from sqlalchemy.orm import Session
 
 from shared.contracts.bulks import BulkState
 from shared.contracts.jobs import JobState
-from shared.db import bulks, images, jobs, owners, space_backlog, spaces
+from shared.db import attempts, bulks, images, jobs, owners, space_backlog, spaces
+from shared.db.attempts import Claim, Success
 from shared.db.dispatch import mark_next_published
 from shared.db.images import ImageClaim
-from shared.db.jobs import Claim, CrashCount, Success
 from shared.db.session import session_scope
 from shared.db.spaces import Space
 from shared.db.tables import Bulk, BulkItem, Image, ImageUsage, Job, SpaceAttempt
@@ -137,14 +137,13 @@ def test_claims_of_a_backlog_are_locked_in_one_order(session: Session, statement
 @pytest.mark.parametrize(
     "statement",
     [
-        lambda session, claims: jobs.renew(session, claims, lease_s=30),
-        lambda session, claims: jobs.hand_back(session, claims),
+        lambda session, claims: attempts.renew(session, claims, lease_s=30),
+        lambda session, claims: attempts.hand_back(session, claims),
         lambda session, claims: jobs.revoke(session, [claim.job_id for claim in claims]),
-        lambda session, claims: jobs.mark_models_started(session, claims),
-        lambda session, claims: jobs.count_crashes(session, [CrashCount(claim, counted=True) for claim in claims]),
-        lambda session, claims: jobs.finish_all(session, [Success(claim, [], {}) for claim in claims]),
+        lambda session, claims: attempts.mark_models_started(session, claims),
+        lambda session, claims: attempts.finish_all(session, [Success(claim, [], {}) for claim in claims]),
     ],
-    ids=["renew", "hand_back", "revoke", "mark_models_started", "count_crashes", "finish_all"],
+    ids=["renew", "hand_back", "revoke", "mark_models_started", "finish_all"],
 )
 def test_running_jobs_are_locked_in_one_order(session: Session, statement: JobStatement) -> None:
     rows = [make_job(session, state=JobState.PROCESSING) for _ in range(ROWS)]
@@ -176,7 +175,7 @@ def test_expired_jobs_are_locked_in_one_order(session: Session) -> None:
 
 @pytest.mark.parametrize(
     ("table", "take_back"),
-    [(Image, images.take_back_expired), (Job, jobs.take_back_expired)],
+    [(Image, images.take_back_expired), (Job, attempts.take_back_expired)],
     ids=["images", "jobs"],
 )
 def test_rows_with_an_expired_lease_are_locked_in_one_order(
@@ -266,7 +265,7 @@ def test_images_are_given_back_to_owners_in_one_order(session: Session, ended_by
 
     def end(scope: Session) -> None:
         if ended_by == "crash":
-            jobs.take_back_expired(scope, max_crashes=1)
+            attempts.take_back_expired(scope, max_crashes=1)
         else:
             bulks.top_up(scope, "cheap", window=1)
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from ops.local.stack import REPOSITORY, LocalStack
 from shared.contracts.generation import Mode
 from shared.contracts.jobs import JobState
-from shared.db import jobs
+from shared.db import attempts
 from shared.db.tables import Job
 from tests.factories import make_job
 from tests.failing_worker import FAULTY
@@ -91,7 +91,7 @@ def submit(session: Session, prompt: str) -> Job:
 def take_back(session: Session) -> None:
     """Take back the jobs of an ended process, as the reconciler does after their leases."""
     session.execute(text("update jobs set lease_until = clock_timestamp() where state = 'processing'"))
-    jobs.take_back_expired(session, max_crashes=3)
+    attempts.take_back_expired(session, max_crashes=3)
     session.commit()
     session.expire_all()
 

@@ -21,6 +21,7 @@ from shared.db.tables import Job, WebhookDelivery
 from shared.errors import ImageGenerationError
 from shared.messaging import queue
 from shared.settings import Settings, WebhookSettings
+from tests import one_attempt
 from tests.factories import make_job
 from tests.integration.conftest import API, Client, Receiver, messages
 from tests.stack import wait_until
@@ -33,9 +34,9 @@ ALLOW_LOCAL = WebhookSettings(allow_http=True, allow_private=True, timeout_s=2)
 def ended_job(session: Session, url: str, *, owner: str = "local", **webhook: Any) -> Job:
     """A job that has failed, with a webhook."""
     job = make_job(session, owner=owner, webhook=Webhook(url=url, **webhook))
-    taken = jobs.claim(session, job.id, worker="w", lease_s=30)
+    taken = one_attempt.claim(session, job.id, worker="w", lease_s=30)
     assert taken is not None
-    jobs.fail(session, taken[0], ImageGenerationError())
+    one_attempt.fail(session, taken[0], ImageGenerationError())
     session.commit()
     return job
 

@@ -3,7 +3,7 @@
 import time
 from uuid import uuid4
 
-from shared.db.jobs import Claim
+from shared.db.attempts import Claim
 from worker_service.jobs.leases import JobLease
 
 

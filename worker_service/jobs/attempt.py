@@ -24,13 +24,21 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
+from shared import tracing
 from shared.contracts.generation import GenerationParameters
 from shared.contracts.jobs import JobState
 from shared.contracts.safety import SafetyDecision, SafetyRecord
-from shared.db import jobs
-from shared.db.jobs import Claim, ClaimedJob, CrashCount, Failure, Resolution, StoredOutput, Success
+from shared.db import attempts, jobs
+from shared.db.attempts import Claim, ClaimedJob, Failure, Resolution, StoredOutput, Success
 from shared.db.session import session_scope
-from shared.errors import BaseAppException, DatabaseError, ImageGenerationError, JobTimeoutError, JobUnreadableError
+from shared.errors import (
+    BaseAppException,
+    DatabaseError,
+    EngineUnavailableError,
+    ImageGenerationError,
+    JobTimeoutError,
+    JobUnreadableError,
+)
 from shared.messaging import queue
 from shared.messaging.coalesce import dispatch_soon
 from shared.messaging.job_updates import PreviewStream, publish_job_update
@@ -116,7 +124,7 @@ class Attempt:
     def stage(self, name: str) -> Iterator[None]:
         """Measure and log the duration of the block, as stage `name` of the story."""
         started = time.monotonic()
-        with time_operation(JOB_STAGE, stage=name):
+        with time_operation(JOB_STAGE, stage=name), tracing.span(name):
             yield
         self._timings[name] = time.monotonic() - started
         logger.info("job_stage", extra={"stage": name, "seconds": round(self._timings[name], 4)})
@@ -128,11 +136,11 @@ class Attempt:
         if decisions:
             record = self.safety.model_dump(mode="json")
             event = SafetyRecord(policy=policy_digest, decisions=list(decisions)).model_dump(mode="json")
-            self._write(lambda session: jobs.record_moderation(session, self.claim, event, safety=record))
+            self._write(lambda session: attempts.record_moderation(session, self.claim, event, safety=record))
             publish_job_update(self.job_id)
 
     def record_resolution(self, resolution: dict[str, Any]) -> None:
-        """Append the event `resolved`: which references are used, in which mode, and why."""
+        """Append the event `resolved`: which references are used, in which mode, and why. The job now only waits."""
         safety = None if self.safety is None else self.safety.model_dump(mode="json")
         self._commit(Resolution(self.claim, resolution, safety))
         publish_job_update(self.job_id)
@@ -147,8 +155,8 @@ class Attempt:
             LeaseLostError: the job expired while it waited, or the attempt no longer owns it.
         """
         with session_scope() as session:
-            in_time = jobs.mark_model_started(session, self.claim)
-            if not in_time and jobs.expire(session, self.claim):
+            in_time = attempts.mark_model_started(session, self.claim)
+            if not in_time and attempts.expire(session, self.claim):
                 self.outcome = Outcome.EXPIRED
         if not in_time:
             raise LeaseLostError
@@ -161,19 +169,20 @@ class Attempt:
     def counting_crashes(self, lock: AbstractContextManager[Any]) -> Iterator[None]:
         """Count a crash of the worker inside the block against this job. lock: `Models.crash_isolation_lock`.
 
-        The block is work before `mark_model_started`: the embedding of the prompt, or the decoding of references.
+        The block is work before `mark_model_started`: the embedding of the prompt, the decoding of references. The
+        claim has begun to count for a job that is not isolated. `record_resolution`, the block's last write, ends it.
         """
         with lock if self.isolated else nullcontext():
-            self._commit(CrashCount(self.claim, counted=True))
+            if self.isolated:
+                self._write(lambda session: attempts.count_crashes(session, self.claim))
             yield
-            self._commit(CrashCount(self.claim, counted=False))
 
     def record_degradation(self, memory_savers: Sequence[Sequence[str]]) -> None:
         """Append the event `degraded` if an image used memory savers, which change pixels. memory_savers: by image."""
         by_image = {str(index): list(savers) for index, savers in enumerate(memory_savers) if savers}
         if by_image:
             data = {"memory_savers": by_image}
-            self._write(lambda session: jobs.record_degradation(session, self.claim, data))
+            self._write(lambda session: attempts.record_degradation(session, self.claim, data))
             publish_job_update(self.job_id)
 
     def submission(self) -> Submission:
@@ -207,8 +216,9 @@ class Attempt:
 
     def retry_later(self, error: BaseAppException) -> None:
         """Return the job to the queue after a temporary error; end it `failed` after `max_transient_retries`."""
-        delay_s = partial(retry_delay_s, settings=self._settings)
-        state = self._write(lambda session: jobs.retry_later(session, self.claim, error, delay_s=delay_s))
+        told_s = error.retry_after_s or 0.0 if isinstance(error, EngineUnavailableError) else 0.0
+        delay_s = partial(retry_delay_s, settings=self._settings, told_s=told_s)
+        state = self._write(lambda session: attempts.retry_later(session, self.claim, error, delay_s=delay_s))
         self.outcome = Outcome.FAILED if state is JobState.FAILED else Outcome.REQUEUED
         self.error_code = error.code
 
@@ -219,7 +229,7 @@ class Attempt:
         once per switch of the space.
         """
         self._write(
-            lambda session: jobs.hand_back(
+            lambda session: attempts.hand_back(
                 session, [self.claim], reason="embedding_space_inactive", wait_s=SPACE_CHANGE_S
             )
         )
@@ -271,7 +281,7 @@ def mark_models_started(submissions: Sequence[AttemptSubmission]) -> list[Attemp
     by_claim = {submission.attempt.claim: submission for submission in submissions}
     try:
         with session_scope() as session:
-            claims = jobs.mark_models_started(session, by_claim, wait=False)
+            claims = attempts.mark_models_started(session, by_claim, wait=False)
     except DatabaseError:
         return []
     started = [by_claim[claim] for claim in claims]
@@ -291,6 +301,7 @@ def claimed(job_id: UUID, *, leases: JobLeases, settings: JobSettings, worker: s
         DatabaseError: the claim failed, or the end of the attempt could not be recorded.
     """
     group_commit = get_group_commit(worker, settings.lease_s)
+    claiming_ns = time.time_ns()
     if (taken := group_commit.claim(job_id)) is None:
         yield None
         return
@@ -299,8 +310,10 @@ def claimed(job_id: UUID, *, leases: JobLeases, settings: JobSettings, worker: s
     if attempt.number == 1:
         observe_duration(JOB_WAIT, attempt.waited_s, {"model": job.model})
     started = time.monotonic()
-    publish_job_update(job_id)
-    with bound_contextvars(job_id=str(job_id), attempt=claim.attempt):
+    ids = {**tracing.ids(job.trace_context), "job_id": str(job_id), "attempt": claim.attempt}
+    with bound_contextvars(**ids), _job_span(attempt, job, start_ns=claiming_ns):
+        with tracing.span("claim", start_ns=claiming_ns):
+            publish_job_update(job_id)
         try:
             with suppress(LeaseLostError), _recording_errors(attempt):
                 yield attempt
@@ -311,10 +324,16 @@ def claimed(job_id: UUID, *, leases: JobLeases, settings: JobSettings, worker: s
             observe_duration(JOB_DURATION, time.monotonic() - started, {"model": job.model})
             code = {} if attempt.error_code is None else {"code": attempt.error_code}
             logger.info("job_ended", extra={"outcome": attempt.outcome.value} | code)
+            tracing.annotate({"outcome": attempt.outcome.value, "error.type": attempt.error_code})
             publish_job_update(job_id)
             dispatch_soon(job.model)
             if job.webhook is not None:
                 queue.notify_webhook_workers()
+
+
+def _job_span(attempt: Attempt, job: ClaimedJob, *, start_ns: int) -> AbstractContextManager[None]:
+    attributes = {"model": job.model, "lane": attempt.lane, "images": job.images, "wait_s": attempt.waited_s}
+    return tracing.span("job", attributes, kind="consumer", within=job.trace_context, root=True, start_ns=start_ns)
 
 
 def _is_canceled(job_id: UUID) -> bool:

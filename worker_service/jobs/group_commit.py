@@ -9,24 +9,25 @@ same happens to all changes of a group whose transaction failed.
 import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from shared.db import jobs
-from shared.db.jobs import Claim, ClaimedJob, CrashCount, Failure, Resolution, Success
+from shared import tracing
+from shared.db import attempts
+from shared.db.attempts import Claim, ClaimedJob, Failure, Resolution, Success
 from shared.db.session import session_scope
 from shared.singleton import process_singleton
+from shared.tracing import TraceContext
 
-Change = Resolution | CrashCount | Failure | Success
+Change = Resolution | Failure | Success
 """A change by an attempt that owns its job."""
 WRITES: dict[type[Change], Callable[..., set[Claim]]] = {
-    Resolution: jobs.record_resolutions,
-    CrashCount: jobs.count_crashes,
-    Failure: jobs.fail_all,
-    Success: jobs.finish_all,
+    Resolution: attempts.record_resolutions,
+    Failure: attempts.fail_all,
+    Success: attempts.finish_all,
 }
 Claimed = tuple[Claim, ClaimedJob]
 
@@ -38,6 +39,7 @@ class _Waiting:
     """A change, or the id of a job to claim, from its submission to its verdict."""
 
     change: Change | UUID
+    trace: TraceContext | None = field(default_factory=tracing.current)
     taken: bool = False
     """A thread has taken it into its group."""
     verdict: Any = None
@@ -59,7 +61,7 @@ class GroupCommit:
         self._turn = threading.Lock()
 
     def claim(self, job_id: UUID) -> Claimed | None:
-        """Claim a queued job; None when it cannot be claimed: see `jobs.claim_all`.
+        """Claim a queued job; None when it cannot be claimed: see `attempts.claim_all`.
 
         Raises:
             DatabaseError: the database failed.
@@ -71,7 +73,7 @@ class GroupCommit:
         """Make a change; False when its attempt no longer owns the job.
 
         Raises:
-            ReferenceDeletedError: see `jobs.finish_all`.
+            ReferenceDeletedError: see `attempts.finish_all`.
             DatabaseError: the database failed.
         """
         return bool(self._commit(change))
@@ -94,8 +96,9 @@ class GroupCommit:
         """Apply the changes and commit. An error is not raised: each change, applied alone, then gets its own."""
         for each in group:
             each.taken = True
+        traces = ((each.trace, {"change": type(each.change).__name__}) for each in group)
         try:
-            with session_scope() as session:
+            with tracing.shared_span("commit", {"changes": len(group)}, traces), session_scope() as session:
                 verdicts = self._apply(session, [each.change for each in group], wait=False)
         except Exception as error:
             logger.warning("group_split", extra={"size": len(group), "cause": type(error).__name__})
@@ -109,7 +112,7 @@ class GroupCommit:
         job_ids = [change for change in changes if isinstance(change, UUID)]
         made: dict[Any, Any] = {}
         if job_ids:
-            made |= jobs.claim_all(session, job_ids, worker=self._worker, lease_s=self._lease_s, wait=wait)
+            made |= attempts.claim_all(session, job_ids, worker=self._worker, lease_s=self._lease_s, wait=wait)
         for kind, write in WRITES.items():
             of_kind = [change for change in changes if isinstance(change, kind)]
             if of_kind:

@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shared.db import jobs
-from shared.db.jobs import Claim
+from shared.db import attempts
+from shared.db.attempts import Claim
 from shared.db.session import session_scope
 from shared.messaging.job_updates import publish_progress
 from shared.settings import JobSettings
@@ -77,7 +77,7 @@ class JobLeases(LeaseKeeper[JobLease]):
         """Return every held job to the queue and stop its work; how many jobs were returned."""
         held = self._snapshot()
         with session_scope() as session:
-            returned = jobs.hand_back(session, [lease.claim for lease in held])
+            returned = attempts.hand_back(session, [lease.claim for lease in held])
         for lease in held:
             lease.lost = True
         return returned
@@ -91,9 +91,9 @@ class JobLeases(LeaseKeeper[JobLease]):
         # The look for cancels is the most frequent statement of a large service, and needs no transaction.
         with session_scope(single_read=not due) as session:
             if due:
-                owned = jobs.renew(session, claims, lease_s=self._settings.lease_s)
+                owned = attempts.renew(session, claims, lease_s=self._settings.lease_s)
             else:
-                owned = jobs.still_owned(session, claims)
+                owned = attempts.still_owned(session, claims)
         for lease in active:
             lease.lost = lease.claim.job_id not in owned
         if due:

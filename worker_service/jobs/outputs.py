@@ -10,13 +10,13 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
-from shared import retrieval
+from shared import retrieval, tracing
 from shared.contracts.common import ImageFormat
 from shared.contracts.generation import Mode
 from shared.contracts.jobs import JobWarning, UsedReference
 from shared.contracts.safety import SafetyRecord, SafetyStage
+from shared.db.attempts import StoredOutput
 from shared.db.images import FoundImage
-from shared.db.jobs import StoredOutput
 from shared.db.spaces import Space
 from shared.db.tables import Image as ImageRow
 from shared.db.tables import Output, OutputReference
@@ -154,24 +154,27 @@ def _store_image(
     references: Sequence[retrieval.Candidate],
 ) -> StoredOutput:
     parameters = attempt.parameters
-    image = framing.to_requested_size(pixels, (parameters.width, parameters.height))
-    data = encode_image(image, image_format=parameters.format, quality=parameters.quality)
-    drawn_sha256 = pixels_sha256(image)
-    # A lossy format changes pixels, and the record has the digest of those that a reader of the file sees.
-    is_lossless = parameters.format is ImageFormat.PNG
-    provenance = {
-        **provenance,
-        "file_pixels_sha256": drawn_sha256 if is_lossless else pixels_sha256(open_image(data)),
-    }
-    record = content_credentials.record_of_file(provenance)
-    data = with_record(data, record)
-    if (signer := content_credentials.get_signer()) is not None:
-        data = signer.sign(data, parameters.format, content_credentials.manifest_of(record))
+    with tracing.span("encode", {"format": parameters.format.value, "index": index}):
+        image = framing.to_requested_size(pixels, (parameters.width, parameters.height))
+        data = encode_image(image, image_format=parameters.format, quality=parameters.quality)
+        drawn_sha256 = pixels_sha256(image)
+        # A lossy format changes pixels, and the record has the digest of those that a reader of the file sees.
+        is_lossless = parameters.format is ImageFormat.PNG
+        provenance = {
+            **provenance,
+            "file_pixels_sha256": drawn_sha256 if is_lossless else pixels_sha256(open_image(data)),
+        }
+        record = content_credentials.record_of_file(provenance)
+        data = with_record(data, record)
+        if (signer := content_credentials.get_signer()) is not None:
+            data = signer.sign(data, parameters.format, content_credentials.manifest_of(record))
+        small = thumbnail(image)
     key = output_key(attempt.job_id, attempt=attempt.number, index=index, image_format=parameters.format)
     thumbnail_key = output_thumbnail_key(attempt.job_id, attempt=attempt.number, index=index)
-    blobs = get_blobs()
-    blobs.put(key, data, media_type=parameters.format.media_type)
-    blobs.put(thumbnail_key, thumbnail(image), media_type="image/webp")
+    with tracing.span("put", {"index": index, "size_bytes": len(data)}):
+        blobs = get_blobs()
+        blobs.put(key, data, media_type=parameters.format.media_type)
+        blobs.put(thumbnail_key, small, media_type="image/webp")
     output = Output(
         id=uuid4(),
         job_id=attempt.job_id,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from shared.db import reference_images
+from shared.db import reference_images, withdrawals
 from shared.db.images import ScoredImage
 from shared.db.session import session_scope
 from shared.db.tables import Image, ReferenceImage
@@ -19,7 +19,7 @@ def embed(attempt: Attempt, vector: np.ndarray, *, models: Models) -> list[Score
     vector: CLIP's projection of the prompt, shape (dim,), float32.
 
     Raises:
-        ReferenceDeletedError: the job's pictures are gone.
+        ReferenceDeletedError: the job's pictures are gone, or withdrawn.
         InvalidImageError: a stored picture is damaged.
         EmbeddingError: CLIP cannot take a picture.
         StorageError: the blob store failed.
@@ -29,7 +29,8 @@ def embed(attempt: Attempt, vector: np.ndarray, *, models: Models) -> list[Score
         return []
     with session_scope() as session:
         rows = reference_images.list_by_job(session, [attempt.job_id]).get(attempt.job_id, [])
-    if [row.sha256 for row in rows] != [each.sha256 for each in described]:
+        withdrawn = withdrawals.filter_withdrawn(session, [row.id for row in rows])
+    if withdrawn or [row.sha256 for row in rows] != [each.sha256 for each in described]:
         raise ReferenceDeletedError(sha256=[each.sha256 for each in described])
     images = [_as_image(row, caption=each.caption) for row, each in zip(rows, described, strict=True)]
     projections = models.embedder.embed([models.embedder.prepare(outputs.picture_of(image)) for image in images])

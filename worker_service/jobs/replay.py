@@ -7,7 +7,7 @@ import numpy as np
 import orjson
 
 from shared.contracts.jobs import Change, Replay, ReplayVerdict
-from shared.db.jobs import StoredOutput
+from shared.db.attempts import StoredOutput
 from shared.db.session import session_scope
 from shared.db.tables import Output
 from shared.errors import InvalidImageError, OriginalDeletedError, ResourceNotFoundError

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import numpy as np
 
-from shared import retrieval
+from shared import retrieval, tracing
 from shared.capabilities import check_parameters, drawable_size, resolve_mode
 from shared.concepts import searched_texts, wordings
 from shared.contracts.generation import GenerationParameters, Mode
@@ -47,45 +47,48 @@ def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settin
         if attempt is None:
             return Outcome.SKIPPED
 
-        # 1. Embed the prompt, check it against the content policy, and retrieve references from the corpus.
         check_capabilities(attempt.parameters, models=models)
-        # Crash isolation (see `attempt`): of the jobs that were running when a worker crashed, one runs at a time.
-        embeds = needs_references(attempt.parameters)
-        counting = attempt.counting_crashes(models.crash_isolation_lock)
-        with attempt.stage("embed"), counting if embeds or models.policy.is_on else nullcontext():
-            moderation.check_prompt(attempt, models.policy)
-            vectors = models.embed_texts(query_texts(attempt.parameters)) if embeds else None
-            sent = [] if vectors is None else reference_images.embed(attempt, vectors[0], models=models)
-        with attempt.stage("retrieve"):
-            plan = retrieve(attempt, vectors, sent, models=models, settings=settings)
+        with attempt.counting_crashes(models.crash_isolation_lock):
+            # 1. Embed the prompt, check it against the content policy, and retrieve references from the corpus.
+            with attempt.stage("embed"):
+                moderation.check_prompt(attempt, models.policy)
+                embeds = needs_references(attempt.parameters)
+                vectors = models.embed_texts(query_texts(attempt.parameters)) if embeds else None
+                sent = [] if vectors is None else reference_images.embed(attempt, vectors[0], models=models)
+            with attempt.stage("retrieve"):
+                plan = retrieve(attempt, vectors, sent, models=models, settings=settings)
 
-        # 2. Decide how the references condition the image, and append the event `resolved`.
-        used = [candidate for candidate in plan.candidates if candidate.used]
-        mode, reason = resolve_mode(
-            models.capabilities,
-            attempt.parameters.mode,
-            references=len(used),
-            captions=sum(candidate.scored.image.caption is not None for candidate in used),
-            pinned=any(candidate.pinned for candidate in used) and attempt.parameters.planned_at is None,
-        )
-        requests = image_requests(attempt, mode, outputs.load_references(used, with_pixels=False), models=models)
-        differences = job_warnings.differences(
-            requests[0],
-            used,
-            unread=models.image_model.unread_texts(requests[0]),
-            # A replay and a plan pin what a search has chosen: those weights are no wish of a request.
-            weighed=models.capabilities.weighs_references
-            or attempt.replay_of is not None
-            or attempt.parameters.planned_at is not None,
-        )
-        attempt.record_resolution(outputs.resolved_event(mode, reason, plan, space=models.space, warnings=differences))
+            # 2. Decide how the references condition the image, load them, and append the event `resolved`.
+            with tracing.span("resolve"):
+                used = [candidate for candidate in plan.candidates if candidate.used]
+                mode, reason = resolve_mode(
+                    models.capabilities,
+                    attempt.parameters.mode,
+                    references=len(used),
+                    captions=sum(candidate.scored.image.caption is not None for candidate in used),
+                    pinned=any(candidate.pinned for candidate in used) and attempt.parameters.planned_at is None,
+                )
+                references = outputs.load_references(used, with_pixels=False)
+                requests = image_requests(attempt, mode, references, models=models)
+                differences = job_warnings.differences(
+                    requests[0],
+                    used,
+                    unread=models.image_model.unread_texts(requests[0]),
+                    # A replay and a plan pin what a search has chosen: those weights are no wish of a request.
+                    weighed=models.capabilities.weighs_references
+                    or attempt.replay_of is not None
+                    or attempt.parameters.planned_at is not None,
+                )
+            try:
+                with attempt.stage("load_references"):
+                    if models.needs_pixels(mode):
+                        pixels = tuple(outputs.load_references(used, with_pixels=True))
+                        requests = [replace(request, references=pixels) for request in requests]
+            finally:
+                event = outputs.resolved_event(mode, reason, plan, space=models.space, warnings=differences)
+                attempt.record_resolution(event)
 
         # 3. Generate: one request per image, in whatever batches they fit.
-        with attempt.stage("load_references"):
-            if models.needs_pixels(mode):
-                with attempt.counting_crashes(models.crash_isolation_lock):
-                    references = tuple(outputs.load_references(used, with_pixels=True))
-                requests = [replace(request, references=references) for request in requests]
         with models.crash_isolation_lock if attempt.isolated else nullcontext():
             with attempt.stage("generate"):
                 images = models.generate(requests, attempt.submission())

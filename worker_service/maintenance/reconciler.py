@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from shared import metrics
 from shared.contracts.images import ImageState
-from shared.db import bulks, idempotency, images, jobs, space_backlog, spaces, webhooks, workers
+from shared.db import attempts, bulks, idempotency, images, jobs, space_backlog, spaces, webhooks, workers
 from shared.db.session import session_scope
 from shared.errors import BrokerUnavailableError, DatabaseError
 from shared.messaging import foreign, queue
@@ -83,7 +83,7 @@ class Reconciler:
             if not _lock(session):
                 return
             if time.monotonic() >= self._take_back_from:
-                lost = jobs.take_back_expired(session, max_crashes=self._settings.max_crashes)
+                lost = attempts.take_back_expired(session, max_crashes=self._settings.max_crashes)
                 if lost:
                     increment_counter(metrics.LEASES_EXPIRED, len(lost))
                     logger.warning("leases_expired", extra={"jobs": [str(job_id) for job_id in lost]})
