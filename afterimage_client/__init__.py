@@ -79,7 +79,7 @@ from shared.contracts.jobs import (
     ReplayVerdict,
     WithdrawnView,
 )
-from shared.contracts.outputs import RememberRequest
+from shared.contracts.outputs import OutputPatch, RememberRequest
 from shared.contracts.records import Provenance, Resolution
 from shared.contracts.search import (
     Concept,
@@ -136,6 +136,7 @@ __all__ = [
     "Neighbour",
     "NotFoundError",
     "OnInvalid",
+    "OutputPatch",
     "OutputView",
     "PermissionDeniedError",
     "Picture",

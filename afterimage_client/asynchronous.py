@@ -81,6 +81,7 @@ class AsyncOutputs(_Wrapper[Outputs]):
 
     get = _awaited(Outputs.get)
     list = _iterated(Outputs.list)
+    change = _awaited(Outputs.change)
     content = _awaited(Outputs.content)
     download = _awaited(Outputs.download)
     replay = _awaited(Outputs.replay)

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import httpx
 
-from afterimage_client.connection import Connection, id_of, parse_response
+from afterimage_client.connection import Connection, Id, id_of, parse_response
 from afterimage_client.errors import AfterimageError, ConflictError, UnreachableError, WaitTimeoutError
 from shared.contracts.bulks import (
     BulkItemView,
@@ -57,7 +57,7 @@ class Bulks:
         return parse_response(BulkView, response)
 
     def send(
-        self, bulk: UUID | BulkView, lines: Iterable[Line], *, on_received: Callable[[int], object] | None = None
+        self, bulk: Id | BulkView, lines: Iterable[Line], *, on_received: Callable[[int], object] | None = None
     ) -> BulkView:
         """Send all lines, the header included, and start the bulk. Lines that the service has are not sent again.
 
@@ -98,7 +98,7 @@ class Bulks:
         body = {"lines": count, "digest": digest.hex()}
         return self._connection.post(BulkView, f"/bulks/{bulk_id}/complete", json=body)
 
-    def get(self, bulk: UUID | BulkView) -> BulkView:
+    def get(self, bulk: Id | BulkView) -> BulkView:
         """Return the current state of a bulk."""
         return self._connection.get(BulkView, f"/bulks/{_id(bulk)}")
 
@@ -107,19 +107,19 @@ class Bulks:
         return self._connection.iterate_pages(BulkView, "/bulks", {"state": state, "limit": page_size})
 
     def items(
-        self, bulk: UUID | BulkView, *, after_line: int = 0, state: ItemState | None = None, page_size: int = 500
+        self, bulk: Id | BulkView, *, after_line: int = 0, state: ItemState | None = None, page_size: int = 500
     ) -> Iterator[BulkItemView]:
         """Yield the items after a line, in the order of lines, each in the state at the request of its page."""
         query = {"state": state, "limit": page_size, "cursor": after_line or None}
         return self._connection.iterate_pages(BulkItemView, f"/bulks/{_id(bulk)}/items", query)
 
-    def errors(self, bulk: UUID | BulkView) -> Iterator[BulkLineError]:
+    def errors(self, bulk: Id | BulkView) -> Iterator[BulkLineError]:
         """Yield the invalid lines with their reasons."""
         return self._connection.iterate_pages(BulkLineError, f"/bulks/{_id(bulk)}/errors", {"limit": 500})
 
     def wait(
         self,
-        bulk: UUID | BulkView,
+        bulk: Id | BulkView,
         *,
         timeout_s: float | None = None,
         on_update: Callable[[BulkView], object] | None = None,
@@ -142,22 +142,22 @@ class Bulks:
                 raise WaitTimeoutError(f"bulk {view.id} is still {view.state}")
             self._connection.pause(min(POLL_S, max(0.0, deadline - time.monotonic())))
 
-    def pause(self, bulk: UUID | BulkView) -> BulkView:
+    def pause(self, bulk: Id | BulkView) -> BulkView:
         """Pause the bulk: running items continue to their end, no others start."""
         return self._connection.post(BulkView, f"/bulks/{_id(bulk)}/pause")
 
-    def resume(self, bulk: UUID | BulkView) -> BulkView:
+    def resume(self, bulk: Id | BulkView) -> BulkView:
         return self._connection.post(BulkView, f"/bulks/{_id(bulk)}/resume")
 
-    def cancel(self, bulk: UUID | BulkView) -> BulkView:
+    def cancel(self, bulk: Id | BulkView) -> BulkView:
         """Cancel every item that has not ended."""
         return self._connection.post(BulkView, f"/bulks/{_id(bulk)}/cancel")
 
-    def retry_failed(self, bulk: UUID | BulkView) -> BulkView:
+    def retry_failed(self, bulk: Id | BulkView) -> BulkView:
         """Create new jobs for the items that failed, died or expired; without such items nothing changes."""
         return self._connection.post(BulkView, f"/bulks/{_id(bulk)}/retry-failed")
 
-    def manifest(self, bulk: UUID | BulkView) -> Iterator[dict[str, Any]]:
+    def manifest(self, bulk: Id | BulkView) -> Iterator[dict[str, Any]]:
         """Yield one record per item in the order of lines, with the full provenance of its outputs.
 
         After a broken connection the request is resumed.
@@ -214,7 +214,7 @@ def header_line(options: BulkOptions) -> Line:
     return json.dumps({"bulk": options.model_dump(mode="json", exclude_unset=True)}, ensure_ascii=False).encode()
 
 
-def _id(bulk: UUID | BulkView) -> UUID:
+def _id(bulk: Id | BulkView) -> UUID:
     return id_of(bulk, BulkView)
 
 

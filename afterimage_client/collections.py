@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from uuid import UUID
 
-from afterimage_client.connection import Connection, id_of, parse_response
+from afterimage_client.connection import Connection, Id, id_of, parse_response
 from shared.contracts.collections import (
     CollectionCreate,
     CollectionDefaults,
@@ -36,7 +36,7 @@ class Collections:
         response = self._connection.send("POST", "/collections", json=request.model_dump(mode="json"), idempotent=False)
         return parse_response(CollectionView, response)
 
-    def get(self, collection: UUID | CollectionView) -> CollectionView:
+    def get(self, collection: Id | CollectionView) -> CollectionView:
         return self._connection.get(CollectionView, f"/collections/{_id(collection)}")
 
     def find(self, name: str) -> CollectionView | None:
@@ -47,22 +47,22 @@ class Collections:
         """Yield the collections that you may use, newest first."""
         return self._connection.iterate_pages(CollectionView, "/collections", {"limit": page_size})
 
-    def change(self, collection: UUID | CollectionView, patch: CollectionPatch) -> CollectionView:
+    def change(self, collection: Id | CollectionView, patch: CollectionPatch) -> CollectionView:
         """Change the fields of a collection that `patch` sets."""
         body = patch.model_dump(mode="json", exclude_unset=True)
         response = self._connection.send("PATCH", f"/collections/{_id(collection)}", json=body)
         return parse_response(CollectionView, response)
 
-    def delete(self, collection: UUID | CollectionView) -> None:
+    def delete(self, collection: Id | CollectionView) -> None:
         """Delete a collection with all its images. After the answer, no search finds them."""
         self._connection.delete(f"/collections/{_id(collection)}")
 
-    def grants(self, collection: UUID | CollectionView, *, page_size: int = 100) -> Iterator[GrantView]:
+    def grants(self, collection: Id | CollectionView, *, page_size: int = 100) -> Iterator[GrantView]:
         """Yield the owners that have access to a collection, newest first."""
         return self._connection.iterate_pages(GrantView, f"/collections/{_id(collection)}/grants", {"limit": page_size})
 
     def share(
-        self, collection: UUID | CollectionView, owner: str, access: GrantedAccess = GrantedAccess.READ
+        self, collection: Id | CollectionView, owner: str, access: GrantedAccess = GrantedAccess.READ
     ) -> GrantView:
         """Share a collection with another owner, or change the access of that owner.
 
@@ -73,10 +73,10 @@ class Collections:
         response = self._connection.send("PUT", f"/collections/{_id(collection)}/grants/{owner}", json=body)
         return parse_response(GrantView, response)
 
-    def unshare(self, collection: UUID | CollectionView, owner: str) -> None:
+    def unshare(self, collection: Id | CollectionView, owner: str) -> None:
         """Take the access of another owner away, at once."""
         self._connection.delete(f"/collections/{_id(collection)}/grants/{owner}")
 
 
-def _id(collection: UUID | CollectionView) -> UUID:
+def _id(collection: Id | CollectionView) -> UUID:
     return id_of(collection, CollectionView)

@@ -190,6 +190,10 @@ class Connection:
             logger.warning("%s Retrying for %g seconds.", state.outcome.exception(), self._connect_for_s)
 
 
+Id = UUID | str
+"""An id, or its text."""
+
+
 def id_of(resource: object, *kinds: type) -> UUID:
     """Return the id of an object of one of these kinds, or the given id.
 

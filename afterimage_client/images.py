@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from afterimage_client import download
-from afterimage_client.connection import Connection, id_of, parse_response, sent_tags
+from afterimage_client.connection import Connection, Id, id_of, parse_response, sent_tags
 from shared.contracts.images import (
     Cascade,
     ImageDelete,
@@ -64,7 +64,7 @@ class Images:
             ),
         )
 
-    def get(self, image: UUID | ImageView) -> ImageView:
+    def get(self, image: Id | ImageView) -> ImageView:
         return self._connection.get(ImageView, f"/images/{_id(image)}")
 
     def list(
@@ -88,16 +88,16 @@ class Images:
         }
         return self._connection.iterate_pages(ImageView, "/images", query)
 
-    def change(self, image: UUID | ImageView, patch: ImagePatch) -> ImageView:
+    def change(self, image: Id | ImageView, patch: ImagePatch) -> ImageView:
         """Change the fields of an image that `patch` sets."""
         body = patch.model_dump(mode="json", exclude_unset=True)
         return parse_response(ImageView, self._connection.send("PATCH", f"/images/{_id(image)}", json=body))
 
-    def delete(self, image: UUID | ImageView) -> None:
+    def delete(self, image: Id | ImageView) -> None:
         """Delete an image. After the answer, no search finds it and no generation uses it."""
         self._connection.delete(f"/images/{_id(image)}")
 
-    def withdraw(self, image: UUID | ImageView, *, reason: str | None = None, dry_run: bool = False) -> WithdrawalView:
+    def withdraw(self, image: Id | ImageView, *, reason: str | None = None, dry_run: bool = False) -> WithdrawalView:
         """Delete an image, and withdraw all outputs that drew from it. This cannot be undone.
 
         reason: shown to the owners of the outputs. dry_run: only count them.
@@ -112,11 +112,11 @@ class Images:
         response = self._connection.send("DELETE", f"/images/{_id(image)}", params=params, idempotent=dry_run)
         return parse_response(WithdrawalView, response)
 
-    def generations(self, image: UUID | ImageView, *, page_size: int = 100) -> Iterator[OutputView]:
+    def generations(self, image: Id | ImageView, *, page_size: int = 100) -> Iterator[OutputView]:
         """Yield your outputs that used this image, also after its deletion."""
         return self._connection.iterate_pages(OutputView, f"/images/{_id(image)}/generations", {"limit": page_size})
 
-    def content(self, image: UUID | ImageView) -> bytes:
+    def content(self, image: Id | ImageView) -> bytes:
         """Return the stored file as bytes: upright, sRGB, without metadata."""
         return self._connection.send("GET", f"/images/{_id(image)}/content").content
 
@@ -128,7 +128,7 @@ class Images:
         download.download_file(self._connection, f"/images/{_id(image)}/content", target, size_bytes=image.size_bytes)
 
 
-def _id(image: UUID | ImageView) -> UUID:
+def _id(image: Id | ImageView) -> UUID:
     return id_of(image, ImageView)
 
 

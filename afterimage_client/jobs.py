@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import httpx
 from httpx_sse import EventSource
 
-from afterimage_client.connection import Connection, id_of, parse_response
+from afterimage_client.connection import Connection, Id, id_of, parse_response
 from afterimage_client.errors import InvalidInputError, TooManyStreamsError, WaitTimeoutError
 from shared.contracts.generation import DryRunView, GenerateRequest, RagGenerateRequest
 from shared.contracts.jobs import (
@@ -77,7 +77,7 @@ class Jobs:
         """Return the parameters that the request would run with, every default resolved; nothing is queued."""
         return parse_response(DryRunView, self._post(request.model_copy(update={"dry_run": True}), None))
 
-    def get(self, job: UUID | JobView) -> JobView:
+    def get(self, job: Id | JobView) -> JobView:
         """Return the current state of a job."""
         return self._connection.get(JobView, f"/jobs/{_id(job)}")
 
@@ -102,7 +102,7 @@ class Jobs:
 
     def wait(
         self,
-        job: UUID | JobView,
+        job: Id | JobView,
         *,
         timeout_s: float | None = None,
         on_update: Callable[[Update], object] | None = None,
@@ -119,7 +119,7 @@ class Jobs:
                 on_update(update)
         return self.get(job)
 
-    def follow(self, job: UUID | JobView, *, timeout_s: float | None = None) -> Iterator[Update]:
+    def follow(self, job: Id | JobView, *, timeout_s: float | None = None) -> Iterator[Update]:
         """Yield the updates of a job until it has ended.
 
         They come from the event stream, which is resumed after the last update when it breaks. If the service has no
@@ -139,7 +139,7 @@ class Jobs:
         if not last.state.is_final:
             yield from self._updates_from_polls(_id(job), after=last.seq, until=deadline)
 
-    def events(self, job: UUID | JobView, *, after: int = 0) -> Iterator[EventView | Progress | Preview]:
+    def events(self, job: Id | JobView, *, after: int = 0) -> Iterator[EventView | Progress | Preview]:
         """Yield the job's events after number `after`, live until it has ended, and its steps and previews.
 
         Raises:
@@ -149,7 +149,7 @@ class Jobs:
             if event is not None:
                 yield event
 
-    def cancel(self, job: UUID | JobView) -> JobView:
+    def cancel(self, job: Id | JobView) -> JobView:
         """Cancel a job; for a canceled job this changes nothing.
 
         Raises:
@@ -157,7 +157,7 @@ class Jobs:
         """
         return self._connection.post(JobView, f"/jobs/{_id(job)}/cancel")
 
-    def retry(self, job: UUID | JobView) -> JobView:
+    def retry(self, job: Id | JobView) -> JobView:
         """Create a new job from one that ended without success.
 
         A request without an answer is not sent again, because that could create two jobs.
@@ -167,7 +167,7 @@ class Jobs:
         """
         return self._connection.post(JobView, f"/jobs/{_id(job)}/retry", idempotent=False)
 
-    def delete(self, job: UUID | JobView) -> None:
+    def delete(self, job: Id | JobView) -> None:
         """Delete an ended job with its outputs."""
         self._connection.delete(f"/jobs/{_id(job)}")
 
@@ -268,5 +268,5 @@ def _state_after(event: EventType, before: JobState) -> JobState:
             return before
 
 
-def _id(job: UUID | JobView) -> UUID:
+def _id(job: Id | JobView) -> UUID:
     return id_of(job, JobView)

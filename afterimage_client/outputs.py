@@ -1,15 +1,17 @@
 """Outputs: the images that jobs generated."""
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from uuid import UUID, uuid4
 
 from afterimage_client import download
-from afterimage_client.connection import Connection, id_of
+from afterimage_client.connection import Connection, Id, id_of, parse_response
 from shared.contracts.bulks import BulkOutput
+from shared.contracts.generation import Mode
 from shared.contracts.images import ImageView
 from shared.contracts.jobs import JobView, OutputView
-from shared.contracts.outputs import RememberRequest
+from shared.contracts.outputs import OutputPatch, RememberRequest
 
 
 class Outputs:
@@ -18,15 +20,51 @@ class Outputs:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def get(self, output: UUID | OutputView | BulkOutput) -> OutputView:
+    def get(self, output: Id | OutputView | BulkOutput) -> OutputView:
         return self._connection.get(OutputView, f"/generations/{_id(output)}")
 
-    def list(self, *, reference_id: UUID | None = None, page_size: int = 100) -> Iterator[OutputView]:
-        """Yield your outputs, newest first; with `reference_id` only those that used this corpus image."""
-        query = {"reference_id": reference_id and str(reference_id), "limit": page_size}
+    def list(
+        self,
+        *,
+        words: str | None = None,
+        model: str | None = None,
+        mode: Mode | None = None,
+        favourite: bool | None = None,
+        reference_id: UUID | None = None,
+        job_id: UUID | None = None,
+        bulk_id: UUID | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        page_size: int = 100,
+    ) -> Iterator[OutputView]:
+        """Yield your outputs, newest first.
+
+        Args:
+            words: the prompt has each of these words.
+            reference_id: they used this image of the corpus.
+            favourite: `True`: only favourites; `False`: only the others.
+            created_after, created_before: with a time zone.
+        """
+        query = {
+            "words": words,
+            "model": model,
+            "mode": mode,
+            "favourite": favourite,
+            "reference_id": reference_id and str(reference_id),
+            "job_id": job_id and str(job_id),
+            "bulk_id": bulk_id and str(bulk_id),
+            "created_after": created_after and created_after.isoformat(),
+            "created_before": created_before and created_before.isoformat(),
+            "limit": page_size,
+        }
         return self._connection.iterate_pages(OutputView, "/generations", query)
 
-    def content(self, output: UUID | OutputView | BulkOutput) -> bytes:
+    def change(self, output: Id | OutputView | BulkOutput, patch: OutputPatch) -> OutputView:
+        """Change the fields of an output that `patch` sets: whether it is a favourite."""
+        body = patch.model_dump(mode="json", exclude_unset=True)
+        return parse_response(OutputView, self._connection.send("PATCH", f"/generations/{_id(output)}", json=body))
+
+    def content(self, output: Id | OutputView | BulkOutput) -> bytes:
         """Return the file as bytes; if an object names the output, its digest is checked.
 
         Raises:
@@ -47,7 +85,7 @@ class Outputs:
         path = f"/generations/{_id(output)}/content"
         download.download_file(self._connection, path, target, sha256=output.sha256, size_bytes=output.size_bytes)
 
-    def replay(self, output: UUID | OutputView | BulkOutput, *, idempotency_key: str | None = None) -> JobView:
+    def replay(self, output: Id | OutputView | BulkOutput, *, idempotency_key: str | None = None) -> JobView:
         """Queue a job that generates the output again from its record. The `replay` of its output is the comparison.
 
         idempotency_key: as in `Jobs.submit`.
@@ -61,7 +99,7 @@ class Outputs:
 
     def remember(
         self,
-        output: UUID | OutputView | BulkOutput,
+        output: Id | OutputView | BulkOutput,
         request: RememberRequest | None = None,
         *,
         idempotency_key: str | None = None,
@@ -81,10 +119,10 @@ class Outputs:
         path = f"/generations/{_id(output)}/remember"
         return self._connection.post(ImageView, path, json=body, headers=headers, timeout=timeout)
 
-    def delete(self, output: UUID | OutputView | BulkOutput) -> None:
+    def delete(self, output: Id | OutputView | BulkOutput) -> None:
         """Delete one output, but not its job."""
         self._connection.delete(f"/generations/{_id(output)}")
 
 
-def _id(output: UUID | OutputView | BulkOutput) -> UUID:
+def _id(output: Id | OutputView | BulkOutput) -> UUID:
     return id_of(output, OutputView, BulkOutput)

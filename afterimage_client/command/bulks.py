@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from itertools import islice
-from uuid import UUID
 
 import click
 
@@ -56,7 +55,7 @@ def list_bulks(context: Context, *, state: str | None, limit: int) -> int:
 @with_service
 def wait(context: Context, *, bulk_id: str, timeout: float | None) -> int:
     """Wait until a bulk has ended."""
-    found = context.service.bulks.get(bulk_id)  # type: ignore[arg-type]  # a text is checked there
+    found = context.service.bulks.get(bulk_id)
     if context.shows_progress:
         with click.progressbar(length=max(1, found.total), label="bulk", file=sys.stderr) as bar:
             found = context.service.bulks.wait(
@@ -69,12 +68,12 @@ def wait(context: Context, *, bulk_id: str, timeout: float | None) -> int:
     return ExitCode.INCOMPLETE if failed else ExitCode.DONE
 
 
-def _add(name: str, help: str, call: Callable[[Bulks, UUID], BulkView]) -> None:  # noqa: A002 - click's word
+def _add(name: str, help: str, call: Callable[[Bulks, str], BulkView]) -> None:  # noqa: A002 - click's word
     @bulk.command(name, help=help)
     @click.argument("bulk_id")
     @with_service
     def command(context: Context, *, bulk_id: str) -> int:
-        found = call(context.service.bulks, bulk_id)  # type: ignore[arg-type]
+        found = call(context.service.bulks, bulk_id)
         context.result(found, *_describe(found))
         return ExitCode.DONE
 

@@ -41,7 +41,7 @@ def list_jobs(context: Context, *, state: str | None, limit: int) -> int:
 @with_service
 def show(context: Context, *, job_id: str) -> int:
     """Show a job, its references and its outputs."""
-    job = context.service.jobs.get(job_id)  # type: ignore[arg-type]  # a text is checked there
+    job = context.service.jobs.get(job_id)
     context.result(job, *describe(job))
     return ExitCode.DONE
 
@@ -53,7 +53,7 @@ def show(context: Context, *, job_id: str) -> int:
 @with_service
 def wait(context: Context, *, job_id: str, out: Path | None, timeout: float | None) -> int:
     """Wait until a job has ended, and save its images with --out."""
-    job = context.service.jobs.get(job_id)  # type: ignore[arg-type]
+    job = context.service.jobs.get(job_id)
     return wait_and_save(context, job, out, timeout_s=timeout)
 
 
@@ -62,7 +62,7 @@ def wait(context: Context, *, job_id: str, out: Path | None, timeout: float | No
 @with_service
 def cancel(context: Context, *, job_id: str) -> int:
     """Cancel a job."""
-    job = context.service.jobs.cancel(job_id)  # type: ignore[arg-type]
+    job = context.service.jobs.cancel(job_id)
     context.result(job, f"{job.id} {job.state.value}")
     return ExitCode.DONE
 
@@ -72,7 +72,7 @@ def cancel(context: Context, *, job_id: str) -> int:
 @with_service
 def retry(context: Context, *, job_id: str) -> int:
     """Create a new job from one that ended without success, and print its id."""
-    job = context.service.jobs.retry(job_id)  # type: ignore[arg-type]
+    job = context.service.jobs.retry(job_id)
     context.result(job, str(job.id))
     return ExitCode.DONE
 

@@ -13,7 +13,7 @@ from api_service.routes.generation import idempotency_key, submit_response
 from shared.contracts.common import Contract, ImageFormat, Page
 from shared.contracts.images import ImageView
 from shared.contracts.jobs import JobView, OutputView
-from shared.contracts.outputs import OutputQuery, RememberRequest
+from shared.contracts.outputs import OutputPatch, OutputQuery, RememberRequest
 
 outputs = ApiBlueprint(
     "outputs",
@@ -37,6 +37,15 @@ def list_generations(query: OutputQuery) -> Page[OutputView]:
 def get_generation(path: OutputPath) -> OutputView:
     """Get a generated image, with all data that determined its pixels"""
     return services.outputs.get(path.generation_id, caller=g.caller)
+
+
+@outputs.patch("/<generation_id>", operation_id="changeGeneration", responses={200: OutputView})
+def change_generation(path: OutputPath, body: OutputPatch) -> OutputView:
+    """Mark a generated image as a favourite, or end that
+
+    `GET /generations?favourite=true` lists the favourites.
+    """
+    return services.outputs.change(path.generation_id, body, caller=g.caller)
 
 
 @outputs.get("/<generation_id>/content", operation_id="getGenerationContent")

@@ -34,6 +34,7 @@ def get_content(path: ReferenceImagePath) -> Response:
         media_type=ImageFormat(row.format).media_type,
         size_bytes=row.size_bytes,
         filename=f"{row.id}.{row.format}",
+        may_go=True,
     )
 
 
@@ -41,4 +42,6 @@ def get_content(path: ReferenceImagePath) -> Response:
 def get_thumbnail(path: ReferenceImagePath) -> Response:
     """Download a thumbnail (WebP)"""
     row = services.reference_images.get_row(path.reference_id, caller=g.caller)
-    return responses.thumbnail(row.thumbnail_key, sha256=PurePath(row.thumbnail_key).stem, name=str(row.id))
+    return responses.thumbnail(
+        row.thumbnail_key, sha256=PurePath(row.thumbnail_key).stem, name=str(row.id), may_go=True
+    )

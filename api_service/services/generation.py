@@ -59,6 +59,7 @@ from shared.errors import (
 )
 from shared.imaging import DecodedImage, UploadDecoder
 from shared.messaging.coalesce import dispatch_soon
+from shared.messaging.job_updates import publish_job_update
 from shared.retrieval import resolve_gate
 from shared.settings import GeneratorSettings, Settings, get_settings
 from shared.ssrf import check_url
@@ -377,6 +378,7 @@ def _dispatch(view: JobView) -> Submitted:
     bind_contextvars(job_id=str(view.id))
     metrics.increment_counter(metrics.JOBS_SUBMITTED, labels={"kind": view.kind})
     dispatch_soon(view.model)
+    publish_job_update(view.id)  # for pages that show the queue
     return Submitted(view)
 
 

@@ -6,26 +6,24 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from uuid import UUID
 
-import orjson
 from flask import Response
 
 from api_service.http import responses
 from api_service.http.auth import Caller
 from api_service.http.concurrency import active_requests, waiter_slots
+from api_service.http.event_streams import HEARTBEAT, HEARTBEAT_S, sse_message, stream_response
 from api_service.services import views
 from api_service.services.job_waits import JobWait, job_reader
 from api_service.services.jobs import get as get_job
 from shared.contracts.jobs import EventView, JobState, JobView
 from shared.db import jobs
 from shared.db.session import session_scope
-from shared.errors import DatabaseConnectionError, ResourceNotFoundError, TooManyStreamsError
+from shared.errors import DatabaseConnectionError, ResourceNotFoundError
 from shared.messaging.job_updates import close_subscriber, subscriber
 from shared.settings import get_settings
 
-HEARTBEAT_S = 15.0
 RECONNECT_MS = 2000
 
 
@@ -91,15 +89,7 @@ def event_stream(job_id: UUID, *, caller: Caller, after: int) -> Response:
     view = get_job(job_id, caller=caller)
     if view.state.is_final and view.seq <= after:
         return responses.no_content()
-    slots = waiter_slots()
-    if not slots.take(caller.owner_id):
-        raise TooManyStreamsError
-    response = Response(_stream(job_id, after), content_type="text/event-stream")
-    response.headers["Cache-Control"] = "no-store"
-    response.headers["X-Accel-Buffering"] = "no"
-    # Not in the generator: if it is closed before its first step, its `finally` does not run.
-    response.call_on_close(partial(slots.release, caller.owner_id))
-    return response
+    return stream_response(_stream(job_id, after), owner_id=caller.owner_id)
 
 
 def _stream(job_id: UUID, after: int) -> Iterator[bytes]:
@@ -114,18 +104,18 @@ def _stream(job_id: UUID, after: int) -> Iterator[bytes]:
                 except (DatabaseConnectionError, ResourceNotFoundError):
                     return  # the client reconnects with Last-Event-ID, and gets the error as a response
                 for event in new_events:
-                    yield _sse_message(event.type, event.model_dump(mode="json"), event_id=event.seq)
+                    yield sse_message(event.type, event.model_dump(mode="json"), event_id=event.seq)
                     after = event.seq
                 if ended:
                     return
             remaining_s = min(heartbeat_at, ends_at) - time.monotonic()
             changed, progress, previews = watch.wait(max(remaining_s, 0))
             for preview in previews:
-                yield _sse_message("preview", preview.model_dump())
+                yield sse_message("preview", preview.model_dump())
             if progress is not None:
-                yield _sse_message("progress", progress.model_dump())
+                yield sse_message("progress", progress.model_dump())
             if time.monotonic() >= heartbeat_at:
-                yield b": still here\n\n"
+                yield HEARTBEAT
                 heartbeat_at = time.monotonic() + HEARTBEAT_S
 
 
@@ -138,8 +128,3 @@ def _new_events(job_id: UUID, after: int) -> tuple[list[EventView], bool]:
     if state is None:
         raise ResourceNotFoundError
     return new, JobState(state).is_final
-
-
-def _sse_message(name: str, data: object, *, event_id: int | None = None) -> bytes:
-    id_line = b"" if event_id is None else b"id: %d\n" % event_id
-    return b"%sevent: %s\ndata: %s\n\n" % (id_line, name.encode(), orjson.dumps(data))

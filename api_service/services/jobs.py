@@ -6,7 +6,7 @@ from api_service.http.auth import Caller
 from api_service.services import views
 from shared.contracts.admin import AuditAction
 from shared.contracts.common import Page
-from shared.contracts.jobs import JobQuery, JobState, JobView
+from shared.contracts.jobs import EventView, JobQuery, JobState, JobView
 from shared.db import audit, jobs, outputs
 from shared.db.session import session_scope
 from shared.errors import JobStateError
@@ -25,15 +25,34 @@ def get(job_id: UUID, *, caller: Caller) -> JobView:
         return views.job(session, row, progress=subscriber().latest_progress(job_id))
 
 
-def list_page(query: JobQuery, *, caller: Caller) -> Page[JobView]:
+def list_page(query: JobQuery, *, caller: Caller, with_positions: bool = False) -> Page[JobView]:
     """Return a page of the caller's jobs, newest first.
+
+    with_positions: also the queue position of each queued job, which takes a query each.
 
     Raises:
         InvalidCursorError: the cursor was not issued by this service.
     """
     with session_scope() as session:
         rows, next_cursor = jobs.list_page(session, query, owner_id=caller.owner_id)
-        return Page(items=views.jobs(session, rows), next_cursor=next_cursor)
+        items = views.jobs(session, rows)
+        if with_positions:
+            items = [
+                views.with_queue_position(session, row, view) if view.state is JobState.QUEUED else view
+                for row, view in zip(rows, items, strict=True)
+            ]
+        return Page(items=items, next_cursor=next_cursor)
+
+
+def list_events(job_id: UUID, *, caller: Caller) -> list[EventView]:
+    """Return the events of a job, in order.
+
+    Raises:
+        ResourceNotFoundError: the caller has no job with this id.
+    """
+    with session_scope() as session:
+        jobs.get(session, job_id, owner_id=caller.owner_id)
+        return [views.event(row) for row in jobs.list_events(session, job_id, after=0)]
 
 
 def cancel(job_id: UUID, *, caller: Caller) -> JobView:

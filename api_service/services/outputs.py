@@ -1,5 +1,6 @@
 """Use cases of outputs, the generated images: list, read, remember and delete."""
 
+import base64
 import hashlib
 from dataclasses import dataclass
 from typing import Any, Self
@@ -8,14 +9,15 @@ from uuid import UUID
 from api_service.http.auth import Caller
 from api_service.http.concurrency import decoding
 from api_service.http.multipart import SentFile
-from api_service.services import images, views
+from api_service.services import images, search, views
 from api_service.services.collections import ensure_collection
 from api_service.services.stored_blobs import session_for_rows_of
 from shared.contracts.admin import AuditAction
 from shared.contracts.common import Page
 from shared.contracts.images import ImageDescription, ImageView
 from shared.contracts.jobs import OutputView
-from shared.contracts.outputs import OutputQuery, RememberRequest
+from shared.contracts.outputs import OutputPatch, OutputQuery, RememberRequest
+from shared.contracts.search import SearchMode, SearchRequest, SearchResponse
 from shared.db import audit, collections, idempotency, outputs, withdrawals
 from shared.db.session import session_scope
 from shared.db.tables import Output
@@ -25,6 +27,8 @@ from shared.storage import get_blobs
 
 REMEMBER_ROUTE = "remember"
 """Name under which the idempotency keys of `remember` are stored."""
+MAX_LIKE = 100
+"""Largest number of images of the corpus that a search by a picture compares with outputs."""
 GENERATION_ATTRIBUTE = "generation_id"
 """Attribute of a remembered image: the id of its output."""
 
@@ -79,6 +83,40 @@ def get_row(generation_id: UUID, *, caller: Caller) -> Output:
     """
     with session_scope() as session:
         return outputs.get(session, generation_id, owner_id=caller.owner_id)
+
+
+def find_like(picture: bytes, *, caller: Caller, decoder: UploadDecoder) -> list[OutputView]:
+    """Return the caller's outputs with this file, then outputs that look like it, most similar first.
+
+    Only outputs that are images of the collection `shared` can be found by their look: no other output has a vector.
+    Without the scope `search`, only the file itself is found.
+
+    Raises:
+        InvalidImageError: the file is not an image that the service accepts.
+        EmbeddingUnavailableError: no embed worker answered in time.
+        DecoderBusyError: too many images are being decoded at once.
+    """
+    digests = [hashlib.sha256(picture).hexdigest()]
+    if "search" in caller.scopes:
+        request = SearchRequest(image=base64.b64encode(picture).decode(), mode=SearchMode.VECTOR, k=MAX_LIKE)
+        answer = search.search_images(request, caller=caller, decoder=decoder)
+        digests += [each.sha256 for each in SearchResponse.model_validate_json(answer).results]
+    with session_scope() as session:
+        rows = outputs.list_by_digest(session, digests, owner_id=caller.owner_id)
+        return views.outputs_of(session, sorted(rows, key=lambda row: digests.index(row.sha256)))
+
+
+def change(generation_id: UUID, patch: OutputPatch, *, caller: Caller) -> OutputView:
+    """Mark an output as a favourite of its owner, or end that.
+
+    Raises:
+        ResourceNotFoundError: the caller has no output with this id.
+        OutputWithdrawnError: the output was withdrawn.
+    """
+    with session_scope() as session:
+        row = outputs.get(session, generation_id, owner_id=caller.owner_id, lock=True)
+        row.favourite = patch.favourite
+        return views.outputs_of(session, [row])[0]
 
 
 def remember(

@@ -14,7 +14,7 @@ from api_service.http.concurrency import decoding
 from api_service.services.stored_blobs import NewBlob
 from shared.contracts.common import ImageFormat
 from shared.contracts.generation import ResolvedReferenceImage, SentReferenceImage
-from shared.db import reference_images
+from shared.db import reference_images, withdrawals
 from shared.db.session import session_scope
 from shared.db.tables import ReferenceImage
 from shared.errors import InvalidImageError, ReferenceUnavailableError
@@ -56,7 +56,14 @@ def new_blobs(decoded: Sequence[DecodedImage]) -> dict[str, NewBlob]:
 
 
 def add(session: Session, decoded: Sequence[DecodedImage], *, job_id: UUID) -> None:
-    """Add the rows of the pictures of a job."""
+    """Add the rows of the pictures of a job.
+
+    Raises:
+        ReferenceUnavailableError: a picture is an output that was withdrawn.
+    """
+    if not decoded:
+        return
+    withdrawals.delay_withdrawals(session)
     session.add_all(
         ReferenceImage(
             id=uuid4(),
@@ -72,6 +79,17 @@ def add(session: Session, decoded: Sequence[DecodedImage], *, job_id: UUID) -> N
         )
         for position, image in enumerate(decoded)
     )
+    session.flush()  # the next statement reads the rows
+    withdrawals.record_sources_of_pictures(session, job_id)
+    _refuse_withdrawn(session, job_id)
+
+
+def _refuse_withdrawn(session: Session, job_id: UUID) -> None:
+    withdrawn = withdrawals.withdrawn_pictures(session, job_id)
+    if withdrawn:
+        raise ReferenceUnavailableError(
+            "A picture of the request is an output that was withdrawn.", image_ids=[str(each) for each in withdrawn]
+        )
 
 
 def copy(session: Session, *, from_job_id: UUID, to_job_id: UUID, only: Sequence[UUID] | None = None) -> None:
@@ -80,9 +98,12 @@ def copy(session: Session, *, from_job_id: UUID, to_job_id: UUID, only: Sequence
     only: ids of the pictures to copy, in order; `None`: all.
 
     Raises:
-        ReferenceUnavailableError: a picture does not exist any more.
+        ReferenceUnavailableError: a picture does not exist any more, or is an output that was withdrawn.
     """
     pictures = reference_images.lock_by_job(session, from_job_id)
+    if pictures:
+        withdrawals.delay_withdrawals(session)
+        _refuse_withdrawn(session, from_job_id)
     if only is not None:
         by_id = {picture.id: picture for picture in pictures}
         missing = [str(reference_id) for reference_id in only if reference_id not in by_id]
@@ -97,6 +118,7 @@ def get_row(reference_id: UUID, *, caller: Caller) -> ReferenceImage:
 
     Raises:
         ResourceNotFoundError: no job of the caller has a picture with this id.
+        OutputWithdrawnError: it is an output that was withdrawn.
     """
     with session_scope() as session:
         return reference_images.get(session, reference_id, owner_id=caller.owner_id)

@@ -57,9 +57,14 @@ def job(session: Session, row: Job, *, progress: Progress | None = None) -> JobV
     """Return a job with its outputs, its queue position and its progress."""
     view = jobs(session, [row])[0]
     if view.state is JobState.QUEUED:
-        ahead = queue_position.queue_position(session, row)
-        return view.model_copy(update=_queue_fields(session, row, jobs_ahead=ahead))
+        return with_queue_position(session, row, view)
     return view.model_copy(update={"progress": progress}) if view.state is JobState.PROCESSING else view
+
+
+def with_queue_position(session: Session, row: Job, view: JobView) -> JobView:
+    """Return the view of a queued job with its queue position and its estimated start."""
+    ahead = queue_position.queue_position(session, row)
+    return view.model_copy(update=_queue_fields(session, row, jobs_ahead=ahead))
 
 
 def new_job(session: Session, row: Job, *, jobs_ahead: int) -> JobView:
@@ -184,6 +189,7 @@ def _output(row: Output, references: Sequence[OutputReference], withdrawal: With
         format=ImageFormat(row.format),
         size_bytes=row.size_bytes,
         sha256=row.sha256,
+        favourite=row.favourite,
         created_at=row.created_at,
         content_url=api_address(f"/generations/{row.id}/content") if stands else None,
         thumbnail_url=api_address(f"/generations/{row.id}/thumbnail") if stands else None,

@@ -13,7 +13,7 @@ from api_service.studio.collections import studio_collections
 from api_service.studio.corpus import studio_corpus
 from api_service.studio.gallery import studio_gallery
 from api_service.studio.generation import studio_generation
-from api_service.studio.pages import by_concept, mode_words, next_page_query, pretty_json, render_error
+from api_service.studio.pages import by_concept, mode_words, next_page_query, pretty_json, render_error, tags_text
 from api_service.studio.queue import studio_queue
 from api_service.studio.search import studio_search
 from api_service.studio.sign_in import studio
@@ -32,6 +32,7 @@ def register(app: Flask) -> None:
     app.add_template_global(lambda: uuid4().hex, "random_key")
     app.add_template_filter(pretty_json)
     app.add_template_filter(mode_words)
+    app.add_template_filter(tags_text)
     app.after_request(_render_not_found)
 
 

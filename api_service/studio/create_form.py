@@ -47,6 +47,8 @@ REQUEST_FIELDS = (
 )
 SEARCH_ONLY_FIELDS = ("concepts", "split_prompt", "avoid", "avoid_ids")
 """Fields about a search. A request with chosen references has none."""
+LORA_FIELD = "lora."
+"""Beginning of the fields with the scale of a LoRA; the name of the LoRA follows."""
 PREVIEW_EVERY = 4
 MAX_PICTURES = 16
 
@@ -72,6 +74,7 @@ def request_of_form(*, with_plan: bool = True) -> RagGenerateRequest:
     values["concepts"] = [{"text": text} for text in concepts or ()]
     values["split_prompt"] = concepts is not None
     values["avoid"], values["avoid_ids"] = sent_lines(form, "avoid"), form.getlist("avoid_ids")
+    values["loras"] = _sent_loras(form)
     choices, pictures = Choices.of(form), _pictures()
     if choices.changes_plan or pictures:
         values["reference_ids"] = choices.references(form)
@@ -85,6 +88,12 @@ def request_of_form(*, with_plan: bool = True) -> RagGenerateRequest:
         values = {name: value for name, value in values.items() if name not in REFERENCE_FIELDS}
         values["plan"] = form["plan"]
     return requests.parse_form(RagGenerateRequest, {"preview_every": PREVIEW_EVERY, **values})
+
+
+def _sent_loras(form: "MultiDict[str, str]") -> dict[str, str]:
+    """Return the scale of each LoRA that the form uses, as it was typed."""
+    sent = {name.removeprefix(LORA_FIELD): scale for name, scale in form.items() if name.startswith(LORA_FIELD)}
+    return {name: scale for name, scale in sent.items() if scale.strip()}
 
 
 def _pictures() -> list[bytes]:

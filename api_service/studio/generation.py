@@ -13,6 +13,7 @@ from werkzeug.datastructures import MultiDict
 from api_service import services
 from api_service.studio.choices import Choices
 from api_service.studio.create_form import (
+    LORA_FIELD,
     REQUEST_FIELDS,
     as_curl,
     as_python,
@@ -21,11 +22,18 @@ from api_service.studio.create_form import (
     request_of_form,
 )
 from api_service.studio.pages import page_blueprint, redirect_to, render_page, show_errors_on, wants_fragment
-from api_service.studio.search import ShownReferences, avoided_images, pinned_images, shown_references
+from api_service.studio.search import (
+    ShownReferences,
+    avoided_images,
+    found_memories,
+    pinned_images,
+    shown_references,
+)
 from shared.capabilities import supports
 from shared.concepts import split_prompt
 from shared.contracts.generation import DryRunView, GenerationParameters, Mode, PinnedReference, RagGenerateRequest
 from shared.contracts.jobs import JobQuery, JobState
+from shared.contracts.search import SearchResponse
 from shared.contracts.service import ModelView
 from shared.errors import BaseAppException, ValidationError
 
@@ -43,6 +51,7 @@ def create() -> Response:
 def _create_page(form: "MultiDict[str, str]", *, pictures: int = 0) -> Response:
     """form: the values of the form's fields. pictures: number of pictures that were sent with it."""
     models = services.status.models().models
+    found, not_found_because = _found_memories(form)
     return render_page(
         "create",
         active="create",
@@ -53,9 +62,12 @@ def _create_page(form: "MultiDict[str, str]", *, pictures: int = 0) -> Response:
         unable_to_avoid=[
             each.name for each in models if each.capabilities and not each.capabilities.supports_negative_prompt
         ],
+        loras=_models_by_lora(models),
         recent=services.jobs.list_page(JobQuery(limit=RECENT_JOBS), caller=g.caller).items,
         places=services.status.places_before_model(),
         shown=_shown_references(form, pictures=pictures),
+        found=found,
+        not_found_because=not_found_because,
         outputs=named_outputs(form),
     )
 
@@ -70,6 +82,14 @@ def _shown_references(form: "MultiDict[str, str]", *, pictures: int) -> ShownRef
         # The form stays usable: the job can be submitted, or the wrong field changed.
         pinned, avoided = pinned_images(form), avoided_images(form)
         return ShownReferences(Choices.of(form), pinned=pinned, avoided=avoided, problem=_reason(error))
+
+
+def _found_memories(form: "MultiDict[str, str]") -> tuple[SearchResponse | None, str | None]:
+    """Return the images that the form searches, and the reason why they cannot be shown."""
+    try:
+        return (found_memories(form) if "search" in g.caller.scopes else None), None
+    except BaseAppException as error:
+        return None, _reason(error)
 
 
 def _reason(error: BaseAppException) -> str:
@@ -89,6 +109,15 @@ def _models_by_unable_mode(models: Sequence[ModelView]) -> dict[str, list[str]]:
         mode.value: [each.name for each in models if each.capabilities and not supports(each.capabilities, mode)]
         for mode in Mode
     }
+
+
+def _models_by_lora(models: Sequence[ModelView]) -> dict[str, list[str]]:
+    """Return every LoRA with the names of the models that have it."""
+    by_lora: dict[str, list[str]] = {}
+    for model in models:
+        for name in model.capabilities.loras if model.capabilities else []:
+            by_lora.setdefault(name, []).append(model.name)
+    return by_lora
 
 
 @studio_generation.post("/")
@@ -145,7 +174,8 @@ def job(job_id: UUID) -> Response:
     view = services.jobs.get(job_id, caller=g.caller)
     places = services.status.places_before_model() if view.state is JobState.PROCESSING else {}
     create_values = create_values_of(view.parameters)
-    return render_page("job", active="queue", job=view, places=places, create_values=create_values)
+    events = services.jobs.list_events(job_id, caller=g.caller) if view.state.is_final else []
+    return render_page("job", active="queue", job=view, places=places, create_values=create_values, events=events)
 
 
 def create_values_of(recorded: dict[str, Any], references: Sequence[PinnedReference] = ()) -> dict[str, Any]:
@@ -176,6 +206,7 @@ def create_values_of(recorded: dict[str, Any], references: Sequence[PinnedRefere
         "collection": parameters.filter.collection,
         "filter": orjson.dumps(conditions).decode() if conditions else None,
         "pin": [str(each.image_id) for each in pinned],
+        **{f"{LORA_FIELD}{name}": scale for name, scale in parameters.loras.items()},
         **(weights if any(each.weight for each in pinned) else {}),
     }
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlencode
+from uuid import UUID
 
 import orjson
 from flask import Blueprint, Response, g, redirect, render_template, request, url_for
@@ -12,11 +13,13 @@ from werkzeug.datastructures import MultiDict
 
 from api_service.http import problems, requests
 from api_service.http.requests import Model
+from api_service.studio.kept_form import find_kept_form
 from shared.contracts.search import PlannedConcept
 from shared.errors import BaseAppException, DatabaseConnectionError
 from shared.settings import get_settings
 
 IMAGES_PER_PAGE = 48
+MAX_SELECTED = 500
 THEMES = ("light", "dark")
 
 
@@ -72,6 +75,27 @@ def read_form(model: type[Model], values: "MultiDict[str, str]", names: Sequence
     return requests.parse_form(
         model, defaults | requests.field_values(model, filled_fields(values, names), where="form")
     )
+
+
+def selected_ids(most: int = MAX_SELECTED) -> list[UUID]:
+    """Return the ids of the images that the form selects, at most `most`.
+
+    Raises:
+        ValidationError: it selects none or too many, or an id is not valid.
+    """
+    try:
+        selected = [UUID(each) for each in dict.fromkeys(request.form.getlist("selected"))]
+    except ValueError:
+        raise problems.field_error("form.selected", "uuid_parsing", "Must be the id of an image.") from None
+    if not 1 <= len(selected) <= most:
+        raise problems.field_error("form.selected", "length", f"Select 1 to {most} images first.")
+    return selected
+
+
+def tags_text(tags: Sequence[str]) -> str:
+    """Return tags as a form's field shows them: between commas, or as JSON if a tag has a comma."""
+    text = ", ".join(tags)
+    return text if requests.split_tags([text]) == list(tags) else orjson.dumps(tags).decode()
 
 
 def pretty_json(record: Any) -> str:
@@ -136,7 +160,9 @@ def render_error(response: Response) -> Response:
     if response.status_code == HTTPStatus.UNAUTHORIZED and not wants_fragment():
         return redirect_to("studio.sign_in")
     g.problem = response.get_json(force=True)
-    page = _form_page() or render_page("problem", active="")
+    without_database = g.problem["code"] == DatabaseConnectionError.code
+    kept = find_kept_form() if without_database and not wants_fragment() else None
+    page = _form_page() or render_page("problem", active="", kept=kept)
     response.set_data(page.get_data())
     response.headers.update(page.headers)
     return response

@@ -34,6 +34,35 @@ MAX_PINNED, MAX_AVOIDED = 16, 64
 SEARCH_FIELDS = ("query", "k", "threshold", "image_id", "diversity", "collection", "mode")
 
 
+MAX_FOUND = 12
+
+
+@studio_search.get("/memories")
+def memories() -> Response:
+    """Show the images of the corpus for the words in `find`: a part of the page `create`."""
+    return render_page("memories", active="create", form=request.args, found=found_memories(request.args))
+
+
+def found_memories(form: "MultiDict[str, str]") -> SearchResponse | None:
+    """Search the form's collection for its field `find`, without pinned images; `None`: it has no words.
+
+    Raises:
+        EmbeddingUnavailableError: no embed worker answered in time.
+        ValidationError: a value of the form is not valid.
+    """
+    sent = filled_fields(form, ("find",))
+    if not sent:
+        return None
+    values = {"query": sent["find"], "k": MAX_FOUND, "filter": sent_filter(form)}
+    found = SearchResponse.model_validate_json(
+        services.search.search_images(
+            requests.parse_form(SearchRequest, values), caller=g.caller, decoder=current_app.extensions["decoder"]
+        )
+    )
+    pinned = form.getlist("pin")
+    return found.model_copy(update={"results": [each for each in found.results if str(each.image_id) not in pinned]})
+
+
 @studio_search.get("/references")
 def references() -> Response:
     """Show the references for the prompt: the part of the page `create` that follows it."""

@@ -41,7 +41,7 @@ def sign_out() -> Response:
     _check_origin()
     response = redirect_to("studio.sign_in")
     response.delete_cookie(cookie_name(request), **_cookie_options())
-    response.headers["Clear-Site-Data"] = '"cache"'  # browsers cache images for a long time
+    response.headers["Clear-Site-Data"] = '"cache", "storage"'  # images, and recent prompts
     return response
 
 

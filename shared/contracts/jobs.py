@@ -153,6 +153,7 @@ class OutputView(Contract):
     format: str
     size_bytes: int
     sha256: str
+    favourite: bool = Field(False, description="whether its owner marked it as one to find again")
     created_at: datetime
     content_url: str | None = Field(description="`null`: the output was withdrawn")
     thumbnail_url: str | None = Field(description="`null`: the output was withdrawn")

@@ -17,10 +17,17 @@ class OutputQuery(PageQuery):
     )
     model: Name | None = Field(None, description="only outputs of this model")
     mode: Mode | None = Field(None, description="only outputs that were drawn in this mode; never `auto`")
+    favourite: bool | None = Field(None, description="`true`: only favourites; `false`: only the others")
     job_id: UUID | None = Field(None, description="only outputs of this job")
     bulk_id: UUID | None = Field(None, description="only outputs of this bulk")
     created_after: QueryMoment | None = None
     created_before: QueryMoment | None = None
+
+
+class OutputPatch(Contract):
+    """The fields of an output that its owner may change."""
+
+    favourite: bool = Field(description="whether the owner marks it as one to find again")
 
 
 class RememberRequest(Contract):

@@ -52,6 +52,14 @@ def list_references(session: Session, generation_ids: Sequence[UUID]) -> dict[UU
     return references
 
 
+def list_by_digest(session: Session, digests: Sequence[str], *, owner_id: UUID) -> list[Output]:
+    """An owner's outputs whose files have one of these SHA-256 digests, newest first. Withdrawn ones are left out."""
+    statement = select(Output).where(
+        Output.owner_id == owner_id, Output.sha256.in_(digests), ~withdrawals.is_withdrawn(Output.id)
+    )
+    return list(session.scalars(statement.order_by(Output.created_at.desc(), Output.id.desc())))
+
+
 def list_page(session: Session, query: OutputQuery, *, owner_id: UUID) -> tuple[list[Output], str | None]:
     """A page of an owner's outputs, newest first, and the cursor of the next page.
 
@@ -68,6 +76,8 @@ def _conditions(query: OutputQuery) -> Iterator[ColumnElement[bool]]:
     if query.reference_id is not None:
         using = select(OutputReference.generation_id).where(OutputReference.image_id == query.reference_id)
         yield Output.id.in_(using)
+    if query.favourite is not None:
+        yield Output.favourite.is_(query.favourite)
     if query.job_id is not None:
         yield Output.job_id == query.job_id
     if query.bulk_id is not None:

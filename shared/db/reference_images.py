@@ -7,8 +7,9 @@ from uuid import UUID, uuid4
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from shared.db import withdrawals
 from shared.db.tables import Job, ReferenceImage
-from shared.errors import ResourceNotFoundError
+from shared.errors import OutputWithdrawnError, ResourceNotFoundError
 
 FILE_COLUMNS = ("sha256", "blob_key", "thumbnail_key", "format", "width", "height", "size_bytes")
 
@@ -18,6 +19,7 @@ def get(session: Session, reference_id: UUID, *, owner_id: UUID) -> ReferenceIma
 
     Raises:
         ResourceNotFoundError: the picture does not exist, or its job belongs to another owner.
+        OutputWithdrawnError: it is an output that was withdrawn.
     """
     statement = (
         select(ReferenceImage)
@@ -27,6 +29,8 @@ def get(session: Session, reference_id: UUID, *, owner_id: UUID) -> ReferenceIma
     picture = session.scalar(statement)
     if picture is None:
         raise ResourceNotFoundError("There is no such picture.", reference_id=str(reference_id))
+    if withdrawals.filter_withdrawn(session, [reference_id]):
+        raise OutputWithdrawnError("This picture is an output that was withdrawn.", reference_id=str(reference_id))
     return picture
 
 
@@ -51,12 +55,8 @@ def lock_by_job(session: Session, job_id: UUID) -> list[ReferenceImage]:
 
 def copy(session: Session, pictures: Sequence[ReferenceImage], *, job_id: UUID) -> None:
     """Give another job the same pictures. They share the blobs. pictures: from `lock_by_job`."""
-    session.add_all(
-        ReferenceImage(
-            id=uuid4(),
-            job_id=job_id,
-            position=position,
-            **{name: getattr(picture, name) for name in FILE_COLUMNS},
-        )
-        for position, picture in enumerate(pictures)
-    )
+    for position, picture in enumerate(pictures):
+        columns = {name: getattr(picture, name) for name in FILE_COLUMNS}
+        copied = ReferenceImage(id=uuid4(), job_id=job_id, position=position, **columns)
+        session.add(copied)
+        withdrawals.copy_sources(session, picture.id, to_id=copied.id)

@@ -301,6 +301,7 @@ class Job(HasParameters, Base):
     resolution: Mapped[dict[str, Any] | None]
     safety: Mapped[dict[str, Any] | None]  # decisions of the content policy; None without a policy
     timings: Mapped[dict[str, float]] = mapped_column(server_default="{}")
+    trace_context: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))  # see `shared.tracing`
 
     attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     crashes: Mapped[int] = mapped_column(Integer, server_default=text("0"))
@@ -364,6 +365,7 @@ class Bulk(Base):
     models: Mapped[list[str]] = mapped_column(server_default="{}")  # models that its items name
     announced: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # items that the sender announced
     expires_in_s: Mapped[float | None]
+    trace_context: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))  # of the first request
 
     received_lines: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     digest: Mapped[bytes] = mapped_column(server_default=text("''::bytea"))
@@ -513,10 +515,11 @@ class Output(Base):
     width: Mapped[int] = mapped_column(Integer)
     height: Mapped[int] = mapped_column(Integer)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str]
+    sha256: Mapped[str] = mapped_column(index=True)
     pixels_sha256: Mapped[str]
     provenance: Mapped[dict[str, Any]]
     replay: Mapped[dict[str, Any] | None]  # for a replay: the comparison with the original output
+    favourite: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 

@@ -1,8 +1,8 @@
 """Withdrawn images, and with them every output that drew from one.
 
-An output has no mark of its own: it is withdrawn when one of its references is. So one row hides any number of outputs
-at its commit. A job that loaded the image before also counts, whenever it stores its outputs. See
-docs/decisions/0032-what-happens-to-outputs-when-an-image-is-withdrawn.md.
+An output has no mark of its own: it is withdrawn when one of its references is, an image or a picture of its request.
+So one row hides any number of outputs at its commit. A job that loaded the image before also counts, whenever it stores
+its outputs. See docs/decisions/0032-what-happens-to-outputs-when-an-image-is-withdrawn.md.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,6 +14,7 @@ from sqlalchemy import (
     ARRAY,
     ColumnElement,
     ColumnExpressionArgument,
+    Select,
     Uuid,
     and_,
     cast,
@@ -31,7 +32,7 @@ from shared.contracts.jobs import ReferenceKind
 from shared.db import images
 from shared.db.collections import Principal, access_of, visible_to
 from shared.db.tables import Collection as ImageCollection
-from shared.db.tables import DerivedImage, Image, Output, OutputReference, WithdrawnImage
+from shared.db.tables import DerivedImage, Image, Output, OutputReference, ReferenceImage, WithdrawnImage
 from shared.errors import OutputWithdrawnError
 
 LOCK = "withdrawals"
@@ -62,7 +63,7 @@ def is_withdrawn(generation_id: ColumnExpressionArgument[UUID]) -> ColumnElement
     """The condition that the output with this id is withdrawn."""
     return exists(
         select(WithdrawnImage.image_id)
-        .join(OutputReference, and_(_is_corpus(), OutputReference.image_id == WithdrawnImage.image_id))
+        .join(OutputReference, and_(OutputReference.image_id == WithdrawnImage.image_id, _is_of_its_kind()))
         .where(OutputReference.generation_id == generation_id)
     )
 
@@ -72,7 +73,7 @@ def find(session: Session, generation_ids: Collection[UUID]) -> dict[UUID, Withd
     statement = (
         select(OutputReference.generation_id, WithdrawnImage.created_at, WithdrawnImage.reason)
         .join(WithdrawnImage, WithdrawnImage.image_id == OutputReference.image_id)
-        .where(_is_corpus(), OutputReference.generation_id.in_(generation_ids))
+        .where(_is_of_its_kind(), OutputReference.generation_id.in_(generation_ids))
         .order_by(WithdrawnImage.created_at.desc(), WithdrawnImage.image_id)
     )
     return {generation_id: Withdrawal(at, reason) for generation_id, at, reason in session.execute(statement)}
@@ -94,8 +95,13 @@ def refuse_withdrawn(session: Session, generation_id: UUID) -> None:
         )
 
 
+def is_withdrawn_image(image_id: ColumnExpressionArgument[UUID]) -> ColumnElement[bool]:
+    """The condition that the image or picture with this id is withdrawn."""
+    return exists().where(WithdrawnImage.image_id == image_id)
+
+
 def filter_withdrawn(session: Session, image_ids: Collection[UUID]) -> set[UUID]:
-    """Those of these images that are withdrawn."""
+    """Those of these images and pictures that are withdrawn."""
     return set(session.scalars(select(WithdrawnImage.image_id).where(WithdrawnImage.image_id.in_(image_ids))))
 
 
@@ -108,6 +114,11 @@ def is_known(session: Session, image_id: UUID) -> bool:
 def _is_corpus() -> ColumnElement[bool]:
     """The condition that a reference is an image of the corpus."""
     return OutputReference.kind == ReferenceKind.CORPUS
+
+
+def _is_of_its_kind() -> ColumnElement[bool]:
+    """The condition that a reference can be the withdrawn image: a withdrawal names no picture of a request."""
+    return or_(_is_corpus(), WithdrawnImage.cause_id != WithdrawnImage.image_id)
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -132,23 +143,61 @@ def record_sources(session: Session, image_id: UUID, *, generation_id: UUID) -> 
 
     The record also holds when the output is deleted later.
     """
-    sources = select(literal(image_id), OutputReference.image_id).where(
-        _is_corpus(), OutputReference.generation_id == generation_id
+    sources = select(literal(image_id), OutputReference.image_id).where(OutputReference.generation_id == generation_id)
+    _add_sources(session, sources)
+
+
+def record_sources_of_pictures(session: Session, job_id: UUID) -> None:
+    """Record which pictures of a job are outputs, so that they follow the images from which these outputs drew.
+
+    A picture is an output if it has the bytes of its file. The record also holds when the output is deleted later.
+    """
+    _add_sources(
+        session,
+        select(ReferenceImage.id, OutputReference.image_id)
+        .join(Output, Output.sha256 == ReferenceImage.sha256)
+        .join(OutputReference, OutputReference.generation_id == Output.id)
+        .where(ReferenceImage.job_id == job_id)
+        .distinct(),
     )
-    session.execute(upsert(DerivedImage).from_select(["image_id", "source_id"], sources).on_conflict_do_nothing())
+
+
+def copy_sources(session: Session, image_id: UUID, *, to_id: UUID) -> None:
+    """Record that a copy of a picture is made of the same images."""
+    _add_sources(session, select(literal(to_id), DerivedImage.source_id).where(DerivedImage.image_id == image_id))
+
+
+def _add_sources(session: Session, rows: Select[UUID, UUID]) -> None:
+    """rows: the id of an image or a picture, and the id of one that it was made of."""
+    session.execute(upsert(DerivedImage).from_select(["image_id", "source_id"], rows).on_conflict_do_nothing())
+
+
+def withdrawn_pictures(session: Session, job_id: UUID) -> list[UUID]:
+    """The pictures of a job that are withdrawn, or made of a withdrawn image."""
+    made = exists(
+        select(DerivedImage.image_id)
+        .join(WithdrawnImage, WithdrawnImage.image_id == DerivedImage.source_id)
+        .where(DerivedImage.image_id == ReferenceImage.id)
+    )
+    statement = select(ReferenceImage.id).where(
+        ReferenceImage.job_id == job_id, or_(made, is_withdrawn_image(ReferenceImage.id))
+    )
+    return list(session.scalars(statement))
 
 
 def follow(session: Session, image_id: UUID) -> Followed:
     """Find all images made of this one: outputs that drew from it and are in the corpus, and so on.
 
-    An image is made of another if `record_sources` says so, or if it has the bytes of an output that drew from it. Each
-    statement reads few rows, however many outputs there are.
+    Pictures of requests count as images here: one may be such an output too. An image is made of another if
+    `record_sources` says so, or if it has the bytes of an output that drew from it. Each statement reads few rows,
+    however many outputs there are.
     """
     found, latest = {image_id}, {image_id}
     output_ids, owner_ids = set[UUID](), set[UUID]()
     while latest:
         made = set(session.scalars(select(DerivedImage.image_id).where(DerivedImage.source_id.in_(latest))))
-        drew = select(OutputReference.generation_id).where(_is_corpus(), OutputReference.image_id.in_(latest))
+        of_its_kind = or_(_is_corpus(), OutputReference.image_id != image_id)
+        drew = select(OutputReference.generation_id).where(of_its_kind, OutputReference.image_id.in_(latest))
         for ids in session.scalars(drew.execution_options(yield_per=OUTPUTS_PER_STATEMENT)).partitions():
             output_ids.update(ids)
             of_outputs = (
@@ -159,6 +208,8 @@ def follow(session: Session, image_id: UUID) -> Followed:
             owners, remembered = session.execute(of_outputs).one()
             owner_ids.update(owners or [])
             made.update(each for each in remembered or [] if each is not None)
+            sent = select(ReferenceImage.id).join(Output, Output.sha256 == ReferenceImage.sha256)
+            made.update(session.scalars(sent.where(Output.id == func.any(cast(ids, ARRAY(Uuid))))))
         latest = made - found
         found |= made
     return Followed(sorted(found), len(output_ids), owner_ids)

@@ -27,6 +27,7 @@ def addresses(url: str) -> dict[str, str]:
     paths = {
         "create": "/?prompt=a+red+apple+beside+a+pear",
         "create-empty": "/",
+        "create-search": "/?prompt=a+red+apple&find=a+pear",
         "gallery": "/gallery",
         "gallery-nothing": "/gallery?words=nothing-has-this-prompt",
         "corpus": "/corpus",
@@ -47,6 +48,9 @@ def addresses(url: str) -> dict[str, str]:
             items = api.get(path, params={"limit": 1}).raise_for_status().json()["items"]
             if items:
                 paths[name] = page.format(id=items[0]["id"])
+        pair = api.get("/generations", params={"limit": 2}).raise_for_status().json()["items"]
+        if len(pair) == 2:
+            paths["compare"] = f"/gallery/compare?selected={pair[0]['id']}&selected={pair[1]['id']}"
     return paths
 
 

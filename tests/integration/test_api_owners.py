@@ -19,6 +19,7 @@ OTHER = "an-owner-with-a-grant"
 ALL_BUT_ADMIN = [scope for scope in keys.SCOPES if scope != "admin"]
 SENT: dict[str, dict[str, Any]] = {
     "changeImage": {"json": {"caption": "theirs now"}},
+    "changeGeneration": {"json": {"favourite": True}},
     "changeCollection": {"json": {"name": "theirs-now"}},
     "shareCollection": {"json": {"access": "write"}},
     "completeBulk": {"json": {"lines": 1}},

@@ -239,13 +239,57 @@ def test_placeholders_are_the_real_defaults_and_a_missing_ability_is_named(clien
     assert f"Negative prompt (not for {name})" in page
 
 
+def test_the_memory_is_searched_in_the_form_and_what_it_finds_is_pinned(
+    client: Client, session: Session, three: list[Image]
+) -> None:
+    first, second, third = (str(image.id) for image in three)
+    with embed_worker(make_space(session), everything_is_red):
+        found = client.get("/memories", query_string={"find": "red", "pin": [second]}, headers=FRAGMENT)
+        assert re.findall(r'name="pin" value="([^"]+)"', found.text) == [first, third], "a pinned one is left out"
+        assert "<html" not in found.text
+        page = client.get("/", query_string={"find": "red"}).text  # as a browser without script
+        assert re.findall(r'name="pin" value="([^"]+)"', page) == [first, second, third]
+        form = shown_form(client, prompt="red", pin=[third])
+        assert pins(generated(client, session, form))[third] is True
+        wrong = {"find": "red", "collection": "none"}
+        assert client.get("/memories", query_string=wrong).status_code == 422
+        assert "no collection" in client.get("/", query_string=wrong).text, "the form says it, and stays"
+    assert 'name="pin"' not in client.get("/memories", headers=FRAGMENT).text
+
+
+def test_loras_of_the_models_are_set_by_their_scale(
+    client: Client, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = get_settings().model.default_generator
+    assert "LoRA" not in client.get("/").text, "no model has one"
+    workers.publish_capabilities(session, name, CAPABILITIES.model_copy(update={"loras": ["ink", "wool"]}))
+    session.commit()
+    generator = get_settings().model.generators[name]
+    monkeypatch.setitem(
+        get_settings().model.generators, name, generator.model_copy(update={"loras": {"ink": None, "wool": None}})
+    )
+    page = client.get("/").text
+    assert re.findall(r'name="lora\.(\w+)"', page) == ["ink", "wool"]
+    form = {"prompt": "red", "similar_examples_count": "0", "lora.ink": "0.8", "lora.wool": " "}
+    assert generated(client, session, form)["loras"] == {"ink": 0.8}
+    ended = make_job(session, state=JobState.SUCCEEDED, loras={"ink": 0.8})
+    session.commit()
+    assert "lora.ink=0.8" in client.get(f"/jobs/{ended.id}").text, "a repeated job keeps it"
+    again = client.get("/", query_string={"lora.ink": "0.8"}).text
+    assert re.search(r'name="lora\.ink"[^>]* value="0\.8"', again)
+    refused = client.post("/", data=form | {"lora.ink": "9"}, headers=SAME_ORIGIN)
+    assert refused.status_code == 422
+    assert 'class="field-wrong" id="wrong-loras"' in refused.text
+
+
 def test_a_job_that_a_worker_holds_waits_for_the_model_with_its_place(client: Client, session: Session) -> None:
     held = []
     for text in ("one", "two", "three"):
         held.append(make_job(session, state=JobState.PROCESSING, prompt=text))
         session.commit()
     first, second, drawn = held
-    session.get_one(Job, drawn.id).model_started = True
+    for job in held:
+        session.get_one(Job, job.id).model_started = job is drawn
     session.commit()
     page = client.get("/queue").text
     assert "<b>2</b> jobs waiting for the model" in page

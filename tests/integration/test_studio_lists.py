@@ -1,5 +1,6 @@
 """Studio's lists: the gallery with its filters and selection, the live queue, and bulks."""
 
+import hashlib
 import io
 import re
 import zipfile
@@ -12,11 +13,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared.contracts.jobs import JobState
-from shared.db import jobs
-from shared.db.jobs import StoredOutput
-from shared.db.tables import Bulk, Job, Output
-from tests.factories import make_job
-from tests.integration.conftest import API, Client
+from shared.db import attempts
+from shared.db.attempts import StoredOutput
+from shared.db.tables import Bulk, Image, Job, Output
+from shared.storage import get_blobs
+from tests import one_attempt
+from tests.factories import make_image, make_job, make_space
+from tests.integration.conftest import API, Client, picture
+from tests.integration.test_api_search import embed_worker, towards
 from tests.integration.test_export_outputs import make_output
 from tests.integration.test_studio import FRAGMENT, SAME_ORIGIN
 
@@ -64,6 +68,86 @@ def test_the_gallery_is_searched_and_filtered(client: Client, session: Session) 
     assert client.get(f"{API}/generations", query_string={"mode": "nothing"}).status_code == 422
 
 
+def test_a_favourite_is_marked_filtered_and_unmarked(client: Client, session: Session) -> None:
+    chosen, other = make_output(session, 7), make_other_output(session)
+    path = f"/gallery/{chosen.id}/favourite"
+    answer = client.post(f"{path}?words=apfel", data={"favourite": "true"}, headers=SAME_ORIGIN)
+    assert answer.location == "/gallery?words=apfel", "the list stays filtered"
+    assert shown(client, favourite="true") == [str(chosen.id)]
+    assert shown(client, favourite="false") == [str(other.id)]
+    address = f"{API}/generations/{chosen.id}"
+    assert client.get(address).json["favourite"] is True
+    part = client.post(path, data={"favourite": "false"}, headers=SAME_ORIGIN | FRAGMENT).text
+    assert 'aria-pressed="false"' in part
+    assert "<html" not in part
+    assert shown(client, favourite="true") == []
+    changed = client.patch(address, json={"favourite": True}).json
+    assert (changed["favourite"], changed["provenance"]) == (True, client.get(address).json["provenance"])
+    for wrong in ({}, {"favourite": None}, {"favourite": True, "seed": 3}):
+        assert client.patch(address, json=wrong).status_code == 422, wrong
+    assert client.post(path, data={"favourite": "perhaps"}, headers=SAME_ORIGIN).status_code == 422
+    assert client.patch(f"{API}/generations/{uuid4()}", json={"favourite": True}).status_code == 404
+
+
+def test_selected_images_become_favourites_and_memories(client: Client, session: Session) -> None:
+    files = [picture("red"), picture("blue")]
+    outputs = [make_output(session, number) for number in (1, 2, 3)]
+    for output, file in zip(outputs, files, strict=False):
+        get_blobs().put(output.blob_key, file, media_type="image/png")
+    chosen = [str(each.id) for each in outputs[:2]]
+    answer = client.post("/gallery/favourite", data={"selected": [*chosen, str(uuid4())]}, headers=SAME_ORIGIN)
+    assert answer.location == "/gallery"
+    assert set(shown(client, favourite="true")) == set(chosen)
+    assert client.post("/gallery/remember", data={"selected": chosen}, headers=SAME_ORIGIN).location == "/corpus"
+    session.rollback()
+    remembered = session.scalars(select(Image.attributes)).all()
+    assert {each["generation_id"] for each in remembered} == set(chosen)
+    too_many = [str(uuid4()) for _ in range(49)]
+    assert client.post("/gallery/remember", data={"selected": too_many}, headers=SAME_ORIGIN).status_code == 422
+
+
+def test_an_image_is_found_by_its_file_and_a_remembered_one_by_its_look(client: Client, session: Session) -> None:
+    exact, remembered, stranger = (make_output(session, number) for number in (1, 2, 3))
+    file = picture("red")
+    exact.sha256 = hashlib.sha256(file).hexdigest()
+    space = make_space(session)
+    make_image(session, vector=towards(a0=1), sha256=remembered.sha256)
+    make_image(session, vector=towards(a0=1, a1=0.2))
+    session.commit()
+    with embed_worker(space, lambda items: towards(a0=1)[None].repeat(len(items), axis=0)):
+        answer = client.post("/gallery/like", data={"image": (io.BytesIO(file), "a.png")}, headers=SAME_ORIGIN)
+    found = re.findall(r'name="selected" value="([^"]+)"', answer.text)
+    assert found == [str(exact.id), str(remembered.id)], "the file itself comes first"
+    assert str(stranger.id) not in answer.text
+    for wrong, words in (({}, "Choose a picture."), ({"image": (io.BytesIO(b"no image"), "a.png")}, "image")):
+        refused = client.post("/gallery/like", data=wrong, headers=SAME_ORIGIN)
+        assert refused.status_code in (415, 422)
+        assert words in unescape(refused.text)
+        assert "Search by a picture" in refused.text, "the form is still there"
+
+
+def test_two_images_are_compared_with_what_differs(client: Client, session: Session) -> None:
+    apple, pear = make_output(session, 7), make_other_output(session)
+    page = client.get("/gallery/compare", query_string={"selected": [str(apple.id), str(pear.id)]}).text
+    rows = dict(re.findall(r'<th scope="row">([^<]+)</th><td>[^<]*</td><td>([^<]*)</td>', page))
+    assert (rows["prompt"], rows["seed"], rows["model"]) == (OTHERS["prompt"], str(pear.seed), OTHERS["model"])
+    assert "steps" not in rows, "equal values are left out"
+    same = client.get("/gallery/compare", query_string={"selected": [str(apple.id)] * 2}).text
+    assert "Both were drawn from the same values." in same
+    for wrong in ([], [str(apple.id)], [str(apple.id), "nothing"]):
+        assert client.get("/gallery/compare", query_string={"selected": wrong}).status_code == 422
+    gone = client.get("/gallery/compare", query_string={"selected": [str(apple.id), str(uuid4())]})
+    assert gone.status_code == 404
+
+
+def test_the_gallery_says_which_image_its_outputs_used(client: Client, session: Session) -> None:
+    image = make_image(session, caption="a small apple")
+    session.commit()
+    page = client.get("/gallery", query_string={"reference_id": str(image.id)}).text
+    assert "a small apple" in page
+    assert f'name="reference_id" value="{image.id}"' in page, "a further search keeps it"
+
+
 def test_filters_stay_in_the_link_to_older_images(client: Client, session: Session) -> None:
     for number in range(50):
         make_output(session, number)
@@ -96,8 +180,10 @@ def test_the_images_of_a_job_are_in_the_order_of_their_seeds(client: Client, ses
         )
         for index in (2, 0, 3, 1)
     ]
-    claim = jobs.Claim(job.id, job.attempt)
-    assert jobs.finish(session, claim, [StoredOutput(output=each, references=[]) for each in outputs], timings={})
+    claim = attempts.Claim(job.id, job.attempt)
+    assert one_attempt.finish(
+        session, claim, [StoredOutput(output=each, references=[]) for each in outputs], timings={}
+    )
     session.commit()
     for path in ("/gallery", f"/jobs/{job.id}"):
         seeds = re.findall(r", seed (\d)\"", client.get(path).text)

@@ -1,5 +1,7 @@
 """Withdrawn outputs: `DELETE /images/{id}?cascade=withdraw` hides everything that drew from an image, everywhere."""
 
+import base64
+import hashlib
 import io
 import json
 import re
@@ -19,7 +21,8 @@ from scripts.export.import_rows import import_rows
 from shared import blob_sweeper
 from shared.contracts.generation import PinnedReference, Webhook
 from shared.contracts.jobs import JobState
-from shared.db import collections, jobs, outputs, owners, withdrawals
+from shared.db import attempts, collections, outputs, owners, withdrawals
+from shared.db.blobs import list_unneeded
 from shared.db.session import session_scope
 from shared.db.tables import (
     AuditEvent,
@@ -30,12 +33,14 @@ from shared.db.tables import (
     Job,
     Output,
     OutputReference,
+    ReferenceImage,
     WebhookDelivery,
     WithdrawnImage,
 )
 from shared.errors import ReferenceDeletedError
 from shared.settings import Settings
 from shared.storage import get_blobs
+from tests import one_attempt
 from tests.factories import make_image, make_job
 from tests.integration.conftest import API, Client, a_key, picture, waiting
 from tests.integration.test_api_search import towards
@@ -131,7 +136,10 @@ def test_every_operation_on_a_withdrawn_output_gets_410_with_the_reason(client: 
         for rule in rules:
             for method in sorted((rule.methods or set()) & methods):
                 path = re.sub(r"<(?:\w+:)?(\w+)>", lambda match: ids[match[1]], rule.rule)
-                with client.open(path, method=method, headers=SAME_ORIGIN, follow_redirects=rule.alias) as answer:
+                body = {"favourite": True} if method == "PATCH" else None
+                with client.open(
+                    path, method=method, json=body, headers=SAME_ORIGIN, follow_redirects=rule.alias
+                ) as answer:
                     yield f"{method} {path}", answer
 
     assert {answer.status_code for _, answer in answers({"GET"})} == {200}
@@ -261,11 +269,11 @@ def test_a_late_webhook_names_the_output_and_shows_nothing_of_it(
     client: Client, session: Session, image: Image
 ) -> None:
     job = make_job(session, webhook=Webhook(url="https://receiver.example/hook", events=["succeeded"]))
-    taken = jobs.claim(session, job.id, worker="w", lease_s=30)
+    taken = one_attempt.claim(session, job.id, worker="w", lease_s=30)
     assert taken is not None
     output = drawn_from(session, image.id)
     session.execute(update(Output).where(Output.id == output.id).values(job_id=job.id))
-    assert jobs.finish(session, taken[0], [], timings={})
+    assert one_attempt.finish(session, taken[0], [], timings={})
     session.commit()
     assert count(session, WebhookDelivery) == 1
     assert withdraw(client, image.id).status_code == 200
@@ -510,13 +518,13 @@ def resolution_with(image_id: UUID) -> dict[str, Any]:
     return {"mode": "image_prompt", "references": [{"image_id": str(image_id), "used": True}]}
 
 
-def running(session: Session) -> tuple[Job, jobs.Claim]:
+def running(session: Session) -> tuple[Job, attempts.Claim]:
     job = make_job(session, state=JobState.PROCESSING)
     session.commit()
-    return job, jobs.Claim(job.id, job.attempt)
+    return job, attempts.Claim(job.id, job.attempt)
 
 
-def stored(job: Job, image_id: UUID) -> jobs.StoredOutput:
+def stored(job: Job, image_id: UUID) -> attempts.StoredOutput:
     output = Output(
         id=uuid4(),
         job_id=job.id,
@@ -536,15 +544,15 @@ def stored(job: Job, image_id: UUID) -> jobs.StoredOutput:
     used = OutputReference(
         generation_id=output.id, position=0, image_id=image_id, sha256="ab" * 32, weight=1.0, pinned=False
     )
-    return jobs.StoredOutput(output=output, references=[used])
+    return attempts.StoredOutput(output=output, references=[used])
 
 
 def test_a_running_job_that_draws_from_the_image_fails_at_once(client: Client, session: Session, image: Image) -> None:
     job, claim = running(session)
     other, other_claim = running(session)
-    assert jobs.record_resolution(session, claim, resolution_with(image.id))
+    assert one_attempt.record_resolution(session, claim, resolution_with(image.id))
     refused = {**resolution_with(image.id), "references": [{"image_id": str(image.id), "used": False}]}
-    assert jobs.record_resolution(session, other_claim, refused)
+    assert one_attempt.record_resolution(session, other_claim, refused)
     session.commit()
     assert withdraw(client, image.id).json["running_jobs"] == 1
     view = client.get(f"{API}/jobs/{job.id}").json
@@ -558,7 +566,7 @@ def test_a_job_that_had_loaded_the_image_before_publishes_nothing(
     job, claim = running(session)
     assert withdraw(client, image.id).status_code == 200
     with pytest.raises(ReferenceDeletedError):
-        jobs.finish(session, claim, [stored(job, image.id)], timings={})
+        one_attempt.finish(session, claim, [stored(job, image.id)], timings={})
     session.rollback()
     assert count(session, Output) == 0
 
@@ -569,7 +577,7 @@ def test_an_output_whose_job_ends_beside_the_withdrawal_is_born_withdrawn(
     """The job checks its references, then the withdrawal commits, then the job: on two connections."""
     job, claim = running(session)
     new = stored(job, image.id)
-    assert jobs.finish(session, claim, [new], timings={}), "not committed yet"
+    assert one_attempt.finish(session, claim, [new], timings={}), "not committed yet"
     assert withdraw(client, image.id).status_code == 200
     session.commit()
     assert client.get(f"{API}/jobs/{job.id}").json["outputs"][0]["withdrawn"]["reason"] == REASON
@@ -580,10 +588,10 @@ def test_a_withdrawal_waits_for_a_job_that_is_ending_and_withdraws_its_output(
     client: Client, session: Session, image: Image
 ) -> None:
     job, claim = running(session)
-    assert jobs.record_resolution(session, claim, resolution_with(image.id))
+    assert one_attempt.record_resolution(session, claim, resolution_with(image.id))
     session.commit()
     new = stored(job, image.id)
-    assert jobs.finish(session, claim, [new], timings={}), "not committed yet: its row is locked"
+    assert one_attempt.finish(session, claim, [new], timings={}), "not committed yet: its row is locked"
     with waiting(lambda: withdraw(client, image.id)) as answer:
         session.commit()
         assert answer.result(10).json["running_jobs"] == 0
@@ -651,3 +659,62 @@ def test_a_worker_that_draws_while_the_image_is_withdrawn_publishes_nothing(
     assert outcome is Outcome.LOST
     view = client.get(f"{API}/jobs/{job.id}").json
     assert (view["state"], view["error"]["code"], view["outputs"]) == ("failed", "reference_deleted", [])
+
+
+# --- pictures of requests that are outputs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first_is_deleted", [False, True])
+def test_an_output_used_as_a_picture_is_followed(
+    client: Client, session: Session, image: Image, output: Output, first_is_deleted: bool
+) -> None:
+    file = picture("navy")
+    output.sha256 = hashlib.sha256(file).hexdigest()
+    session.commit()
+    body = {"prompt": "again", "reference_images": [{"data": base64.b64encode(file).decode()}]}
+    job = client.post(f"{API}/rag/generate", json=body).json
+    (sent,) = job["reference_images"]
+    second = drawn_from(session, UUID(sent["id"]), number=11)
+    session.execute(update(OutputReference).where(OutputReference.generation_id == second.id).values(kind="request"))
+    session.commit()
+    remembered = client.post(f"{API}/generations/{second.id}/remember").json
+    third = drawn_from(session, UUID(remembered["id"]), number=12)
+    if first_is_deleted:
+        assert client.delete(f"{API}/generations/{output.id}").status_code == 204
+    row = session.get_one(ReferenceImage, UUID(sent["id"]))
+    keys = [row.blob_key, row.thumbnail_key]
+    assert list_unneeded(session, keys) == []
+    assert client.get(sent["content_url"]).headers["Cache-Control"] == "private, no-cache"
+
+    assert withdraw(client, image.id).json["outputs"] == (2 if first_is_deleted else 3)
+    assert is_withdrawn(session, second)
+    assert is_withdrawn(session, third)
+    assert client.get(f"{API}/images/{remembered['id']}").status_code == 404
+    for address in (sent["content_url"], sent["thumbnail_url"]):
+        answer = client.get(address)
+        assert (answer.status_code, answer.json["code"]) == (410, "output_withdrawn")
+    assert list_unneeded(session, keys) == keys, "the sweeper deletes the files"
+    assert client.post(f"{job['url']}/cancel").status_code == 200
+    again = [client.post(f"{job['url']}/retry")]
+    if not first_is_deleted:
+        again.append(client.post(f"{API}/rag/generate", json=body))
+    for answer in again:
+        assert (answer.status_code, answer.json["code"]) == (422, "reference_unavailable")
+        assert "withdrawn" in answer.json["detail"]
+
+
+def test_a_copy_of_a_picture_follows_the_same_images(
+    client: Client, session: Session, image: Image, output: Output
+) -> None:
+    file = picture("navy")
+    output.sha256 = hashlib.sha256(file).hexdigest()
+    session.commit()
+    body = {"prompt": "again", "reference_images": [{"data": base64.b64encode(file).decode()}]}
+    job = client.post(f"{API}/rag/generate", json=body).json
+    assert client.post(f"{job['url']}/cancel").status_code == 200
+    retried = client.post(f"{job['url']}/retry").json
+    assert client.delete(f"{API}/generations/{output.id}").status_code == 204
+    (copied,) = retried["reference_images"]
+    assert client.get(copied["content_url"]).status_code == 200
+    assert withdraw(client, image.id).status_code == 200
+    assert client.get(copied["content_url"]).status_code == 410

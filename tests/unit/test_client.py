@@ -15,6 +15,7 @@ from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
 import httpx
@@ -28,6 +29,7 @@ from afterimage_client import (
     InvalidRequestError,
     JobState,
     JobView,
+    Mode,
     NotFoundError,
     OutputView,
     QueueFullError,
@@ -37,6 +39,7 @@ from afterimage_client import (
     WaitTimeoutError,
 )
 from ops.local.stack import REPOSITORY
+from shared.contracts.outputs import OutputQuery
 
 NOW = "2026-01-01T00:00:00Z"
 JOB = UUID(int=1)
@@ -287,13 +290,41 @@ def test_after_an_answer_a_refused_connection_is_retried_all_the_time(script: Sc
 # --- arguments ----------------------------------------------------------------------------------------------------
 
 
+def test_outputs_are_listed_by_every_filter_of_the_service(script: Script) -> None:
+    client, requests = script(Answer(200, b'{"items": [], "next_cursor": null}'))
+    moment = datetime(2026, 11, 1, tzinfo=UTC)
+    filters = {
+        "words": "red apple",
+        "model": "starter",
+        "mode": Mode.CAPTION,
+        "favourite": True,
+        "reference_id": JOB,
+        "job_id": JOB,
+        "bulk_id": JOB,
+        "created_after": moment,
+        "created_before": moment,
+    }
+    assert list(client.outputs.list(**filters)) == []  # type: ignore[arg-type]  # values of many types
+    query = parse_qs(urlsplit(requests[0].path).query)
+    assert {name: values for name, (values,) in query.items()} == {
+        **dict.fromkeys(("reference_id", "job_id", "bulk_id"), str(JOB)),
+        **dict.fromkeys(("created_after", "created_before"), moment.isoformat()),
+        "words": "red apple",
+        "model": "starter",
+        "mode": "caption",
+        "favourite": "true",
+        "limit": "100",
+    }
+    assert query.keys() - {"limit"} == OutputQuery.model_fields.keys() - {"limit", "cursor"}, "a new filter is missing"
+
+
 def test_a_resource_is_named_by_its_object_or_by_its_id(script: Script) -> None:
     each = output()
     client, requests = script(*[Answer(202, job_body())] * 3, *[Answer(204, b"")] * 3)
     for named in (each, each.id, str(each.id)):
-        client.outputs.replay(named)  # type: ignore[arg-type]  # the text of an id is accepted too
+        client.outputs.replay(named)
     for named in (each, each.id, str(each.id)):
-        client.outputs.delete(named)  # type: ignore[arg-type]
+        client.outputs.delete(named)
     assert [request.path for request in requests[:3]] == [f"/api/v1/generations/{each.id}/replay"] * 3
     assert [request.path for request in requests[3:]] == [f"/api/v1/generations/{each.id}"] * 3
 
@@ -316,7 +347,7 @@ def test_an_argument_of_another_type_is_refused_before_a_request(script: Script)
     with pytest.raises(TypeError, match="OutputView"):
         client.jobs.get(output())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not an id"):
-        client.jobs.get("latest")  # type: ignore[arg-type]
+        client.jobs.get("latest")
     assert requests == []
 
 

@@ -85,6 +85,79 @@ for (const name of ["dragover", "drop"]) {
 }
 document.addEventListener("dragleave", ({ relatedTarget }) => relatedTarget || area.classList.remove("dragging"));
 
+// --- more references ----------------------------------------------------------------------------------------------
+
+const found = form.querySelector("[data-found]");
+const find = form.querySelector("[data-find]");
+
+async function searchMemory() {
+  const sent = [...new FormData(form)].filter(([name]) => ["find", "collection", "filter", "pin"].includes(name));
+  const { html } = await fetchPart(`${find.dataset.find}?${new URLSearchParams(sent)}`);
+  found.replaceChildren(parseHtml(html));
+}
+
+form.elements.find.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.ctrlKey || event.metaKey) return;
+  event.preventDefault(); // the form's first button would draw
+  searchMemory();
+});
+found.addEventListener("change", async ({ target }) => {
+  if (!("pin" in target.dataset) || !target.checked) return;
+  await (planning = plan());
+  // It is among the references now, unless they could not be shown.
+  const pinned = references.querySelector(`[name=pin][value="${target.value}"]`);
+  if (!pinned) return;
+  target.closest("li").remove();
+  pinned.focus({ preventScroll: true });
+});
+
+// --- recent prompts -----------------------------------------------------------------------------------------------
+
+const HISTORY = "afterimage.prompts", MAX_PROMPTS = 20;
+const history = form.querySelector("[data-history]");
+
+function recentPrompts() {
+  try {
+    return JSON.parse(localStorage.getItem(HISTORY)) ?? [];
+  } catch {
+    return []; // the browser keeps nothing, or something else wrote there
+  }
+}
+
+function showHistory() {
+  const prompts = recentPrompts();
+  history.hidden = !prompts.length;
+  history.querySelector("ul").replaceChildren(...prompts.map((prompt) => {
+    const item = document.createElement("li");
+    item.append(Object.assign(document.createElement("button"), { type: "button", className: "quiet", textContent: prompt }));
+    return item;
+  }));
+}
+
+function keepPrompt(prompt) {
+  const prompts = [prompt, ...recentPrompts().filter((each) => each !== prompt)].slice(0, MAX_PROMPTS);
+  try {
+    localStorage.setItem(HISTORY, JSON.stringify(prompts));
+  } catch {
+    return; // a full or forbidden storage
+  }
+  showHistory();
+}
+
+history.addEventListener("click", ({ target }) => {
+  const button = target.closest("button");
+  if (!button) return;
+  if ("forget" in button.dataset) {
+    localStorage.removeItem(HISTORY);
+    return showHistory();
+  }
+  form.elements.prompt.value = button.textContent;
+  history.open = false;
+  form.elements.prompt.focus();
+  planSoon();
+});
+showHistory();
+
 // --- shapes and models --------------------------------------------------------------------------------------------
 
 const shapes = form.querySelector("[data-shapes]");
@@ -127,6 +200,10 @@ async function whenPlanned() {
 }
 
 form.addEventListener("submit", async (event) => {
+  if (event.submitter === find) {
+    event.preventDefault();
+    return searchMemory();
+  }
   if (event.submitter?.formMethod === "get") return;
   event.preventDefault();
   const wantsRequest = event.submitter && "showRequest" in event.submitter.dataset;
@@ -143,6 +220,7 @@ form.addEventListener("submit", async (event) => {
     dialog.lastElementChild.replaceChildren(fragment);
     return dialog.showModal();
   }
+  keepPrompt(form.elements.prompt.value.trim());
   form.elements.once.value = crypto.getRandomValues(new Uint32Array(4)).join("-");
   document.querySelector("[data-empty]")?.remove();
   const job = fragment.firstElementChild;

@@ -18,6 +18,7 @@ async function appendNext(link) {
   if (!ok) return false;
   more.replaceWith(parseHtml(html));
   watchEnd();
+  watchPages();
   return true;
 }
 
@@ -31,6 +32,42 @@ function watchEnd() {
   if (link) end.observe(link);
 }
 
+// Pages far from the window are empty boxes of the same height, so that thousands of images do not slow each frame. A
+// page with a selected image stays, because the form sends it.
+const FAR = "5000px";
+const content = new WeakMap();
+
+const nearby = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) (isIntersecting ? fill : empty)(target);
+}, { rootMargin: FAR });
+
+function empty(page) {
+  if (content.has(page) || page.querySelector(":checked") || page.contains(document.activeElement)) return;
+  page.style.height = `${page.offsetHeight}px`;
+  const kept = document.createDocumentFragment();
+  kept.append(...page.childNodes);
+  content.set(page, kept);
+}
+
+function fill(page) {
+  if (!content.has(page)) return;
+  page.append(content.get(page));
+  content.delete(page);
+  page.style.height = "";
+}
+
+function fillAll() {
+  nearby.disconnect();
+  for (const page of pages.querySelectorAll("[data-page]")) fill(page);
+  watchPages(); // far pages are emptied again
+}
+
+function watchPages() {
+  for (const page of pages.querySelectorAll("[data-page]")) nearby.observe(page);
+}
+
+addEventListener("resize", fillAll); // the heights are of the old width
+
 // The history entry remembers how much was loaded and where the reader was.
 async function returnToPlace() {
   const { loaded = 1, top = 0 } = history.state ?? {};
@@ -41,6 +78,7 @@ async function returnToPlace() {
   if (top) scrollTo({ top, behavior: "instant" });
   addEventListener("scroll", keepPlace, { passive: true });
   watchEnd();
+  watchPages();
 }
 
 let waiting;
@@ -63,12 +101,14 @@ unselect.hidden = false;
 function count() {
   const number = boxes().filter((box) => box.checked).length;
   selection.querySelector("[data-selected]").textContent = `${number} selected`;
+  selection.querySelector("[data-needs-two]").disabled = number !== 2;
 }
 
 let last;
 selection.addEventListener("click", (event) => {
   if (event.target.name !== "selected") return;
   if (event.shiftKey && last) {
+    fillAll(); // the range may lie on several pages
     const all = boxes();
     const [from, to] = [all.indexOf(last), all.indexOf(event.target)].sort((a, b) => a - b);
     for (const box of all.slice(from, to + 1)) box.checked = event.target.checked;
@@ -79,6 +119,36 @@ selection.addEventListener("click", (event) => {
 unselect.addEventListener("click", () => {
   for (const box of boxes()) box.checked = false;
   count();
+});
+
+// --- search by a picture ------------------------------------------------------------------------------------------
+
+const like = document.querySelector("[data-like]");
+for (const name of ["dragover", "drop"]) {
+  document.addEventListener(name, (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
+    if (name !== "drop") return;
+    like.elements.image.files = event.dataTransfer.files;
+    like.requestSubmit();
+  });
+}
+
+// --- favourites ---------------------------------------------------------------------------------------------------
+
+async function toggleFavourite(star) {
+  const body = new URLSearchParams([["favourite", star.value]]);
+  const { ok, html } = await fetchPart(star.formAction, { method: "POST", body });
+  if (!ok) return star;
+  const fresh = parseHtml(html).firstElementChild;
+  star.replaceWith(fresh);
+  return fresh;
+}
+
+selection.addEventListener("submit", async (event) => {
+  if (!event.submitter || !("favourite" in event.submitter.dataset)) return;
+  event.preventDefault();
+  (await toggleFavourite(event.submitter)).focus();
 });
 
 // --- large view ---------------------------------------------------------------------------------------------------
@@ -93,7 +163,18 @@ function show(item) {
   lightbox.querySelector("figcaption").textContent = item.querySelector(".prompt").textContent;
   lightbox.querySelector("[data-open]").href = item.querySelector(".output > a").href;
   lightbox.querySelector("[data-download]").href = box.dataset.full;
+  showStar();
   if (!lightbox.open) lightbox.showModal();
+  item.scrollIntoView({ block: "nearest" }); // the images around it are there for the next step
+}
+
+function showStar() {
+  lightbox.querySelector("[data-star]").setAttribute("aria-pressed", shown.querySelector("[data-favourite]").ariaPressed);
+}
+
+async function star() {
+  await toggleFavourite(shown.querySelector("[data-favourite]"));
+  showStar();
 }
 
 function step(by) {
@@ -114,11 +195,15 @@ pages.addEventListener("click", (event) => {
 });
 lightbox.addEventListener("click", ({ target }) => {
   if (target === lightbox || "close" in target.dataset) lightbox.close();
+  else if ("star" in target.dataset) star();
   else if (target.dataset.stepBy) step(Number(target.dataset.stepBy));
 });
-lightbox.addEventListener("keydown", ({ key }) => {
+lightbox.addEventListener("keydown", ({ key, ctrlKey, metaKey }) => {
+  if (ctrlKey || metaKey) return;
   if (key === "ArrowRight") step(1);
   if (key === "ArrowLeft") step(-1);
+  if (key === "f") star();
+  if (key === "s") shown.querySelector("[name=selected]").click();
 });
 lightbox.addEventListener("close", () => {
   shown?.scrollIntoView({ block: "nearest" });

@@ -15,7 +15,7 @@ export async function fetchPart(address, options = {}) {
     if (response.status === 401) location.assign(new URL("../sign-in", import.meta.url));
     offline.hidden = true;
     const retryMs = Math.max(RETRY_MS, 1000 * Number(response.headers.get("Retry-After") ?? 0));
-    return { ok: response.ok, gone: [404, 410].includes(response.status), html: await response.text(), retryMs };
+    return { ok: response.ok, status: response.status, gone: [404, 410].includes(response.status), html: await response.text(), retryMs };
   } catch {
     offline.hidden = false;
     return { ok: false, html: '<p class="wrong" role="alert">The service does not answer. Nothing that you typed is lost.</p>', retryMs: RETRY_MS };
@@ -120,14 +120,18 @@ async function refreshJob(job) {
 
 // --- parts that stay current --------------------------------------------------------------------------------------
 
-// Replaces the part. The focus stays where it was: on the same button of the same row.
+// Replaces the part; returns whether the service answered. The focus stays: in the same row, or on the same button.
 async function refreshPart(part) {
   const { ok, html } = await fetchPart(part.dataset.part || location.href);
-  if (!ok) return;
+  offline.hidden = ok;
+  if (!ok) return false;
   const focused = part.contains(document.activeElement) ? document.activeElement : null;
-  const place = focused && focused.closest("[data-job]")?.dataset.job;
+  const place = focused?.closest("[data-job]")?.dataset.job;
   part.replaceChildren(parseHtml(html));
+  const alike = (each) => each.textContent === focused.textContent && each.href === focused.href && each.form?.action === focused.form?.action;
   if (place) part.querySelector(`[data-job="${place}"] ${focused.localName}`)?.focus();
+  else if (focused) [...part.querySelectorAll(focused.localName)].find(alike)?.focus();
+  return true;
 }
 
 function followQueue(part) {
@@ -139,9 +143,13 @@ function followQueue(part) {
       if (bar) Object.assign(bar, { max: total_steps, value: step });
     }
   });
+  // The stream ends at an error. When the page can be read again, it is followed again.
   stream.onerror = () => {
-    if (stream.readyState !== EventSource.CLOSED) return; // it connects again by itself
-    setTimeout(() => { refreshPart(part); followQueue(part); }, RETRY_MS);
+    stream.close();
+    setTimeout(async function again() {
+      if (await refreshPart(part)) followQueue(part);
+      else setTimeout(again, RETRY_MS);
+    }, RETRY_MS);
   };
 }
 
