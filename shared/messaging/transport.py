@@ -49,7 +49,7 @@ class Channel(redis.Channel):
         return self._is_connected
 
     def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
-        # Without a connection the broker delivers the message again, and `attempts.claim_all` then finds a job owned or ended.
+        # Without a connection the broker delivers the message again. `attempts.claim_all` then leaves the job out.
         if self._is_connected:
             super().basic_ack(delivery_tag, multiple=multiple)
 
