@@ -25,6 +25,22 @@ def stack(starter_stack: RunningStack) -> RunningStack:
     return starter_stack
 
 
+@pytest.fixture(autouse=True)
+def _the_corpus_stays(stack: RunningStack) -> Iterator[None]:
+    """Delete the images that a test adds, because other tests would find them."""
+    with Api(stack.url) as api:
+        before = images_of(api)
+        yield
+        for image_id in images_of(api) - before:
+            api.http.delete(f"/images/{image_id}")
+
+
+def images_of(api: Api) -> set[str]:
+    """The ids of the 100 latest images. No test adds more."""
+    answer = api.http.get("/images", params={"limit": 100}).raise_for_status()
+    return {image["id"] for image in answer.json()["items"]}
+
+
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=TIMEOUT_MS)
