@@ -6,6 +6,7 @@ OPERATIONS_BY_PARAMETER: dict[str, tuple[str, ...]] = {
     "job_id": ("getJob", "streamJobEvents", "cancelJob", "retryJob", "deleteJob", "listWebhookDeliveries"),
     "generation_id": (
         "getGeneration",
+        "changeGeneration",
         "getGenerationContent",
         "getGenerationThumbnail",
         "replayGeneration",

@@ -25,7 +25,7 @@ def model(request: pytest.FixtureRequest, loaded: LoadModel, tmp_path: Path) -> 
     if name in STABLE_DIFFUSION:
         return loaded(name)
     CASES[name].save(tmp_path)
-    return load(tmp_path, CASES[name].settings)
+    return load(tmp_path, CASES[name].settings(tmp_path))
 
 
 @contextmanager
