@@ -6,8 +6,9 @@ runs in a batch of its own, and a process works on one isolated job at a time (`
 another job shares at most one crash with a job that always crashes its worker. Normally only the latter reaches
 `jobs.max_crashes` and ends `dead`. Another job reaches it only through several different causes.
 
-A crash is a lease that expired inside `counting_crashes` or after `mark_model_started`. It counts whatever ended the
-worker: a job, SIGKILL, the watchdog or the loss of the machine. While a job waits for the model, nothing is counted.
+A crash is a lease that expired before `record_resolution` or after `mark_model_started`. It counts whatever ended the
+worker: a job, SIGKILL, the watchdog or the loss of the machine. While a job waits for the model, nothing is counted. Nor
+while an isolated job waits for its turn.
 """
 
 import logging
