@@ -164,6 +164,8 @@ def _for_each(generation_ids: Iterable[UUID], act: Callable[[UUID], object]) -> 
 @studio_gallery.get("/gallery/compare")
 def compare() -> Response:
     """Show two outputs with a slider between them, and the values in which their records differ."""
+    if "selected" not in request.args:
+        return redirect_to("studio_gallery.gallery")
     try:
         ids = [UUID(each) for each in request.args.getlist("selected")]
     except ValueError:

@@ -97,12 +97,12 @@ class WebhookSettings(Section):
 
 
 class WorkerSettings(Section):
-    concurrency: int = Field(
-        16,
+    concurrency: int | None = Field(
+        None,
         ge=1,
         le=512,
-        description="jobs that one worker process handles at a time; "
-        "a generate worker takes `lane_headroom` more for each higher-priority lane",
+        description="jobs that one worker process handles at a time; unset: 16, or four full batches of a generate "
+        "worker's model if that is more; a generate worker takes `lane_headroom` more for each higher-priority lane",
     )
     lane_headroom: Annotated[int, ADVANCED, FormerName("worker", "spare_seats")] = Field(
         4,

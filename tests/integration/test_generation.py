@@ -920,9 +920,9 @@ def test_jobs_that_may_have_crashed_a_process_run_one_at_a_time(
         outcomes = [pool.submit(run, first.id, models, leases)]
         assert working.wait(30)
         outcomes.append(pool.submit(run, second.id, models, leases))
-        wait_until(
-            lambda: reload(session, second).resolution, timeout_s=20, what="the second job to wait for the model"
-        )
+        wait_until(lambda: reload(session, second).state == JobState.PROCESSING, timeout_s=20, what="the second claim")
+        with pytest.raises(TimeoutError):
+            outcomes[1].result(0.3)
         go.set()
         assert [outcome.result(30) for outcome in outcomes] == [Outcome.SUCCEEDED] * 2
     prompts = [request.prompt for request in model.received]

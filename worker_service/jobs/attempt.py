@@ -7,8 +7,8 @@ another job shares at most one crash with a job that always crashes its worker. 
 `jobs.max_crashes` and ends `dead`. Another job reaches it only through several different causes.
 
 A crash is a lease that expired before `record_resolution` or after `mark_model_started`. It counts whatever ended the
-worker: a job, SIGKILL, the watchdog or the loss of the machine. While a job waits for the model, nothing is counted. Nor
-while an isolated job waits for its turn.
+worker: a job, SIGKILL, the watchdog or the loss of the machine. While a job waits for the model, or an isolated job for
+its turn, nothing is counted.
 """
 
 import logging

@@ -24,7 +24,7 @@ def _consume(process: WorkerProcess) -> None:
     settings = process.settings
     app = process.app()
     # One thread stays free for other messages while slow receivers occupy the others.
-    delivering = threading.Semaphore(max(1, settings.worker.concurrency - 1))
+    delivering = threading.Semaphore(max(1, process.concurrency - 1))
 
     @app.task(name=queue.DELIVER_WEBHOOKS)
     def deliver_webhooks() -> None:

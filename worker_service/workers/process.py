@@ -25,6 +25,10 @@ from worker_service.workers import revoke
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
+CONCURRENCY = 16
+"""Jobs at a time, unless the settings name a number."""
+BATCHES_AT_ONCE = 4
+"""Batches whose jobs a generate worker holds at a time, at least: see `WorkerProcess.concurrency`."""
 EXTRA_SHUTDOWN_S = 15
 """Seconds after the shutdown grace time at which a process that still runs is ended hard."""
 
@@ -90,11 +94,20 @@ class WorkerProcess:
         return "standby" if self.standby.is_set() else "ready"
 
     @property
+    def concurrency(self) -> int:
+        """The number of jobs at a time, without headroom.
+
+        While one batch is drawn, jobs of others are prepared and stored. With two batches in all, many were not full.
+        """
+        if self.settings.worker.concurrency is not None:
+            return self.settings.worker.concurrency
+        images = 0 if self.model is None else self.settings.model.generator(self.model).max_batch_size
+        return max(CONCURRENCY, BATCHES_AT_ONCE * images)
+
+    @property
     def lane_limits(self) -> list[int]:
         """For each lane, highest priority first: the number of unfinished jobs at which no more are taken from it."""
-        return [
-            self.settings.worker.concurrency + self.lane_headroom * lower_lanes for lower_lanes in reversed(queue.LANES)
-        ]
+        return [self.concurrency + self.lane_headroom * lower_lanes for lower_lanes in reversed(queue.LANES)]
 
     def app(self) -> Celery:
         """A Celery application for this process's tasks."""
