@@ -4,7 +4,7 @@ import select
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import psycopg2
@@ -19,7 +19,6 @@ from shared.metrics import observe_database
 from shared.settings import DatabaseSettings, get_settings
 from shared.singleton import process_singleton
 
-AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT"}
 IDLE_LIMIT_S = 5
 """The server ends a transaction that runs no statement so long: its process is frozen, and others need its locks."""
 
@@ -167,19 +166,36 @@ def session_scope(*, single_read: bool = False) -> Iterator[Session]:
     try:
         with _factory().begin() as session:
             with _bounded_wait().connecting():
-                _connect(session, single_read=single_read)
-            yield session
+                connection = _connect(session)
+            with _without_transaction(connection) if single_read else nullcontext():
+                yield session
     except PoolTimeoutError as error:
         raise DatabaseConnectionError(NO_CONNECTION) from error
     except DBAPIError as error:
         raise _named(error) from error
 
 
-def _connect(session: Session, *, single_read: bool) -> None:
+def _connect(session: Session) -> Any:
+    """The connection of psycopg2 that the session uses."""
     try:
-        session.connection(execution_options=AUTOCOMMIT if single_read else {})
+        return session.connection().connection.driver_connection
     except ResourceClosedError as error:  # the process stalled, and the server ended the new connection meanwhile
         raise DatabaseConnectionError from error
+
+
+@contextmanager
+def _without_transaction(connection: Any) -> Iterator[None]:
+    """Let psycopg2 send no BEGIN before the statements in the block.
+
+    SQLAlchemy's own option sends a ROLLBACK when it gives the connection back. If that fails, the pool loses the
+    connection's place for ever.
+    """
+    connection.autocommit = True
+    try:
+        yield
+    finally:
+        with suppress(psycopg2.InterfaceError):  # it is closed
+            connection.autocommit = False
 
 
 def _named(error: DBAPIError) -> DatabaseError:

@@ -91,12 +91,12 @@ def test_jobs_searches_and_bulks_run_behind_pgbouncer_in_transaction_mode(tmp_pa
             first.wait()
             servers.enter_context(bouncer.running())
             load.wait_for(JOBS // 2)
-        everything_ran_once(stack, api, load.submitted)
         wait_until(
             lambda: api.http.get(f"/bulks/{bulk['id']}").json()["state"] == "completed",
             timeout_s=120,
             what="the bulk to end",
         )
+        everything_ran_once(stack, api, load.submitted)
 
 
 def test_nothing_is_lost_when_a_standby_is_promoted(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 from PIL import Image
+from psycopg2 import extensions
 from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
@@ -288,7 +289,8 @@ def sent_statements(engine: Any, *, all_threads: bool = False) -> Iterator[list[
         add(statement)
 
     def committed(connection: Any) -> None:
-        if not connection.connection.dbapi_connection.autocommit:
+        # psycopg2 sends nothing when no transaction has begun.
+        if connection.connection.dbapi_connection.info.transaction_status != extensions.TRANSACTION_STATUS_IDLE:
             add("COMMIT")
 
     event.listen(engine, "before_cursor_execute", executed)

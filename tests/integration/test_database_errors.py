@@ -5,7 +5,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import make_url, text
+from psycopg2 import extensions
+from sqlalchemy import func, literal, make_url, select, text
 from sqlalchemy.orm import Session
 
 from shared.db.session import get_engine, session_scope
@@ -92,6 +93,31 @@ def test_a_full_server_is_called_a_lack_of_connections(
         session.execute(text("drop role limited"))
         session.commit()
     assert (error.code, error.message) == ("database_unavailable", NO_CONNECTION)
+
+
+def test_a_connection_that_is_lost_after_a_single_read_costs_no_place_in_the_pool(settings: Settings) -> None:
+    engine = get_engine()
+    for _ in range(3):
+        with session_scope(single_read=True) as session:
+            pid = session.scalar(select(func.pg_backend_pid()))
+            with session_scope() as other:
+                assert other.scalar(select(func.pg_terminate_backend(pid, 5000)))
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]  # of a QueuePool
+    with session_scope(single_read=True) as session:
+        assert session.scalar(select(literal(1))) == 1
+
+
+def test_a_single_read_is_one_round_trip(settings: Settings) -> None:
+    with session_scope(single_read=True) as session:
+        session.scalar(select(literal(1)))
+        raw = session.connection().connection.driver_connection
+        assert raw is not None
+        assert raw.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+    with session_scope() as session:
+        session.scalar(select(literal(1)))
+        raw = session.connection().connection.driver_connection
+        assert raw is not None
+        assert raw.info.transaction_status == extensions.TRANSACTION_STATUS_INTRANS, "the next user has transactions"
 
 
 def test_a_server_that_does_not_answer_cannot_be_reached(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,4 +167,4 @@ def test_a_stuck_model_call_ends_its_process(workers: Workers, session: Session,
 
 def jobs_started(session: Session) -> bool:
     session.rollback()
-    return bool(session.scalar(text("select count(*) from jobs where model_started")))
+    return bool(session.scalar(text("select count(*) from jobs where model_started and resolution is not null")))

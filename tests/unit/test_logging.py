@@ -14,7 +14,7 @@ import pytest
 import structlog
 from pydantic import SecretStr
 from sqlalchemy import make_url
-from structlog.contextvars import bound_contextvars
+from structlog.contextvars import bound_contextvars, clear_contextvars
 
 from shared.logging import REDACTED, configure
 from shared.settings import Environment, LoggingSettings, SecuritySettings, Settings, load_settings
@@ -35,6 +35,7 @@ def _logging_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def lines(capsys: pytest.CaptureFixture[str]) -> Lines:
+    clear_contextvars()  # a request of an earlier test has left its id in this thread
     return lambda: capsys.readouterr().err.splitlines()
 
 
