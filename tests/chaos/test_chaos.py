@@ -5,10 +5,11 @@
 
 import secrets
 from collections.abc import Iterator
+from datetime import timedelta
 from uuid import UUID
 
 import pytest
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from shared.db.tables import Image, Job, JobEvent, Output
@@ -77,7 +78,8 @@ def test_the_checks_report_every_kind_of_breach(after_the_storm: tuple[Scene, Ou
         session.execute(delete(Job).where(Job.id == gone))
         session.execute(delete(JobEvent).where(JobEvent.job_id == gapped.job_id, JobEvent.seq == 1))
         image = session.scalars(select(Image.id).where(Image.id != changed.id).limit(1)).one()
-        session.execute(update(Image).where(Image.id == image).values(state="pending"))
+        held = func.now() + timedelta(hours=1)  # no worker takes it
+        session.execute(update(Image).where(Image.id == image).values(state="pending", lease_until=held))
     (scene.store.folder / altered.blob_key).write_bytes(bytes(altered.size_bytes))
     (scene.store.folder / hidden.blob_key).unlink()
     (scene.store.folder / "outputs" / "unreferenced").write_bytes(b"")
