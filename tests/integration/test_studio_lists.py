@@ -134,7 +134,8 @@ def test_two_images_are_compared_with_what_differs(client: Client, session: Sess
     assert "steps" not in rows, "equal values are left out"
     same = client.get("/gallery/compare", query_string={"selected": [str(apple.id)] * 2}).text
     assert "Both were drawn from the same values." in same
-    for wrong in ([], [str(apple.id)], [str(apple.id), "nothing"]):
+    assert client.get("/gallery/compare").headers["Location"].endswith("/gallery"), "nothing is selected"
+    for wrong in ([str(apple.id)], [str(apple.id), "nothing"]):
         assert client.get("/gallery/compare", query_string={"selected": wrong}).status_code == 422
     gone = client.get("/gallery/compare", query_string={"selected": [str(apple.id), str(uuid4())]})
     assert gone.status_code == 404
