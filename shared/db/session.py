@@ -173,6 +173,8 @@ def session_scope(*, single_read: bool = False) -> Iterator[Session]:
         raise DatabaseConnectionError(NO_CONNECTION) from error
     except DBAPIError as error:
         raise _named(error) from error
+    except psycopg2.Error as error:  # outside of a statement, where SQLAlchemy does not wrap it
+        raise DatabaseConnectionError from error
 
 
 def _connect(session: Session) -> Any:

@@ -217,7 +217,7 @@ class Attempt:
 
     def retry_later(self, error: BaseAppException) -> None:
         """Return the job to the queue after a temporary error; end it `failed` after `max_transient_retries`."""
-        told_s = error.retry_after_s or 0.0 if isinstance(error, EngineUnavailableError) else 0.0
+        told_s = float(error.retry_after_s or 0) if isinstance(error, EngineUnavailableError) else 0.0
         delay_s = partial(retry_delay_s, settings=self._settings, told_s=told_s)
         state = self._write(lambda session: attempts.retry_later(session, self.claim, error, delay_s=delay_s))
         self.outcome = Outcome.FAILED if state is JobState.FAILED else Outcome.REQUEUED

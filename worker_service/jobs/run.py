@@ -79,7 +79,7 @@ def run_job(job_id: UUID, *, models: Models, leases: JobLeases, settings: Settin
                     or attempt.replay_of is not None
                     or attempt.parameters.planned_at is not None,
                 )
-            try:
+            try:  # a reference that cannot be loaded is in the event, too
                 with attempt.stage("load_references"):
                     if models.needs_pixels(mode):
                         pixels = tuple(outputs.load_references(used, with_pixels=True))
