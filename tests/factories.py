@@ -3,7 +3,7 @@
 import hashlib
 from itertools import count
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,7 +15,7 @@ from shared.contracts.search import ImageFilter
 from shared.db import images, jobs, owners, spaces
 from shared.db.images import ImageClaim
 from shared.db.spaces import Space
-from shared.db.tables import Image, Job
+from shared.db.tables import Image, Job, Output
 from tests import one_attempt
 
 SHARED_COLLECTION = UUID("00000000-0000-4000-8000-000000000002")
@@ -90,6 +90,29 @@ def make_job(
         raise ValueError(f"make_job cannot bring a job into the state {state}")
     session.refresh(job)
     return job
+
+
+def make_output_row(job_id: UUID, owner_id: UUID, **columns: Any) -> Output:
+    """An output without blobs, in no session. Its id is new."""
+    return Output(
+        **{
+            "id": uuid4(),
+            "job_id": job_id,
+            "owner_id": owner_id,
+            "index": 0,
+            "seed": 1,
+            "format": "png",
+            "blob_key": f"outputs/{job_id}/1/0.png",
+            "thumbnail_key": f"outputs/{job_id}/1/0.webp",
+            "width": 32,
+            "height": 32,
+            "size_bytes": 10,
+            "sha256": "0" * 64,
+            "pixels_sha256": "0" * 64,
+            "provenance": {},
+            **columns,
+        }
+    )
 
 
 def make_space(session: Session, *, dim: int = DIM) -> Space:

@@ -21,7 +21,7 @@ from shared.db.images import find_vector
 from shared.db.tables import Collection, Image, Job, Output, OutputReference
 from shared.messaging import queue
 from shared.settings import Settings
-from tests.factories import SHARED_COLLECTION, make_image, make_job
+from tests.factories import SHARED_COLLECTION, make_image, make_job, make_output_row
 from tests.integration.conftest import API, Client, messages, picture
 from tests.stack import wait_until
 
@@ -308,22 +308,7 @@ def test_outputs_that_used_an_image_are_listed_even_after_its_deletion(client: C
 
 def _output(session: Session, *, reference: UUID, owner: str = "local") -> UUID:
     job = make_job(session, owner=owner, state=JobState.SUCCEEDED)
-    generation = Output(
-        id=uuid4(),
-        job_id=job.id,
-        owner_id=job.owner_id,
-        index=0,
-        seed=1,
-        format="png",
-        blob_key="outputs/x.png",
-        thumbnail_key="outputs/x.webp",
-        width=32,
-        height=32,
-        size_bytes=10,
-        sha256="0" * 64,
-        pixels_sha256="0" * 64,
-        provenance={"prompt": "a red apple"},
-    )
+    generation = make_output_row(job.id, job.owner_id, provenance={"prompt": "a red apple"})
     session.add(generation)
     session.flush()
     session.add(
@@ -367,8 +352,9 @@ def test_the_file_of_an_output_is_served_as_stored(client: Client, session: Sess
 
     output = _output(session, reference=uuid4())
     session.commit()
-    get_blobs().put("outputs/x.png", b"0123456789", media_type="image/png")
-    get_blobs().put("outputs/x.webp", b"small", media_type="image/webp")
+    row = session.get_one(Output, output)
+    get_blobs().put(row.blob_key, b"0123456789", media_type="image/png")
+    get_blobs().put(row.thumbnail_key, b"small", media_type="image/webp")
     content = client.get(f"{API}/generations/{output}/content")
     assert (content.data, content.content_type, content.headers["ETag"]) == (
         b"0123456789",

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 from shared.contracts.collections import GrantedAccess
 from shared.contracts.generation import Webhook
 from shared.db import collections, jobs, keys, owners
-from shared.db.tables import Output, ReferenceImage, WebhookDelivery
-from tests.factories import make_image, make_job
+from shared.db.tables import ReferenceImage, WebhookDelivery
+from tests.factories import make_image, make_job, make_output_row
 from tests.integration.conftest import API, Client, a_key
 
 OTHER = "an-owner-with-a-grant"
@@ -42,7 +42,7 @@ def mine(keyed_client: Client, session: Session) -> dict[str, str]:
     collection = collections.ensure(session, "private", owner_id=job.owner_id)
     collections.share(session, collection, owner_id=owners.ensure(session, OTHER), access=GrantedAccess.READ)
     image = make_image(session, vector=[1.0] + [0.0] * 15, collection_id=collection.id, caption="a secret")
-    output = _output(ended.id, ended.owner_id)
+    output = make_output_row(ended.id, ended.owner_id, provenance={"prompt": "a secret"})
     picture = _picture(ended.id)
     session.add_all([output, picture])
     session.flush()
@@ -127,25 +127,6 @@ def test_each_of_two_owners_may_use_the_same_names_and_keys(keyed_client: Client
         answers.append(keyed_client.post(f"{API}/generate", json={"prompt": owner}, headers=key))
     assert [answer.status_code for answer in answers] == [202, 202]
     assert answers[0].json["id"] != answers[1].json["id"]
-
-
-def _output(job_id: UUID, owner_id: UUID) -> Output:
-    return Output(
-        id=uuid4(),
-        job_id=job_id,
-        owner_id=owner_id,
-        index=0,
-        seed=1,
-        format="png",
-        blob_key="outputs/x.png",
-        thumbnail_key="outputs/x.webp",
-        width=32,
-        height=32,
-        size_bytes=10,
-        sha256="0" * 64,
-        pixels_sha256="0" * 64,
-        provenance={"prompt": "a secret"},
-    )
 
 
 def _picture(job_id: UUID) -> ReferenceImage:

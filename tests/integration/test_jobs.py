@@ -18,7 +18,7 @@ from shared.db.tables import Job, JobEvent, Output, OutputReference
 from shared.errors import DatabaseError, ImageGenerationError, JobStateError, StorageError
 from shared.settings import JobSettings
 from tests import one_attempt
-from tests.factories import make_job
+from tests.factories import make_job, make_output_row
 from worker_service.jobs.retry_policy import retry_delay_s
 
 
@@ -55,22 +55,7 @@ def dispatch(
 
 
 def an_output(job: Job, index: int = 0) -> StoredOutput:
-    generation = Output(
-        id=uuid4(),
-        job_id=job.id,
-        owner_id=job.owner_id,
-        index=index,
-        seed=1,
-        format="png",
-        blob_key=f"outputs/{job.id}/{index}",
-        thumbnail_key="t",
-        width=1,
-        height=1,
-        size_bytes=1,
-        sha256="00",
-        pixels_sha256="00",
-        provenance={},
-    )
+    generation = make_output_row(job.id, job.owner_id, index=index, blob_key=f"outputs/{job.id}/{index}")
     reference = OutputReference(
         generation_id=generation.id, position=0, image_id=uuid4(), sha256="00", similarity=0.5, weight=1.0, pinned=False
     )

@@ -5,7 +5,7 @@ The test updates a simple model of the expected rows in parallel. After every st
 
 from dataclasses import dataclass
 from datetime import timedelta
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,7 +21,7 @@ from shared.db.dispatch import mark_next_published
 from shared.db.tables import Job, Output
 from shared.errors import ImageGenerationError, StorageError
 from tests import one_attempt
-from tests.factories import make_job
+from tests.factories import make_job, make_output_row
 
 MAX_CRASHES = 3
 MAX_RETRIES = 2
@@ -205,22 +205,8 @@ class JobTable(RuleBasedStateMachine):
             assert made == ([] if expected.outputs_of is None else [f"attempt {expected.outputs_of}"])
 
     def _generation(self, claim: Claim) -> Output:
-        return Output(
-            id=uuid4(),
-            job_id=claim.job_id,
-            owner_id=self.expected[claim.job_id].owner_id,
-            index=0,
-            seed=1,
-            format="png",
-            blob_key=f"attempt {claim.attempt}",
-            thumbnail_key="t",
-            width=1,
-            height=1,
-            size_bytes=1,
-            sha256="00",
-            pixels_sha256="00",
-            provenance={},
-        )
+        owner_id = self.expected[claim.job_id].owner_id
+        return make_output_row(claim.job_id, owner_id, blob_key=f"attempt {claim.attempt}")
 
 
 @pytest.mark.hypothesis  # `make test-all` selects by it

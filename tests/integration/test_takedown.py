@@ -41,7 +41,7 @@ from shared.errors import ReferenceDeletedError
 from shared.settings import Settings
 from shared.storage import get_blobs
 from tests import one_attempt
-from tests.factories import make_image, make_job
+from tests.factories import make_image, make_job, make_output_row
 from tests.integration.conftest import API, Client, a_key, picture, waiting
 from tests.integration.test_api_search import towards
 from tests.integration.test_export import run as export
@@ -525,22 +525,7 @@ def running(session: Session) -> tuple[Job, attempts.Claim]:
 
 
 def stored(job: Job, image_id: UUID) -> attempts.StoredOutput:
-    output = Output(
-        id=uuid4(),
-        job_id=job.id,
-        owner_id=job.owner_id,
-        index=0,
-        seed=1,
-        format="png",
-        blob_key=f"outputs/{job.id}/1/0.png",
-        thumbnail_key=f"outputs/{job.id}/1/0.thumbnail.webp",
-        width=8,
-        height=8,
-        size_bytes=1,
-        sha256="0" * 64,
-        pixels_sha256="0" * 64,
-        provenance={},
-    )
+    output = make_output_row(job.id, job.owner_id)
     used = OutputReference(
         generation_id=output.id, position=0, image_id=image_id, sha256="ab" * 32, weight=1.0, pinned=False
     )

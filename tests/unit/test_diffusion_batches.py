@@ -16,6 +16,7 @@ from PIL import Image
 
 from shared.contracts.generation import Mode
 from shared.errors import InvalidOutputError, ModelOutOfMemoryError
+from tests.image_request import IMAGE_REQUEST
 from tests.small_pipelines import CLIP_DIM
 from worker_service.execution.steps import CallStopped, OnStep
 from worker_service.models.generation.diffusion import Diffusion
@@ -27,21 +28,7 @@ DIFFERENT = 10
 
 Loaded = Callable[[str], Diffusion]
 PIPELINES = ["sd15", "sdxl", "sdxl_plus", "sdxl_turbo", "flux"]
-REQUEST = ImageRequest(
-    prompt="a red apple",
-    negative_prompt=None,
-    seed=7,
-    width=64,
-    height=64,
-    num_inference_steps=3,
-    guidance_scale=3.0,
-    scheduler=None,
-    loras=(),
-    mode=Mode.NONE,
-    ip_adapter_scale=0.8,
-    strength=0.7,
-    references=(),
-)
+REQUEST = replace(IMAGE_REQUEST, num_inference_steps=3)
 
 
 def reference(seed: int, *, weight: float = 1.0, caption: str | None = None) -> Reference:

@@ -32,27 +32,14 @@ from shared.errors import (
 from shared.metrics import ENGINE_CALLS
 from shared.settings import GeneratorSettings, ModelSettings, load_settings
 from tests.fake_engine import Answer, Drawing, FakeEngine, blocks, error_answer, picture_answer
+from tests.image_request import IMAGE_REQUEST
 from tests.stack import wait_until
 from worker_service.execution.steps import CallStopped
 from worker_service.models.engines.generator import OpenAIGenerator
 from worker_service.models.interface import ImageRequest, Reference
 
 KEY = "sk-very-secret-key"
-REQUEST = ImageRequest(
-    prompt="a red apple",
-    negative_prompt=None,
-    seed=7,
-    width=64,
-    height=32,
-    num_inference_steps=4,
-    guidance_scale=3.5,
-    scheduler=None,
-    loras=(),
-    mode=Mode.NONE,
-    ip_adapter_scale=0.8,
-    strength=0.7,
-    references=(),
-)
+REQUEST = replace(IMAGE_REQUEST, height=32, guidance_scale=3.5)
 
 Load = Callable[..., OpenAIGenerator]
 

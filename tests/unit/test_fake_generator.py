@@ -9,29 +9,16 @@ import pytest
 from shared.contracts.generation import Mode
 from shared.errors import ModelNotFoundError
 from shared.settings import GeneratorSettings, ModelSettings
+from tests.image_request import IMAGE_REQUEST
 from worker_service.execution.steps import CallStopped
 from worker_service.models.fake import FakeGenerator
-from worker_service.models.interface import ImageRequest, Reference
+from worker_service.models.interface import Reference
 
 SETTINGS = ModelSettings(
     generators={"cheap": GeneratorSettings(kind="fake", cost_ms=40, max_batch_size=16)}, default_generator="cheap"
 )
 REFERENCE = Reference(vector=np.ones(4, np.float32), image=None, weight=1, caption=None)
-REQUEST = ImageRequest(
-    prompt="a red apple",
-    negative_prompt=None,
-    seed=7,
-    width=32,
-    height=16,
-    num_inference_steps=4,
-    guidance_scale=3.0,
-    scheduler=None,
-    loras=(),
-    mode=Mode.NONE,
-    ip_adapter_scale=0.8,
-    strength=0.7,
-    references=(),
-)
+REQUEST = replace(IMAGE_REQUEST, width=32, height=16)
 
 
 @pytest.fixture
