@@ -42,9 +42,10 @@ def _model(report: TryReport) -> Table:
     )
     memory = f" of {_gib(report.device_bytes)}" if report.device_bytes else ""
     call = report.reference_call
-    references = f"at most {known.max_references}" + (
-        f", {known.reference_side} px per side" if known.reference_side else ""
-    )
+    references = f"at most {known.max_references}"
+    references += f", {known.reference_side} px per side" if known.reference_side else ""
+    if known.reference_side_of_several != known.reference_side:
+        references += f" ({known.reference_side_of_several} px where they stand for several things)"
     references += f", in a call of shape {call['shape']}" if call else ""
     references += ", weights act on the attention" if known.weighs_references else ""
     references += ", one is needed" if known.needs_reference else ""

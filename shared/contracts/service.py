@@ -89,6 +89,9 @@ class Capabilities(Contract):
     reference_side: int | None = Field(
         None, description="mode `reference`: pixels per side of a reference; `null`: the pipeline decides"
     )
+    reference_side_of_several: int | None = Field(
+        None, description="`reference_side` in images whose references stand for several things"
+    )
     needs_reference: bool = Field(False, description="the model edits pictures only, and draws nothing without one")
     weighs_references: bool = Field(
         False, description="mode `reference`: weights and `ip_adapter_scale` have an effect beyond the order"

@@ -109,7 +109,8 @@ def test_it_warms_up_and_declares_what_it_can(model: Diffusion) -> None:
     known = model.capabilities
     assert (known.native_width, known.native_height, known.any_size) == (128, 128, False)
     assert {"reference", "none"} <= set(known.modes)
-    assert (known.reference_side, known.supports_guidance, known.needs_reference) == (128, True, False)
+    assert (known.reference_side, known.reference_side_of_several) == (128, 64)
+    assert (known.supports_guidance, known.needs_reference) == (True, False)
     assert (known.batching_changes_images, known.interruption_changes_images) == (False, False)
     assert (model.defaults.num_inference_steps, model.defaults.guidance_scale) == (STEPS, 2.5)
 

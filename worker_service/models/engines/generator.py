@@ -86,6 +86,7 @@ class OpenAIGenerator:
             dtype="unknown" if generator.dtype == "auto" else generator.dtype,
             defaults=defaults,
             reference_side=generator.reference_side,
+            reference_side_of_several=generator.reference_side,
             needs_reference="none" not in engine.modes,
             images_at_once=engine.concurrency * len(engine.urls),
             reports_steps=False,

@@ -59,6 +59,7 @@ def of(
         max_batch_size=settings.max_batch_size,
         max_references=settings.max_references if references is None else references.max_references,
         reference_side=None if references is None else references.side,
+        reference_side_of_several=None if references is None else references.side_of_several,
         needs_reference=needs_reference,
         weighs_references=references is not None and references.weighs,
         schedulers=schedulers.compatible_names(pipeline.scheduler),
