@@ -32,10 +32,11 @@ def drawable_size(capabilities: Capabilities, width: int, height: int) -> tuple[
     area = min(max(width * height, MIN_AREA_RATIO * native_area), MAX_AREA_RATIO * native_area)
     aspect = min(max(width / height, 1 / MAX_ASPECT_RATIO), MAX_ASPECT_RATIO)
     multiple = capabilities.size_multiple
-    return _nearest(sqrt(area * aspect), multiple), _nearest(sqrt(area / aspect), multiple)
+    return nearest_multiple(sqrt(area * aspect), multiple), nearest_multiple(sqrt(area / aspect), multiple)
 
 
-def _nearest(length: float, multiple: int) -> int:
+def nearest_multiple(length: float, multiple: int) -> int:
+    """The multiple that is nearest to a length, at least one."""
     return max(1, round(length / multiple)) * multiple
 
 

@@ -23,7 +23,7 @@ from scripts.try_model.report import TryReport
 from scripts.try_model.tables import print_report
 from scripts.try_model.trial import Options
 from scripts.try_model.try_model import try_model
-from shared.errors import ConfigurationError, InvalidImageError, ModelError, ModelNotFoundError
+from shared.errors import BaseAppException, ModelNotFoundError
 from shared.settings import STARTER, load_settings
 from worker_service.execution.watchdog import AcceleratorLostError
 
@@ -88,7 +88,7 @@ def main() -> None:
     except ModelNotFoundError as error:
         message = f"error: {error} {error.context['model']!r} is not one of {', '.join(error.context['models'])}."
         parser.exit(ExitCode.INVALID_INPUT, f"{message}\n")
-    except (ConfigurationError, ModelError, InvalidImageError, SourceError, OSError) as error:
+    except (BaseAppException, SourceError, OSError) as error:
         parser.exit(ExitCode.INVALID_INPUT, f"error: {error}\n")
     except AcceleratorLostError as error:
         parser.exit(ExitCode.INCOMPLETE, f"error: the accelerator no longer responds: {error}\n")

@@ -92,7 +92,7 @@ class TryReport(Contract):
     largest_batch_that_pays: int | None = Field(description="images per call; `null`: not even one image fits")
     checks: list[Check]
     promises_checked: bool = Field(True, description="`false`: only whether each mode draws was checked")
-    passed: bool = Field(description="no check failed")
+    passed: bool = Field(description="no check failed, and every comparison was possible")
     sheet: str | None = Field(description="file with one row of images per mode")
     comparisons: list[Comparison] = Field(default_factory=list, description="with the other generators, as named")
     comparison_errors: dict[str, str] = Field(

@@ -22,7 +22,8 @@ def found_settings(trial: Trial, *, max_batch_size: int | None) -> dict[str, Any
             "dtype": trial.capabilities.dtype.partition(",")[0],  # without the quantization
             "max_batch_size": max_batch_size or trial.settings.max_batch_size,
         }
-    return trial.settings.model_dump(mode="json", exclude_unset=True, exclude_none=True) | found
+    secrets = {"engine": {"api_key"}}
+    return trial.settings.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude=secrets) | found
 
 
 def as_toml(settings: Mapping[str, Any], path: str) -> str:

@@ -16,7 +16,7 @@ from scripts.try_model.settings_text import found_settings
 from scripts.try_model.sheet import draw_sheet
 from scripts.try_model.trial import Options, Trial
 from shared.contracts.generation import Mode
-from shared.errors import BaseAppException
+from shared.errors import BaseAppException, ModelOutOfMemoryError
 from shared.settings import Settings
 from shared.version import VERSION
 from worker_service.models.pipelines.probe import REFUSALS
@@ -49,14 +49,17 @@ def try_model(options: Options, settings: Settings, out: Path, *, on_progress: C
         on_progress(f"loading {name}")
         memory.free_unused()  # of the model before it: a GPU need not fit two
         try:
-            other = Trial.load(replace(same, name=name), settings, warm_up=False)
-            comparisons.append(compare(drawn, other, repeats=options.repeats))
-            del other
+            comparisons.append(_compared(drawn, replace(same, name=name), settings))
         except (BaseAppException, *REFUSALS) as error:
             errors[name] = f"{type(error).__name__}: {error}"
     return report.model_copy(
         update={"comparisons": comparisons, "comparison_errors": errors, "passed": report.passed and not errors}
     )
+
+
+def _compared(drawn: Drawn, options: Options, settings: Settings) -> Comparison:
+    """Load a generator, and compare it. It is free again at the end, and after an error."""
+    return compare(drawn, Trial.load(options, settings, warm_up=False), repeats=options.repeats)
 
 
 def _try_one(
@@ -85,7 +88,12 @@ def _try_one(
     for check in promises.checks() if options.checks_promises else ():
         checks.append(check)
         on_progress(f"checked {check.name}, mode {check.mode}: {check.outcome.value}")
-    drawn = draw_each_mode(trial) if options.against and _passed(checks) else None
+    drawn, not_compared = None, dict.fromkeys(options.against, "a promise is broken")
+    if options.against and _passed(checks):
+        try:
+            drawn, not_compared = draw_each_mode(trial), {}
+        except ModelOutOfMemoryError as error:  # memory savers, which the sheet may have used, change the images
+            not_compared = dict.fromkeys(options.against, f"{options.name} is out of memory: {error}")
     report = TryReport(
         model=options.name,
         version=VERSION,
@@ -106,8 +114,8 @@ def _try_one(
         largest_batch_that_pays=best,
         checks=checks,
         promises_checked=options.checks_promises,
-        passed=_passed(checks),
-        comparison_errors={} if drawn is not None else dict.fromkeys(options.against, "a promise is broken"),
+        passed=_passed(checks) and not not_compared,
+        comparison_errors=not_compared,
         sheet=str(out / SHEET),
         settings=found_settings(trial, max_batch_size=best),
     )

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from shared.contracts.common import Name
 from shared.errors import ModelNotFoundError
 from shared.settings.engines import EngineSettings, Parameter
 from shared.settings.section import ADVANCED, Advanced, Section, warn_of_former
@@ -167,7 +168,7 @@ class GeneratorSettings(Section):
     ip_adapter: IPAdapterSettings | None = Field(
         None, description="IP-Adapter that conditions the model on images; unset: no image prompts"
     )
-    loras: Advanced[dict[str, LoraSettings]] = Field(default_factory=dict, description="by the name that requests use")
+    loras: Advanced[dict[Name, LoraSettings]] = Field(default_factory=dict, description="by the name that requests use")
     defaults: GeneratorDefaults = GeneratorDefaults()
     any_size: Advanced[bool] = Field(
         True, description="the model draws sizes near its native one well; false: only the native size"
@@ -298,7 +299,7 @@ def _starter_generator() -> dict[str, GeneratorSettings]:
 
 class ModelSettings(Section):
     clip: ClipSettings = ClipSettings()
-    generators: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")], GeneratorSettings] = Field(
+    generators: dict[Name, GeneratorSettings] = Field(
         default_factory=_starter_generator, min_length=1, description="image models by the name that requests use"
     )
     default_generator: str = Field("starter", description="model of a request that names no model")

@@ -16,7 +16,8 @@ from PIL import Image
 from shared.errors import EmbeddingError, ModelLoadError
 from shared.settings import ClipSettings, ModelSettings
 from tests import small_pipelines
-from worker_service.models.clip import MAX_ASPECT, Clip
+from worker_service.models.clip import Clip
+from worker_service.models.generation.framing import MAX_ASPECT
 
 
 def close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-4) -> bool:

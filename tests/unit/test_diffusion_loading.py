@@ -173,6 +173,10 @@ def sd15_adapter(folder: Path, **changes: Any) -> dict[str, Any]:
     return IPAdapterSettings(source=str(folder), conditions_on="embedding_space").model_dump() | changes
 
 
+def sd15_lora(models: Path, weight_name: str | None = "ink.safetensors") -> dict[str, Any]:
+    return {"loras": {"ink": {"source": str(models / "sd15" / "lora"), "weight_name": weight_name}}}
+
+
 @pytest.mark.parametrize(
     ("generator", "cause"),
     [
@@ -225,6 +229,16 @@ def sd15_adapter(folder: Path, **changes: Any) -> dict[str, Any]:
                 "loras": {"ink": {"source": str(models / "clip"), "weight_name": "none.safetensors"}},
             },
             "LoRA 'ink'",
+        ),
+        (lambda models: {"source": str(models / "flux"), **sd15_lora(models)}, "'ink' has no weights for FluxPipeline"),
+        (lambda models: {"source": str(models / "sdxl"), **sd15_lora(models)}, "LoRA 'ink'.*size mismatch for"),
+        (
+            lambda models: {"source": str(models / "sd15"), **sd15_lora(models, "ink.bin")},
+            "'ink.bin' is not a safetensors file",
+        ),
+        (
+            lambda models: {"source": str(models / "sd15"), **sd15_lora(models, None)},
+            "weight_name has to be one of ink.safetensors, neon.safetensors",
         ),
         (
             lambda models: {"source": str(models / "sd15"), "defaults": {"scheduler": "no-such-scheduler"}},
@@ -357,6 +371,15 @@ def test_the_settings_decide_the_threads_of_a_model_process(model_settings: Mode
     loading.prepare_process(model_settings.model_copy(update={"threads": 0}))
     assert torch.get_num_threads() == before + 1
     torch.set_num_threads(before)
+
+
+def test_a_native_size_of_the_settings_becomes_one_that_the_model_draws(small_models: Path, tmp_path: Path) -> None:
+    model = load(source=str(small_models / "sd15"), native_side=100)
+    model.warm_up()
+    assert (model.capabilities.size_multiple, model.capabilities.native_width) == (16, 96)
+    small_pipelines.save_krea2(tmp_path)  # the pipeline does not name its size
+    known = load(source=str(tmp_path), defaults={"width": 90, "height": 99}).capabilities
+    assert (known.size_multiple, known.native_width, known.native_height) == (4, 88, 100)
 
 
 def test_a_generator_has_the_defaults_of_its_settings(small_models: Path) -> None:

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from shared.contracts.generation import Mode
 from shared.errors import ImageGenerationError, ReferenceUnavailableError
@@ -72,6 +74,24 @@ def test_an_image_is_encoded_by_the_adapters_own_encoder(loaded: Loaded, pipelin
     assert distance(generated, by_diffusers) <= ROUNDING
     without_vector = replace(PROMPTED, references=(replace(PROMPTED.references[0], vector=None),))
     assert distance(generate_images(model, without_vector)[0], generated) == 0
+
+
+def test_an_adapter_encodes_only_the_middle_of_a_very_long_picture(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder scales the short side and then crops. A picture of 20,000 x 1 pixels would take gigabytes."""
+    model = loaded("sdxl")
+    encode_image = model.text_to_image.encode_image
+    sizes: list[tuple[int, int]] = []
+
+    def recording(images: list[Image.Image], *arguments: Any) -> Any:
+        sizes.extend(image.size for image in images)
+        return encode_image(images, *arguments)
+
+    monkeypatch.setattr(model.text_to_image, "encode_image", recording)
+    strip = replace(reference(1), image=Image.linear_gradient("L").resize((5000, 1)))
+    generate_images(model, replace(PROMPTED, references=(strip,)))
+    assert sizes == [(framing.MAX_ASPECT, 1)]
 
 
 def test_weights_act_like_one_scale_per_image_in_diffusers(loaded: Loaded) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cachetools import LRUCache
+from PIL import Image
 
 from shared.contracts.generation import Mode
 from shared.settings import GeneratorSettings, ModelSettings
@@ -416,3 +417,20 @@ def test_a_prompt_names_references_by_their_number_in_the_request(native: Loaded
     model = native(pipeline)
     named = replace(weighed(1, 2), prompt="{image 1} beside {image 2}, {image 3}")
     assert distance(drawn(model, named), drawn(model, replace(named, prompt=prompt))) == 0
+
+
+@pytest.mark.parametrize("size", [(5000, 1), (1, 5000)])
+@pytest.mark.parametrize("pipeline", [name for name, shape in SHAPES.items() if shape is not CallShape.PACKED])
+def test_a_pipeline_gets_only_the_middle_of_a_very_long_picture(
+    native: Loaded, pipeline: str, size: tuple[int, int]
+) -> None:
+    """Otherwise one side becomes 0 pixels. Or the pipeline scales the short side and then crops, in gigabytes."""
+    model = native(pipeline)
+    assert model.native_references is not None
+    request = replace(WITH, references=(replace(reference(1), image=Image.linear_gradient("L").resize(size)),))
+    given = model.native_references.arguments(model.text_to_image, [request], {"prompt": [request.prompt]})
+    pictures = given["images"][0] if "images" in given else given["image"]
+    picture = pictures[0] if isinstance(pictures, list) else pictures
+    assert max(picture.size) <= framing.MAX_ASPECT * min(picture.size)
+    if model.native_references.side is not None:  # the others make more pixels of it than a test has time for
+        assert drawn(model, request).shape == (64, 64, 3)

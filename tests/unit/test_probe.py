@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from shared.errors import ModelLoadError
+from shared.errors import ModelLoadError, ModelOutOfMemoryError
 from shared.settings import ModelSettings
 from tests import small_pipelines
 from tests.unit.test_diffusion_batches import REQUEST
@@ -31,6 +32,8 @@ class Painter:
     padding: float = 0.0
     """Change of an image by a longer prompt in its batch."""
     one_at_a_time: bool = False
+    fits_one: bool = False
+    """Two images do not fit in memory."""
     shared_cache: bool = False
     """The state of the steps is kept in the model and not in the call."""
     calls: list[int] = field(default_factory=list)
@@ -40,6 +43,8 @@ class Painter:
         self.calls.append(len(requests))
         if self.one_at_a_time and len(requests) > 1:
             raise ValueError("only batch_size=1 is supported")
+        if self.fits_one and len(requests) > 1:
+            raise ModelOutOfMemoryError
         longest = max(len(request.prompt) for request in requests)
         greys = [len(request.prompt) / 100 + request.seed / 1000 for request in requests]
         if len(requests) > 1:
@@ -62,9 +67,17 @@ class Painter:
         (Painter(rounding=0.02, padding=0.02), KEEPS_THE_PROMISES),
         (Painter(padding=0.006), Verdict(1, batching_changes_images=True, interruption_changes_images=False)),
         (Painter(one_at_a_time=True), Verdict(1, batching_changes_images=False, interruption_changes_images=False)),
+        (Painter(fits_one=True), Verdict(1, batching_changes_images=False, interruption_changes_images=False)),
         (Painter(shared_cache=True), Verdict(None, batching_changes_images=False, interruption_changes_images=True)),
     ],
-    ids=["sound", "half precision", "padding moves the image", "one prompt per call", "cache of all calls"],
+    ids=[
+        "sound",
+        "half precision",
+        "padding moves the image",
+        "one prompt per call",
+        "room for one",
+        "cache of all calls",
+    ],
 )
 def test_it_tells_a_broken_promise_from_rounding(painter: Painter, verdict: Verdict) -> None:
     assert probe(painter.draw, REQUEST, model="model", batches=True, key=lambda request: None) == verdict
@@ -98,6 +111,25 @@ def test_a_sound_model_of_diffusers_keeps_its_batches(model_settings: ModelSetti
     before = model.capabilities
     model.warm_up()
     assert model.capabilities == before
+
+
+def test_a_model_whose_images_need_a_memory_saver_starts(
+    model_settings: ModelSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Diffusion.load("sd15_plain", model_settings)
+    vae = model.text_to_image.vae
+    decode = vae.decode
+
+    def decode_in_tiles(*arguments: Any, **options: Any) -> Any:
+        if not vae.use_tiling:
+            raise torch.OutOfMemoryError
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(vae, "decode", decode_in_tiles)
+    before = model.capabilities
+    model.warm_up()
+    assert model.capabilities == before
+    assert not vae.use_tiling
 
 
 def test_a_model_that_draws_nothing_is_refused_in_one_line(model_settings: ModelSettings) -> None:

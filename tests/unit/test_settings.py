@@ -326,6 +326,7 @@ FAKE = {"generators": {"fast": {"kind": "fake"}}, "default_generator": "fast"}
         ({"model": {"generators": {"Bad Name": {"kind": "fake"}}}}, "Bad Name"),
         ({"model": {"generators": {"a": {"source": "org/model"}}, "default_generator": "a"}}, "revision"),
         ({"model": {"generators": {"a": {}}, "default_generator": "a"}}, "source"),
+        ({"model": {"generators": {"a": {"source": ".", "loras": {"My ink": {"source": "."}}}}}}, "My ink"),
         ({"jobs": {"lease_s": 10, "heartbeat_s": 6}}, "heartbeat_s"),
         ({"queue": {"socket_timeout_s": 60}}, "queue.socket_timeout_s"),
         ({"cache": {"socket_timeout_s": 60}}, "cache.socket_timeout_s"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.errors import ModelLoadError
 from shared.settings import GeneratorSettings
+from tests import small_pipelines
 from tests.unit.test_diffusion_batches import REQUEST
 from tests.unit.test_diffusion_loading import load
 from worker_service.models.generation.diffusion import Diffusion
@@ -145,3 +146,10 @@ def test_a_missing_or_broken_file_is_one_line(small_models: Path, tmp_path: Path
         with pytest.raises(ModelLoadError, match=cause) as refused:
             load(source=str(small_models / "sd15"), single_file=str(file))
         assert "\n" not in refused.value.message
+
+
+def test_a_file_without_the_weights_of_the_denoiser_is_one_line_that_names_it(tmp_path: Path) -> None:
+    small_pipelines.save_flux2_klein(tmp_path)
+    other = tmp_path / "text_encoder" / "model.safetensors"
+    with pytest.raises(ModelLoadError, match=f"Weights of Flux2Transformer2DModel in '{other}' could not be loaded"):
+        load(source=str(tmp_path), single_file=str(other))

@@ -24,7 +24,7 @@ from scripts.try_model import __main__ as command
 from scripts.try_model.measurements import largest_batch_that_pays, measurements
 from scripts.try_model.promises import Promises, probe_verdict
 from scripts.try_model.report import Measurement, Outcome, TryReport
-from scripts.try_model.settings_text import as_toml
+from scripts.try_model.settings_text import as_toml, found_settings
 from scripts.try_model.tables import print_report
 from scripts.try_model.trial import Trial
 from shared.contracts.generation import Mode
@@ -374,8 +374,10 @@ class LowMemory(Honest):
     @contextmanager
     def saving_memory(self, savers: Sequence[str]) -> Iterator[None]:
         self.slicing = "vae_slicing" in savers
-        yield
-        self.slicing = False
+        try:
+            yield
+        finally:
+            self.slicing = False
 
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
         if sum(1 + len(request.references) for request in requests) > (4 if self.slicing else 2):
@@ -403,10 +405,30 @@ def test_the_command_goes_on_after_a_call_that_does_not_fit(
     assert ended.code == 1, "two references in one image are a promise of its capabilities"
 
 
+class NeedsSlices(LowMemory):
+    """Has memory for one image with two references only with slices."""
+
+    def memory_savers(self, images: int) -> Sequence[str]:
+        return ["vae_slicing"]
+
+
+def test_images_that_need_a_memory_saver_are_not_compared(
+    monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(GENERATORS, "fake", NeedsSlices)
+    arguments = ["fake", "--against", "second", "--steps", "2", "--no-checks", "--json", "--out", str(tmp_path)]
+    ended = run(*arguments, "--references", str(pictures), generators=FAKE | {"second": FAKE["fake"]})
+    assert ended.report.comparison_errors == {"second": "fake is out of memory: too large"}
+    assert ended.report.measurements
+    assert ended.code == 1
+
+
 class NeedsTheWholeDevice(Honest):
     """Cannot be loaded while another model is in memory. Like a pipeline, it is part of a reference cycle."""
 
     loaded: ClassVar[list[weakref.ref["NeedsTheWholeDevice"]]] = []
+    fails: ClassVar[str | None] = None
+    """Name of the generator that draws nothing."""
     itself: "NeedsTheWholeDevice"
 
     @classmethod
@@ -418,19 +440,39 @@ class NeedsTheWholeDevice(Honest):
         cls.loaded.append(weakref.ref(model))
         return model
 
+    def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> list[np.ndarray]:
+        if self.name == self.fails:
+            raise RuntimeError("no kernel")
+        return super().generate(requests, on_step)
 
+
+@pytest.mark.parametrize("fails", [None, "second"])
 def test_a_model_is_released_before_the_next_one_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path, fails: str | None
 ) -> None:
     monkeypatch.setitem(GENERATORS, "fake", NeedsTheWholeDevice)
+    monkeypatch.setattr(NeedsTheWholeDevice, "loaded", [])
+    monkeypatch.setattr(NeedsTheWholeDevice, "fails", fails)
     generators = FAKE | dict.fromkeys(("second", "third"), FAKE["fake"])
     arguments = ["fake", "--against", "second", "--against", "third", "--steps", "2", "--no-checks", "--json"]
     ended = run(*arguments, "--references", str(pictures), "--out", str(tmp_path), generators=generators)
     assert len(NeedsTheWholeDevice.loaded) == 3
-    assert [other.model for other in ended.report.comparisons] == ["second", "third"]
+    assert [other.model for other in ended.report.comparisons] == [
+        each for each in ("second", "third") if each != fails
+    ]
     assert {check.name for check in ended.report.checks} == {"draws"}
     assert not ended.report.promises_checked
-    assert ended.code == 0
+    assert ended.code == (0 if fails is None else 1)
+
+
+def test_the_settings_to_copy_have_no_key_of_an_engine() -> None:
+    engine = {"urls": ["http://10.0.0.7/v1"], "model": "flux", "api_key": "secret"}
+    defaults = {"num_inference_steps": 4, "guidance_scale": 1}
+    settings = GeneratorSettings.model_validate({"kind": "openai", "engine": engine, "defaults": defaults})
+    found = found_settings(trial_of(loaded(Honest), settings=settings), max_batch_size=None)
+    assert found["engine"] == {"urls": ["http://10.0.0.7/v1"], "model": "flux"}, (
+        "a masked key would replace the true one"
+    )
 
 
 def row(images: int, seconds: float | None, *, references: int = 0, savers: Sequence[str] = ()) -> Measurement:
@@ -500,3 +542,10 @@ def test_a_model_that_cannot_be_tried_ends_with_2_and_one_line(
     assert ended.err.startswith(message.replace("{folder}", str(tmp_path)))
     assert len(ended.err.splitlines()) == 1
     assert ended.out == ""
+
+
+def test_more_steps_than_the_model_takes_end_with_2(small_models: Path, pictures: Path, tmp_path: Path) -> None:
+    arguments = ["sd15", "--steps", "2000", "--references", str(pictures), "--out", str(tmp_path)]
+    ended = run(*arguments, generators={"sd15": {"source": str(small_models / "sd15")}})
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].startswith("error: The model's scheduler takes at most 1000 steps")

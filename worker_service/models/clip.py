@@ -19,13 +19,12 @@ from shared.errors import EmbeddingError
 from shared.settings import ClipSettings, ModelSettings
 from worker_service.execution import accelerator
 from worker_service.models import loading
+from worker_service.models.generation.framing import middle_of_long
 
 ImageInput: TypeAlias = Image.Image | torch.Tensor
 """An image, or the tensor that `Clip.prepare` returns for it."""
 Item = TypeVar("Item", str, ImageInput)
 
-MAX_ASPECT = 32
-"""Largest ratio of an image's sides. Of a longer image, only the middle is embedded."""
 TOKENIZER_PROBE_TEXT = "A photo of 2 red apples; naïve café, Tokyo's 東京!"
 
 
@@ -148,7 +147,7 @@ class Clip:
             EmbeddingError: the model's preprocessing cannot take the image.
         """
         try:
-            return cast(torch.Tensor, self.preprocess(_crop_to_max_aspect(image).convert("RGB")))
+            return cast(torch.Tensor, self.preprocess(middle_of_long(image).convert("RGB")))
         except (ValueError, ArithmeticError) as error:  # but not MemoryError, which may be temporary
             raise EmbeddingError("The embedding model cannot take this image.") from error
 
@@ -198,16 +197,6 @@ def mean_of_parts(parts: Sequence[Sequence[str]], vectors: np.ndarray) -> np.nda
         if len(of_text)
     ]
     return np.array(means, np.float32).reshape(len(parts), vectors.shape[1])
-
-
-def _crop_to_max_aspect(image: Image.Image) -> Image.Image:
-    """The middle of a very long image: scaled down for the model, its short side would be less than one pixel."""
-    width, height = image.size
-    longest = min(width, height) * MAX_ASPECT
-    if max(width, height) <= longest:
-        return image
-    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def _space_name(settings: ClipSettings) -> str:

@@ -66,7 +66,9 @@ def readable_load_errors(
     except (ModelLoadError, AcceleratorLostError):
         raise
     except Exception as error:
-        cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+        # Of a list, such as of the tensors with a wrong shape, the first entry.
+        cause = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         message = f"{kind} {source!r} {failed}: {type(error).__name__}: {cause}"
         if offline and not Path(source).is_dir():
             message += " (It is not a folder, and model.offline is on, so only the local cache was searched.)"

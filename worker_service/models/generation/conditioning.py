@@ -119,7 +119,7 @@ def _encode(
     if dim is not None and (conditions_on == "embedding_space" or not references):
         vectors = np.array([_vector(reference, dim) for reference in references], np.float32).reshape(-1, dim)
         return torch.from_numpy(vectors).to(**options), torch.zeros(dim, **options)
-    images = [_image(reference) for reference in references] or [Image.new("RGB", (64, 64))]
+    images = [framing.middle_of_long(_image(reference)) for reference in references] or [Image.new("RGB", (64, 64))]
     encoded, blank = pipeline.encode_image(images, options["device"], 1, dim is None)
     return encoded[: len(references)].to(**options), blank[0].to(**options)
 

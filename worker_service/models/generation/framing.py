@@ -13,6 +13,8 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels."""
+MAX_ASPECT = 32
+"""Largest ratio of the sides of a picture that a model reads. Of a longer one, it reads only the middle."""
 
 
 def visible_part(drawn: Size, requested: Size) -> Box:
@@ -52,6 +54,20 @@ def initial_image(reference: Image.Image, drawn: Size, requested: Size) -> Image
     left, top, right, bottom = placed_reference(reference.size, drawn, requested)
     picture = np.asarray(reference.resize((right - left, bottom - top), Image.Resampling.LANCZOS))
     return Image.fromarray(np.pad(picture, ((top, drawn[1] - bottom), (left, drawn[0] - right), (0, 0)), mode="edge"))
+
+
+def middle_of_long(picture: Image.Image, *, longest: int = MAX_ASPECT) -> Image.Image:
+    """The middle of a picture whose long side is more than `longest` times its short side; otherwise the picture.
+
+    A model that scales both sides alike would give the short side less than a pixel. One that scales the short side to
+    its own size, and then crops, would need gigabytes.
+    """
+    width, height = picture.size
+    most = min(width, height) * longest
+    if max(width, height) <= most:
+        return picture
+    left, top = max(0, width - most) // 2, max(0, height - most) // 2
+    return picture.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
 def crop_of(request: ImageRequest) -> list[float] | None:

@@ -30,6 +30,8 @@ DEFAULT_SIDE = 512
 tokens of an image of 1024 x 1024 pixels; four of 1024 pixels make them five times as many."""
 CACHED_LATENTS_BYTES = 64 * 2**20
 """Bytes of reference latents that a model keeps on its device: 64 references of 1024 x 1024 pixels in bfloat16."""
+SIDE_MULTIPLE = 32
+"""Pixels of which pipelines make each side of a reference a multiple. A side of less than half of it becomes 0."""
 SMALLEST = sys.float_info.min
 NUMBERED_IMAGE = re.compile(r"\{image (\d{1,2})\}")
 
@@ -187,10 +189,11 @@ class NativeReferences:
         if self.shape is CallShape.PACKED:
             return arguments | self._packed(pipeline, requests)
         if self.shape is CallShape.NESTED:
-            return arguments | {"images": [[_picture(each) for each in row] for row in rows]}
+            return arguments | {"images": [[_readable(each, self.side) for each in row] for row in rows]}
         # One prompt and many images of it: Qwen-Image-Edit-Plus takes no second prompt.
         texts = {name: arguments[name][0] for name in ("prompt", "negative_prompt") if name in arguments}
-        pictures, side = [_picture(each) for each in rows[0]], self.side_of(rows[0])
+        side = self.side_of(rows[0])
+        pictures = [_readable(each, side) for each in rows[0]]
         arguments = arguments | texts | {"num_images_per_prompt": len(rows)}
         if self.shape is CallShape.SINGLE:
             return arguments | {"image": pictures[0] if side is None else _of_area(pictures[0], side)}
@@ -316,9 +319,9 @@ def _side(pipeline: DiffusionPipeline, shape: CallShape, wanted: int | None) -> 
         return max(1, (wanted or DEFAULT_SIDE) // multiple) * multiple
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "output_resolution" in parameters:
-        return wanted or int(parameters["output_resolution"].default)
+        return max(SIDE_MULTIPLE, wanted or int(parameters["output_resolution"].default))
     if "_auto_resize" in parameters and "max_area" in parameters:
-        return wanted or isqrt(parameters["max_area"].default)
+        return max(SIDE_MULTIPLE, wanted or isqrt(parameters["max_area"].default))
     return None
 
 
@@ -335,6 +338,12 @@ def _picture(reference: Reference) -> Image.Image:
     if reference.image is None:
         raise ReferenceUnavailableError("A reference has no image, and this mode reads images.")
     return reference.image.convert("RGB")
+
+
+def _readable(reference: Reference, side: int | None) -> Image.Image:
+    """The picture, or its middle if it is too long for a pipeline that keeps its ratio and makes it `side` in area."""
+    longest = framing.MAX_ASPECT if side is None else min(framing.MAX_ASPECT, (side // SIDE_MULTIPLE) ** 2)
+    return framing.middle_of_long(_picture(reference), longest=longest)
 
 
 def _of_area(picture: Image.Image, side: int) -> Image.Image:

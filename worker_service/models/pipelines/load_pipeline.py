@@ -13,7 +13,7 @@ from diffusers.models.embeddings import ImageProjection
 from transformers import CLIPVisionModelWithProjection
 
 from shared.errors import ModelLoadError
-from shared.settings import GeneratorSettings, IPAdapterSettings
+from shared.settings import GeneratorSettings, IPAdapterSettings, LoraSettings
 from worker_service.models import loading
 from worker_service.models.pipelines import denoiser_kernels, placement, quantization, single_file
 
@@ -46,14 +46,7 @@ def load_pipeline(settings: GeneratorSettings, *, offline: bool) -> DiffusionPip
             _load_ip_adapter(pipeline, settings.ip_adapter, offline=offline)
     for name, lora in settings.loras.items():
         with loading.readable_load_errors(f"LoRA {name!r}", lora.source, offline=offline):
-            pipeline.load_lora_weights(
-                lora.source,
-                revision=lora.revision,
-                weight_name=lora.weight_name,
-                adapter_name=name,
-                use_safetensors=True,
-                local_files_only=offline,
-            )
+            _load_lora(pipeline, name, lora, offline=offline)
     with loading.readable_load_errors(f"Pipeline on {device}", settings.source):
         if settings.offload == "none":
             pipeline.to(device)  # before the next lines, because a GPU is faster at them
@@ -137,6 +130,24 @@ def _load_ip_adapter(pipeline: DiffusionPipeline, adapter: IPAdapterSettings, *,
         raise ModelLoadError("conditions_on is `image`, but neither adapter nor pipeline has an image encoder.")
     if adapter.conditions_on == "embedding_space" and reference_dim(pipeline) is None:
         raise ModelLoadError("This IP-Adapter takes hidden states, not vectors: `conditions_on` must be `image`.")
+
+
+def _load_lora(pipeline: DiffusionPipeline, name: str, lora: LoraSettings, *, offline: bool) -> None:
+    if lora.weight_name is None and len(files := sorted(Path(lora.source).glob("*.safetensors"))) > 1:
+        raise ModelLoadError(f"LoRA {name!r}: weight_name has to be one of {', '.join(file.name for file in files)}.")
+    if lora.weight_name is not None and not lora.weight_name.endswith(".safetensors"):
+        raise ModelLoadError(f"LoRA {name!r}: {lora.weight_name!r} is not a safetensors file.")
+    pipeline.load_lora_weights(
+        lora.source,
+        revision=lora.revision,
+        weight_name=lora.weight_name,
+        adapter_name=name,
+        use_safetensors=True,
+        local_files_only=offline,
+    )
+    # diffusers passes over weights for parts that the pipeline does not have.
+    if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
+        raise ModelLoadError(f"LoRA {name!r} has no weights for {type(pipeline).__name__}.")
 
 
 def reference_dim(pipeline: DiffusionPipeline) -> int | None:

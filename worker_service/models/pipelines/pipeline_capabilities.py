@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
-from shared.capabilities import resolve_defaults
+from shared.capabilities import nearest_multiple, resolve_defaults
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.errors import ModelLoadError
@@ -47,8 +47,8 @@ def of(
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     references = NativeReferences.of(pipeline, settings)
     guidance = Guidance.of(pipeline)
-    native_width, native_height = _native_size(pipeline, denoiser, settings)
     size_multiple = _size_multiple(pipeline, denoiser)
+    native_width, native_height = _native_size(pipeline, denoiser, settings, multiple=size_multiple)
     needs_reference = references is not None and not _draws_from_text(pipeline, settings, size=4 * size_multiple)
     capabilities = Capabilities(
         modes=[mode.value for mode in _modes(image_to_image, references, settings, needs_reference=needs_reference)],
@@ -148,16 +148,21 @@ def _modes(
     ]
 
 
-def _native_size(pipeline: DiffusionPipeline, denoiser: Any, settings: GeneratorSettings) -> tuple[int, int]:
+def _native_size(
+    pipeline: DiffusionPipeline, denoiser: Any, settings: GeneratorSettings, *, multiple: int
+) -> tuple[int, int]:
     """(width, height) in pixels for which the model was trained.
 
-    As `native_side` says, then the pipeline, then the default size of the settings.
+    As `native_side` says, then the pipeline, then the default size of the settings. Sizes of the settings become
+    multiples of `multiple`, because the model draws no others.
     """
     if settings.native_side is not None:
-        return settings.native_side, settings.native_side
+        side = nearest_multiple(settings.native_side, multiple)
+        return side, side
     sample_size = getattr(pipeline, "default_sample_size", None) or denoiser.config.get("sample_size")
     if sample_size is None:
         defaults = settings.defaults
-        return defaults.width or UNKNOWN_NATIVE_SIDE, defaults.height or UNKNOWN_NATIVE_SIDE
+        sides = defaults.width or UNKNOWN_NATIVE_SIDE, defaults.height or UNKNOWN_NATIVE_SIDE
+        return nearest_multiple(sides[0], multiple), nearest_multiple(sides[1], multiple)
     height, width = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
     return width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor

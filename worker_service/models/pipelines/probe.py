@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shared.contracts.service import Capabilities
+from shared.errors import ModelOutOfMemoryError
 from worker_service.execution.steps import OnStep
 from worker_service.models.interface import ImageRequest
 
@@ -38,7 +39,7 @@ class Verdict:
     """The findings of the probe."""
 
     largest_batch: int | None
-    """1 if the model must draw each image alone; None: no limit."""
+    """1 if the model must draw each image alone, or two small ones do not fit in memory; None: no limit."""
     batching_changes_images: bool
     interruption_changes_images: bool
 
@@ -81,7 +82,7 @@ def probe(draw: Draw, request: ImageRequest, *, model: str, batches: bool, key: 
     if batches:
         try:
             batch = draw([short, long] if share_a_call else equal_prompts, _go_on)
-        except REFUSALS as error:
+        except (*REFUSALS, ModelOutOfMemoryError) as error:
             largest_batch = 1
             logger.warning("batches_refused", extra={"model": model, "cause": f"{type(error).__name__}: {error}"})
     together = batch if share_a_call else None

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from shared.errors import ModelLoadError
 from shared.settings import GeneratorSettings
+from worker_service.models import loading
 from worker_service.models.pipelines import quantization
 
 DECODER = "first_stage_model."
@@ -36,8 +37,7 @@ def load(settings: GeneratorSettings, file: Path, *, options: dict[str, Any]) ->
     The configuration comes from `settings.source`. options: as for `from_pretrained`.
 
     Raises:
-        ModelLoadError: diffusers does not load this class from one file.
-        Exception: the weights do not fit the configuration.
+        ModelLoadError: diffusers does not load this class from one file, or the file does not hold its weights.
     """
     places = {name: options[name] for name in ("revision", "local_files_only")}
     model_index = DiffusionPipeline.load_config(settings.source, **places)
@@ -47,10 +47,11 @@ def load(settings: GeneratorSettings, file: Path, *, options: dict[str, Any]) ->
         raise ModelLoadError("quantization: weights of a single_file stay as they are; GGUF files have quantized ones.")
     kind = _loadable(model_index["_class_name"] if whole else model_index[part][1])
     common = {"config": settings.source, "dtype": options["dtype"], **places}
-    if whole:
-        return kind.from_single_file(str(file), **common)
-    quantizer = quantization.of_gguf_file(dtype=options["dtype"]) if file.suffix == ".gguf" else None
-    return {part: kind.from_single_file(str(file), subfolder=part, quantization_config=quantizer, **common)}
+    with loading.readable_load_errors(f"Weights of {kind.__name__} in", str(file)):
+        if whole:
+            return kind.from_single_file(str(file), **common)
+        quantizer = quantization.of_gguf_file(dtype=options["dtype"]) if file.suffix == ".gguf" else None
+        return {part: kind.from_single_file(str(file), subfolder=part, quantization_config=quantizer, **common)}
 
 
 def denoiser_name(parts: Any) -> str:

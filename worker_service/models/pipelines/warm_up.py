@@ -12,6 +12,7 @@ from shared.capabilities import supports
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.errors import InvalidOutputError
+from worker_service.models.generate_batch import generate_batch
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.pipelines.probe import probe
 
@@ -23,23 +24,25 @@ def warm_up(model: Diffusion) -> Capabilities:
     """Draw a native image in two steps, with a reference if the model takes one, and a few small ones.
 
     The result is the model's capabilities with the findings: the multiple of which it draws every size, and whether it
-    keeps the promises of `probe`.
+    keeps the promises of `probe`. Like an image of a job, the native one may need memory savers. The others then have
+    them too.
 
     Raises:
         Exception: any error of a call for one image.
     """
     request = _native_request(model)
     width, height = _probed_size(model.capabilities)
-    if (width, height) != (request.width, request.height):
-        model.generate([request], _go_on)
-    verdict = probe(
-        model.draw,
-        replace(request, width=width, height=height),
-        model=model.name,
-        batches=model.capabilities.max_batch_size > 1,
-        key=model.batch_key,
-    )
-    return verdict.apply(model.capabilities).model_copy(update={"size_multiple": _drawn_multiple(model, request)})
+    native = generate_batch(model, [request], _go_on)[0]
+    with model.saving_memory(native.memory_savers):
+        verdict = probe(
+            model.draw,
+            replace(request, width=width, height=height),
+            model=model.name,
+            batches=model.capabilities.max_batch_size > 1,
+            key=model.batch_key,
+        )
+        multiple = _drawn_multiple(model, request)
+    return verdict.apply(model.capabilities).model_copy(update={"size_multiple": multiple})
 
 
 def _native_request(model: Diffusion) -> ImageRequest:
