@@ -67,10 +67,11 @@ def _tune_search(arguments: argparse.Namespace) -> None:
         )
         if not arguments.dry_run:
             search_tuning.store(session, space, tuning)
-    table = Table("images", "candidates", "recall", "with a filter", "median ms")
+    table = Table("images", "filter", "candidates", "recall", "median ms")
     for each in tuning.searches:
-        figures = f"{each.recall_all:.3f}", f"{each.recall_filtered:.3f}", f"{each.median_ms:.1f}"
-        table.add_row(str(each.k), str(each.ef_search), *figures)
+        table.add_row(str(each.k), "no", str(each.ef_search), f"{each.recall_all:.3f}", f"{each.median_ms:.1f}")
+        figures = str(each.ef_search_filtered), f"{each.recall_filtered:.3f}", f"{each.median_ms_filtered:.1f}"
+        table.add_row(str(each.k), "yes", *figures)
     Console().print(table)
     if short := [str(each.k) for each in tuning.searches if each.recall < tuning.target]:
         print(

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from statistics import median
-from uuid import UUID
 
-from sqlalchemy import ColumnElement, Text, cast, func, select, update
+import numpy as np
+from sqlalchemy import ColumnElement, Text, cast, func, select, text, update
 from sqlalchemy.orm import Session
 
 from shared.contracts.images import ImageState
@@ -20,12 +20,17 @@ from shared.db.images import ScoredImage, Vector
 from shared.db.spaces import Space
 from shared.db.tables import EmbeddingSpace, Image
 from shared.errors import ResourceNotFoundError
+from shared.vectors import l2_normalised
 
 WIDTHS: tuple[int, ...] = (20, 40, 60, 100, 150, 250, 400, 630, 1000)
 """The values of `ef_search` that are tried, from the quickest on."""
 KS = (10, 40, 100)
 FILTERED_SHARE = 10
 """The filter that recall is measured under lets one of so many images through, whatever they show."""
+ONLY_THE_INDEX, ANY_PLAN = (
+    text(f"select set_config('enable_sort', '{value}', true), set_config('enable_seqscan', '{value}', true)")
+    for value in ("off", "on")
+)
 SAME_SIMILARITY = 1e-6
 """Images this near to the last true one count as found: equal images may come in any order."""
 
@@ -40,47 +45,50 @@ def measure(
 ) -> SearchTuning:
     """Find the smallest `ef_search` for each number of images at which the mean recall reaches `target`.
 
-    The queries are random vectors of the space, each without its own image. If no value suffices, the largest is taken.
+    A filter leaves fewer of the images that the index examines, so searches with one have a value of their own. If no
+    value suffices, the largest is taken.
 
     Raises:
         ResourceNotFoundError: the space has too few vectors to measure anything.
     """
     kind = find_kind(session, space)
     vectors = session.scalar(select(func.count()).select_from(space.table)) or 0
-    sample = _sample(session, space, queries)
-    if len(sample) < 2 or vectors <= max(KS):
+    if vectors <= max(KS):
         raise ResourceNotFoundError(f"The space has {vectors} vectors. Too few to measure: searches compare all.")
-    filters = [[Image.state == ImageState.READY], [Image.state == ImageState.READY, _one_of(FILTERED_SHARE)]]
+    sample = _queries(session, space, queries)
+    everything = [Image.state == ImageState.READY]
+    filters = [everything, [*everything, _one_of(FILTERED_SHARE)]]
     # 1. The true nearest images, once for the largest k.
     truths = [
-        [
-            images.compare_all(session, space, vector, k=max(KS), conditions=[*conditions, Image.id != image_id])
-            for image_id, vector in sample
-        ]
+        [images.compare_all(session, space, query, k=max(KS), conditions=conditions) for query in sample]
         for conditions in filters
     ]
-    # 2. For each k the first value that suffices. A larger k never needs a smaller one.
+    # 2. For each k the first values that suffice. A larger k never needs a smaller one. The planner may find that
+    # comparing all is cheaper, for these searches or for later ones: the index itself is measured.
+    session.execute(ONLY_THE_INDEX)
     searches: list[TunedSearch] = []
-    widths = WIDTHS
+    narrowest = [WIDTHS[0], WIDTHS[0]]
     for k in KS:
-        for width in widths:
-            (plain, seconds), (filtered, _) = (
-                _recall(session, space, sample, truth, k=k, conditions=conditions, kind=kind, width=width)
-                for conditions, truth in zip(filters, truths, strict=True)
-            )
-            found = TunedSearch(
+        results = [
+            _narrowest(session, space, sample, truth, k=k, conditions=conditions, kind=kind, target=target, least=least)
+            for conditions, truth, least in zip(filters, truths, narrowest, strict=True)
+        ]
+        (width, plain, seconds), (filtered_width, filtered, filtered_seconds) = results
+        searches.append(
+            TunedSearch(
                 k=k,
                 ef_search=width,
                 recall=min(plain, filtered),
                 recall_all=plain,
                 recall_filtered=filtered,
                 median_ms=1000 * seconds,
+                ef_search_filtered=filtered_width,
+                median_ms_filtered=1000 * filtered_seconds,
             )
-            if found.recall >= target:
-                break
-        searches.append(found)
-        on_progress(found)
-        widths = tuple(each for each in widths if each >= found.ef_search)
+        )
+        on_progress(searches[-1])
+        narrowest = [width, filtered_width]
+    session.execute(ANY_PLAN)
     return SearchTuning(
         target=target,
         index_kind=kind,
@@ -101,21 +109,46 @@ def find_kind(session: Session, space: Space) -> IndexKind:
     return IndexKind(session.scalars(select(EmbeddingSpace.index_kind).where(EmbeddingSpace.id == space.id)).one())
 
 
-def _sample(session: Session, space: Space, count: int) -> list[tuple[UUID, Vector]]:
-    """Up to `count` random vectors of the space, with the ids of their images."""
-    table = space.table
-    rows = session.execute(select(table.c.image_id, table.c.embedding).order_by(func.random()).limit(count))
-    return [(row.image_id, images.as_vector(row.embedding)) for row in rows]
+def _queries(session: Session, space: Space, count: int) -> list[Vector]:
+    """Up to `count` queries among the vectors of the space, each in the middle of three random images.
+
+    Like the query of a text, it is farther from images than they are from their neighbours. An image itself would be
+    too easy: the index finds it at once, and with it the neighbours that it has stored.
+    """
+    embedding = space.table.c.embedding
+    drawn = session.scalars(select(embedding).order_by(func.random()).limit(3 * count)).all()
+    vectors = np.stack([images.as_vector(each) for each in drawn[: len(drawn) // 3 * 3]])
+    return list(l2_normalised(vectors.reshape(-1, 3, space.dim).mean(axis=1)))
 
 
 def _one_of(share: int) -> ColumnElement[bool]:
     return func.hashtext(cast(Image.id, Text)) % share == 0
 
 
+def _narrowest(
+    session: Session,
+    space: Space,
+    sample: Sequence[Vector],
+    truths: Sequence[Sequence[ScoredImage]],
+    *,
+    k: int,
+    conditions: Sequence[ColumnElement[bool]],
+    kind: IndexKind,
+    target: float,
+    least: int,
+) -> tuple[int, float, float]:
+    """The first of WIDTHS from `least` on that reaches `target`, or the last one, and its results of `_recall`."""
+    for width in (each for each in WIDTHS if each >= least):
+        recall, seconds = _recall(session, space, sample, truths, k=k, conditions=conditions, kind=kind, width=width)
+        if recall >= target:
+            break
+    return width, recall, seconds
+
+
 def _recall(
     session: Session,
     space: Space,
-    sample: Sequence[tuple[UUID, Vector]],
+    sample: Sequence[Vector],
     truths: Sequence[Sequence[ScoredImage]],
     *,
     k: int,
@@ -125,10 +158,9 @@ def _recall(
 ) -> tuple[float, float]:
     """The mean recall of the index, and the median seconds of a search."""
     recalls, seconds = [], []
-    for (image_id, vector), truth in zip(sample, truths, strict=True):
-        others = [*conditions, Image.id != image_id]
+    for query, truth in zip(sample, truths, strict=True):
         started = time.perf_counter()
-        found = images.scan_index(session, space, vector, k=k, conditions=others, kind=kind, ef_search=width)
+        found = images.scan_index(session, space, query, k=k, conditions=conditions, kind=kind, ef_search=width)
         seconds.append(time.perf_counter() - started)
         wanted = truth[:k]
         if wanted:

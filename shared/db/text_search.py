@@ -7,17 +7,22 @@ with weight B. A trigger fills it. The language belongs to the database, so that
 import math
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import cache
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
     CTE,
+    Boolean,
     ColumnElement,
     Float,
     Integer,
+    Row,
+    Select,
     Text,
     Uuid,
+    and_,
     cast,
     column,
     func,
@@ -29,10 +34,10 @@ from sqlalchemy.dialects.postgresql import TSQUERY
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.selectable import TextualSelect
 
-from shared.contracts.search import ImageFilter
+from shared.contracts.search import FoundBy, ImageFilter
 from shared.db import images
 from shared.db.count_cache import get_count_cache
-from shared.db.images import Vector
+from shared.db.images import IMAGES, ScoredImage, Vector
 from shared.db.spaces import Space
 from shared.db.tables import Image
 from shared.errors import ConfigurationError
@@ -47,9 +52,11 @@ TAG_SHARE = 0.6
 """The weight of a word that only the tags have, compared with a word of the caption. Two of them exceed one word."""
 WEAK_WORDS = (
     "one two three four five six seven eight nine ten eleven twelve dozen several many few some pair couple "
-    "1 2 3 4 5 6 7 8 9 10 11 12 photo photograph picture image drawing illustration"
+    "1 2 3 4 5 6 7 8 9 10 11 12 photo photograph picture image drawing illustration "
+    "landscape scenery scene view panorama portrait background"
 )
-"""Words that count things or name a medium. They are ignored beside other words: `two dogs` is not about `two`."""
+"""Words that count things, or name a medium or a kind of picture. They are ignored beside other words: `two dogs` is
+not about `two`, and a city has nothing of a `winter landscape`."""
 CAPTIONS_READ = 200
 """Captions in which a name is looked for. A name that is common stands alone in one of them."""
 SAMPLED_FROM_WORDS = 4
@@ -64,20 +71,28 @@ class Match:
 
     rank: its place among all matches, from 1. similarity: cosine to the vector of the query; NaN without one.
     word_share: part of the query's words that it has, by weight, in [0, 1]; words that no image has count too.
+    scored: the image itself; `None`: it is one of `beside`.
     """
 
     image_id: UUID
     rank: int
     similarity: float
     word_share: float
+    scored: ScoredImage | None = None
 
 
 @dataclass(frozen=True)
 class Matches:
-    """exact: every image that has one of the words was compared."""
+    """exact: every image that has one of the words was compared.
+
+    known_share: part of the words, by weight, that some image has, in [0, 1].
+    with_a_word: those of `beside` that have at least one of the words.
+    """
 
     found: list[Match]
     exact: bool
+    known_share: float = 0.0
+    with_a_word: frozenset[UUID] = frozenset()
 
 
 def matching_images(
@@ -92,6 +107,7 @@ def matching_images(
     without: Sequence[str] = (),
     beside: Collection[UUID] = (),
     alone: bool = False,
+    with_vectors: bool = True,
 ) -> Matches:
     """The `k` searchable images whose caption or tags match `content` best, and the matches among `beside`.
 
@@ -103,7 +119,9 @@ def matching_images(
     Args:
         vector: shape (space.dim,), float32, L2-normalised; `None`: similarities are NaN.
         without: texts; an image that has all words of one of them does not match.
+        beside: images that the caller has, and that need not be loaded.
         alone: an image with any word matches. Otherwise it needs half of the best score.
+        with_vectors: False: the images come without their vectors, which is quicker.
     """
     words = _words_of(session, content)
     if not words:
@@ -111,7 +129,7 @@ def matching_images(
     conditions = images.passing(collection_id, where)
     for unwanted in without:
         if excluded := _words_of(session, unwanted):
-            conditions.append(~Image.words.bool_op("@@")(cast(_all_of(excluded), TSQUERY)))
+            conditions.append(~IMAGES.c.words.bool_op("@@")(cast(_all_of(excluded), TSQUERY)))
     searchable = _searchable(conditions)
     most = COMMON_ABOVE_ALONE if alone else COMMON_ABOVE
     counts = _counts_of(session, words, searchable, most=most, scope=(collection_id, where.model_dump_json(), *without))
@@ -135,14 +153,27 @@ def matching_images(
         weight = weights[word]
         parameters |= {f"caption{number}": _literal(word, weights="A"), f"word{number}": _literal(word)}
         parameters |= {f"high{number}": weight, f"low{number}": weight * TAG_SHARE}
-    statement = _ranking(space, len(present), all_are_rare=len(rare) == len(present), by_similarity=vector is not None)
-    rows = session.execute(statement.add_cte(searchable), parameters)
-    found = [
-        Match(image_id, rank, math.nan if distance is None else 1 - distance, word_share=min(1.0, share))
-        for image_id, rank, distance, share in rows
-    ]
-    complete = len(rare) == len(present) and counts[rare[-1]] <= most
-    return Matches(found, exact=complete)
+    selected = _Selected.RARE if counts[rare[0]] <= most else _Selected.SOME
+    if selected is _Selected.RARE and len(rare) == len(present):
+        selected = _Selected.ALL
+    statement = _loading(space, len(present), selected, vector is not None, with_vectors)
+    rows = session.execute(statement.add_cte(searchable), parameters).all()
+    return Matches(
+        [_match(row, with_vectors) for row in rows if row.matches],
+        exact=selected is _Selected.ALL,
+        known_share=sum(weights[word] for word in present) / parameters["total"],
+        with_a_word=frozenset(row.id for row in rows if row.is_beside),
+    )
+
+
+class _Selected(Enum):
+    """Which images with a word of the query are compared, beside those of `beside`."""
+
+    ALL = auto()
+    RARE = auto()
+    """All that have a rare word. Images with all words are among them."""
+    SOME = auto()
+    """Some that have all words, and some that have the rarest one, because even this one is common."""
 
 
 def find_name(session: Session, names: Sequence[str], *, collection_id: UUID, where: ImageFilter) -> str | None:
@@ -189,11 +220,34 @@ def _phrases_of(session: Session, names: Sequence[str]) -> list[tuple[str, str, 
     ]
 
 
+def _match(row: Row[*tuple[Any, ...]], with_vectors: bool) -> Match:
+    image_id, rank, distance, share, _, is_beside, *columns = row
+    similarity, word_share = math.nan if distance is None else 1 - distance, min(1.0, share)
+    if is_beside:
+        return Match(image_id, rank, similarity, word_share)
+    image, vector, norm = images.read_found(columns, with_vectors)
+    scored = ScoredImage(image, similarity, vector, norm, found_by=(FoundBy.TEXT,), word_share=word_share)
+    return Match(image_id, rank, similarity, word_share, scored)
+
+
 @cache
-def _ranking(space: Space, words: int, *, all_are_rare: bool, by_similarity: bool) -> TextualSelect:
+def _loading(
+    space: Space, words: int, selected: _Selected, by_similarity: bool, with_vectors: bool
+) -> Select[*tuple[Any, ...]]:
+    """The statement that ranks images and loads those that the caller has not. One statement is quicker than two."""
+    ranked = _ranking(space, words, selected, by_similarity=by_similarity).subquery("ranked")
+    statement = select(ranked, *images.found_columns(space, with_vectors)).outerjoin(
+        IMAGES, and_(IMAGES.c.id == ranked.c.id, ~ranked.c.is_beside)
+    )
+    if with_vectors:
+        statement = statement.outerjoin(space.table, space.table.c.image_id == IMAGES.c.id)
+    return statement.order_by(ranked.c.rank)
+
+
+def _ranking(space: Space, words: int, selected: _Selected, *, by_similarity: bool) -> TextualSelect:
     """The statement that ranks images by `words` words. It is text, because building it takes longer than running it.
 
-    It compares a bounded number of images: those that have all words, those that have a rare word, and those `beside`.
+    It compares a bounded number of images: at most `most` by each condition, and `beside`.
     """
     numbers = range(words)
     score = " + ".join(
@@ -203,38 +257,41 @@ def _ranking(space: Space, words: int, *, all_are_rare: bool, by_similarity: boo
     )
     in_caption = " + ".join(f"cast(words @@ cast(:caption{number} as tsquery) as int)" for number in numbers)
     equal = "distance" if by_similarity else "ts_rank_cd(words, cast(:any as tsquery), 1) desc"
-    having_all = "(select * from searchable where words @@ cast(:all as tsquery) limit :most) union all"
+    having = "select * from searchable where words @@ cast(:{} as tsquery) limit :most"
+    near = """
+        select * from (
+            select * from searchable where id = any(cast(:beside as uuid[]))
+            offset 0  -- so that the planner does not read all images that have the words
+        ) as near
+        where words @@ cast(:any as tsquery)
+    """
+    parts = {
+        _Selected.ALL: [having.format("any")],
+        _Selected.RARE: [having.format("rare"), near],
+        _Selected.SOME: [having.format("all"), having.format("rare"), near],
+    }[selected]
+    compared = " union all ".join(f"({part})" for part in parts)
     statement = f"""
-        select id, rank, distance, score / :total as share from (
-            select id, distance, score, first_value(score) over ranking as best, row_number() over ranking as rank
+        select id, rank, distance, score / :total as share, score >= best * :part as matches, is_beside from (
+            select id, distance, score, first_value(score) over ranking as best, row_number() over ranking as rank,
+                id = any(cast(:beside as uuid[])) as is_beside
             from (
                 select id, words, embedding <=> cast(cast(:vector as text) as halfvec) as distance, {score} as score,
                     length(ts_filter(words, '{{a}}')) > {in_caption} as has_further_words
-                from (
-                    select distinct on (id) id, words from (
-                        {"" if all_are_rare else having_all}
-                        (select * from searchable where words @@ cast(:rare as tsquery) limit :most)
-                        union all (
-                            select * from (
-                                select * from searchable where id = any(cast(:beside as uuid[]))
-                                offset 0  -- so that the planner does not read all images that have the words
-                            ) as near
-                            where words @@ cast(:any as tsquery)
-                        )
-                    ) as selected
-                ) as compared
+                from (select distinct on (id) id, words from ({compared}) as selected) as compared
                 join {space.table.name} as vectors on vectors.image_id = compared.id
             ) as scored
             window ranking as (order by score desc, has_further_words, {equal}, id)
         ) as ranked
-        where score >= best * :part and (rank <= :k or id = any(cast(:beside as uuid[])))
-        order by rank
+        where is_beside or (rank <= :k and score >= best * :part)
     """
-    return text(statement).columns(id=Uuid, rank=Integer, distance=Float, share=Float)
+    return text(statement).columns(
+        id=Uuid, rank=Integer, distance=Float, share=Float, matches=Boolean, is_beside=Boolean
+    )
 
 
 def _searchable(conditions: Sequence[ColumnElement[bool]]) -> CTE:
-    searchable = select(Image.id, Image.words).where(*conditions).cte("searchable")
+    searchable = select(IMAGES.c.id, IMAGES.c.words).where(*conditions).cte("searchable")
     return searchable.prefix_with("not materialized")  # so that each use of it can use the index
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -76,10 +77,11 @@ class Corpus:
             shares.append(sum(each.similarity >= truth[-1] - 1e-3 for each in found) / len(truth))
         return float(np.mean(shares))
 
-    def measured(self, ef_search: int) -> None:
+    def measured(self, ef_search: int, *, filtered: int | None = None) -> None:
         """Let searches use the index, as if it had been measured."""
+        recalls = dict.fromkeys(("recall", "recall_all", "recall_filtered"), 1)
         searches = [
-            TunedSearch(k=k, ef_search=ef_search, recall=1, recall_all=1, recall_filtered=1, median_ms=1)
+            TunedSearch(k=k, ef_search=ef_search, median_ms=1, ef_search_filtered=filtered, **recalls)
             for k in search_tuning.KS
         ]
         tuning = SearchTuning(
@@ -94,13 +96,12 @@ class Corpus:
             search_tuning.store(session, self.space, tuning)
 
 
-def clustered(count: int, *, dim: int = 64, seed: int = 0) -> Vector:
-    """Vectors around random centres, as those of a CLIP lie."""
+def clustered(count: int, *, dim: int = 64, seed: int = 0, spread: float = 0.6) -> Vector:
+    """Vectors around random centres, as those of a CLIP lie. spread: length of their own part; the centre's is 1."""
     rng = np.random.default_rng(seed)
     centres = unit(rng.standard_normal((max(2, count // 50), dim)))
-    return unit(centres[rng.integers(len(centres), size=count)] + 0.6 * unit(rng.standard_normal((count, dim)))).astype(
-        np.float32
-    )
+    own = spread * unit(rng.standard_normal((count, dim)))
+    return unit(centres[rng.integers(len(centres), size=count)] + own).astype(np.float32)
 
 
 @pytest.mark.parametrize("indexed", [False, True])
@@ -164,6 +165,44 @@ def test_the_measured_width_reaches_the_wanted_recall_and_searches_use_it(settin
         assert session.scalar(select(EmbeddingSpace.search_tuning)) == measured.model_dump(mode="json")
         search_tuning.store(session, corpus.space, None)
     assert corpus.nearest(query, exact_below=0).exact, "an index that nobody measured is not trusted"
+
+
+def test_the_measured_width_suffices_for_queries_that_are_no_images(settings: Settings) -> None:
+    """The index finds an image of its own at once, so such queries would measure a width that is too small."""
+    vectors = clustered(4050, dim=256, spread=3)
+    corpus = Corpus(vectors[50:])
+    with session_scope() as session:
+        search_tuning.store(
+            session, corpus.space, search_tuning.measure(session, corpus.space, target=0.97, queries=50)
+        )
+    shares = []
+    for query in vectors[:50]:
+        truth = corpus.truth(query, k=10)
+        found = corpus.nearest(query, exact_below=0)
+        assert not found.exact
+        shares.append(sum(each.similarity >= truth[-1] - 1e-3 for each in found.images) / 10)
+    assert np.mean(shares) >= 0.95  # 50 queries estimate a recall to about 0.01
+
+
+@pytest.mark.parametrize(("filtered", "wide", "width"), [(400, False, "40"), (400, True, "400"), (None, True, "40")])
+@pytest.mark.parametrize("narrowed", ["by a tag", "by a collection"])
+def test_only_a_search_among_some_of_the_images_has_the_width_for_filters(
+    settings: Settings, narrowed: str, filtered: int | None, wide: bool, width: str
+) -> None:
+    corpus = Corpus(clustered(500))
+    corpus.measured(ef_search=40, filtered=filtered)
+    with session_scope() as session:
+        images.nearest(
+            session,
+            spaces.get(session, corpus.space.digest),
+            clustered(1, seed=5)[0],
+            k=10,
+            collection_id=uuid4() if wide and narrowed == "by a collection" else SHARED_COLLECTION,
+            where=ImageFilter(tags=["every-2"] if wide and narrowed == "by a tag" else []),
+            ef_search=None,
+            exact_below=0,
+        )
+        assert session.scalar(text("select current_setting('hnsw.ef_search')")) == width
 
 
 @pytest.mark.parametrize("tag", list(TAGS))
