@@ -124,7 +124,7 @@ def figures_of(gate: Gate, searches: Searches, *, k: int) -> Figures:
 
 
 def _used(gate: Gate, found: Sequence[Found], *, k: int) -> list[Found]:
-    best = max((each.similarity for each in found), default=0.0)
+    best = gate.best_of(found)
     return [each for each in found[:k] if gate.passes(each.similarity, word_share=each.word_share, best=best)]
 
 

@@ -10,13 +10,15 @@ from shared.contracts.search import FoundBy, ImageFilter, SearchMode
 from shared.db import images, text_search
 from shared.db.images import ScoredImage, Vector
 from shared.db.spaces import Space
-from shared.db.text_search import Match
+from shared.db.text_search import Match, Matches
 from shared.settings import RetrievalSettings
 
 RRF_K = 60
 """The constant of reciprocal rank fusion, as in the paper."""
 FUSED_DEPTH = 10
 """Least length of the two lists that are fused. So a small `k` ranks as a larger one does."""
+OTHER_WORDS = 0.5
+"""Share of the words that counts against an image whose caption and tags have none, while other images have them."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ def find_candidates(
             where=where,
             without=without,
             alone=True,
+            with_vectors=with_vectors,
         )
-        return Found(_load(session, space, matches.found, with_vectors=with_vectors), exact=matches.exact)
+        return Found([match.scored for match in matches.found if match.scored is not None], exact=matches.exact)
     if vector is None:
         raise ValueError(f"the mode `{mode}` needs a vector")
     fused = mode is SearchMode.HYBRID and text is not None
@@ -98,48 +101,27 @@ def find_candidates(
         where=where,
         without=without,
         beside=[each.image.id for each in nearest.images],
+        with_vectors=with_vectors,
     )
-    similarities = {match.image_id: match.similarity for match in matches.found}
-    near = {each.image.id: each for each in nearest.images}
-    similarities |= {image_id: each.similarity for image_id, each in near.items()}
-    order = [
-        image_id
-        for image_id in fuse(list(near), matches.found)
-        if threshold is None or similarities[image_id] >= threshold
-    ]
-    by_words_alone = set(order[:k]) - near.keys()
-    by_words = [match for match in matches.found if match.image_id in by_words_alone]
-    loaded = {each.image.id: each for each in _load(session, space, by_words, with_vectors=with_vectors)}
-    shares = {match.image_id: match.word_share for match in matches.found}
-    near |= {
-        image_id: replace(each, found_by=(FoundBy.VECTOR, FoundBy.TEXT), word_share=shares[image_id])
-        for image_id, each in near.items()
-        if image_id in shares
-    }
-    found = near | loaded
-    return Found(
-        [found[image_id] for image_id in order if image_id in found][:k], exact=nearest.exact and matches.exact
-    )
+    found = {each.image.id: replace(each, word_share=_share_of_none(each, matches)) for each in nearest.images}
+    for match in matches.found:
+        each = match.scored or found[match.image_id]
+        found_by = each.found_by if match.scored else (FoundBy.VECTOR, FoundBy.TEXT)
+        found[match.image_id] = replace(each, found_by=found_by, word_share=match.word_share)
+    order = fuse([each.image.id for each in nearest.images], matches.found)
+    best = _from([found[image_id] for image_id in order], threshold)[:k]
+    return Found(best, exact=nearest.exact and matches.exact)
+
+
+def _share_of_none(found: ScoredImage, matches: Matches) -> float:
+    """The `word_share` of an image that was not found by words: negative, if it is described in other words."""
+    if not found.image.caption or found.image.id in matches.with_a_word:
+        return 0.0
+    return -OTHER_WORDS * matches.known_share
 
 
 def _from(found: list[ScoredImage], threshold: float | None) -> list[ScoredImage]:
     return found if threshold is None else [each for each in found if each.similarity >= threshold]
-
-
-def _load(session: Session, space: Space, matches: Sequence[Match], *, with_vectors: bool) -> list[ScoredImage]:
-    """The images of matches, in order. An image that was deleted meanwhile is left out."""
-    ids = [match.image_id for match in matches]
-    loaded = images.find_by_ids(session, space, ids, None, with_vectors=with_vectors) if ids else {}
-    return [
-        replace(
-            loaded[match.image_id],
-            similarity=match.similarity,
-            found_by=(FoundBy.TEXT,),
-            word_share=match.word_share,
-        )
-        for match in matches
-        if match.image_id in loaded
-    ]
 
 
 def fuse(nearest: Sequence[UUID], matches: Sequence[Match]) -> list[UUID]:

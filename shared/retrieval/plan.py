@@ -122,7 +122,7 @@ class ConceptImages:
     def passing(self, gate: Gate) -> list[ScoredImage]:
         """The images that are not refused and pass the gate."""
         allowed = [found for found in self.images if found.image.id not in self.refused]
-        best = max((found.similarity for found in allowed), default=0.0)
+        best = gate.best_of(allowed)
         return [found for found in allowed if gate.passes(found.similarity, word_share=found.word_share, best=best)]
 
 
@@ -304,7 +304,7 @@ class _Chosen:
 
 
 def _shortlist(concept: ConceptImages, size: int, gate: Gate, settings: RetrievalSettings) -> list[_Entry]:
-    best = max((found.similarity for found in concept.images if found.image.id not in concept.refused), default=0.0)
+    best = gate.best_of(found for found in concept.images if found.image.id not in concept.refused)
     searched_as = "" if concept.head is None else f"; searched as “{concept.head}”"
     distinct = without_near_duplicates(concept.images, similarity=settings.duplicate_similarity)[:size]
     decisions = (

@@ -53,6 +53,16 @@ HOSTILE = [
 ]
 
 
+KNOWN = math.log1p(200 / 2) / (math.log1p(200 / 2) + math.log1p(200))
+"""The weight of a word of two images, compared with that word and a word of no image."""
+SHARES_OF_A_VECTOR_HIT: list[tuple[str | None, list[str], float]] = [
+    ("a city", [], -KNOWN / 2),
+    (None, ["city"], 0),
+    (None, [], 0),
+]
+"""Caption, tags and expected `word_share` of an image without a word of the query: a caption describes the image."""
+
+
 @pytest.fixture
 def space(session: Session) -> Space:
     space = make_space(session)
@@ -108,6 +118,12 @@ def test_counting_words_and_media_are_ignored_beside_others(session: Session, sp
     assert matching(session, space, "two") == [hearts], "alone they are the question"
     assert matching(session, space, "photo") == [photo]
     assert matching(session, space, "the of a") == []
+
+
+def test_a_kind_of_picture_is_ignored_beside_other_words(session: Session, space: Space) -> None:
+    city, snowman = add(session, "a city", "landscape"), add(session, "a snowman", "winter")
+    assert matching(session, space, "a winter landscape") == [snowman]
+    assert matching(session, space, "a landscape") == [city], "alone it is the question"
 
 
 def test_a_rare_word_weighs_more_than_a_common_one(session: Session, space: Space) -> None:
@@ -320,6 +336,29 @@ def test_fused_lists_are_ordered_by_reciprocal_rank(by_vector: list[int], by_tex
 
 VECTORS = st.lists(st.floats(-1, 1, width=16), min_size=DIM, max_size=DIM).filter(lambda v: np.linalg.norm(v) > 0.1)
 WORDS = st.lists(st.sampled_from(["dog", "dogs", "cat", "red", "two", "a"]), max_size=4).map(" ".join)
+
+
+@pytest.mark.parametrize(("caption", "tags", "share"), SHARES_OF_A_VECTOR_HIT)
+def test_other_words_than_those_of_the_query_count_against_an_image(
+    session: Session, space: Space, caption: str | None, tags: list[str], share: float
+) -> None:
+    """The image is the nearest one. Other images have one of the two words."""
+    image = add(session, caption, *tags)
+    for _ in range(2):
+        add(session, "a robot", vector=towards(a0=-1))
+    answer = retrieval.find_candidates(
+        session,
+        space,
+        text="a robot zeppelin",
+        vector=ANYWHERE,
+        k=3,
+        mode=SearchMode.HYBRID,
+        collection_id=SHARED_COLLECTION,
+        where=ImageFilter(),
+        settings=RetrievalSettings(),
+    ).images
+    (found,) = [each for each in answer if each.image.id == image]
+    assert found.word_share == pytest.approx(share, abs=0.005)
 
 
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

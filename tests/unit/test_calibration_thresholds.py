@@ -43,6 +43,8 @@ def image(similarity: float, word_share: float = 0.0) -> ScoredImage:
         (0.39, 1, 0.5, False, "similarity 0.390 is below 0.4, the limit for an image with all words"),
         (0.51, 0.5, 0.6, True, "similarity 0.510 reaches 0.5, the limit for an image with 50% of the words"),
         (0.49, 0.5, 0.6, False, "similarity 0.490 is below 0.5, the limit for an image with 50% of the words"),
+        (0.71, -0.5, 0.7, True, "similarity 0.710 reaches 0.7, the limit for an image described in other words"),
+        (0.69, -0.5, 0.7, False, "similarity 0.690 is below 0.7, the limit for an image described in other words"),
         (float("nan"), 0, 0.7, False, "similarity nan is below 0.6"),
     ],
 )

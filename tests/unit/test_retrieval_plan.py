@@ -1,6 +1,7 @@
 """How references are chosen for several concepts: the cover, the limits, near-duplicates and weights."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from uuid import UUID, uuid5
 
 import numpy as np
@@ -143,6 +144,15 @@ def test_a_refused_image_is_not_the_best_hit_of_the_gap() -> None:
     rose, tulip = found("rose", 0.75), found("tulip", 0.655)
     flower = ConceptImages("a flower", [rose, tulip], refused={rose.image.id: "avoided"})
     assert chosen(decided([flower], gate=Gate(0.4, max_gap=0.085))) == ["tulip"]
+
+
+def test_an_image_below_its_own_limit_is_not_the_best_hit_of_the_gap() -> None:
+    """A CLIP that prefers a city must not keep the mountains out, which their words have found."""
+    mountains = replace(found("mountains", 0.55), word_share=1.0)
+    landscape = ConceptImages("a mountain landscape", [replace(found("city", 0.7), word_share=-0.5), mountains])
+    gate = Gate(0.64, max_gap=0.085, matched_min_similarity=0.43)
+    assert chosen(decided([landscape], gate=gate)) == ["mountains"]
+    assert [str(each.image.caption) for each in landscape.passing(gate)] == ["mountains"]
 
 
 def test_a_concept_gets_the_copy_that_its_own_search_found() -> None:
