@@ -5,17 +5,25 @@ The library c2pa-python (the extra `c2pa`) signs and validates; the command-line
 
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
 
 from shared.contracts.common import ImageFormat
 from shared.errors import ConfigurationError, ContentCredentialsError
+from shared.metrics import CONTENT_TIMESTAMPS
 
 if TYPE_CHECKING:
     from shared.settings import ContentCredentialsSettings
+
+logger = logging.getLogger(__name__)
 
 LIBRARY = "c2pa"
 INSTALL = "pip install '.[c2pa]'"
@@ -28,6 +36,8 @@ AI_GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmi
 """IPTC's digital source type of media that a trained model made."""
 UNSIGNED_PARTS = "assertion.dataHash.additionalExclusionsPresent"
 """The signature leaves out parts of the file beside the manifest. Our files have none."""
+TIMESTAMP_PAUSE_S = 60.0
+"""How long a time stamp service is not asked after a failure. So the outputs of a job wait for it once, not each."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class ContentSigner:
     private_key: bytes = field(repr=False)
     """PEM, PKCS #8."""
     algorithm: str = "es256"
-    timestamp_url: str | None = None
+    timestamps: "TimestampService | None" = None
 
     @classmethod
     def load(cls, settings: "ContentCredentialsSettings") -> Self:
@@ -113,10 +123,11 @@ class ContentSigner:
             chain, key = settings.certificate_chain.read_bytes(), settings.private_key.read_bytes()
         except OSError as error:
             raise ConfigurationError(f"content_credentials: {error.filename}: {error.strerror}") from None
-        signer = cls(chain, key, settings.algorithm, settings.timestamp_url)
+        url = settings.timestamp_url
+        timestamps = None if url is None else TimestampService(url, settings.timestamp_wait_s)
+        signer = cls(chain, key, settings.algorithm, timestamps)
         try:
-            # Without the time stamp: its service may be away for a moment.
-            replace(signer, timestamp_url=None).sign(SMALL_PNG, ImageFormat.PNG, {"assertions": [created_by({})]})
+            signer._sign(SMALL_PNG, ImageFormat.PNG, {"assertions": [created_by({})]}, None)
         except ContentCredentialsError as error:
             raise ConfigurationError(
                 f"content_credentials: the certificate and its key cannot sign: {error.message}"
@@ -126,16 +137,25 @@ class ContentSigner:
     def sign(self, data: bytes, image_format: ImageFormat, manifest: Mapping[str, Any]) -> bytes:
         """Return the file with a signed manifest. The image data stay as they are.
 
+        If the time stamp service does not answer in time, the signature has no time stamp.
+
         manifest: a manifest definition (https://opensource.contentauthenticity.org/docs/manifest/json-ref/manifest-def).
 
         Raises:
-            ContentCredentialsError: the library cannot sign, the signature is not valid, or no time stamp came.
+            ContentCredentialsError: the library cannot sign, or the signature is not valid.
         """
+        sign = partial(self._sign, data, image_format, manifest)
+        stamped = None if self.timestamps is None else self.timestamps.stamp(sign)
+        return sign(None) if stamped is None else stamped
+
+    def _sign(
+        self, data: bytes, image_format: ImageFormat, manifest: Mapping[str, Any], timestamp_url: str | None
+    ) -> bytes:
         c2pa = _library()
         signed = io.BytesIO()
         try:
             # The library validates each signature that it makes, also the dates of the certificate.
-            info = c2pa.C2paSignerInfo(self.algorithm, self.certificate_chain, self.private_key, self.timestamp_url)
+            info = c2pa.C2paSignerInfo(self.algorithm, self.certificate_chain, self.private_key, timestamp_url)
             with (
                 c2pa.Context.from_dict(OFFLINE) as context,
                 c2pa.Signer.from_info(info) as signer,
@@ -145,6 +165,46 @@ class ContentSigner:
         except c2pa.C2paError as error:
             raise ContentCredentialsError(f"The output could not be signed: {error}") from None
         return signed.getvalue()
+
+
+class TimestampService:
+    """An RFC 3161 service that dates signatures. A failure costs `wait_s` seconds and fails nothing."""
+
+    def __init__(self, url: str, wait_s: float) -> None:
+        self._url = url
+        self._wait_s = wait_s
+        self._paused_until = -TIMESTAMP_PAUSE_S
+
+    def stamp(self, sign: Callable[[str], bytes]) -> bytes | None:
+        """Return what `sign` returns for the address of the service; `None`: it gave no time stamp.
+
+        After a failure, the service is not asked for `TIMESTAMP_PAUSE_S` seconds.
+        """
+        if time.monotonic() < self._paused_until:
+            CONTENT_TIMESTAMPS.labels("not_asked").inc()
+            return None
+        answer: Future[bytes] = Future()
+        # The library waits for the service for 30 s, and has no setting for it. The thread ends by then.
+        threading.Thread(
+            target=_fulfil, args=(answer, partial(sign, self._url)), name="time-stamp", daemon=True
+        ).start()
+        try:
+            stamped = answer.result(self._wait_s)
+        except (TimeoutError, ContentCredentialsError) as error:
+            self._paused_until = time.monotonic() + TIMESTAMP_PAUSE_S
+            CONTENT_TIMESTAMPS.labels("missing").inc()
+            cause = f"no answer in {self._wait_s:g} s" if isinstance(error, TimeoutError) else error.message
+            logger.warning("timestamp_missing", extra={"url": self._url, "cause": cause})
+            return None
+        CONTENT_TIMESTAMPS.labels("stamped").inc()
+        return stamped
+
+
+def _fulfil(answer: Future[bytes], sign: Callable[[], bytes]) -> None:
+    try:
+        answer.set_result(sign())
+    except Exception as error:  # the caller gets it
+        answer.set_exception(error)
 
 
 def created_by(agent: Mapping[str, Any], *, ingredients: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -167,6 +167,11 @@ SAFETY_DECISIONS = Counter(
     "Prompts and images in which a content policy recognised a concept.",
     ["concept", "stage", "action"],
 )
+CONTENT_TIMESTAMPS = Counter(
+    "content_timestamps_total",
+    "Signed outputs by time stamp: stamped, missing (the service gave none), or not_asked shortly after that.",
+    ["outcome"],
+)
 MODEL_LOAD_DURATION = Histogram(
     "model_load_duration_seconds", "Time to load and warm up one model.", ["model"], buckets=JOB_BUCKETS_S
 )

@@ -66,7 +66,7 @@ def make_signing_files(
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
     )
     if uses:
-        signer = signer.add_extension(x509.ExtendedKeyUsage(uses), critical=False)
+        signer = signer.add_extension(x509.ExtendedKeyUsage(uses), critical=True)
     pem, no_password = serialization.Encoding.PEM, serialization.NoEncryption()
     certificate, issuer_pem = signer.sign(issuer_key, hashes.SHA256()).public_bytes(pem), issuer.public_bytes(pem)
     files = SigningFiles(folder / "chain.pem", folder / "key.pem", folder / "issuer.pem")

@@ -96,6 +96,9 @@ class ContentCredentialsSettings(Section):
         pattern=r"^https?://",
         description="RFC 3161 service that dates signatures, so that they outlive the certificate; unset: no network",
     )
+    timestamp_wait_s: Advanced[float] = Field(
+        5.0, gt=0, le=30, description="longest wait for a time stamp; after it, the output is signed without one"
+    )
     include_prompt: Advanced[bool] = Field(
         True,
         description="false: no file names the prompt, neither in its manifest nor in its own record; "

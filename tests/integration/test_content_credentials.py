@@ -13,12 +13,14 @@ from sqlalchemy.orm import Session
 
 from scripts.verify_image import Verdict, verify
 from shared import content_credentials
+from shared.content_credentials import ContentSigner
 from shared.contracts.common import ImageFormat
 from shared.contracts.jobs import ReplayVerdict
 from shared.db import outputs
 from shared.db.tables import Job, Output
 from shared.errors import ConfigurationError
 from shared.imaging import open_image, pixels_sha256, read_record
+from shared.metrics import CONTENT_TIMESTAMPS
 from shared.settings import Settings, get_settings
 from shared.storage import get_blobs
 from tests.integration.conftest import API, Client
@@ -119,15 +121,35 @@ def test_an_output_that_cannot_be_signed_is_not_published(
     configure: Configure,
     signing: SigningFiles,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """The time service of the signature does not answer."""
-    configure(signing, AFTERIMAGE_CONTENT_CREDENTIALS__TIMESTAMP_URL="http://127.0.0.1:9/")
+    """The certificate has expired since the start of the worker."""
+    configure(signing)
+    expired = make_signing_files(tmp_path / "expired", days=(-3, -1))
+    signer = ContentSigner(expired.certificate_chain.read_bytes(), expired.private_key.read_bytes())
+    monkeypatch.setattr(signing_of_jobs, "get_signer", lambda: signer)
     job = submit(session, seeds=[5], k=0)
     assert run(job.id, models, leases) is Outcome.FAILED
     job = reload(session, job)
     assert (job.state, (job.error or {})["code"]) == ("failed", "content_credentials_failed")
     assert len(model.received) == 1, "it was drawn"
     assert outputs.list_by_job(session, [job.id]).get(job.id, []) == []
+
+
+def test_a_job_succeeds_without_its_time_stamp_service(
+    session: Session,
+    models: Models,
+    leases: JobLeases,
+    configure: Configure,
+    signing: SigningFiles,
+) -> None:
+    configure(signing, AFTERIMAGE_CONTENT_CREDENTIALS__TIMESTAMP_URL="http://127.0.0.1:9/")
+    missing = CONTENT_TIMESTAMPS.labels("missing")._value.get()
+    job = submit(session, seeds=[5, 6], k=0)
+    assert run(job.id, models, leases) is Outcome.SUCCEEDED
+    for output in drawn(session, job):
+        assert manifest_of_file(get_blobs().get(output.blob_key))[0] == "Valid"
+    assert CONTENT_TIMESTAMPS.labels("missing")._value.get() == missing + 1, "asked once, and not again at once"
 
 
 @pytest.mark.parametrize("format_", [ImageFormat.PNG, ImageFormat.WEBP])

@@ -2,9 +2,11 @@
 
 import io
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from pathlib import Path
@@ -19,10 +21,12 @@ from scripts.verify_image import Verdict, verify
 from shared import content_credentials
 from shared.content_credentials import ContentSigner
 from shared.contracts.common import ImageFormat
-from shared.errors import ConfigurationError, ContentCredentialsError
+from shared.errors import ConfigurationError
 from shared.imaging import encode_image, open_image, pixels_sha256, read_record, with_record
 from shared.settings import ContentCredentialsSettings
 from tests.signing_certificates import SigningFiles, make_signing_files
+from tests.stack import wait_until
+from tests.timestamp_server import OPENSSL, timestamp_server
 from worker_service.jobs.content_credentials import manifest_of
 
 REFERENCE = {
@@ -344,15 +348,65 @@ def test_a_missing_file_is_named_and_the_key_is_never_shown(tmp_path: Path, sign
     assert "PRIVATE KEY" not in repr(ContentSigner.load(settings_of(signing)))
 
 
+# --- time stamps --------------------------------------------------------------------------------------------------
+
+
+def stamping(signing: SigningFiles, url: str, *, wait_s: float = 30) -> Callable[[], bytes]:
+    """Sign a file with a time stamp of the service at `url`."""
+    changes = {"timestamp_url": url, "timestamp_wait_s": wait_s}
+    signer = ContentSigner.load(settings_of(signing).model_copy(update=changes))
+    data = encode_image(pixels(), image_format=ImageFormat.PNG)
+    return partial(signer.sign, data, ImageFormat.PNG, manifest_of(RECORD))
+
+
 @needs_c2pa
-def test_without_its_time_stamp_an_output_is_not_signed(signing: SigningFiles) -> None:
-    with asked_server() as (url, asked):
-        settings = settings_of(signing).model_copy(update={"timestamp_url": url})
-        signer = ContentSigner.load(settings)
-        assert asked == []
-        data = encode_image(pixels(), image_format=ImageFormat.PNG)
-        with pytest.raises(ContentCredentialsError):
-            signer.sign(data, ImageFormat.PNG, manifest_of(RECORD))
+@pytest.mark.skipif(OPENSSL is None, reason="openssl is not installed")
+def test_with_a_time_stamp_a_signature_outlives_its_certificate(tmp_path: Path, signing: SigningFiles) -> None:
+    short = make_signing_files(tmp_path / "short", days=(-1, 8 / 86_400))
+    with timestamp_server(tmp_path / "service") as service:
+        stamped = stamping(short, service.url)()
+        assert len(service.asked) == 1
+    plain = ContentSigner.load(settings_of(short)).sign(
+        encode_image(pixels(), image_format=ImageFormat.PNG), ImageFormat.PNG, manifest_of(RECORD)
+    )
+    trust = short.issuer.read_text() + service.issuer.read_text()
+
+    def is_trusted(data: bytes, trust: str) -> bool:
+        found = content_credentials.read_credentials(data, trust=trust)
+        assert found is not None
+        return found.is_trusted
+
+    assert is_trusted(plain, trust)
+    wait_until(lambda: not is_trusted(plain, trust), timeout_s=60, what="the end of the certificate")
+    assert is_trusted(stamped, trust)
+    assert not is_trusted(stamped, short.issuer.read_text()), "nobody knows the time stamp service"
+
+
+@needs_c2pa
+def test_a_time_stamp_service_without_an_answer_delays_one_signature(
+    signing: SigningFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        sign = stamping(signing, f"http://127.0.0.1:{silent.getsockname()[1]}/", wait_s=0.2)
+        for _ in range(3):
+            found = content_credentials.read_credentials(sign())
+            assert found is not None
+            assert found.is_valid
+        silent.settimeout(30)
+        silent.accept()[0].close()
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+    (warning,) = [record for record in caplog.records if record.message == "timestamp_missing"]
+    assert "no answer in 0.2 s" in str(vars(warning)["cause"])
+
+
+@needs_c2pa
+def test_a_time_stamp_service_that_refuses_fails_no_signature(signing: SigningFiles) -> None:
+    with asked_server() as (url, _):
+        found = content_credentials.read_credentials(stamping(signing, url)())
+    assert found is not None
+    assert found.is_valid
 
 
 def test_without_the_library_the_settings_name_the_extra(
