@@ -15,6 +15,7 @@ from api_service.http import problems
 from api_service.services.bulk_lines import BulkBody
 from api_service.studio.generation import form_key
 from api_service.studio.pages import filled_fields, page_blueprint, read_form, redirect_to, render_page, show_errors_on
+from api_service.studio.translations import _
 from shared.contracts.bulks import BulkItemQuery, BulkQuery, ItemState, LineQuery
 from shared.contracts.outputs import OutputQuery
 from shared.errors import ResourceNotFoundError
@@ -48,7 +49,7 @@ def start() -> Response:
     header = {"bulk": dict(filled_fields(request.form, ("name", "on_invalid")).items())}
     lines = [header, *_items(request.files.get("table"), request.form.get("prompts", ""))]
     if len(lines) == 1:
-        raise problems.field_error("form.prompts", "missing", "Choose a CSV file, or write one prompt per line.")
+        raise problems.field_error("form.prompts", "missing", _("Choose a CSV file, or write one prompt per line."))
     data = b"".join(orjson.dumps(line) + b"\n" for line in lines)
     body = BulkBody(io.BytesIO(data), content_length=len(data), settings=get_settings().bulks)
     sent = services.bulks.send(body, may_complete=True, caller=g.caller, key=form_key())
@@ -69,17 +70,21 @@ def _items(table: FileStorage | None, prompts: str) -> Iterator[dict[str, Any]]:
         rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
         if "prompt" not in (rows.fieldnames or ()):
             raise problems.field_error(
-                "form.table", "missing", "The first line must name the columns, one of them `prompt`."
+                "form.table", "missing", _("The first line must name the columns, one of them `prompt`.")
             )
         for row in rows:
             if None in row:
                 raise problems.field_error(
-                    "form.table", "length", f"Line {rows.line_num} has more cells than there are columns."
+                    "form.table",
+                    "length",
+                    _("Line %(number)s has more cells than there are columns.", number=rows.line_num),
                 )
             if cells := {name: value.strip() for name, value in row.items() if name and value and value.strip()}:
                 yield {name: _cell(name, value) for name, value in cells.items()}
     except (UnicodeDecodeError, csv.Error) as error:
-        raise problems.field_error("form.table", "csv", f"This is not a CSV file in UTF-8: {error}.") from None
+        raise problems.field_error(
+            "form.table", "csv", _("This is not a CSV file in UTF-8: %(error)s.", error=error)
+        ) from None
 
 
 def _cell(name: str, value: str) -> Any:
@@ -121,6 +126,6 @@ ACTIONS = {
 @studio_bulks.post("/bulks/<uuid:bulk_id>/<action>")
 def change(bulk_id: UUID, action: str) -> Response:
     if action not in ACTIONS:
-        raise ResourceNotFoundError("A bulk has no such action.", action=action)
+        raise ResourceNotFoundError(_("A bulk has no such action."), action=action)
     ACTIONS[action](bulk_id, caller=g.caller)
     return redirect_to("studio_bulks.bulk", bulk_id=bulk_id)

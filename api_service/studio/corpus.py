@@ -23,6 +23,7 @@ from api_service.studio.pages import (
     show_errors_on,
     wants_fragment,
 )
+from api_service.studio.translations import _
 from shared.contracts.common import Contract, MatchedText, OnInvalid, Tags
 from shared.contracts.images import (
     Cascade,
@@ -144,7 +145,7 @@ def change_selected() -> Response:
     selected = selected_ids()
     sent = filled_fields(request.form, ("add_tags", "remove_tags", "licence"))
     if not sent:
-        raise problems.field_error("form.add_tags", "missing", "Write a tag or a licence first.")
+        raise problems.field_error("form.add_tags", "missing", _("Write a tag or a licence first."))
     values = requests.field_values(SelectionPatch, sent, where="form")
     tags = {name: requests.split_tags(values.get(name, [])) for name in ("add_tags", "remove_tags")}
     patch = requests.parse_form(SelectionPatch, values | tags)
@@ -233,7 +234,7 @@ def change(image_id: UUID) -> Response:
 def withdraw(image_id: UUID) -> Response:
     """Show what would be withdrawn with the image, and ask for the reason."""
     if "corpus:write" not in g.caller.scopes:  # as the API asks for the same numbers
-        raise AuthorizationError("This API key lacks the scope 'corpus:write'.", scope="corpus:write")
+        raise AuthorizationError(_("This API key lacks the scope 'corpus:write'."), scope="corpus:write")
     view = services.images.get(image_id, caller=g.caller)
     query = ImageDelete(cascade=Cascade.WITHDRAW, dry_run=True)
     withdrawal = services.images.withdraw(image_id, query, caller=g.caller)

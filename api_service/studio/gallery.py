@@ -15,7 +15,6 @@ from api_service.services.outputs import Remembered
 from api_service.studio.generation import create_values_of, form_key
 from api_service.studio.pages import (
     IMAGES_PER_PAGE,
-    mode_words,
     page_blueprint,
     read_form,
     redirect_to,
@@ -24,6 +23,8 @@ from api_service.studio.pages import (
     show_errors_on,
     wants_fragment,
 )
+from api_service.studio.translations import _
+from api_service.studio.words import mode_words
 from shared.contracts.generation import Mode, PinnedReference
 from shared.contracts.images import ImageView
 from shared.contracts.jobs import OutputView, ReferenceKind
@@ -90,7 +91,7 @@ def like_picture() -> Response:
     file = request.files.get("image")
     picture = file.read() if file is not None else b""
     if not picture:
-        raise problems.field_error("form.image", "missing", "Choose a picture.")
+        raise problems.field_error("form.image", "missing", _("Choose a picture."))
     found = services.outputs.find_like(picture, caller=g.caller, decoder=current_app.extensions["decoder"])
     return _gallery_page(query, found, like_picture=True)
 
@@ -98,7 +99,7 @@ def like_picture() -> Response:
 def _periods() -> list[tuple[str, str]]:
     """Return the names of the times since when outputs can be shown, and the times. They stay equal for a day."""
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    days = {"yesterday": 1, "a week ago": 7, "a month ago": 30}
+    days = {_("yesterday"): 1, _("a week ago"): 7, _("a month ago"): 30}
     return [(words, (today - timedelta(days=number)).isoformat()) for words, number in days.items()]
 
 
@@ -171,7 +172,7 @@ def compare() -> Response:
     except ValueError:
         ids = []
     if len(ids) != 2:
-        raise problems.field_error("query.selected", "length", "Select exactly two images to compare.")
+        raise problems.field_error("query.selected", "length", _("Select exactly two images to compare."))
     first, second = (services.outputs.get(generation_id, caller=g.caller) for generation_id in ids)
     return render_page("compare", active="gallery", first=first, second=second, differences=_differences(first, second))
 
@@ -186,20 +187,22 @@ def _drawn_with(output: OutputView) -> dict[str, Any]:
     parameters, model = output.provenance.get("parameters", {}), output.provenance.get("model", {})
     mode = output.provenance.get("mode")
     return {
-        "prompt": parameters.get("prompt"),
-        "negative prompt": parameters.get("negative_prompt"),
-        "seed": output.seed,
-        "model": model.get("name"),
-        "weights": model.get("weights_digest"),
-        "drawn": mode_words(mode) if mode else None,
-        "references": ", ".join(f"{each.caption or each.image_id} ({each.weight:.0%})" for each in output.references),
-        "size": f"{output.width} x {output.height}",
-        "steps": parameters.get("num_inference_steps"),
-        "guidance": parameters.get("guidance_scale"),
-        "scheduler": parameters.get("scheduler"),
+        _("prompt"): parameters.get("prompt"),
+        _("negative prompt"): parameters.get("negative_prompt"),
+        _("seed"): output.seed,
+        _("model"): model.get("name"),
+        _("weights"): model.get("weights_digest"),
+        _("drawn"): mode_words(mode) if mode else None,
+        _("references"): ", ".join(
+            f"{each.caption or each.image_id} ({each.weight:.0%})" for each in output.references
+        ),
+        _("size"): f"{output.width} x {output.height}",
+        _("steps"): parameters.get("num_inference_steps"),
+        _("guidance"): parameters.get("guidance_scale"),
+        _("scheduler"): parameters.get("scheduler"),
         "LoRAs": ", ".join(f"{name} {scale:g}" for name, scale in (parameters.get("loras") or {}).items()),
-        "reference strength": parameters.get("ip_adapter_scale"),
-        "strength": parameters.get("strength"),
+        _("reference strength"): parameters.get("ip_adapter_scale"),
+        _("strength"): parameters.get("strength"),
     }
 
 

@@ -29,6 +29,7 @@ from api_service.studio.search import (
     pinned_images,
     shown_references,
 )
+from api_service.studio.translations import _
 from shared.capabilities import supports
 from shared.concepts import split_prompt
 from shared.contracts.generation import DryRunView, GenerationParameters, Mode, PinnedReference, RagGenerateRequest
@@ -74,7 +75,7 @@ def _create_page(form: "MultiDict[str, str]", *, pictures: int = 0) -> Response:
 
 def _shown_references(form: "MultiDict[str, str]", *, pictures: int) -> ShownReferences:
     if "search" not in g.caller.scopes:
-        problem = "This API key cannot read the corpus, so the references are not shown. Jobs still use them."
+        problem = _("This API key cannot read the corpus, so the references are not shown. Jobs still use them.")
         return ShownReferences(Choices.of(MultiDict()), problem=problem)
     try:
         return shown_references(form, pictures=pictures)

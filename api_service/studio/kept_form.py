@@ -20,7 +20,7 @@ class KeptForm:
 
     fields: list[tuple[str, str]]
     typed: list[tuple[str, str]]
-    """Names in words, and values, of the fields that a person filled in."""
+    """Names and values of the fields that a person filled in."""
     file_fields: list[str]
     """Fields whose files must be chosen again: a page cannot set them."""
 
@@ -36,7 +36,7 @@ def find_kept_form() -> KeptForm | None:
         fields, files = list(request.form.items(multi=True)), request.files
     except (BaseAppException, HTTPException):  # the body did not arrive
         return None
-    typed = [(name.replace("_", " "), value) for name, value in fields if not FIELDS_WITHOUT_WORDS.fullmatch(name)]
+    typed = [(name, value) for name, value in fields if not FIELDS_WITHOUT_WORDS.fullmatch(name)]
     return KeptForm(
         fields,
         typed=[(name, value) for name, value in typed if value.strip()],

@@ -14,6 +14,8 @@ from werkzeug.datastructures import MultiDict
 from api_service.http import problems, requests
 from api_service.http.requests import Model
 from api_service.studio.kept_form import find_kept_form
+from api_service.studio.translations import _
+from api_service.studio.words import plain_message
 from shared.contracts.search import PlannedConcept
 from shared.errors import BaseAppException, DatabaseConnectionError
 from shared.settings import get_settings
@@ -46,7 +48,7 @@ def render_page(template: str, **values: Any) -> Response:
         errors=FormErrors.of_request(),
         **values,
     )
-    headers = {"Cache-Control": "no-store", "Vary": "X-Fragment, Cookie"}
+    headers = {"Cache-Control": "no-store", "Vary": "X-Fragment, Cookie, Accept-Language"}
     return Response(text, content_type="text/html; charset=utf-8", headers=headers)
 
 
@@ -86,9 +88,9 @@ def selected_ids(most: int = MAX_SELECTED) -> list[UUID]:
     try:
         selected = [UUID(each) for each in dict.fromkeys(request.form.getlist("selected"))]
     except ValueError:
-        raise problems.field_error("form.selected", "uuid_parsing", "Must be the id of an image.") from None
+        raise problems.field_error("form.selected", "uuid_parsing", _("Must be the id of an image.")) from None
     if not 1 <= len(selected) <= most:
-        raise problems.field_error("form.selected", "length", f"Select 1 to {most} images first.")
+        raise problems.field_error("form.selected", "length", _("Select 1 to %(most)s images first.", most=most))
     return selected
 
 
@@ -106,22 +108,13 @@ def pretty_json(record: Any) -> str:
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
-PLAIN_WORDS = {
-    ("prompt", "missing"): "Say in words what the picture should show.",
-    ("prompt", "string_too_short"): "Say in words what the picture should show.",
-    ("name", "missing"): "Give it a name.",
-    ("owner", "missing"): "Name the owner.",
-}
-"""Messages for a person instead of a program, by field and code."""
-
-
 class FormErrors:
     """The problem of the form that was sent. A template takes the messages of each field, and shows the rest once."""
 
     def __init__(self, problem: dict[str, Any] | None) -> None:
         self.problem = problem
         self._left = [
-            (name, PLAIN_WORDS.get((name, each["code"]), each["message"]))
+            (name, plain_message(name, each["code"]) or each["message"])
             for each in (problem or {}).get("errors", [])
             for name in [_field_of(each["field"])]
         ]
@@ -139,7 +132,7 @@ class FormErrors:
     def rest(self) -> list[tuple[str, str]]:
         """Return the name of the field and the message of each error that no field has shown."""
         left, self._left = self._left, []
-        return [(name.replace("_", " "), message) for name, message in left]
+        return left
 
 
 def _field_of(path: str) -> str:
@@ -181,22 +174,6 @@ def _form_page() -> Response | None:
 
 
 # --- for templates ------------------------------------------------------------------------------------------------
-
-
-MODE_WORDS = {
-    "auto": "as the service chooses",
-    "image_prompt": "by the look of the references",
-    "img2img": "starting from the first reference",
-    "image_prompt+img2img": "by their look, starting from the first",
-    "caption": "by the captions of the references",
-    "reference": "with the references in view",
-    "none": "from the words alone",
-}
-"""By mode: how the picture is drawn, in words."""
-
-
-def mode_words(mode: str) -> str:
-    return MODE_WORDS.get(mode, mode)
 
 
 @dataclass(frozen=True)

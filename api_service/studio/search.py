@@ -15,6 +15,7 @@ from api_service import services
 from api_service.http import problems, requests
 from api_service.studio.choices import Choices
 from api_service.studio.pages import filled_fields, page_blueprint, render_page, show_errors_on
+from api_service.studio.translations import _
 from shared.contracts.generation import Mode
 from shared.contracts.images import ImageView
 from shared.contracts.search import (
@@ -225,7 +226,9 @@ def sent_filter(form: "MultiDict[str, str]") -> dict[str, Any]:
     except orjson.JSONDecodeError:
         conditions = None
     if not isinstance(conditions, dict):
-        raise problems.field_error("form.filter", "json_invalid", 'Must be a JSON object, such as {"tags": ["fruit"]}.')
+        raise problems.field_error(
+            "form.filter", "json_invalid", _('Must be a JSON object, such as {"tags": ["fruit"]}.')
+        )
     return conditions | ({"collection": sent["collection"]} if "collection" in sent else {})
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import file_digest
 from pathlib import Path
@@ -68,7 +69,7 @@ seed, so that the images of a grid can be compared.
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.bulk_generate",
+        prog=sys.argv[0] if sys.argv[0] == "afterimage bulk run" else "python -m scripts.bulk_generate",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

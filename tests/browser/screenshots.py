@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
@@ -35,22 +35,35 @@ def addresses(url: str) -> dict[str, str]:
         "collections": "/collections",
         "queue": "/queue",
         "bulks": "/bulks",
+        "sign-in": "/sign-in",
         "unknown": "/nothing",
     }
-    with httpx.Client(base_url=f"{url}/api/v1") as api:
-        for name, path, page in (
+    with httpx.Client(base_url=f"{url}/api/v1", timeout=60) as api:
+
+        def latest(resource: str, number: int = 1) -> list[dict[str, Any]]:
+            answer = api.get(resource, params={"limit": number}).raise_for_status()
+            items: list[dict[str, Any]] = answer.json()["items"]
+            return items
+
+        for name, resource, page in (
             ("output", "/generations", "/gallery/{id}"),
             ("job", "/jobs", "/jobs/{id}"),
             ("image", "/images", "/corpus/{id}"),
             ("collection", "/collections", "/collections/{id}"),
             ("bulk", "/bulks", "/bulks/{id}"),
         ):
-            items = api.get(path, params={"limit": 1}).raise_for_status().json()["items"]
-            if items:
-                paths[name] = page.format(id=items[0]["id"])
-        pair = api.get("/generations", params={"limit": 2}).raise_for_status().json()["items"]
-        if len(pair) == 2:
-            paths["compare"] = f"/gallery/compare?selected={pair[0]['id']}&selected={pair[1]['id']}"
+            for each in latest(resource):
+                paths[name] = page.format(**each)
+        outputs = latest("/generations", 100)
+        for output in outputs:
+            if output["replay"]:
+                paths["replay"] = f"/gallery/{output['id']}"
+            for reference in output["references"]:
+                if reference["kind"] == "corpus":
+                    paths["image"] = f"/corpus/{reference['image_id']}"
+                    paths["withdraw"] = f"/corpus/{reference['image_id']}/withdraw"
+        if len(outputs) > 1:
+            paths["compare"] = "/gallery/compare?" + "&".join(f"selected={each['id']}" for each in outputs[:2])
     return paths
 
 
@@ -84,8 +97,11 @@ def main() -> None:
                 page = browser.new_page(base_url=arguments.url, viewport=viewport, color_scheme=scheme)
                 for name in arguments.only or paths:
                     open_view(page, paths[name])
+                    height = page.evaluate("document.documentElement.scrollHeight")
+                    page.set_viewport_size({"width": viewport["width"], "height": max(height, viewport["height"])})
                     target = arguments.folder / f"{name}-{width}-{scheme}.png"
-                    page.screenshot(path=target, full_page=True)
+                    page.screenshot(path=target)
+                    page.set_viewport_size(viewport)
                     print(target)
                 page.close()
 

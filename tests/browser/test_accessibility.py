@@ -28,14 +28,16 @@ pytestmark = needs_chromium
 
 @pytest.fixture(scope="module")
 def filled_stack(stack: RunningStack) -> RunningStack:
-    """The stack with a job, its images, a collection and a bulk, so that every view has something to show."""
+    """The stack with a job, its images, a replay, a collection and a bulk: every view has something to show."""
     with Api(stack.url) as api:
         job = api.submit(prompt="a red disc beside a green disc", num_images=2)
         lines = b'{"bulk": {"name": "discs", "on_invalid": "skip"}}\n{"prompt": "a blue disc"}\n{"prompt": 1}\n'
         headers = {"Content-Type": "application/jsonl"}
         assert api.http.post("/bulks", content=lines, headers=headers).is_success
         assert api.http.post("/collections", json={"name": "discs"}).is_success
-        api.ended(job["id"])
+        (output, _) = api.ended(job["id"])["outputs"]
+        replay = api.http.post(f"/generations/{output['id']}/replay").raise_for_status().json()
+        api.ended(replay["id"])
     return stack
 
 
@@ -57,7 +59,9 @@ def test_every_page_can_be_used_by_all(
     requested: list[str] = []
     page.on("request", lambda request: requested.append(request.url))
     found = {}
-    for name, path in addresses(filled_stack.url).items():
+    views = addresses(filled_stack.url)
+    assert {"output", "replay", "compare", "job", "image", "withdraw", "collection", "bulk"} <= views.keys()
+    for name, path in views.items():
         open_view(page, path)
         if wrong := violations(page):
             found[name] = wrong

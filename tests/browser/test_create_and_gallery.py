@@ -25,7 +25,7 @@ def prompt_of(page: Page) -> Locator:
 
 def test_the_memory_is_searched_in_create_and_what_it_finds_is_pinned(page: Page) -> None:
     page.goto("/?prompt=a+red+disc")
-    page.get_by_text("Search the memory").click()
+    page.get_by_text("Search the corpus").click()
     words = page.get_by_role("searchbox", name="Words")
     words.fill("a green disc")
     words.press("Enter")

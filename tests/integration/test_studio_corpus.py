@@ -191,7 +191,7 @@ def test_a_dead_job_tells_its_story(client: Client, session: Session) -> None:
     assert f"/jobs/{job.id}#story" in client.get("/queue").text
     page = client.get(f"/jobs/{job.id}").text
     story = page[page.index('id="story" open') :]
-    assert re.search(r"requeued</b>.*crashes: 1.*started</b>.*dead</b>", story, re.DOTALL)
+    assert re.search(r"requeued</b>.*crashes</code>: 1.*started</b>.*dead</b>", story, re.DOTALL)
 
 
 def test_a_form_that_is_sent_without_a_database_keeps_everything_typed(

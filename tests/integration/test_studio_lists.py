@@ -61,7 +61,7 @@ def test_the_gallery_is_searched_and_filtered(client: Client, session: Session) 
     assert shown(client, words="pe%r") == [], "a word is not a pattern"
     assert shown(client, created_before=pear.created_at.isoformat()) == [str(apple.id)]
     nothing = client.get("/gallery", query_string={"words": "quince"}).text
-    assert "No image is like that." in nothing
+    assert "No image matches." in nothing
     assert 'value="quince"' in nothing
     found = client.get(f"{API}/generations", query_string={"words": "pear", "mode": "caption"}).json["items"]
     assert [each["id"] for each in found] == [str(pear.id)]
@@ -279,6 +279,6 @@ def test_wrong_lines_of_a_bulk_are_listed(client: Client) -> None:
     refused = sent(client, table)
     assert refused.status_code == 422
     page = client.get(sent(client, table, on_invalid="skip").location).text
-    assert "<b>1</b> wrong lines" in page
+    assert "<b>1</b> wrong line" in page
     assert "line 2" in page
     assert "width" in page

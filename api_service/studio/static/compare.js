@@ -1,6 +1,6 @@
 // Two images over each other with a slider between them, and the choice of two results to compare.
 
-import { fetchPart, parseHtml } from "./studio.js";
+import { fetchPart, parseHtml, text } from "./studio.js";
 
 // --- the slider ---------------------------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ const dialog = document.getElementById("comparison");
 let chosen = [];
 
 function tell() {
-  form.querySelector("[data-compared]").textContent = chosen.length === 2 ? "Two images chosen." : "One image chosen. Choose another one.";
+  form.querySelector("[data-compared]").textContent = text(chosen.length === 2 ? "two_chosen" : "choose_another");
   form.querySelector("button").disabled = chosen.length !== 2;
   form.hidden = !chosen.length;
 }

@@ -1,6 +1,6 @@
 // The page Corpus: files by drop, each with its own outcome; descriptions in place; selection.
 
-import { fetchPart, parseHtml } from "./studio.js";
+import { fetchPart, parseHtml, text } from "./studio.js";
 
 const AT_ONCE = 2;
 const ATTEMPTS = 5;
@@ -45,7 +45,7 @@ function prepareUploads() {
       total = ended = wrong = 0;
     }
     for (const file of input.files) {
-      const row = showRow(file.name, "waits");
+      const row = showRow(file.name, text("waits"));
       rows.append(row);
       waiting.push({ file, fields, row });
       total += 1;
@@ -76,7 +76,7 @@ function prepareUploads() {
       const body = new FormData();
       for (const [name, value] of fields) body.append(name, value);
       body.append("file", file);
-      row.querySelector(".facts").textContent = attempt > 1 ? "sending again" : "sending";
+      row.querySelector(".facts").textContent = text(attempt > 1 ? "sending_again" : "sending");
       const { ok, status, html, retryMs } = await fetchPart(form.action, { method: "POST", body });
       const fresh = parseHtml(html);
       if (ok) {
@@ -86,12 +86,12 @@ function prepareUploads() {
       }
       const mayPass = status === undefined || status === 429 || status >= 500;
       if (mayPass && attempt < ATTEMPTS) {
-        row.querySelector(".facts").textContent = "the service does not answer; waits to be sent again";
+        row.querySelector(".facts").textContent = text("waits_to_send");
         await new Promise((resolve) => setTimeout(resolve, retryMs));
         continue;
       }
       const reasons = [...fresh.querySelectorAll("p b, [data-field]")].map((each) => each.textContent);
-      row.replaceWith(showRow(file.name, reasons.join(" ") || fresh.textContent.trim(), "not added"));
+      row.replaceWith(showRow(file.name, reasons.join(" ") || fresh.textContent.trim(), text("not_added")));
       return false;
     }
   }
@@ -109,8 +109,8 @@ function prepareUploads() {
 
   function report() {
     Object.assign(bar, { max: total, value: ended });
-    const refused = wrong ? ` ${wrong} could not be added.` : "";
-    status.textContent = ended < total ? `${ended} of ${total} files sent.${refused}` : `${total - wrong} of ${total} files are in the corpus.${refused}`;
+    const refused = wrong ? ` ${text("refused", { number: wrong })}` : "";
+    status.textContent = (ended < total ? text("sent_of", { sent: ended, total }) : text("added_of", { added: total - wrong, total })) + refused;
   }
 }
 
@@ -166,7 +166,7 @@ if (selection) prepareSelection();
 function prepareSelection() {
   const boxes = () => [...list.querySelectorAll("[name=selected]")];
   const count = () => {
-    selection.querySelector("[data-selected]").textContent = `${boxes().filter((box) => box.checked).length} selected`;
+    selection.querySelector("[data-selected]").textContent = text("selected", { number: boxes().filter((box) => box.checked).length });
   };
   let last;
   list.addEventListener("click", ({ target, shiftKey }) => {

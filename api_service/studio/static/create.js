@@ -1,6 +1,6 @@
 // The page Create: references as the prompt is typed, pictures by drop and paste, and submits in place.
 
-import { fetchPart, followJob, parseHtml } from "./studio.js";
+import { fetchPart, followJob, parseHtml, text } from "./studio.js";
 
 const TYPING_PAUSE_MS = 350;
 const MAX_PICTURES = 16;
@@ -57,8 +57,8 @@ function addPictures(files) {
     const card = document.createElement("li");
     card.className = "card used";
     const address = URL.createObjectURL(file);
-    const remove = Object.assign(document.createElement("button"), { type: "button", className: "quiet", textContent: "Remove" });
-    remove.setAttribute("aria-label", `Remove ${file.name}`);
+    const remove = Object.assign(document.createElement("button"), { type: "button", className: "quiet", textContent: text("remove") });
+    remove.setAttribute("aria-label", text("remove_file", { name: file.name }));
     remove.addEventListener("click", () => {
       pictures.items.remove([...pictures.files].indexOf(file));
       URL.revokeObjectURL(address);
@@ -182,8 +182,8 @@ function showErrors(fragment) {
     const label = field?.closest?.("label");
     if (!label) continue;
     label.closest("details")?.setAttribute("open", "");
-    const text = message.textContent.slice(message.textContent.indexOf(": ") + 2);
-    label.append(Object.assign(document.createElement("span"), { className: "field-wrong", textContent: text }));
+    const words = message.textContent.slice(message.textContent.indexOf(": ") + 2);
+    label.append(Object.assign(document.createElement("span"), { className: "field-wrong", textContent: words }));
     message.remove();
   }
   form.querySelector(".actions").after(fragment);

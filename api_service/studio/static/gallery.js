@@ -1,6 +1,6 @@
 // The gallery: older images come while one scrolls, and the place is kept. Selection, and a large view with keys.
 
-import { fetchPart, parseHtml } from "./studio.js";
+import { fetchPart, parseHtml, text } from "./studio.js";
 
 const pages = document.getElementById("pages");
 const lightbox = document.getElementById("lightbox");
@@ -16,7 +16,7 @@ async function appendNext(link) {
   const { ok, html } = await fetchPart(link.href);
   delete more.dataset.loading;
   if (!ok) return false;
-  more.replaceWith(parseHtml(html));
+  more.replaceWith(withPlainStars(parseHtml(html)));
   watchEnd();
   watchPages();
   return true;
@@ -38,12 +38,16 @@ const FAR = "5000px";
 const content = new WeakMap();
 
 const nearby = new IntersectionObserver((entries) => {
-  for (const { isIntersecting, target } of entries) (isIntersecting ? fill : empty)(target);
+  for (const { isIntersecting, target, boundingClientRect } of entries) {
+    if (isIntersecting) fill(target);
+    else empty(target, boundingClientRect.height);
+  }
 }, { rootMargin: FAR });
 
-function empty(page) {
+// height: as the browser measured it for this frame; to measure it again between changes would lay out the page each time.
+function empty(page, height) {
   if (content.has(page) || page.querySelector(":checked") || page.contains(document.activeElement)) return;
-  page.style.height = `${page.offsetHeight}px`;
+  page.style.height = `${height}px`;
   const kept = document.createDocumentFragment();
   kept.append(...page.childNodes);
   content.set(page, kept);
@@ -100,7 +104,7 @@ unselect.hidden = false;
 
 function count() {
   const number = boxes().filter((box) => box.checked).length;
-  selection.querySelector("[data-selected]").textContent = `${number} selected`;
+  selection.querySelector("[data-selected]").textContent = text("selected", { number });
   selection.querySelector("[data-needs-two]").disabled = number !== 2;
 }
 
@@ -136,19 +140,26 @@ for (const name of ["dragover", "drop"]) {
 
 // --- favourites ---------------------------------------------------------------------------------------------------
 
+// The click on a star is handled here. As a button that submits, each new one would make the browser search the whole form
+// for its default button: for 10,000 images this takes most of the time of scrolling.
+function withPlainStars(part) {
+  for (const star of part.querySelectorAll("[data-favourite]")) star.type = "button";
+  return part;
+}
+
 async function toggleFavourite(star) {
   const body = new URLSearchParams([["favourite", star.value]]);
   const { ok, html } = await fetchPart(star.formAction, { method: "POST", body });
   if (!ok) return star;
-  const fresh = parseHtml(html).firstElementChild;
+  const fresh = withPlainStars(parseHtml(html)).firstElementChild;
   star.replaceWith(fresh);
   return fresh;
 }
 
-selection.addEventListener("submit", async (event) => {
-  if (!event.submitter || !("favourite" in event.submitter.dataset)) return;
-  event.preventDefault();
-  (await toggleFavourite(event.submitter)).focus();
+withPlainStars(pages);
+pages.addEventListener("click", async ({ target }) => {
+  const star = target.closest("[data-favourite]");
+  if (star) (await toggleFavourite(star)).focus();
 });
 
 // --- large view ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,12 @@ const JOB_EVENTS = ["queued", "started", "resolved", "degraded", "moderated", "r
 const MAX_STREAMS = 2;
 export const RETRY_MS = 2500;
 
+// --- texts --------------------------------------------------------------------------------------------------------
+
+// A text of the template `script_texts.html` in the reader's language, with its values.
+const texts = JSON.parse(document.querySelector("meta[name=texts]").content);
+export const text = (name, values = {}) => texts[name].replace(/\{(\w+)\}/g, (_, value) => values[value]);
+
 // --- the service --------------------------------------------------------------------------------------------------
 
 const offline = document.querySelector("[data-offline]");
@@ -18,7 +24,7 @@ export async function fetchPart(address, options = {}) {
     return { ok: response.ok, status: response.status, gone: [404, 410].includes(response.status), html: await response.text(), retryMs };
   } catch {
     offline.hidden = false;
-    return { ok: false, html: '<p class="wrong" role="alert">The service does not answer. Nothing that you typed is lost.</p>', retryMs: RETRY_MS };
+    return { ok: false, html: `<p class="wrong" role="alert">${text("unreachable")}</p>`, retryMs: RETRY_MS };
   }
 }
 
@@ -33,14 +39,26 @@ export function parseHtml(html) {
 const MOMENT = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: "short" });
 
+// To format a moment takes 50 microseconds. Images of a job, and many of a bulk, have the same minute.
+const moments = new Map();
+
+function inWords(time) {
+  const today = "short" in time.dataset && new Date().toDateString();
+  const minute = `${time.dateTime.slice(0, 16)} ${today}`;
+  if (!moments.has(minute)) {
+    const moment = new Date(time.dateTime);
+    moments.set(minute, (moment.toDateString() === today ? CLOCK : MOMENT).format(moment));
+  }
+  return moments.get(minute);
+}
+
+document.addEventListener("pointerover", ({ target }) => {
+  if (target.dateTime) target.title = new Date(target.dateTime);
+});
+
 // Shows times in the reader's zone, and buttons that need a script.
 function finish(part) {
-  for (const time of part.querySelectorAll("time[datetime]")) {
-    const moment = new Date(time.dateTime);
-    const today = new Date().toDateString() === moment.toDateString();
-    time.textContent = "short" in time.dataset && today ? CLOCK.format(moment) : MOMENT.format(moment);
-    time.title = moment.toString();
-  }
+  for (const time of part.querySelectorAll("time[datetime]")) time.textContent = inWords(time);
   for (const button of part.querySelectorAll("[data-copy]")) button.hidden = false;
   return part;
 }
@@ -49,7 +67,7 @@ document.addEventListener("click", async ({ target }) => {
   const copy = target.closest?.("[data-copy]");
   if (!copy) return;
   await navigator.clipboard.writeText(copy.parentElement.querySelector("pre").textContent);
-  copy.textContent = "Copied";
+  copy.textContent = text("copied");
 });
 
 document.addEventListener("submit", (event) => {
@@ -59,7 +77,7 @@ document.addEventListener("submit", (event) => {
 
 const themes = document.querySelector("[data-theme-switch]");
 themes.hidden = false;
-const nameTheme = () => themes.textContent = `Theme: ${document.documentElement.dataset.theme ?? "auto"}`;
+const nameTheme = () => themes.textContent = text(`theme_${document.documentElement.dataset.theme ?? "auto"}`);
 nameTheme();
 themes.addEventListener("click", () => {
   const root = document.documentElement;
@@ -91,14 +109,14 @@ export function followJob(job) {
   stream.addEventListener("progress", ({ data }) => {
     const { step, total_steps } = JSON.parse(data);
     Object.assign(job.querySelector("progress"), { max: total_steps, value: step });
-    job.querySelector("[data-step]").textContent = `step ${step} of ${total_steps}`;
+    job.querySelector("[data-step]").textContent = text("step", { step, total: total_steps });
     const state = job.querySelector("[data-state]");
-    if (state && state.textContent !== "drawing") state.textContent = "drawing";
+    if (state && state.textContent !== text("drawing")) state.textContent = text("drawing");
   });
   stream.addEventListener("preview", ({ data }) => {
     const { index, image } = JSON.parse(data);
     const shown = job.querySelector("[data-previews]");
-    while (shown.children.length <= index) shown.append(Object.assign(new Image(), { alt: "a preview" }));
+    while (shown.children.length <= index) shown.append(Object.assign(new Image(), { alt: text("preview") }));
     shown.children[index].src = image;
   });
   for (const name of JOB_EVENTS) stream.addEventListener(name, () => { close(); refreshJob(job); });
