@@ -28,9 +28,13 @@ class RunningStack(LocalStack):
     `url` is the API's address; `control` kills, freezes, thaws and restarts processes by name.
     """
 
-    def __init__(self, var: Path, command: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, var: Path, command: "subprocess.Popen[bytes]", settings: Mapping[str, str]) -> None:
         super().__init__(var)
         self.command = command
+        self._settings = settings
+
+    def environment(self) -> dict[str, str]:
+        return super().environment() | dict(self._settings)
 
     def log(self, name: str) -> str:
         """Everything a process has printed so far."""
@@ -67,20 +71,29 @@ class RunningStack(LocalStack):
 
 @contextmanager
 def running_stack(
-    var: Path, *, environment: Mapping[str, str], options: tuple[str, ...] = (), durable: bool = False
+    var: Path,
+    *,
+    environment: Mapping[str, str],
+    options: tuple[str, ...] = (),
+    settings: Mapping[str, str] | None = None,
+    durable: bool = False,
 ) -> Iterator[RunningStack]:
     """Start `python -m ops.local run` and stop it with SIGTERM at the end, also after an error.
 
     Args:
         options: more arguments of the command, such as `("--api", "2", "--embed", "2")`.
+        settings: variables of the product's processes, which win, such as the address of a connection pooler.
         durable: Postgres keeps committed data even when it is killed, but is slower.
     """
+    settings = settings or {}
+    chosen = [word for name, value in settings.items() for word in ("--setting", f"{name}={value}")]
     with tempfile.TemporaryFile() as output:
         command = subprocess.Popen(
             [
                 *(sys.executable, "-m", "ops.local", "run", "--var", str(var)),
                 *(() if durable else ("--volatile",)),
                 *options,
+                *chosen,
             ],
             cwd=REPOSITORY,
             env={**clean_environment(), **environment},
@@ -88,7 +101,7 @@ def running_stack(
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-        stack = RunningStack(var, command)
+        stack = RunningStack(var, command, settings)
         try:
             wait_until(
                 lambda: command.poll() is not None or stack.layout.shell_file.exists(),

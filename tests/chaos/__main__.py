@@ -14,6 +14,7 @@ import orjson
 
 from ops.local.stack import REPOSITORY
 from tests.chaos.faults import KINDS
+from tests.chaos.servers import SERVERS
 from tests.chaos.storm import Plan, storm
 
 
@@ -27,6 +28,7 @@ def main() -> int:
         kinds=arguments.kinds or tuple(KINDS),
         lease_s=arguments.lease_s,
         starter_share=arguments.starter_share,
+        servers=arguments.servers,
     )
     out: Path = arguments.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
@@ -54,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lease-s", type=float, default=30, help="the lease of a job in seconds (default: 30)")
     parser.add_argument(
         "--starter-share", type=float, default=0.03, help="the share of jobs for the starter model (default: 0.03)"
+    )
+    parser.add_argument(
+        "--servers", choices=SERVERS, default="local", help="behind PgBouncer, or with a fail-over to a replica"
     )
     parser.add_argument("--out", type=Path, default=REPOSITORY / "out" / "chaos", help="emptied, then filled")
     return parser

@@ -51,7 +51,7 @@ class Broken:
 
 def broken_so_far(scene: Scene) -> list[Broken]:
     """Return the broken promises that no later work can repair. Work may still be running."""
-    with Session(scene.engine) as session:
+    with Session(scene.reader) as session:
         # Read jobs before events: an ended job gets no more events.
         ended = {job.id: job for job in session.scalars(select(Job).where(Job.state.in_(FINAL)))}
         events = _events(session)
@@ -61,7 +61,7 @@ def broken_so_far(scene: Scene) -> list[Broken]:
 
 def broken(scene: Scene) -> list[Broken]:
     """Return all broken promises, once all work should have ended."""
-    with Session(scene.engine) as session:
+    with Session(scene.reader) as session:
         jobs = {job.id: job for job in session.scalars(select(Job))}
         outputs = defaultdict(list)
         for output in session.scalars(select(Output).order_by(Output.index)):

@@ -22,21 +22,25 @@ from sqlalchemy.orm import Session
 
 from ops.local.stack import REPOSITORY
 from shared.contracts.jobs import JobState
-from shared.db.session import build_engine
+from shared.db.session import bound_waits, build_engine
 from shared.db.spaces import Space
 from shared.db.tables import EmbeddingSpace, Image, Job, JobEvent, Owner, WebhookDelivery, Worker
 from shared.errors import StorageError
 from shared.messaging import queue
+from shared.messaging.redis import connect
 from shared.settings import DatabaseSettings
 from tests.chaos.load import Load
 from tests.chaos.mailbox import Mailbox
 from tests.chaos.receiver import Receiver
+from tests.chaos.servers import Servers
 from tests.chaos.store import Store
 from tests.stack import RunningStack, clean_environment, wait_until
 
 FINAL = [state.value for state in JobState if state.is_final]
 PATIENCE_S = 60.0
 """The limit for waits that take a second or two on a quiet machine."""
+ANSWER_S = 15.0
+"""The limit for one answer of the database."""
 BURST = 6
 """Jobs that a fault submits at a time."""
 SEARCH_TRIES = 3
@@ -63,6 +67,7 @@ class Hit:
 @dataclass
 class Scene:
     stack: RunningStack
+    servers: Servers
     load: Load
     receiver: Receiver
     store: Store
@@ -91,7 +96,13 @@ class Scene:
     @cached_property
     def engine(self) -> Any:
         url = self.stack.environment()["AFTERIMAGE_DATABASE__URL"]
+        bound_waits(ANSWER_S)  # the sessions of a server that hangs, and is replaced, never end
         return build_engine(DatabaseSettings(url=SecretStr(url)))
+
+    @cached_property
+    def reader(self) -> Any:
+        """The engine for checks that read many rows. They run outside a transaction, which would end after 5 s idle."""
+        return self.engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def rows(self, statement: Select[*tuple[Any, ...]]) -> list[Any]:
         """Return the rows of a query. Wait for a database that does not answer.
@@ -237,9 +248,9 @@ class Scene:
         }
 
     def pids(self) -> dict[str, int | None]:
-        """The process ids of all processes, by name, once all run."""
+        """The process ids of all processes, by name, once all run that were not stopped for good."""
         wait_until(
-            lambda: all(process.state == "RUNNING" for process in self.stack.control.states().values()),
+            lambda: all(each.state in ("RUNNING", "STOPPED") for each in self.stack.control.states().values()),
             timeout_s=PATIENCE_S * 2,
             what="all processes to run",
         )
@@ -300,7 +311,7 @@ class Scene:
     # --- the broker -----------------------------------------------------------------------------------------------
 
     def broker(self) -> redis.Redis:
-        return redis.Redis.from_url(self.stack.environment()["AFTERIMAGE_QUEUE__URL"], socket_timeout=2)
+        return connect(self.stack.environment()["AFTERIMAGE_QUEUE__URL"], timeout_s=2)
 
     def broker_answers(self) -> bool:
         try:

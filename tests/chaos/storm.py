@@ -5,9 +5,8 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ import orjson
 
 from shared.settings import ModelSettings
 from tests.chaos import promises
-from tests.chaos.faults import KINDS
+from tests.chaos.faults import FAIL_OVER, FAULTS, KINDS
 from tests.chaos.load import Load
 from tests.chaos.mailbox import VARIABLE, Mailbox
 from tests.chaos.promises import Broken
 from tests.chaos.receiver import receiving
 from tests.chaos.scene import OWNERS, SCOPES, Hit, Scene
+from tests.chaos.servers import REPLACED, SERVERS
 from tests.chaos.store import small_store
+from tests.other_servers import chosen_state
 from tests.stack import running_stack, wait_until
 
 QUIET_S = 120.0
@@ -44,6 +45,8 @@ class Plan:
     """The share of jobs for the starter model. 0: the model is not loaded."""
     generators: int = 2
     durable: bool = True
+    servers: str = "local"
+    """A name in `SERVERS`. With replicas, there is a fail-over in the middle of the storm."""
     webhook_timeout_s: float = 3
     watchdog_s: float = 60
     """Longer than a worker stays frozen, so that the watchdog does not end it. Its writes must be refused."""
@@ -85,13 +88,53 @@ class Plan:
     def options(self) -> tuple[str, ...]:
         return "--worker-module", "tests.chaos.worker", "--api", "2", "--generate", str(self.generators)
 
-    def sequence(self) -> Iterator[str]:
-        """All kinds in random order, again and again. The seed decides the order."""
+    def sequence(self) -> list[str]:
+        """All kinds in random order, again and again, and the fail-over. The seed decides the order."""
         order = random.Random(self.seed)
-        kinds: list[str] = []
-        for _ in range(self.faults):
-            kinds = kinds or order.sample(list(self.kinds), len(self.kinds))
-            yield kinds.pop()
+        possible = [kind for kind in self.kinds if kind not in REPLACED.get(self.servers, ())]
+        rounds = -(-self.faults // len(possible))
+        sequence = [kind for _ in range(rounds) for kind in order.sample(possible, len(possible))][: self.faults]
+        if self.servers in REPLACED:
+            sequence.insert(len(sequence) // 2, FAIL_OVER)
+        return sequence
+
+
+SHORT_KINDS = (
+    "kill_before_commit",
+    "kill_after_commit",
+    "restart_postgres",
+    "deliver_twice",
+    "foreign_messages",
+    "freeze_limits",
+    "steal_lease",
+    "freeze_lock_holder",
+    "poison",
+    "out_of_memory",
+    "garbage",
+    "full_store",
+    "other_encoder",
+    "flood",
+    "hang_receivers",
+    "drip_receivers",
+)
+"""`tests/e2e/test_faults.py` already kills a busy worker and empties the broker, so these leave out both."""
+
+
+def short(seed: int, *, servers: str = "local") -> Plan:
+    """The plan of a short storm with short leases."""
+    return Plan(
+        seed=seed,
+        jobs=80,
+        faults=len(SHORT_KINDS),
+        kinds=SHORT_KINDS,
+        lease_s=4,
+        # `make chaos` measures recovery. Here a busy machine may need a minute to start a killed worker again.
+        slack_s=120,
+        starter_share=0,
+        # Only what the primary has stored safely can be on its standby.
+        durable=servers == "standby",
+        servers=servers,
+    )
 
 
 @dataclass
@@ -119,6 +162,7 @@ class Outcome:
         breaches = Counter(each.breach.value for each in self.broken)
         return {
             "seed": self.plan.seed,
+            "servers": self.plan.servers,
             "jobs": self.jobs,
             "uploads": self.uploads,
             "webhooks": self.deliveries,
@@ -149,11 +193,21 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
     mailbox.folder.mkdir(parents=True)
     environment = plan.environment() | {VARIABLE: str(mailbox.folder)}
     clock(f"seed {plan.seed}: starting the stack in {folder}")
-    with (
-        receiving() as receiver,
-        small_store(folder / "stack" / "blobs") as store,
-        running_stack(folder / "stack", environment=environment, options=plan.options(), durable=plan.durable) as stack,
-    ):
+    with ExitStack() as running:
+        receiver = running.enter_context(receiving())
+        store = running.enter_context(small_store(folder / "stack" / "blobs"))
+        servers = SERVERS[plan.servers](folder / "servers", chosen_state(folder / "stack"))
+        running.enter_context(servers.around())
+        stack = running.enter_context(
+            running_stack(
+                folder / "stack",
+                environment=environment,
+                options=plan.options(),
+                settings=servers.settings,
+                durable=plan.durable,
+            )
+        )
+        running.enter_context(servers.beside(stack))
         load = Load(
             [stack.api_url("api"), stack.api_url("api-2")],
             keys={name: stack.new_key(name, *SCOPES) for name in OWNERS},
@@ -163,6 +217,7 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
         )
         scene = Scene(
             stack=stack,
+            servers=servers,
             load=load,
             receiver=receiver,
             store=store,
@@ -176,9 +231,10 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
         outcome = Outcome(plan)
         try:
             load.flow(jobs_per_s=0.5, unfinished=lambda: len(scene.unfinished()))
-            for number, kind in zip(count(1), plan.sequence()):
-                clock(f"{number:2}/{plan.faults}  {kind} ...")
-                clock(f"{number:2}/{plan.faults}  {kind}: {_inject(kind, scene, outcome)}")
+            sequence = plan.sequence()
+            for number, kind in enumerate(sequence, start=1):
+                clock(f"{number:2}/{len(sequence)}  {kind} ...")
+                clock(f"{number:2}/{len(sequence)}  {kind}: {_inject(kind, scene, outcome)}")
             load.jobs(max(0, plan.jobs - len(load.submissions)))
             outcome.failures += load.settle()
             clock(f"the storm is over: {len(load.submissions)} jobs were accepted; waiting for them to end")
@@ -196,12 +252,12 @@ def storm(plan: Plan, folder: Path, *, say: Callable[[str], None] = print) -> It
 
 def _inject(kind: str, scene: Scene, outcome: Outcome) -> str:
     """Inject one fault and wait for the recovery. Return a line for the console."""
-    bound_s = KINDS[kind].bound_s
-    limit_s = None if bound_s is None else bound_s(scene) + outcome.plan.slack_s
+    chosen = FAULTS[kind]
+    limit_s = None if chosen.bound_s is None else chosen.bound_s(scene) + outcome.plan.slack_s
     outcome.faults[kind] += 1
     threading.Event().wait(scene.random.uniform(0, 2))
     try:
-        hit = KINDS[kind].inject(scene)
+        hit = chosen.inject(scene)
         took_s = _recovery_s(hit, scene, timeout_s=max(limit_s or 0, scene.lease_s * 3) + QUIET_S)
     except AssertionError as error:
         outcome.failures.append(f"{kind}: {error}")

@@ -24,6 +24,7 @@ from tests.chaos.faults.processes import (
 )
 from tests.chaos.faults.servers import (
     broker_away,
+    fail_over,
     freeze_broker,
     freeze_limits,
     kill_postgres,
@@ -89,3 +90,6 @@ KINDS = {
     "hang_receivers": Kind(hang_receivers),
     "drip_receivers": Kind(drip_receivers),
 }
+FAIL_OVER = "fail_over"
+"""Only for a storm on servers that have a replica, and only once in it."""
+FAULTS = KINDS | {FAIL_OVER: Kind(fail_over)}

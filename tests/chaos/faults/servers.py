@@ -1,4 +1,4 @@
-"""Postgres and the two Redis servers are killed, stopped, frozen or emptied, or refuse writes."""
+"""Postgres and the two Redis servers are killed, stopped, frozen, emptied or replaced, or refuse writes."""
 
 import shutil
 import threading
@@ -9,6 +9,15 @@ import httpx
 from tests.chaos.scene import BURST, PATIENCE_S, Hit, Scene
 from tests.foreign_broker import REFUSALS, refusing_writes
 from tests.stack import wait_until
+
+
+def fail_over(scene: Scene) -> Hit:
+    """Stop a server for good, in the middle of work. Its replica takes its place."""
+    assert scene.servers.fail_over is not None
+    scene.load.jobs(BURST)
+    wait_until(scene.unfinished, timeout_s=PATIENCE_S, what="work in progress")
+    scene.servers.fail_over(scene.stack)
+    return Hit(jobs=scene.unfinished())
 
 
 def wipe_broker(scene: Scene) -> Hit:
