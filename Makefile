@@ -75,8 +75,20 @@ audit: ## list locked packages with known vulnerabilities; needs the network, ne
 train-starter: $(READY) ## train the starter models from scratch into starter/models/ (many hours; resumes from var/training)
 	$(PY) -m starter.train all
 
-docs: $(READY) ## write docs/settings.md from the settings
+docs: $(READY) ## write docs/settings.md and docs/metrics.md from the code
 	$(PY) -m scripts.document_settings
+	$(PY) -m scripts.document_metrics
+
+# In its own environment, because nothing else needs Babel: at run time Python's gettext reads the translations.
+PYBABEL = build/texts/bin/pybabel
+TEXTS := api_service/studio/locale
+texts: ## collect Studio's texts in their catalogue, and update and compile the translations  (LANGUAGE=de adds one)
+	@test -x $(PYBABEL) || { $(PYTHON) -m venv build/texts && build/texts/bin/pip install --quiet babel==2.19.0 jinja2==3.1.6; }
+	$(PYBABEL) --quiet extract --mapping-file $(TEXTS)/babel.cfg --keyword mark --omit-header --add-location file --sort-output --output-file $(TEXTS)/studio.pot api_service/studio
+	$(if $(LANGUAGE),$(PYBABEL) --quiet init --domain studio --input-file $(TEXTS)/studio.pot --output-dir $(TEXTS) --locale $(LANGUAGE))
+	@for file in $(TEXTS)/*/LC_MESSAGES/studio.po; do test -e "$$file" || continue; language=$$(basename $$(dirname $$(dirname $$file))); \
+		$(PYBABEL) --quiet update --domain studio --input-file $(TEXTS)/studio.pot --output-dir $(TEXTS) --locale $$language && \
+		$(PYBABEL) --quiet compile --domain studio --directory $(TEXTS) --locale $$language; done
 
 # requirements.lock has all packages for development. The lock of each container image is a subset of it.
 COMPILE = build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
@@ -95,4 +107,4 @@ clean: ## stop the stack, remove .venv and all caches; var/ and out/ are kept
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo up down test test-all eval bench chaos soak fuzz screenshots lint audit train-starter docs lock clean
+.PHONY: help setup demo up down test test-all eval bench chaos soak fuzz screenshots lint audit train-starter docs texts lock clean

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prepare this host for `docker compose up`: check the version of Compose, write .env, and make the secrets.
+# Prepare this host for `docker compose up`: check the versions of Docker, write .env, and make the secrets.
 #
 # ops/secrets/ gets one file per secret. Files that exist stay. A password that an older .env holds is taken over, so
 # that the data of this host stays readable. Only the owner of the folder can enter it. The files in it are readable
@@ -8,14 +8,17 @@ set -eu
 cd "$(dirname "$0")/.."
 folder=ops/secrets
 
-version=$(docker compose version --short 2>/dev/null) || { echo "Docker Compose is not installed" >&2; exit 1; }
-number=${version#v}
-major=${number%%.*} minor=${number#*.}
-minor=${minor%%.*}
-if [ "$major" -lt 2 ] || { [ "$major" -eq 2 ] && [ "$minor" -lt 24 ]; }; then
-    echo "Docker Compose $version is too old: 2.24 or newer is needed" >&2
-    exit 1
-fi
+# End unless version $2 of the program $1 is $3 or newer.
+need() {
+    oldest=$(printf '%s\n%s\n' "${2#v}" "$3" | sort -V | head -n 1)
+    test "$oldest" = "$3" || { echo "$1 $2 is too old: $3 or newer is needed" >&2; exit 1; }
+}
+
+compose=$(docker compose version --short 2>/dev/null) || { echo "Docker Compose is not installed" >&2; exit 1; }
+need "Docker Compose" "$compose" 2.24
+# An older engine refuses `start_interval` of the health checks.
+engine=$(docker version --format '{{.Server.Version}}' 2>/dev/null) || { echo "No Docker engine answers" >&2; exit 1; }
+need "Docker Engine" "$engine" 25.0
 
 test -e .env || cp .env.example .env
 mkdir -p "$folder"

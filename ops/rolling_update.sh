@@ -18,4 +18,7 @@ docker compose up -d --no-deps --no-recreate --wait --scale "api=$((2 * count))"
 docker stop $old >/dev/null
 # shellcheck disable=SC2086
 docker rm $old >/dev/null
-docker compose up -d --wait --scale "api=$count" "$@"
+# Without --scale, compose would stop all containers of a service but one.
+scales=$(docker compose ps --format '{{.Service}}' | sort | uniq -c | awk '{print "--scale", $2 "=" $1}')
+# shellcheck disable=SC2086
+docker compose up -d --wait $scales "$@"

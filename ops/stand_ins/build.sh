@@ -14,7 +14,8 @@ build="docker build --network host --file $here/Dockerfile"
 for release in stable:bookworm unstable:sid; do
     name=${release%:*}
     tree=$folder/$name
-    test -d "$tree/var/lib/dpkg" || debootstrap --variant=minbase "${release#*:}" "$tree" "$mirror" >/dev/null
+    # A tree gets its name when it is complete, so that an interrupted download begins again.
+    test -d "$tree" || { rm -rf "$tree.part" && debootstrap --variant=minbase "${release#*:}" "$tree.part" "$mirror" >/dev/null && mv "$tree.part" "$tree"; }
     tar --directory "$tree" --exclude ./var/cache/apt --create . | docker import --change 'CMD ["sh"]' - "stand-in-debian-$name"
 done
 for image in python postgres redis prometheus alertmanager caddy; do

@@ -2,6 +2,7 @@
 
 import io
 import json
+import ssl
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -50,10 +51,10 @@ def guarded_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningS
 class Api:
     """A client of the HTTP API of a stack."""
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None = None, *, verify: ssl.SSLContext | bool = True) -> None:
         self.url = url
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self.http = httpx.Client(base_url=f"{url}/api/v1", headers=headers, timeout=30)
+        self.http = httpx.Client(base_url=f"{url}/api/v1", headers=headers, verify=verify, timeout=30)
 
     def __enter__(self) -> Self:
         return self

@@ -46,14 +46,14 @@ def test_every_variable_of_a_service_is_a_setting(name: str) -> None:
     assert named <= set(setting_variables()) | VARIABLES_BESIDE_SETTINGS
 
 
-def _prepare(folder: Path, version: str = "2.24.0") -> "subprocess.CompletedProcess[str]":
-    """Run `ops/prepare.sh` in a copy of this repository, with a stand-in for `docker compose version`."""
+def _prepare(folder: Path, compose: str = "2.24.0", engine: str = "25.0.0") -> "subprocess.CompletedProcess[str]":
+    """Run `ops/prepare.sh` in a copy of this repository, with a stand-in for the versions that docker prints."""
     (folder / "ops").mkdir(exist_ok=True)
     (folder / "bin").mkdir(exist_ok=True)
     for name in ("ops/prepare.sh", ".env.example"):
         shutil.copy(ROOT / name, folder / name)
     docker = folder / "bin" / "docker"
-    docker.write_text(f"#!/bin/sh\necho {version}\n")
+    docker.write_text(f'#!/bin/sh\ncase "$1" in compose) echo {compose};; *) echo {engine};; esac\n')
     docker.chmod(0o755)
     environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
     script = folder / "ops" / "prepare.sh"
@@ -147,7 +147,14 @@ def test_the_changelog_has_the_version_of_the_project() -> None:
 def test_an_old_compose_is_refused(version: str, accepted: bool, tmp_path: Path) -> None:
     done = _prepare(tmp_path, version)
     assert (done.returncode == 0) == accepted
-    assert ("2.24 or newer is needed" in done.stderr) == (not accepted)
+    assert ("Compose " + version + " is too old: 2.24 or newer is needed" in done.stderr) == (not accepted)
+
+
+@pytest.mark.parametrize(("version", "accepted"), [("20.10.24+dfsg1", False), ("25.0.0", True), ("28.5.2", True)])
+def test_an_engine_that_lacks_start_interval_is_refused(version: str, accepted: bool, tmp_path: Path) -> None:
+    done = _prepare(tmp_path, engine=version)
+    assert (done.returncode == 0) == accepted
+    assert ("Engine " + version + " is too old: 25.0 or newer is needed" in done.stderr) == (not accepted)
 
 
 @pytest.mark.parametrize("name", OURS)
