@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from scripts.try_model import memory
 from scripts.try_model.report import Measurement
-from scripts.try_model.trial import Trial, go_on
+from scripts.try_model.trial import Trial
 from shared.errors import ModelOutOfMemoryError
+from worker_service.execution.steps import go_on
 from worker_service.models.generate_batch import generate_batch
 from worker_service.models.interface import ImageRequest
 

@@ -6,10 +6,11 @@ from PIL import Image
 
 from scripts.contact_sheet import Cell, sheet_of_rows
 from scripts.try_model.report import Check, Outcome
-from scripts.try_model.trial import Trial, go_on
+from scripts.try_model.trial import Trial
 from shared.capabilities import default_references
 from shared.contracts.generation import Mode
 from shared.errors import BaseAppException
+from worker_service.execution.steps import go_on
 from worker_service.models.generate_batch import generate_batch
 from worker_service.models.pipelines.probe import REFUSALS
 

@@ -17,7 +17,7 @@ from shared.contracts.service import Capabilities
 from shared.errors import ConfigurationError
 from shared.imaging import open_image
 from shared.settings import GeneratorSettings, Settings
-from worker_service.execution.steps import OnStep
+from worker_service.execution.steps import OnStep, go_on
 from worker_service.models.clip import Clip
 from worker_service.models.engines.generator import OpenAIGenerator
 from worker_service.models.generation.diffusion import Diffusion
@@ -26,10 +26,6 @@ from worker_service.models.worker_models import GENERATORS, require_fitting_clip
 
 SAMPLES_READ = 5000
 """Pictures of a source among which the references are chosen."""
-
-
-def go_on(_step: int, _steps: int) -> bool:
-    return True
 
 
 @dataclass(frozen=True)

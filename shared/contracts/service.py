@@ -57,7 +57,7 @@ class Capabilities(Contract):
     modes: list[str]
     native_width: int
     native_height: int
-    size_multiple: int = Field(description="width and height must be multiples of this")
+    size_multiple: int = Field(description="width and height of the images that the model draws are multiples of this")
     any_size: bool = Field(description="the model draws sizes near its native one well")
     max_batch_size: int
     max_references: int

@@ -34,7 +34,7 @@ from shared.settings import GeneratorSettings, ModelSettings, load_settings
 from tests.fake_engine import Answer, Drawing, FakeEngine, blocks, error_answer, picture_answer
 from tests.image_request import IMAGE_REQUEST
 from tests.stack import wait_until
-from worker_service.execution.steps import CallStopped
+from worker_service.execution.steps import CallStopped, go_on
 from worker_service.models.engines.generator import OpenAIGenerator
 from worker_service.models.interface import ImageRequest, Reference
 
@@ -42,10 +42,6 @@ KEY = "sk-very-secret-key"
 REQUEST = replace(IMAGE_REQUEST, height=32, guidance_scale=3.5)
 
 Load = Callable[..., OpenAIGenerator]
-
-
-def go_on(_step: int, _steps: int) -> bool:
-    return True
 
 
 def settings_for(urls: Sequence[str], *, engine: dict[str, Any] | None = None, **generator: Any) -> ModelSettings:

@@ -15,7 +15,7 @@ from shared.settings import WatchdogSettings
 from tests.unit.test_fake_generator import REQUEST, SETTINGS
 from worker_service.execution.accelerator import run_on
 from worker_service.execution.batcher import Batcher
-from worker_service.execution.steps import OnStep
+from worker_service.execution.steps import OnStep, go_on
 from worker_service.execution.watchdog import AcceleratorLostError, Watchdog
 from worker_service.models.fake import FakeGenerator
 from worker_service.models.generate_batch import GeneratedImage, generate_batch
@@ -62,10 +62,6 @@ class Broken(FakeGenerator):
 
     def generate(self, requests: Sequence[ImageRequest], on_step: OnStep) -> Any:
         return self.returned
-
-
-def go_on(_step: int, _steps: int) -> bool:
-    return True
 
 
 def request_for(prompt: str) -> ImageRequest:

@@ -13,7 +13,7 @@ import numpy as np
 
 from shared.contracts.service import Capabilities
 from shared.errors import ModelOutOfMemoryError
-from worker_service.execution.steps import OnStep
+from worker_service.execution.steps import OnStep, go_on
 from worker_service.models.interface import ImageRequest
 
 logger = logging.getLogger(__name__)
@@ -74,14 +74,14 @@ def probe(draw: Draw, request: ImageRequest, *, model: str, batches: bool, key: 
 
     def draw_between(step: int, _steps: int) -> bool:
         if step == 1:
-            inside.append(draw([long], _go_on))
+            inside.append(draw([long], go_on))
         return True
 
     nested = np.concatenate([draw([short], draw_between), *inside])
     batch, largest_batch = None, None
     if batches:
         try:
-            batch = draw([short, long] if share_a_call else equal_prompts, _go_on)
+            batch = draw([short, long] if share_a_call else equal_prompts, go_on)
         except (*REFUSALS, ModelOutOfMemoryError) as error:
             largest_batch = 1
             logger.warning("batches_refused", extra={"model": model, "cause": f"{type(error).__name__}: {error}"})
@@ -89,8 +89,8 @@ def probe(draw: Draw, request: ImageRequest, *, model: str, batches: bool, key: 
     if together is not None and _difference(together, nested) <= INVISIBLE:
         return Verdict(None, batching_changes_images=False, interruption_changes_images=False)
 
-    alone = np.concatenate([draw([short], _go_on), draw([long], _go_on)])
-    rounding = 0.0 if together is None else _difference(draw(equal_prompts, _go_on)[:1], alone[:1])
+    alone = np.concatenate([draw([short], go_on), draw([long], go_on)])
+    rounding = 0.0 if together is None else _difference(draw(equal_prompts, go_on)[:1], alone[:1])
     in_batch = 0.0 if together is None else _difference(together, alone)
     interrupted = _difference(nested, alone)
     verdict = Verdict(
@@ -104,10 +104,6 @@ def probe(draw: Draw, request: ImageRequest, *, model: str, batches: bool, key: 
     if verdict.interruption_changes_images:
         logger.warning("interruption_changes_images", extra={"model": model, "difference": interrupted})
     return verdict
-
-
-def _go_on(_step: int, _steps: int) -> bool:
-    return True
 
 
 def _difference(images: np.ndarray, others: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from shared.capabilities import supports
 from shared.contracts.generation import Mode
 from shared.contracts.service import Capabilities
 from shared.errors import InvalidOutputError
+from worker_service.execution.steps import go_on
 from worker_service.models.generate_batch import generate_batch
 from worker_service.models.interface import ImageRequest, Reference
 from worker_service.models.pipelines.probe import probe
@@ -32,7 +33,7 @@ def warm_up(model: Diffusion) -> Capabilities:
     """
     request = _native_request(model)
     width, height = _probed_size(model.capabilities)
-    native = generate_batch(model, [request], _go_on)[0]
+    native = generate_batch(model, [request], go_on)[0]
     with model.saving_memory(native.memory_savers):
         verdict = probe(
             model.draw,
@@ -84,12 +85,8 @@ def _drawn_multiple(model: Diffusion, request: ImageRequest) -> int:
         return declared
     for multiple in (declared, 2 * declared):
         try:
-            model.draw([replace(request, width=3 * multiple, height=3 * multiple)], _go_on)
+            model.draw([replace(request, width=3 * multiple, height=3 * multiple)], go_on)
         except (InvalidOutputError, ValueError):
             continue
         return multiple
     return declared
-
-
-def _go_on(_step: int, _steps: int) -> bool:
-    return True
