@@ -69,7 +69,7 @@ SHARE_OF_COLLECTION = text("""
     where schemaname = current_schema() and tablename = 'images' and attname = 'collection_id' and value = :id
 """)
 MOST_PERCENT = 90
-"""Share of all images from which on a collection is no filter: its images are nearly all that the index examines."""
+"""From this share of all images on, a collection counts as all of them: the index examines few others."""
 FEW_OF = 5
 """Images are few if they are at most one of so many of the space: the cost of a lookup against reading all vectors."""
 
