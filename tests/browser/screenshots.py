@@ -61,7 +61,8 @@ def addresses(url: str) -> dict[str, str]:
             for reference in output["references"]:
                 if reference["kind"] == "corpus":
                     paths["image"] = f"/corpus/{reference['image_id']}"
-                    paths["withdraw"] = f"/corpus/{reference['image_id']}/withdraw"
+        if "image" in paths:
+            paths["withdraw"] = f"{paths['image']}/withdraw"
         if len(outputs) > 1:
             paths["compare"] = "/gallery/compare?" + "&".join(f"selected={each['id']}" for each in outputs[:2])
     return paths
