@@ -61,7 +61,7 @@ def chosen_state(var: Path) -> StackState:
     layout = Layout(var)
     layout.create()
     state = StackState.load(layout)
-    for name in ("postgres", "queue"):
+    for name in ("postgres", "queue", "cache"):
         state.port(name)
         state.password(name)
     state.save(layout)

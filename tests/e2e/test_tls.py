@@ -67,7 +67,8 @@ def test_jobs_and_searches_run_with_tls_to_every_server(tmp_path: Path) -> None:
             load.wait_for(24)
         assert load.refused == 0
         everything_ran_once(stack, api, load.submitted)
-        assert api.http.get("/health").raise_for_status().json()["status"] == "ok"
+        health = api.http.get("/health").raise_for_status().json()
+        assert health["status"] == "ok", health
 
 
 def test_a_connection_with_tls_is_used_again_and_wrong_certificates_are_refused(tmp_path: Path) -> None:
