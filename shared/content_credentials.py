@@ -194,7 +194,7 @@ class TimestampService:
             self._paused_until = time.monotonic() + TIMESTAMP_PAUSE_S
             CONTENT_TIMESTAMPS.labels("missing").inc()
             cause = f"no answer in {self._wait_s:g} s" if isinstance(error, TimeoutError) else error.message
-            logger.warning("timestamp_missing", extra={"url": self._url, "cause": cause})
+            logger.warning("timestamp_missing", extra={"cause": cause})
             return None
         CONTENT_TIMESTAMPS.labels("stamped").inc()
         return stamped

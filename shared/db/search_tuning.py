@@ -7,6 +7,7 @@ itself, and `store` lets searches use what it found.
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -70,7 +71,11 @@ def measure(
     narrowest = [WIDTHS[0], WIDTHS[0]]
     for k in KS:
         results = [
-            _narrowest(session, space, sample, truth, k=k, conditions=conditions, kind=kind, target=target, least=least)
+            _narrowest(
+                partial(_recall, session, space, sample, truth, k=k, conditions=conditions, kind=kind),
+                target=target,
+                least=least,
+            )
             for conditions, truth, least in zip(filters, truths, narrowest, strict=True)
         ]
         (width, plain, seconds), (filtered_width, filtered, filtered_seconds) = results
@@ -125,21 +130,13 @@ def _one_of(share: int) -> ColumnElement[bool]:
     return func.hashtext(cast(Image.id, Text)) % share == 0
 
 
-def _narrowest(
-    session: Session,
-    space: Space,
-    sample: Sequence[Vector],
-    truths: Sequence[Sequence[ScoredImage]],
-    *,
-    k: int,
-    conditions: Sequence[ColumnElement[bool]],
-    kind: IndexKind,
-    target: float,
-    least: int,
-) -> tuple[int, float, float]:
-    """The first of WIDTHS from `least` on that reaches `target`, or the last one, and its results of `_recall`."""
+def _narrowest(measured: Callable[..., tuple[float, float]], *, target: float, least: int) -> tuple[int, float, float]:
+    """The first of WIDTHS from `least` on that reaches `target`, or the last one, and its results.
+
+    measured: `_recall` of a `width`.
+    """
     for width in (each for each in WIDTHS if each >= least):
-        recall, seconds = _recall(session, space, sample, truths, k=k, conditions=conditions, kind=kind, width=width)
+        recall, seconds = measured(width=width)
         if recall >= target:
             break
     return width, recall, seconds
